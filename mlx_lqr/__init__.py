@@ -1,0 +1,40 @@
+"""Closed-loop activation steering (activation LQR, arXiv 2604.19018) for language models on your own machine.
+
+    model = mlx_lqr.load("demo")
+    controller = mlx_lqr.fit(model, positive_prompts, negative_prompts)
+    print(mlx_lqr.generate(model, "Once upon a time,", controller=controller, strength=2.0))
+"""
+
+from mlx_lqr.backends import blas
+
+blas.preload()  # before anything imports mlx.core
+
+from mlx_lqr.contrast import Contrast, bundled_concepts, bundled_prompts, contrast, read_prompts  # noqa: E402
+from mlx_lqr.controller import Controller, compile  # noqa: A004, E402
+from mlx_lqr.errors import InputError  # noqa: E402
+from mlx_lqr.linearize import Jacobians, linearize  # noqa: E402
+from mlx_lqr.loading import load  # noqa: E402
+from mlx_lqr.riccati import Gains, solve  # noqa: E402
+from mlx_lqr.runtime import Piece, generate, steer, stream  # noqa: E402
+from mlx_lqr.synthesis import fit  # noqa: E402
+
+__all__ = [
+    "Contrast",
+    "Controller",
+    "Gains",
+    "InputError",
+    "Jacobians",
+    "Piece",
+    "bundled_concepts",
+    "bundled_prompts",
+    "compile",
+    "contrast",
+    "fit",
+    "generate",
+    "linearize",
+    "load",
+    "read_prompts",
+    "solve",
+    "steer",
+    "stream",
+]

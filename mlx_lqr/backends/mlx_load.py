@@ -1,0 +1,100 @@
+"""A model folder (config.json, *.safetensors) -> an mlx-lm module. Reads safetensors and JSON only; runs no code of the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lqr.backends.mlx_lm_models import model_classes
+from mlx_lqr.errors import InputError
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{file} names no model_type: this is not the folder of a language model")
+    return config
+
+
+def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.Module:
+    """Build the module and load its weights.
+
+    Args:
+        dtype: "float32", "float16" or "bfloat16" for everything that is not packed; None keeps the checkpoint's dtype on a
+            GPU and takes float32 on the CPU, where 16-bit products are 10 to 30 times slower.
+
+    Raises:
+        InputError: unsupported architecture, or weights that are missing, damaged or not this architecture's.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    if "model_file" in config:
+        raise InputError(f"{folder} wants to run code of its own ({config['model_file']}): refused")
+    Model, ModelArgs = model_classes(str(config["model_type"]))
+    weights = _read_weights(folder)
+    try:
+        module = Model(ModelArgs.from_dict(config))
+        weights = module.sanitize(weights) if hasattr(module, "sanitize") else weights
+        if quantization := config.get("quantization"):
+            _quantize(module, quantization, weights)
+        elif "quantization_config" in config:
+            raise InputError(f"{folder} is quantised in a format other than MLX's: convert it from an unquantised checkpoint")
+        module.eval()
+        module.load_weights(list(weights.items()))
+    except (TypeError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the weights in {folder} do not fit its config.json: {_first_line(error)}") from error
+    if dtype is not None or mx.default_device() == mx.cpu:
+        module.set_dtype(DTYPES[dtype or "float32"])
+    try:
+        mx.eval(module.parameters())
+    except RuntimeError as error:
+        raise InputError(f"the weights in {folder} cannot be read: {_first_line(error)}") from error
+    return module
+
+
+def _read_weights(folder: Path) -> dict[str, mx.array]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise InputError(f"{folder} has no model*.safetensors (pickled weights are never read)")
+    weights: dict[str, mx.array] = {}
+    for file in files:
+        try:
+            weights.update(mx.load(str(file)))
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{file} is damaged or incomplete: fetch or convert the model again") from error
+    return weights
+
+
+def _quantize(module: nn.Module, quantization: dict[str, Any], weights: dict[str, mx.array]) -> None:
+    """Make quantised modules where the checkpoint has packed weights."""
+
+    def packed(path: str, leaf: nn.Module) -> bool | dict[str, Any]:
+        own = quantization.get(path)
+        return own if isinstance(own, dict) else hasattr(leaf, "to_quantized") and f"{path}.scales" in weights
+
+    nn.quantize(
+        module,
+        group_size=quantization["group_size"],
+        bits=quantization["bits"],
+        mode=quantization.get("mode", "affine"),
+        class_predicate=packed,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,173 @@
+"""Prompts -> mean last-token activations -> the direction of a concept at every layer.
+
+e_k = mean+_k - mean-_k over the last-token residual streams z_k of positive and negative prompts; mu_k = norm(e_k) and
+v_k = e_k / mu_k (difference of means, arXiv 2604.19018). Where mu_k = 0 the direction is zero and nothing is controlled:
+always so at layer 0 when all prompts end in the same token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+
+from mlx_lqr.backends.base import Float32, Model, Progress
+from mlx_lqr.errors import InputError
+
+Prompt = str | Sequence[int]
+"""Text (tokenised as it is, no chat template) or token ids."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """What two sets of prompts tell apart, for a model of T blocks of width d (all float32).
+
+    `direction` holds e_k, unnormalised: its norm over a row is mu_k.
+    """
+
+    mean_positive: Float32
+    """(T, d): mean z_k over the positive prompts, at the input of each block."""
+    mean_negative: Float32
+    """(T, d)"""
+    direction: Float32
+    """(T, d): e_k = mean_positive - mean_negative"""
+    output_direction: Float32
+    """(d,): the same difference for z_T, the last block's output"""
+    prompt_counts: tuple[int, int]
+    """How many positive and negative prompts."""
+    fingerprint: str = ""
+    model_name: str = ""
+
+    @property
+    def magnitude(self) -> Float32:
+        """mu_k = norm(e_k): (T,)"""
+        return np.linalg.norm(self.direction, axis=-1)
+
+    @property
+    def unit_direction(self) -> Float32:
+        """v_k = e_k / mu_k, zero where mu_k is zero: (T, d)"""
+        magnitude = self.magnitude[:, None]
+        return np.divide(self.direction, magnitude, out=np.zeros_like(self.direction), where=magnitude > 0)
+
+
+def contrast(
+    model: Model,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    *,
+    progress: Progress | None = None,
+) -> Contrast:
+    """Run both sets of prompts through the model and take the difference of their mean last-token activations.
+
+    Raises:
+        InputError: a set is empty, both sets are the same, a prompt has no tokens or exceeds the model's context, or the
+            activations do not tell the sets apart.
+    """
+    token_sets = [_tokenise_set(model, positive, "positive"), _tokenise_set(model, negative, "negative")]
+    if sorted(token_sets[0]) == sorted(token_sets[1]):
+        raise InputError("the positive and the negative prompts are the same: there is nothing to tell apart")
+    residuals = model.residuals([*token_sets[0], *token_sets[1]], progress=progress)
+    if not np.all(np.isfinite(residuals)):
+        layer = int(np.argwhere(~np.isfinite(residuals))[:, 1].min())
+        raise InputError(f"the activations at layer {layer} are not finite: load the model with dtype float32")
+    count = len(token_sets[0])
+    mean_positive = residuals[:count].mean(axis=0, dtype=np.float64)
+    mean_negative = residuals[count:].mean(axis=0, dtype=np.float64)
+    difference = np.where(_same_multiset(residuals[:count], residuals[count:]), 0.0, mean_positive - mean_negative)
+    if not difference[:-1].any():
+        raise InputError("the activations of the positive and the negative prompts do not differ")
+    return Contrast(
+        mean_positive[:-1].astype(np.float32),
+        mean_negative[:-1].astype(np.float32),
+        difference[:-1].astype(np.float32),
+        difference[-1].astype(np.float32),
+        (count, len(token_sets[1])),
+        model.fingerprint,
+        model.name,
+    )
+
+
+def tokenise(model: Model, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, checked: not empty, within the vocabulary and within the model's context."""
+    tokens = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    if not tokens:
+        raise InputError("a prompt is empty: give it at least one token")
+    if min(tokens) < 0 or max(tokens) >= model.vocab_size:
+        raise InputError(f"token ids must be between 0 and {model.vocab_size - 1} for this model")
+    if len(tokens) > model.context_length:
+        raise InputError(
+            f"the prompt has {len(tokens)} tokens and the model's context {model.context_length}: shorten the prompt"
+        )
+    return tokens
+
+
+def read_prompts(path: str | PathLike[str]) -> list[str]:
+    """The prompts of a file: one a line, or JSON lines with a `prompt` key. Blank lines do not count."""
+    file = Path(path)
+    try:
+        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not UTF-8 text") from None
+    if not lines:
+        raise InputError(f"{file} has no prompts: write one a line")
+    if not all(line.lstrip().startswith("{") for line in lines):
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError):
+            raise InputError(f'{file}, line {number}: expected a JSON object with a "prompt" key') from None
+        if not isinstance(prompt, str):
+            raise InputError(f'{file}, line {number}: "prompt" must be text')
+        prompts.append(prompt)
+    return prompts
+
+
+def bundled_concepts() -> list[str]:
+    """The names of the contrast sets that come with the library."""
+    root = resources.files("mlx_lqr.concepts")
+    return sorted(entry.name for entry in root.iterdir() if entry.joinpath("positive.txt").is_file())
+
+
+def bundled_prompts(concept: str) -> tuple[list[str], list[str]]:
+    """The positive and negative prompts of a bundled contrast set."""
+    if concept not in bundled_concepts():
+        raise InputError(f"no bundled concept {concept!r}: choose one of {', '.join(bundled_concepts())}")
+    root = resources.files("mlx_lqr.concepts").joinpath(concept)
+    positive, negative = (
+        root.joinpath(name).read_text("utf-8").splitlines() for name in ("positive.txt", "negative.txt")
+    )
+    return positive, negative
+
+
+def _tokenise_set(model: Model, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
+    if isinstance(prompts, str):
+        raise InputError(f"the {name} prompts must be a list of prompts, not one string")
+    if not prompts:
+        raise InputError(f"there are no {name} prompts: give at least one")
+    return [tokenise(model, prompt) for prompt in prompts]
+
+
+def _same_multiset(positive: Float32, negative: Float32) -> np.ndarray:
+    """(T + 1, 1): whether a layer saw the very same activations, in the same proportions, in both sets.
+
+    Their means then differ by rounding alone, and a direction made of rounding errors must not be steered along. This
+    is the case at layer 0 (the embedding of the last token) wherever both sets end in the same tokens.
+    """
+    verdict = np.zeros((positive.shape[1], 1), bool)
+    for k in range(positive.shape[1]):
+        shares = []
+        for residuals in (positive[:, k], negative[:, k]):
+            rows, counts = np.unique(residuals, axis=0, return_counts=True)
+            shares.append((rows, counts / len(residuals)))
+        (rows, share), (other_rows, other_share) = shares
+        verdict[k] = len(rows) == len(other_rows) and np.array_equal(rows, other_rows) and np.allclose(share, other_share)
+    return verdict

@@ -1,0 +1,252 @@
+"""The compiled artifact: two vectors and two numbers per layer and concept, kilobytes in all.
+
+The gains K_k (d, d) are needed once, to form G_k = K_k V_k (V_k' V_k)^-1; a running controller evaluates
+u_k = G_k (offset_k + strength o setpoint_k - V_k' z_k) and never sees them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata as distribution
+from os import PathLike
+from typing import Literal, get_args
+
+import numpy as np
+
+from mlx_lqr.atomic import writing
+from mlx_lqr.backends.base import Float32
+from mlx_lqr.contrast import Contrast
+from mlx_lqr.errors import InputError
+from mlx_lqr.riccati import Gains, Weights
+from mlx_lqr.tensors import read_tensors, write_tensors
+
+FORMAT = "mlx-lqr controller 1"
+SMALLEST_ANGLE = 5.0
+"""Degrees. Below it, joint control of two directions would need pushes of more than ten times each one's own."""
+
+Positions = Literal["last", "all"]
+"""Where to steer: the last prompt token and every generated one (A-LQR), or every prompt token too (A-LQR+)."""
+
+
+@dataclass(frozen=True)
+class Controller:
+    """A controller of m concepts for one model of T blocks of width d. All arrays are float32."""
+
+    direction: Float32
+    """(T, d, m): the unit vectors v_k of each concept, zero where a layer does not tell it apart"""
+    gain: Float32
+    """(T, d, m): G_k = K_k V_k (V_k' V_k)^-1, zero at layers without control"""
+    setpoint: Float32
+    """(T, m): mu_k, the setpoint's slope in the strength"""
+    offset: Float32
+    """(T, m): the setpoint at strength 0"""
+    concepts: tuple[str, ...]
+    model_name: str
+    fingerprint: str
+    weights: Weights
+    positions: Positions
+    prompt_counts: tuple[tuple[int, int], ...]
+    """Positive and negative prompts of each concept."""
+    jacobian_prompts: int
+    library_version: str = distribution.version("mlx-lqr")
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.direction.shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.direction.shape[1])
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        """The layers where this controller does something."""
+        return tuple(int(k) for k in np.flatnonzero(np.abs(self.gain).max(axis=(1, 2)) > 0))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file, atomically."""
+        tensors = {"direction": self.direction, "gain": self.gain, "setpoint": self.setpoint, "offset": self.offset}
+        metadata = {
+            "format": FORMAT,
+            "model": self.model_name,
+            "fingerprint": self.fingerprint,
+            "T": str(self.num_layers),
+            "d": str(self.hidden_size),
+            "q": repr(self.weights.q),
+            "r": repr(self.weights.r),
+            "qf": repr(self.weights.qf),
+            "layers": json.dumps(self.active_layers),
+            "positions": self.positions,
+            "concepts": json.dumps(self.concepts),
+            "prompt_counts": json.dumps(self.prompt_counts),
+            "jacobian_prompts": str(self.jacobian_prompts),
+            "library_version": self.library_version,
+        }
+        with writing(path) as temporary:
+            write_tensors(temporary, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Controller:
+        """Read and check a controller file.
+
+        Raises:
+            InputError: missing, damaged, of another format, or with tensors of wrong shapes or values that are not finite.
+        """
+        tensors, metadata = read_tensors(path, FORMAT, "a controller")
+        try:
+            concepts = tuple(str(name) for name in json.loads(metadata["concepts"]))
+            T, d, m = int(metadata["T"]), int(metadata["d"]), len(concepts)
+            shapes = {"direction": (T, d, m), "gain": (T, d, m), "setpoint": (T, m), "offset": (T, m)}
+            positions = metadata["positions"]
+            if positions not in get_args(Positions):
+                raise ValueError(f"positions {positions!r}")
+            for name, shape in shapes.items():
+                if tensors[name].shape != shape:
+                    raise ValueError(f"{name} has the shape {tensors[name].shape}, expected {shape}")
+                if not np.all(np.isfinite(tensors[name])):
+                    raise ValueError(f"{name} has values that are not finite")
+            return cls(
+                **{name: tensors[name].astype(np.float32, copy=False) for name in shapes},
+                concepts=concepts,
+                model_name=metadata["model"],
+                fingerprint=metadata["fingerprint"],
+                weights=Weights(float(metadata["q"]), float(metadata["r"]), float(metadata["qf"])),
+                positions="all" if positions == "all" else "last",
+                prompt_counts=tuple((int(p), int(n)) for p, n in json.loads(metadata["prompt_counts"])),
+                jacobian_prompts=int(metadata["jacobian_prompts"]),
+                library_version=metadata["library_version"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is a damaged controller file ({error}): fit it again") from error
+
+    def check_model(self, name: str, fingerprint: str, num_layers: int, hidden_size: int) -> None:
+        """Raise `InputError` unless this controller was fitted on the model described."""
+        if (self.num_layers, self.hidden_size) != (num_layers, hidden_size) or self.fingerprint != fingerprint:
+            raise InputError(
+                f"this controller was fitted on {self.model_name} ({self.num_layers} layers of width {self.hidden_size}), "
+                f"not on {name} ({num_layers} layers of width {hidden_size}): fit one on this model"
+            )
+
+    @classmethod
+    def combine(cls, *controllers: Controller) -> Controller:
+        """One controller of all the concepts, which meets all setpoints jointly; only the compiled parts are needed.
+
+        At each layer the columns K_k v of the active concepts are put together and G_k = K_k V_k (V_k' V_k)^-1 is formed
+        anew. Adding independent feedbacks instead would overshoot where directions overlap.
+
+        Raises:
+            InputError: controllers of different models or positions, a concept twice, or nearly parallel directions.
+        """
+        if not controllers:
+            raise InputError("nothing to combine: give at least one controller")
+        first = controllers[0]
+        for other in controllers[1:]:
+            other.check_model(first.model_name, first.fingerprint, first.num_layers, first.hidden_size)
+            if other.positions != first.positions:
+                raise InputError("controllers for the positions 'last' and 'all' cannot be combined: fit them alike")
+        concepts = [name for controller in controllers for name in controller.concepts]
+        if len(set(concepts)) < len(concepts):
+            raise InputError(f"a concept appears twice among {', '.join(concepts)}: give each once, with one strength")
+        direction = np.concatenate([controller.direction for controller in controllers], axis=2)
+        uncoupled = np.concatenate([controller._uncoupled_gain() for controller in controllers], axis=2)
+        return cls(
+            direction=direction,
+            gain=_couple(direction, uncoupled, concepts),
+            setpoint=np.concatenate([controller.setpoint for controller in controllers], axis=1),
+            offset=np.concatenate([controller.offset for controller in controllers], axis=1),
+            concepts=tuple(concepts),
+            model_name=first.model_name,
+            fingerprint=first.fingerprint,
+            weights=first.weights,
+            positions=first.positions,
+            prompt_counts=tuple(count for controller in controllers for count in controller.prompt_counts),
+            jacobian_prompts=min(controller.jacobian_prompts for controller in controllers),
+        )
+
+    def _uncoupled_gain(self) -> Float32:
+        """The columns K_k v_k, recovered from G_k = K_k V_k (V_k' V_k)^-1 over the concepts active at each layer."""
+        gain = np.zeros_like(self.gain)
+        for k in self.active_layers:
+            active = _active(self.direction[k], self.gain[k])
+            V = self.direction[k][:, active].astype(np.float64)
+            gain[k][:, active] = self.gain[k][:, active] @ (V.T @ V)
+        return gain
+
+
+def compile(  # noqa: A001 - the public name of the step, mlx_lqr.compile
+    gains: Gains, contrast: Contrast, concept: str = "concept", *, positions: Positions = "last"
+) -> Controller:
+    """Reduce gains and a contrast to a controller: v_k, g_k = K_k v_k and the paper's linear feature setpoint mu_k.
+
+    Raises:
+        InputError: gains and contrast of different models.
+    """
+    if len(gains) != len(contrast.direction) or gains.fingerprint != contrast.fingerprint:
+        raise InputError("the gains and the contrast are of different models: make both with the same one")
+    unit = contrast.unit_direction
+    feedback = np.stack([gains.apply(k, v) for k, v in enumerate(unit)])
+    return assemble(contrast, feedback, gains.weights, gains.jacobian_prompts, concept, positions)
+
+
+def assemble(
+    contrast: Contrast,
+    gain_direction: np.ndarray,
+    weights: Weights,
+    jacobian_prompts: int,
+    concept: str,
+    positions: Positions,
+) -> Controller:
+    """A controller of one concept from g_k = K_k v_k (T, d) (zero at layers without control)."""
+    if positions not in get_args(Positions):
+        raise InputError(f"positions must be 'last' or 'all', not {positions!r}")
+    if not np.all(np.isfinite(gain_direction)):
+        layer = int(np.argwhere(~np.isfinite(gain_direction))[0, 0])
+        raise InputError(f"the gain at layer {layer} is not finite: raise r or lower q")
+    magnitude = contrast.magnitude
+    return Controller(
+        direction=contrast.unit_direction[:, :, None],
+        gain=gain_direction.astype(np.float32)[:, :, None],
+        setpoint=magnitude[:, None].astype(np.float32),
+        offset=np.zeros((len(magnitude), 1), np.float32),
+        concepts=(concept,),
+        model_name=contrast.model_name,
+        fingerprint=contrast.fingerprint,
+        weights=weights,
+        positions=positions,
+        prompt_counts=(contrast.prompt_counts,),
+        jacobian_prompts=jacobian_prompts,
+    )
+
+
+def _active(direction: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """(m,): which concepts are controlled at a layer."""
+    return np.asarray((np.abs(direction).max(axis=0) > 0) & (np.abs(gain).max(axis=0) > 0))
+
+
+def _couple(direction: Float32, uncoupled: Float32, concepts: Sequence[str]) -> Float32:
+    """G_k = K_k V_k (V_k' V_k)^-1 from the columns K_k v_k, over the concepts active at each layer."""
+    gain = np.zeros_like(uncoupled)
+    too_close: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    for k in range(len(direction)):
+        active = np.flatnonzero(_active(direction[k], uncoupled[k]))
+        if not active.size:
+            continue
+        V = direction[k][:, active].astype(np.float64)
+        gram = V.T @ V
+        for i in range(len(active)):
+            for j in range(i):
+                angle = float(np.degrees(np.arccos(min(1.0, abs(gram[i, j])))))
+                if angle < SMALLEST_ANGLE:
+                    too_close.setdefault((int(active[j]), int(active[i])), []).append((k, angle))
+        if not too_close:
+            gain[k][:, active] = np.linalg.solve(gram, uncoupled[k][:, active].astype(np.float64).T).T
+    if too_close:
+        (i, j), places = next(iter(too_close.items()))
+        layers = ", ".join(str(k) for k, _ in places)
+        raise InputError(
+            f"{concepts[i]} and {concepts[j]} point the same way at layers {layers} "
+            f"({min(angle for _, angle in places):.1f} degrees apart): leave one out, or fit them at other layers"
+        )
+    return gain

@@ -1,0 +1,79 @@
+"""Control laws, each written once for every backend.
+
+A law is an expression in `@ * + -` and slices, which NumPy, MLX and torch arrays share; a backend only places the arrays
+(`place`) and calls the law with the residual stream of each block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlx_lqr.controller import Controller
+from mlx_lqr.errors import InputError
+
+Array = Any
+
+
+class LinearFeedback:
+    """Activation LQR: u_k = (offset_k + strength o setpoint_k - z_k V_k) G_k'.
+
+    With one concept, offset 0 and setpoint mu_k this is u_k = (strength mu_k - v_k . z_k) g_k (arXiv 2604.19018, linear
+    feature setpoint; see riccati.py for g_k).
+
+    Args:
+        controller: the compiled directions V_k (d, m), gains G_k (d, m), setpoints and offsets (m,) of every layer.
+        strength: one number for all m concepts, or m numbers. It may be set again at any time, also between two tokens.
+    """
+
+    def __init__(self, controller: Controller, strength: float | Sequence[float] = 1.0) -> None:
+        self.layers: Sequence[int] = controller.active_layers
+        self._controller = controller
+        self._array: Callable[[np.ndarray], Array] = np.asarray
+        self.strength = strength  # type: ignore[assignment]
+        self._arrange()
+
+    def place(self, array: Callable[[np.ndarray], Array]) -> LinearFeedback:
+        placed = LinearFeedback(self._controller, self.strength)
+        placed._array = array
+        placed._arrange()
+        return placed
+
+    @property
+    def strength(self) -> tuple[float, ...]:
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float | Sequence[float]) -> None:
+        self._strength = check_strength(value, len(self._controller.concepts))
+        target = self._controller.offset + np.asarray(self._strength, np.float32) * self._controller.setpoint
+        self._target = {k: self._array(target[k]) for k in self.layers}
+
+    def __call__(self, layer: int, z: Array) -> Array:
+        return (self._target[layer] - z @ self._direction[layer]) @ self._gain_transposed[layer]
+
+    def _arrange(self) -> None:
+        """Hand every layer's arrays to the constructor once, so that a call costs two small products and no slicing."""
+        controller = self._controller
+        self._direction = {k: self._array(np.ascontiguousarray(controller.direction[k])) for k in self.layers}
+        self._gain_transposed = {k: self._array(np.ascontiguousarray(controller.gain[k].T)) for k in self.layers}
+        self.strength = self._strength  # type: ignore[assignment]
+
+
+def check_strength(value: float | Sequence[float], concepts: int) -> tuple[float, ...]:
+    """`value` as one finite number per concept.
+
+    Raises:
+        InputError: not a number, not finite, or another count than the controller's concepts.
+    """
+    try:
+        numbers = np.atleast_1d(np.asarray(value, dtype=np.float64))
+    except (TypeError, ValueError):
+        raise InputError(f"strength must be a number, not {value!r}") from None
+    if not np.all(np.isfinite(numbers)):
+        raise InputError(f"strength must be a finite number, not {value!r}")
+    if numbers.ndim != 1 or numbers.size not in (1, concepts):
+        raise InputError(f"{numbers.size} strengths for {concepts} concepts: give one for all, or one for each")
+    return tuple(float(x) for x in np.broadcast_to(numbers, (concepts,)))

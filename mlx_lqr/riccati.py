@@ -1,0 +1,163 @@
+"""Layer Jacobians -> feedback gains: the finite-horizon linear-quadratic regulator. No model, no tensor framework.
+
+The linear time-varying system dz_{k+1} = A_k dz_k + u_k, k = 0..T-1, and the cost
+sum_k (dz_k' Q dz_k + u_k' R u_k) + dz_T' Qf dz_T with Q = qI, R = rI, Qf = qf I have the optimal feedback u_k = -K_k dz_k,
+
+    S_T = Qf,   M_k = rI - r^2 (S_{k+1} + rI)^-1,   K_k = M_k A_k / r,   S_k = Q + A_k' M_k A_k.
+
+M_k equals S - S (S + R)^-1 S, so this is the textbook recursion (K_k = (S_{k+1} + R)^-1 S_{k+1} A_k), in the form that keeps
+S symmetric and subtracts nothing large: the textbook's float32 form loses up to 3.5 % of K_k v over 30 layers.
+Only q/r and qf/r matter: scaling (q, r, qf) together changes no gain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from mlx_lqr.errors import InputError
+
+Matrix = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of the cost: q on the state, r on the control, qf on the final state."""
+
+    q: float = 0.1
+    r: float = 1.0
+    qf: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, value in (("q", self.q), ("r", self.r), ("qf", self.qf)):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"{name} must be a finite number, not {value!r}")
+        if self.q < 0 or self.qf < 0:
+            raise InputError(f"q and qf must not be negative (q = {self.q:g}, qf = {self.qf:g})")
+        if self.r <= 0:
+            raise InputError(f"r must be above zero (r = {self.r:g}): it is the price of control")
+        if self.q == 0 and self.qf == 0:
+            raise InputError("q and qf are both zero: then no control is the optimum; give one of them a weight")
+
+
+@dataclass(frozen=True)
+class Gains(Sequence[Matrix]):
+    """The gains K_0..K_{T-1}, each (d, d), float64 unless `solve` was asked for less."""
+
+    matrices: Sequence[Matrix]
+    weights: Weights
+    layers: tuple[int, ...]
+    fingerprint: str = ""
+    model_name: str = ""
+    jacobian_prompts: int = 0
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __getitem__(self, layer):  # type: ignore[no-untyped-def]
+        return self.matrices[layer]
+
+    def apply(self, layer: int, vectors: ArrayLike) -> Matrix:
+        """K_k v for a vector (d,) or K_k V for m columns (d, m)."""
+        return self.matrices[layer] @ np.asarray(vectors, dtype=self.matrices[layer].dtype)
+
+
+def solve(
+    jacobians: Sequence[Matrix],
+    q: float = 0.1,
+    r: float = 1.0,
+    qf: float = 0.1,
+    *,
+    layers: Iterable[int] | None = None,
+    dtype: DTypeLike = np.float64,
+) -> Gains:
+    """The gains of every layer.
+
+    Args:
+        jacobians: A_0..A_{T-1}, each (d, d); `linearize` makes them.
+        q, r, qf: weights of state, control and final state. Only the ratios q/r and qf/r matter.
+        layers: where control may act (default: everywhere). Elsewhere K_k = 0 and S_k = Q + A_k' S_{k+1} A_k.
+        dtype: precision of the recursion, float64 or float32.
+
+    Raises:
+        InputError: weights or layers out of range, or a recursion that fails (the layer is named).
+    """
+    weights = Weights(q, r, qf)
+    T = len(jacobians)
+    chosen = check_layers(layers, T)
+    descending = ((k, jacobians[k]) for k in reversed(range(T)))
+    gains = dict(sweep(descending, weights, chosen, dtype))
+    return Gains(
+        [gains[k] for k in range(T)],
+        weights,
+        chosen,
+        getattr(jacobians, "fingerprint", ""),
+        getattr(jacobians, "model_name", ""),
+        getattr(jacobians, "prompt_count", 0),
+    )
+
+
+def sweep(
+    jacobians: Iterable[tuple[int, Matrix]],
+    weights: Weights,
+    layers: Iterable[int],
+    dtype: DTypeLike = np.float64,
+) -> Iterator[tuple[int, Matrix]]:
+    """Yield (k, K_k) from the last layer to the first, consuming (k, A_k) in that order.
+
+    Holds a handful of (d, d) matrices whatever the number of layers.
+    """
+    chosen = frozenset(layers)
+    S: Matrix | None = None
+    for k, jacobian in jacobians:
+        A = np.asarray(jacobian, dtype=dtype)
+        if not np.all(np.isfinite(A)):
+            raise InputError(f"the Jacobian of layer {k} has values that are not finite: no gains from it")
+        if S is None:
+            S = np.asarray(weights.qf * np.eye(A.shape[0]), dtype=dtype)
+        if k in chosen:
+            MA = _controlled(S, weights.r, k) @ A
+            gain = MA / weights.r
+        else:
+            MA = S @ A
+            gain = np.zeros_like(A)
+        S = A.T @ MA
+        S = (S + S.T) / 2
+        S[np.diag_indices_from(S)] += weights.q
+        yield k, gain
+
+
+def _controlled(S: Matrix, r: float, layer: int) -> Matrix:
+    """M = rI - r^2 (S + rI)^-1, by a Cholesky factorisation."""
+    from scipy.linalg import lapack
+
+    potrf, potri = (lapack.dpotrf, lapack.dpotri) if S.dtype == np.float64 else (lapack.spotrf, lapack.spotri)
+    shifted = S.copy()
+    shifted[np.diag_indices_from(shifted)] += r
+    factor, failed = potrf(shifted, lower=True)
+    inverse, failed_inverse = potri(factor, lower=True) if failed == 0 else (factor, failed)
+    if failed or failed_inverse or not np.all(np.isfinite(inverse)):
+        raise InputError(
+            f"the Riccati recursion fails at layer {layer}: S + R is not positive definite in {S.dtype}; "
+            "raise r, lower q and qf, or solve in float64"
+        )
+    lower = np.tril(inverse)
+    M = -(r * r) * (lower + np.tril(lower, -1).T)
+    M[np.diag_indices_from(M)] += r
+    return M
+
+
+def check_layers(layers: Iterable[int] | None, T: int) -> tuple[int, ...]:
+    """`layers` as a sorted tuple of distinct indices below T; negative ones count from the end, None means all."""
+    if layers is None:
+        return tuple(range(T))
+    chosen = sorted({k + T if k < 0 else k for k in layers})
+    if not chosen:
+        raise InputError("no layers to control: name at least one")
+    if chosen[0] < 0 or chosen[-1] >= T:
+        raise InputError(f"layers must be between 0 and {T - 1} for this model")
+    return tuple(chosen)

@@ -1,0 +1,49 @@
+"""The library's safetensors files: written from and read to NumPy arrays, with a format line checked before anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mlx_lqr.errors import InputError
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write float32 tensors and metadata strings to `path` (use inside `atomic.writing`)."""
+    contiguous = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata=dict(metadata))
+    except SafetensorError as error:  # the library wraps the operating system's error in its own
+        raise OSError(str(error)) from error
+
+
+def read_tensors(
+    path: str | PathLike[str], expected_format: str, what: str
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors and the metadata of a file of the format `expected_format`.
+
+    Raises:
+        InputError: no such file, not a whole safetensors file, or another format (`what` names the one expected).
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"there is no file {file}")
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            metadata = dict(opened.metadata() or {})
+            found = metadata.get("format", "")
+            if found != expected_format:
+                family = expected_format.rsplit(" ", 1)[0]
+                if found.startswith(family):
+                    raise InputError(f"{file} has the format {found!r}, this version reads {expected_format!r}: make it again")
+                raise InputError(f"{file} is not {what} of mlx-lqr")
+            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} is damaged or not a safetensors file: make it again ({error})") from error
