@@ -3,6 +3,8 @@
     model = mlx_lqr.load("demo")
     controller = mlx_lqr.fit(model, positive_prompts, negative_prompts)
     print(mlx_lqr.generate(model, "Once upon a time,", controller=controller, strength=2.0))
+
+The README has more examples, docstrings say what every function takes and raises.
 """
 
 from mlx_lqr.backends import blas
@@ -10,7 +12,7 @@ from mlx_lqr.backends import blas
 blas.preload()  # before anything imports mlx.core
 
 from mlx_lqr.contrast import Contrast, bundled_concepts, bundled_prompts, contrast, read_prompts  # noqa: E402
-from mlx_lqr.controller import Controller, compile  # noqa: A004, E402
+from mlx_lqr.controller import Controller, compile  # noqa: E402
 from mlx_lqr.errors import InputError  # noqa: E402
 from mlx_lqr.linearize import Jacobians, linearize  # noqa: E402
 from mlx_lqr.loading import load  # noqa: E402

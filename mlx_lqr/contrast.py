@@ -1,8 +1,8 @@
 """Prompts -> mean last-token activations -> the direction of a concept at every layer.
 
 e_k = mean+_k - mean-_k over the last-token residual streams z_k of positive and negative prompts; mu_k = norm(e_k) and
-v_k = e_k / mu_k (difference of means, arXiv 2604.19018). Where mu_k = 0 the direction is zero and nothing is controlled:
-always so at layer 0 when all prompts end in the same token.
+v_k = e_k / mu_k (difference of means, arXiv 2604.19018). Where mu_k = 0 the direction is zero and nothing is
+controlled: always so at layer 0 when all prompts end in the same token.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def contrast(
     """Run both sets of prompts through the model and take the difference of their mean last-token activations.
 
     Raises:
-        InputError: a set is empty, both sets are the same, a prompt has no tokens or exceeds the model's context, or the
-            activations do not tell the sets apart.
+        InputError: a set is empty, both sets are the same, a prompt has no tokens or exceeds the model's context, or
+            the activations do not tell the sets apart.
     """
     token_sets = [_tokenise_set(model, positive, "positive"), _tokenise_set(model, negative, "negative")]
     if sorted(token_sets[0]) == sorted(token_sets[1]):
@@ -169,5 +169,7 @@ def _same_multiset(positive: Float32, negative: Float32) -> np.ndarray:
             rows, counts = np.unique(residuals, axis=0, return_counts=True)
             shares.append((rows, counts / len(residuals)))
         (rows, share), (other_rows, other_share) = shares
-        verdict[k] = len(rows) == len(other_rows) and np.array_equal(rows, other_rows) and np.allclose(share, other_share)
+        verdict[k] = (
+            len(rows) == len(other_rows) and np.array_equal(rows, other_rows) and np.allclose(share, other_share)
+        )
     return verdict

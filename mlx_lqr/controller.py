@@ -92,7 +92,8 @@ class Controller:
         """Read and check a controller file.
 
         Raises:
-            InputError: missing, damaged, of another format, or with tensors of wrong shapes or values that are not finite.
+            InputError: missing, damaged, of another format, or with tensors of wrong shapes or values that are not
+            finite.
         """
         tensors, metadata = read_tensors(path, FORMAT, "a controller")
         try:
@@ -125,16 +126,16 @@ class Controller:
         """Raise `InputError` unless this controller was fitted on the model described."""
         if (self.num_layers, self.hidden_size) != (num_layers, hidden_size) or self.fingerprint != fingerprint:
             raise InputError(
-                f"this controller was fitted on {self.model_name} ({self.num_layers} layers of width {self.hidden_size}), "
-                f"not on {name} ({num_layers} layers of width {hidden_size}): fit one on this model"
+                f"this controller was fitted on {self.model_name} ({self.num_layers} layers of width "
+                f"{self.hidden_size}), not on {name} ({num_layers} layers of width {hidden_size}): fit one on it"
             )
 
     @classmethod
     def combine(cls, *controllers: Controller) -> Controller:
         """One controller of all the concepts, which meets all setpoints jointly; only the compiled parts are needed.
 
-        At each layer the columns K_k v of the active concepts are put together and G_k = K_k V_k (V_k' V_k)^-1 is formed
-        anew. Adding independent feedbacks instead would overshoot where directions overlap.
+        At each layer the columns K_k v of the active concepts are put together and G_k = K_k V_k (V_k' V_k)^-1 is
+        formed anew. Adding independent feedbacks instead would overshoot where directions overlap.
 
         Raises:
             InputError: controllers of different models or positions, a concept twice, or nearly parallel directions.
@@ -175,9 +176,7 @@ class Controller:
         return gain
 
 
-def compile(  # noqa: A001 - the public name of the step, mlx_lqr.compile
-    gains: Gains, contrast: Contrast, concept: str = "concept", *, positions: Positions = "last"
-) -> Controller:
+def compile(gains: Gains, contrast: Contrast, concept: str = "concept", *, positions: Positions = "last") -> Controller:
     """Reduce gains and a contrast to a controller: v_k, g_k = K_k v_k and the paper's linear feature setpoint mu_k.
 
     Raises:

@@ -1,7 +1,7 @@
 """Control laws, each written once for every backend.
 
-A law is an expression in `@ * + -` and slices, which NumPy, MLX and torch arrays share; a backend only places the arrays
-(`place`) and calls the law with the residual stream of each block.
+A law is an expression in `@ * + -` and slices, which NumPy, MLX and torch arrays share; a backend only places the
+arrays (`place`) and calls the law with the residual stream of each block.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LinearFeedback:
         self.layers: Sequence[int] = controller.active_layers
         self._controller = controller
         self._array: Callable[[np.ndarray], Array] = np.asarray
-        self.strength = strength  # type: ignore[assignment]
+        self.strength = strength
         self._arrange()
 
     def place(self, array: Callable[[np.ndarray], Array]) -> LinearFeedback:
@@ -59,7 +59,7 @@ class LinearFeedback:
         controller = self._controller
         self._direction = {k: self._array(np.ascontiguousarray(controller.direction[k])) for k in self.layers}
         self._gain_transposed = {k: self._array(np.ascontiguousarray(controller.gain[k].T)) for k in self.layers}
-        self.strength = self._strength  # type: ignore[assignment]
+        self.strength = self._strength
 
 
 def check_strength(value: float | Sequence[float], concepts: int) -> tuple[float, ...]:

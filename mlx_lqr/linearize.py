@@ -1,7 +1,8 @@
 """A model -> its layer Jacobians A_k = d phi_k / d z_k at the last token, averaged over nominal prompts.
 
 The token's own key and value are part of the map, all earlier tokens are fixed. Jacobians are streamed from the last
-layer to the first, the order in which the Riccati sweep consumes them, so that a few (d, d) matrices are all that is held.
+layer to the first, the order in which the Riccati sweep consumes them, so that a few (d, d) matrices are all that is
+held.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from os import PathLike
 import numpy as np
 
 from mlx_lqr.atomic import writing
-from mlx_lqr.backends.base import Float32, Model, Progress
+from mlx_lqr.backends.base import Float32, Model, Progress, Trace
 from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.errors import InputError
 from mlx_lqr.tensors import read_tensors, write_tensors
@@ -57,7 +58,9 @@ class Jacobians(Sequence[Float32]):
         width = matrices[0].shape[0] if matrices and matrices[0] is not None else 0
         checked = [A for A in matrices if A is not None and A.shape == (width, width)]
         if not matrices or len(checked) != len(matrices):
-            raise InputError(f"{path} does not hold one square Jacobian for every layer: make it again with `linearize`")
+            raise InputError(
+                f"{path} does not hold one square Jacobian for every layer: make it again with `linearize`"
+            )
         return cls(
             [A.astype(np.float32, copy=False) for A in checked],
             metadata.get("fingerprint", ""),
@@ -73,22 +76,23 @@ def linearize(model: Model, prompts: Sequence[Prompt], *, progress: Progress | N
 
 
 def stream_jacobians(
-    model: Model, prompts: Sequence[Prompt], *, progress: Progress | None = None
+    model: Model, prompts: Sequence[Prompt], *, lowest: int = 0, progress: Progress | None = None
 ) -> Iterator[tuple[int, Float32]]:
-    """Yield (k, A_k), averaged over prompts, from the last layer to the first.
+    """Yield (k, A_k), averaged over prompts, from the last layer down to `lowest` (higher gains need no more).
 
     Raises:
         InputError: no prompts, an unusable prompt, or a Jacobian that is not finite (the layer is named).
     """
     if isinstance(prompts, str) or not prompts:
         raise InputError("linearize needs a list of at least one prompt")
-    traces = [model.trace(tokenise(model, prompt)[:MAX_TOKENS]) for prompt in prompts]
-    for k in reversed(range(model.num_layers)):
+    traces: list[Trace] = [model.trace(tokenise(model, prompt)[:MAX_TOKENS]) for prompt in prompts]
+    steps = (model.num_layers - lowest) * len(traces)
+    for k in reversed(range(lowest, model.num_layers)):
         total = np.zeros((model.hidden_size, model.hidden_size), np.float32)
         for index, trace in enumerate(traces):
             total += model.jacobian(trace, k)
             if progress:
-                progress("Jacobians", (model.num_layers - 1 - k) * len(traces) + index + 1, model.num_layers * len(traces))
+                progress("Jacobians", (model.num_layers - 1 - k) * len(traces) + index + 1, steps)
         total /= len(traces)
         if not np.all(np.isfinite(total)):
             raise InputError(f"the Jacobian of layer {k} is not finite: load the model with dtype float32")

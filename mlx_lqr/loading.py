@@ -24,8 +24,8 @@ def load(
     """Load a language model.
 
     Args:
-        source: an MLX or Hugging Face folder (safetensors), a hub id such as `mlx-community/Qwen3-0.6B-4bit`, a .gguf file
-            (converted once, kept in the cache folder), or "demo" for the demonstration model.
+        source: an MLX or Hugging Face folder (safetensors), a hub id such as `mlx-community/Qwen3-0.6B-4bit`, a .gguf
+            file (converted once, kept in the cache folder), or "demo" for the demonstration model.
         backend: "mlx", or "auto" to choose.
         dtype: "float32", "float16" or "bfloat16"; by default the checkpoint's own on a GPU and float32 on the CPU.
         progress: called as progress(stage, done, total) while a source is fetched or converted.
@@ -62,16 +62,20 @@ def adopt(model: Any) -> Model:
 
 def resolve(source: str | PathLike[str], *, progress: Progress | None = None) -> tuple[Path, str]:
     """The model folder behind a source, and the model's name; converts a GGUF file into the cache folder first."""
-    from mlx_lqr import convert
+    from mlx_lqr.convert import sources
 
     text = os.fspath(source)
     if text == "demo":
-        return convert.demo_model(progress=progress), convert.DEMO_NAME
+        return sources.demo_model(progress=progress), sources.DEMO_NAME
     path = Path(text).expanduser()
     if path.is_dir():
         return path, path.resolve().name
     if path.is_file() and path.suffix == ".gguf":
-        return convert.cached_conversion(path, progress=progress), path.stem
+        return sources.cached_conversion(path, progress=progress), path.stem
     if path.exists():
-        raise InputError(f"{text} is no model: give a folder with config.json and safetensors, a .gguf file or a hub id")
-    return convert.fetch(text), text.rsplit("/", 1)[-1]
+        raise InputError(
+            f"{text} is no model: give a folder with config.json and safetensors, a .gguf file or a hub id"
+        )
+    from mlx_lqr.convert.huggingface import hub_folder
+
+    return hub_folder(text), text.rsplit("/", 1)[-1]

@@ -1,13 +1,14 @@
 """Layer Jacobians -> feedback gains: the finite-horizon linear-quadratic regulator. No model, no tensor framework.
 
 The linear time-varying system dz_{k+1} = A_k dz_k + u_k, k = 0..T-1, and the cost
-sum_k (dz_k' Q dz_k + u_k' R u_k) + dz_T' Qf dz_T with Q = qI, R = rI, Qf = qf I have the optimal feedback u_k = -K_k dz_k,
+sum_k (dz_k' Q dz_k + u_k' R u_k) + dz_T' Qf dz_T with Q = qI, R = rI, Qf = qf I have the optimal feedback u_k = -K_k
+dz_k,
 
     S_T = Qf,   M_k = rI - r^2 (S_{k+1} + rI)^-1,   K_k = M_k A_k / r,   S_k = Q + A_k' M_k A_k.
 
-M_k equals S - S (S + R)^-1 S, so this is the textbook recursion (K_k = (S_{k+1} + R)^-1 S_{k+1} A_k), in the form that keeps
-S symmetric and subtracts nothing large: the textbook's float32 form loses up to 3.5 % of K_k v over 30 layers.
-Only q/r and qf/r matter: scaling (q, r, qf) together changes no gain.
+M_k equals S - S (S + R)^-1 S, so this is the textbook recursion (K_k = (S_{k+1} + R)^-1 S_{k+1} A_k), in the form
+that keeps S symmetric and subtracts nothing large: the textbook's float32 form loses up to 3.5 % of K_k v over 30
+layers. Only q/r and qf/r matter: scaling (q, r, qf) together changes no gain.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from mlx_lqr.contrast import Prompt, contrast
 from mlx_lqr.controller import Controller, Positions, assemble
 from mlx_lqr.errors import InputError
 from mlx_lqr.linearize import Jacobians, stream_jacobians
-from mlx_lqr.riccati import Weights, check_layers, sweep
+from mlx_lqr.riccati import Matrix, Weights, check_layers, sweep
 
 
 def fit(
@@ -54,13 +54,14 @@ def fit(
     if jacobian_prompts < 1:
         raise InputError("jacobian_prompts must be at least 1")
     found = contrast(model, positive, negative, progress=progress)
+    descending: Iterable[tuple[int, Matrix]]
     if jacobians is not None:
         count = jacobians.prompt_count
-        descending = ((k, jacobians[k]) for k in reversed(range(len(jacobians))))
+        descending = ((k, jacobians[k]) for k in reversed(range(chosen[0], len(jacobians))))
     else:
         nominal = positive[:jacobian_prompts]
         count = len(nominal)
-        descending = stream_jacobians(model, nominal, progress=progress)
+        descending = stream_jacobians(model, nominal, lowest=chosen[0], progress=progress)
     unit = found.unit_direction
     feedback = np.zeros_like(unit)
     for k, gain in sweep(descending, weights, chosen):

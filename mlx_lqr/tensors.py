@@ -1,4 +1,4 @@
-"""The library's safetensors files: written from and read to NumPy arrays, with a format line checked before anything else."""
+"""The library's safetensors files: NumPy arrays out and in, the format checked before anything else."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def read_tensors(
             if found != expected_format:
                 family = expected_format.rsplit(" ", 1)[0]
                 if found.startswith(family):
-                    raise InputError(f"{file} has the format {found!r}, this version reads {expected_format!r}: make it again")
+                    raise InputError(
+                        f"{file} has the format {found!r}, this version reads {expected_format!r}: make it again"
+                    )
                 raise InputError(f"{file} is not {what} of mlx-lqr")
             return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:

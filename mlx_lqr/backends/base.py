@@ -1,7 +1,7 @@
 """What a backend must do, and no more. A further backend is one new file that satisfies `Model`.
 
-Shapes: T blocks, width d, vocabulary V. Residual stream: z_0 is the (scaled) embedding, z_k the input of block k, z_T the
-output of the last block before the final norm. `Array` stands for the backend's own tensor type, which crosses this
+Shapes: T blocks, width d, vocabulary V. Residual stream: z_0 is the (scaled) embedding, z_k the input of block k, z_T
+the output of the last block before the final norm. `Array` stands for the backend's own tensor type, which crosses this
 interface only from one call of the backend to the next; results meant for others are NumPy arrays in float32.
 """
 
@@ -67,8 +67,9 @@ GREEDY = Sampling()
 class Trace(Protocol):
     """One prompt run up to its last token: all that the Jacobians at that token depend on, opaque but for z."""
 
-    residual: Float32
-    """z_0..z_T at the last token: (T + 1, d)."""
+    @property
+    def residual(self) -> Float32:
+        """z_0..z_T at the last token: (T + 1, d)."""
 
 
 class Decoder(Protocol):
@@ -92,13 +93,17 @@ class Model(Protocol):
     """A language model with one dense residual stream."""
 
     name: str
-    fingerprint: str
-    """Tells models apart by their trained norm weights; the same for every dtype and quantisation of one model."""
     num_layers: int
     hidden_size: int
     vocab_size: int
     context_length: int
-    tokenizer: Tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells models apart by their trained norm weights; the same for every dtype and quantisation of one model."""
 
     def residuals(
         self,
@@ -121,7 +126,7 @@ class Model(Protocol):
     def trace(self, tokens: Sequence[int]) -> Trace:
         """Run a prompt and keep what the Jacobians at its last token need."""
 
-    def jacobian(self, trace: Trace, layer: int) -> Float32:
+    def jacobian(self, trace: Any, layer: int) -> Float32:
         """A_k = d phi_k / d z_k at the trace's last token, k = `layer`: (d, d)."""
 
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY) -> Decoder:

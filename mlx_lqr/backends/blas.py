@@ -1,7 +1,7 @@
 """On Linux, put a tuned BLAS in front of the reference BLAS that MLX's CPU wheel is linked to.
 
-MLX's wheel calls plain `cblas_sgemm`. A library that exports this symbol and is loaded globally *before* `mlx.core` wins
-the symbol look-up: 3 to 6 GFLOP/s become about 200 on two cores. macOS uses Accelerate and needs none of this.
+MLX's wheel calls plain `cblas_sgemm`. A library that exports this symbol and is loaded globally *before* `mlx.core`
+wins the symbol look-up: 3 to 6 GFLOP/s become about 200 on two cores. macOS uses Accelerate and needs none of this.
 """
 
 from __future__ import annotations

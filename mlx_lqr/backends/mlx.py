@@ -75,7 +75,7 @@ class MLXModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the sizes and of all norm weights, rounded to bfloat16, the coarsest dtype a checkpoint comes in."""
+        """A digest of the sizes and of all norm weights, rounded to bfloat16, the coarsest dtype in use."""
         digest = hashlib.sha256(f"{self.num_layers} {self.hidden_size} {self.vocab_size}".encode())
         norms = [(k, w) for k, w in tree_flatten(self.module.parameters()) if k.endswith("norm.weight")]
         for _, weight in sorted(norms):
@@ -133,7 +133,8 @@ class MLXModel:
     ) -> Float32:
         tokens = mx.array([[*prompt, *continuation]])
         unsteered = 0 if steer_all else len(prompt) - 1
-        logits = self.forward(tokens[:, :-1], None, self._place(law), unsteered)[0, len(prompt) - 1 :].astype(mx.float32)
+        logits = self.forward(tokens[:, :-1], None, self._place(law), unsteered)
+        logits = logits[0, len(prompt) - 1 :].astype(mx.float32)
         chosen = mx.take_along_axis(logits, mx.array(continuation)[:, None], axis=-1)[:, 0]
         return np.asarray(chosen - mx.logsumexp(logits, axis=-1))
 
@@ -194,7 +195,7 @@ class MLXModel:
             yield
 
     def forward(self, tokens: mx.array, cache: list[Any] | None, law: Law | None, unsteered: int) -> mx.array:
-        """Logits (B, L, V) of tokens (B, L); the law is on the blocks for this call alone, from position `unsteered` on."""
+        """Logits (B, L, V) of tokens (B, L); the law acts in this call alone, from position `unsteered` on."""
         if law is None or unsteered >= tokens.shape[1]:
             return self.module(tokens, cache=cache)
 

@@ -1,8 +1,8 @@
 """A hook on the blocks of an mlx-lm module: the one mechanism for recording, linearising and steering.
 
-Every block's class is exchanged for a subclass of itself whose call passes through the hook, and put back afterwards. The
-module tree, its parameters and attributes are untouched, so this works for every family, inside the model's own forward
-pass with its own masks and scalings.
+Every block's class is exchanged for a subclass of itself whose call passes through the hook, and put back afterwards.
+The module tree, its parameters and attributes are untouched, so this works for every family, inside the model's own
+forward pass with its own masks and scalings.
 """
 
 from __future__ import annotations

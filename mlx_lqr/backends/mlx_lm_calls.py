@@ -1,7 +1,8 @@
 """Which positions to steer when mlx_lm's own generation functions, and not ours, call the model.
 
 mlx_lm fills its cache in chunks. The last position of a chunk is not the last token of the prompt, and the model cannot
-tell from a call which it sees; so while a model is steered, the two places where mlx_lm works through a prompt announce it.
+tell from a call which it sees; so while a model is steered, the two places where mlx_lm works through a prompt
+announce it.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Positions:
 
 @contextmanager
 def announcing_prompts(module: nn.Module, positions: Positions) -> Iterator[None]:
-    """Inside this context, `mlx_lm`'s generate_step and batched prompt processing of `module` announce their prompts."""
-    library = import_mlx_lm("generate")
+    """Inside this context, mlx_lm's generate_step and its batched prompt processing announce `module`'s prompts."""
+    library: Any = import_mlx_lm("generate")
     batch = library.PromptProcessingBatch
     original_step, original_prompt = library.generate_step, batch.prompt
 

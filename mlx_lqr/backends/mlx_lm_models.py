@@ -1,8 +1,8 @@
 """mlx-lm's model classes without the 3 seconds that `import mlx_lm` takes.
 
-`mlx_lm/__init__.py` imports its generation code and with it transformers; the model files need neither. So `mlx_lm` enters
-`sys.modules` as a package whose `__init__` is postponed until somebody asks for something that it defines. There is one copy
-of every class, whether or not mlx_lm is then used in full.
+`mlx_lm/__init__.py` imports its generation code and with it transformers; the model files need neither. So `mlx_lm`
+enters `sys.modules` as a package whose `__init__` is postponed until somebody asks for something that it defines.
+There is one copy of every class, whether or not mlx_lm is then used in full.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ FAMILIES = (
     "gemma3_text",
     "llama",
     "mistral",
-    "mixtral",
     "olmo2",
     "phi3",
     "qwen2",
@@ -44,7 +43,10 @@ def import_mlx_lm(submodule: str) -> ModuleType:
             raise InputError("mlx-lm is not installed: pip install mlx-lm")
         package = _PostponedPackage("mlx_lm")
         package.__dict__.update(
-            __spec__=spec, __path__=list(spec.submodule_search_locations or []), __file__=spec.origin, __package__="mlx_lm"
+            __spec__=spec,
+            __path__=list(spec.submodule_search_locations or []),
+            __file__=spec.origin,
+            __package__="mlx_lm",
         )
         sys.modules["mlx_lm"] = package
     return importlib.import_module(f"mlx_lm.{submodule}")

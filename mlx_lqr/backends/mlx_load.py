@@ -1,4 +1,4 @@
-"""A model folder (config.json, *.safetensors) -> an mlx-lm module. Reads safetensors and JSON only; runs no code of the folder."""
+"""A model folder (config.json, model*.safetensors) -> an mlx-lm module. No code of the folder is run."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
     """Build the module and load its weights.
 
     Args:
-        dtype: "float32", "float16" or "bfloat16" for everything that is not packed; None keeps the checkpoint's dtype on a
-            GPU and takes float32 on the CPU, where 16-bit products are 10 to 30 times slower.
+        dtype: "float32", "float16" or "bfloat16" for everything that is not packed; None keeps the checkpoint's dtype
+            on a GPU and takes float32 on the CPU, where 16-bit products are 10 to 30 times slower.
 
     Raises:
         InputError: unsupported architecture, or weights that are missing, damaged or not this architecture's.
@@ -51,7 +51,9 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
         if quantization := config.get("quantization"):
             _quantize(module, quantization, weights)
         elif "quantization_config" in config:
-            raise InputError(f"{folder} is quantised in a format other than MLX's: convert it from an unquantised checkpoint")
+            raise InputError(
+                f"{folder} is quantised in a format other than MLX's: convert it from an unquantised checkpoint"
+            )
         module.eval()
         module.load_weights(list(weights.items()))
     except (TypeError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: `tokenizers` for the ids, jinja2 for the chat template. No tensor framework, no transformers."""
+"""Text to token ids and back: `tokenizers` for the ids, jinja2 for the chat template. transformers is not needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Message = dict[str, str]
 
 
 class Tokenizer:
-    """The tokenizer of a model folder (tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json)."""
+    """The tokenizer of a model folder: its tokenizer.json, its settings, and its chat template."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         file = folder / "tokenizer.json"

@@ -1,0 +1,38 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.10 or newer: they make their own virtual
+# environment in .venv, and need no GPU and no model hub.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/core
+	$(BIN)/mlx-lqr demo
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/typecheck.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# One stamp for each set of requirements; a changed pyproject.toml installs again.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/core: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/test: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/lint: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[lint]'
+	touch $@

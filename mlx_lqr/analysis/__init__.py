@@ -1,0 +1,1 @@
+"""Why steering works on a model, and how well: measured, not assumed."""

@@ -1,0 +1,85 @@
+"""mlx-lqr demo: the main job on the demonstration model, and what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_lqr.analysis.tracking import track
+from mlx_lqr.backends.base import Model
+from mlx_lqr.cache import cache_folder
+from mlx_lqr.commands.options import progress_bars
+from mlx_lqr.contrast import bundled_prompts
+from mlx_lqr.controller import Controller
+from mlx_lqr.errors import InputError
+from mlx_lqr.loading import load
+from mlx_lqr.runtime import stream
+from mlx_lqr.synthesis import fit
+
+STRENGTHS = (1.0, 2.0, 4.0)
+WEIGHT = 1.0  # q/r and qf/r
+LAYERS = range(20, 30)
+
+
+@click.command()
+@click.option("--concept", default="dog", show_default=True, help="One of `mlx-lqr concepts`.")
+@click.option("-p", "--prompt", default="Once upon a time,", show_default=True, help="The text to continue.")
+@click.option("-n", "--max-tokens", default=40, show_default=True, help="Tokens a sample.")
+def demo(concept: str, prompt: str, max_tokens: int) -> None:
+    """Fit a concept on SmolLM2-135M and show unsteered beside steered text."""
+    bundled_prompts(concept)  # an unknown concept is refused before the model is fetched
+    with progress_bars() as progress:
+        model = load("demo", progress=progress)
+    controller = _controller(model, concept)
+    click.echo(f'\n{model.name} continues "{prompt}"\n')
+    _sample("not steered", model, prompt, None, 0.0, max_tokens)
+    for strength in STRENGTHS:
+        _sample(f"{concept}, strength {strength:g}", model, prompt, controller, strength, max_tokens)
+    _tracking_table(model, prompt, controller)
+    file = _controller_file(model, concept)
+    click.echo(f"\nThe controller: {file} ({file.stat().st_size / 1000:.0f} kB). Go on with it:")
+    click.echo(f"  mlx-lqr chat demo -c {file}:2")
+
+
+def _controller(model: Model, concept: str) -> Controller:
+    """The demonstration's controller, fitted once and kept in the cache folder."""
+    file = _controller_file(model, concept)
+    try:
+        controller = Controller.load(file)
+        controller.check_model(model.name, model.fingerprint, model.num_layers, model.hidden_size)
+        return controller
+    except InputError:
+        pass
+    positive, negative = bundled_prompts(concept)
+    with progress_bars() as progress:
+        controller = fit(
+            model, positive, negative, concept=concept, q=WEIGHT, qf=WEIGHT, layers=LAYERS, progress=progress
+        )
+    controller.save(file)
+    return controller
+
+
+def _controller_file(model: Model, concept: str) -> Path:
+    return cache_folder() / "demo" / f"{concept}-{model.fingerprint}.safetensors"
+
+
+def _sample(
+    title: str, model: Model, prompt: str, controller: Controller | None, strength: float, max_tokens: int
+) -> None:
+    click.echo(click.style(f"[{title}]", bold=True) + f" {prompt}", nl=False)
+    for piece in stream(model, prompt, controller=controller, strength=strength, max_tokens=max_tokens):
+        click.echo(piece.text, nl=False)
+    click.echo("\n")
+
+
+def _tracking_table(model: Model, prompt: str, controller: Controller) -> None:
+    """Feature against setpoint at the prompt's last token, in multiples of mu_k, the concept's mean."""
+    click.echo("Tracking at the prompt's last token: the feature v_k.z_k of layer k over mu_k, wanted -> reached")
+    click.echo("layer  not steered" + "".join(f"{f'strength {s:g}':>18}" for s in STRENGTHS))
+    unsteered = track(model, prompt, controller, 0.0, steered=False).feature
+    runs = [track(model, prompt, controller, s) for s in STRENGTHS]
+    for k in controller.active_layers:
+        mu = controller.setpoint[k, 0]
+        cells = "".join(f"{f'{run.setpoint[k, 0] / mu:.2f} -> {run.feature[k, 0] / mu:5.2f}':>18}" for run in runs)
+        click.echo(f"{k:5d}{unsteered[k, 0] / mu:13.2f}{cells}")

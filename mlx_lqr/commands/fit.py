@@ -1,0 +1,111 @@
+"""mlx-lqr linearize and mlx-lqr fit"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_lqr.commands.options import dtype_option, model_argument, parse_layers, progress_bars
+from mlx_lqr.contrast import bundled_prompts, read_prompts
+from mlx_lqr.controller import Positions
+from mlx_lqr.errors import InputError
+from mlx_lqr.linearize import Jacobians
+from mlx_lqr.linearize import linearize as linearize_model
+from mlx_lqr.loading import load
+from mlx_lqr.riccati import Weights
+from mlx_lqr.synthesis import fit as fit_controller
+
+
+@click.command()
+@model_argument
+@click.option("-o", "--output", required=True, type=click.Path(), help="The file to write.")
+@click.option(
+    "--prompts", type=click.Path(), help="Nominal prompts; by default eight of the bundled neutral sentences."
+)
+@dtype_option
+def linearize(model: str, output: str, prompts: str | None, dtype: str | None) -> None:
+    """Compute and store the layer Jacobians of MODEL, to be used for any concept and any weights (fit --jacobians)."""
+    nominal = read_prompts(prompts) if prompts else bundled_prompts("dog")[1][:8]
+    with progress_bars() as progress:
+        loaded = load(model, dtype=dtype, progress=progress)
+        jacobians = linearize_model(loaded, nominal, progress=progress)
+        jacobians.save(output)
+    click.echo(f"Wrote {output}: {len(jacobians)} Jacobians averaged over {jacobians.prompt_count} prompts")
+
+
+@click.command()
+@model_argument
+@click.option("-o", "--output", required=True, type=click.Path(), help="The controller file to write.")
+@click.option("--concept", help="A bundled contrast set (see `mlx-lqr concepts`), or the name of your own.")
+@click.option(
+    "--positive", type=click.Path(), help="Prompts with the concept: one a line, or JSON lines with a prompt key."
+)
+@click.option("--negative", type=click.Path(), help="Prompts without it.")
+@click.option("--jacobians", type=click.Path(), help="Jacobians stored by `mlx-lqr linearize`.")
+@click.option("--jacobian-prompts", default=8, show_default=True, help="Positive prompts to linearise at.")
+@click.option(
+    "--q", default=0.1, show_default=True, help="Weight of the state. Only q/r and qf/r matter; more steers harder."
+)
+@click.option("--r", default=1.0, show_default=True, help="Weight of the control.")
+@click.option("--qf", default=0.1, show_default=True, help="Weight of the last layer's output.")
+@click.option("--layers", help="Where control may act, such as 20-29; by default every layer.")
+@click.option(
+    "--positions",
+    type=click.Choice(["last", "all"]),
+    default="last",
+    show_default=True,
+    help="Steer from the prompt's last token on, or every prompt token too.",
+)
+@dtype_option
+def fit(
+    model: str,
+    output: str,
+    concept: str | None,
+    positive: str | None,
+    negative: str | None,
+    jacobians: str | None,
+    jacobian_prompts: int,
+    q: float,
+    r: float,
+    qf: float,
+    layers: str | None,
+    positions: Positions,
+    dtype: str | None,
+) -> None:
+    """Fit a controller for a concept on MODEL."""
+    Weights(q, r, qf)  # a wrong weight is refused before the model is loaded
+    chosen = parse_layers(layers)
+    name, positive_prompts, negative_prompts = _prompts(concept, positive, negative)
+    stored = Jacobians.load(jacobians) if jacobians else None
+    with progress_bars() as progress:
+        loaded = load(model, dtype=dtype, progress=progress)
+        controller = fit_controller(
+            loaded,
+            positive_prompts,
+            negative_prompts,
+            concept=name,
+            q=q,
+            r=r,
+            qf=qf,
+            layers=chosen,
+            positions=positions,
+            jacobian_prompts=jacobian_prompts,
+            jacobians=stored,
+            progress=progress,
+        )
+        controller.save(output)
+    click.echo(f"Wrote {output} ({Path(output).stat().st_size / 1000:.0f} kB). Try it:")
+    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {output}:2")
+
+
+def _prompts(concept: str | None, positive: str | None, negative: str | None) -> tuple[str, list[str], list[str]]:
+    if positive and negative:
+        return concept or Path(positive).stem, read_prompts(positive), read_prompts(negative)
+    if positive or negative:
+        raise InputError("give both --positive and --negative")
+    if not concept:
+        raise InputError(
+            "name a bundled --concept (see `mlx-lqr concepts`), or give --positive FILE and --negative FILE"
+        )
+    return concept, *bundled_prompts(concept)

@@ -1,0 +1,55 @@
+"""What many tests share: the real SmolLM2, and small random models of every family."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import mlx_lqr
+from mlx_lqr.backends.base import Model
+
+GOLDEN = Path(os.environ.get("MLX_LQR_SHARED", Path(__file__).parents[2] / "shared")) / "golden"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Model:
+    """SmolLM2-135M-Instruct, converted from its GGUF by this library, float32."""
+    return mlx_lqr.load("demo", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Any]:
+    """Numbers of an independent PyTorch implementation (see the README beside them): arrays and the JSON's entries."""
+    if not GOLDEN.is_dir():
+        pytest.skip(f"the golden numbers are not at {GOLDEN}")
+    return {
+        **load_file(GOLDEN / "smollm2_ocean.safetensors"),
+        **json.loads((GOLDEN / "smollm2_ocean.json").read_text("utf-8")),
+    }
+
+
+@pytest.fixture(scope="session")
+def ocean(smollm2: Model, golden: dict[str, Any]) -> mlx_lqr.Contrast:
+    return mlx_lqr.contrast(smollm2, golden["positive"], golden["negative"])
+
+
+@pytest.fixture(scope="session")
+def jacobians(smollm2: Model, golden: dict[str, Any]) -> mlx_lqr.Jacobians:
+    return mlx_lqr.linearize(smollm2, golden["jacobian_prompts"])
+
+
+@pytest.fixture(scope="session")
+def controller(jacobians: mlx_lqr.Jacobians, ocean: mlx_lqr.Contrast) -> mlx_lqr.Controller:
+    return mlx_lqr.compile(mlx_lqr.solve(jacobians, 0.1, 1.0, 0.1), ocean, "ocean")
+
+
+@pytest.fixture
+def random() -> Iterator[np.random.Generator]:
+    yield np.random.default_rng(0)
