@@ -48,7 +48,7 @@ def adopt(model: Any) -> Model:
         InputError: neither of these, or an architecture that is not supported.
     """
     if hasattr(model, "steer") and hasattr(model, "fingerprint"):
-        return model  # type: ignore[no-any-return]
+        return model
     nn = sys.modules.get("mlx.nn")
     if nn is not None and isinstance(model, nn.Module):
         from mlx_lqr.backends.mlx import MLXModel

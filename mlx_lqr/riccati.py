@@ -126,9 +126,12 @@ def sweep(
         else:
             MA = S @ A
             gain = np.zeros_like(A)
-        S = A.T @ MA
-        S = (S + S.T) / 2
+        with np.errstate(over="ignore", invalid="ignore"):
+            S = A.T @ MA
+            S = (S + S.T) / 2
         S[np.diag_indices_from(S)] += weights.q
+        if not np.all(np.isfinite(S)):
+            raise InputError(f"the Riccati recursion overflows {S.dtype} at layer {k}: lower q and qf")
         yield k, gain
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,5 +50,5 @@ def controller(jacobians: mlx_lqr.Jacobians, ocean: mlx_lqr.Contrast) -> mlx_lqr
 
 
 @pytest.fixture
-def random() -> Iterator[np.random.Generator]:
-    yield np.random.default_rng(0)
+def random() -> np.random.Generator:
+    return np.random.default_rng(0)

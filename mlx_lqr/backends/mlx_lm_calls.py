@@ -7,13 +7,12 @@ announce it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.nn as nn
-
-from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 
 
 class Positions:
@@ -39,7 +38,7 @@ class Positions:
 @contextmanager
 def announcing_prompts(module: nn.Module, positions: Positions) -> Iterator[None]:
     """Inside this context, mlx_lm's generate_step and its batched prompt processing announce `module`'s prompts."""
-    library: Any = import_mlx_lm("generate")
+    library: Any = importlib.import_module("mlx_lm.generate")
     batch = library.PromptProcessingBatch
     original_step, original_prompt = library.generate_step, batch.prompt
 

@@ -1,8 +1,9 @@
 """mlx-lm's model classes without the 3 seconds that `import mlx_lm` takes.
 
-`mlx_lm/__init__.py` imports its generation code and with it transformers; the model files need neither. So `mlx_lm`
-enters `sys.modules` as a package whose `__init__` is postponed until somebody asks for something that it defines.
-There is one copy of every class, whether or not mlx_lm is then used in full.
+`mlx_lm/__init__.py` imports its generation code and with it transformers; the model files need neither. So they are
+imported below a stand-in for the package, which then goes. Whoever imports `mlx_lm` afterwards gets the real package
+with these very
+modules in it: there is one copy of every class.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from mlx_lqr.errors import InputError
-
-_LIGHT = ("models", "sample_utils")
-"""Submodules that may be imported while the package's `__init__` is postponed."""
 
 FAMILIES = (
     "gemma",
@@ -36,20 +38,11 @@ _REMAPPED = {"mistral": "llama"}
 
 
 def import_mlx_lm(submodule: str) -> ModuleType:
-    """Import `mlx_lm.<submodule>` for one of the light submodules, at their own cost alone."""
-    if "mlx_lm" not in sys.modules:
-        spec = importlib.util.find_spec("mlx_lm")
-        if spec is None:
-            raise InputError("mlx-lm is not installed: pip install mlx-lm")
-        package = _PostponedPackage("mlx_lm")
-        package.__dict__.update(
-            __spec__=spec,
-            __path__=list(spec.submodule_search_locations or []),
-            __file__=spec.origin,
-            __package__="mlx_lm",
-        )
-        sys.modules["mlx_lm"] = package
-    return importlib.import_module(f"mlx_lm.{submodule}")
+    """Import `mlx_lm.<submodule>` at its own cost alone, where it needs nothing of the package's `__init__`."""
+    if "mlx_lm" in sys.modules:
+        return importlib.import_module(f"mlx_lm.{submodule}")
+    with _stand_in():
+        return importlib.import_module(f"mlx_lm.{submodule}")
 
 
 def model_classes(model_type: str) -> tuple[Any, Any]:
@@ -64,24 +57,42 @@ def model_classes(model_type: str) -> tuple[Any, Any]:
     return module.Model, module.ModelArgs
 
 
-class _PostponedPackage(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)
-        self._execute()
-        return getattr(self, name)
+@contextmanager
+def _stand_in() -> Iterator[None]:
+    """An empty package that knows only where mlx_lm's files are."""
+    spec = importlib.util.find_spec("mlx_lm")
+    if spec is None:
+        raise InputError("mlx-lm is not installed: pip install mlx-lm")
+    package = ModuleType("mlx_lm")
+    package.__path__ = list(spec.submodule_search_locations or [])
+    sys.modules["mlx_lm"] = package
+    try:
+        yield
+    finally:
+        del sys.modules["mlx_lm"]
+        if not any(isinstance(finder, _RealPackage) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _RealPackage())
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The import system sets every submodule as an attribute of its package. One that is not light shows that the
-        # package is wanted in full, where `__init__` decides what the name means (`mlx_lm.generate` is a function).
-        if name not in _LIGHT and not name.startswith("__"):
-            self._execute()
-            self.__dict__.setdefault(name, value)
-        else:
-            self.__dict__[name] = value
 
-    def _execute(self) -> None:
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        assert self.__spec__ is not None
-        assert self.__spec__.loader is not None
-        self.__spec__.loader.exec_module(self)
+class _RealPackage(MetaPathFinder, Loader):
+    """Finds the real mlx_lm once, and gives it the submodules that were imported before it as attributes."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "mlx_lm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            self._loader = spec.loader
+            spec.loader = self
+        return spec
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert self._loader is not None
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        for name, submodule in list(sys.modules.items()):
+            parent, _, child = name.rpartition(".")
+            if parent == "mlx_lm":
+                setattr(module, child, submodule)
+        self._loader.exec_module(module)

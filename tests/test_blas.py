@@ -1,0 +1,56 @@
+"""The tuned BLAS on Linux, and what is said without one. Each case is a fresh process, as a user would start it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="macOS uses Accelerate")
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **environment}
+    )
+
+
+@linux
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the installation brings a BLAS on x86-64 only")
+def test_the_installation_brings_a_tuned_blas_which_mlx_then_uses() -> None:
+    done = run(
+        "import mlx_lqr, mlx.core as mx\n"
+        "a = mx.ones((512, 512))\nmx.eval(a @ a)\n"
+        "print([line.split('/')[-1] for line in open('/proc/self/maps') if 'libmkl' in line])"
+    )
+    assert "libmkl_rt" in done.stdout
+    assert "libmkl_core" in done.stdout, "the library is loaded but MLX's products do not reach it"
+
+
+@linux
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import mlx_lqr.backends.blas as blas\nimport mlx_lqr",
+        "import mlx.core\nimport mlx_lqr",
+    ],
+    ids=["none found", "mlx imported first"],
+)
+def test_without_one_it_works_and_says_once_what_it_costs(code: str) -> None:
+    load = "\nmlx_lqr.generate(mlx_lqr.load('demo'), 'Hi', max_tokens=1)\nmlx_lqr.load('demo')\nprint('works')"
+    found = "none found" if "mlx.core" not in code else ""
+    done = run(code + load, MLX_LQR_BLAS="/no/such/library.so" if found else "")
+    assert done.stdout == "works\n"
+    assert done.stderr.count("no tuned BLAS in use") == 1
+
+
+@linux
+def test_it_can_be_switched_off() -> None:
+    done = run(
+        "import mlx_lqr\nmlx_lqr.load('demo')\nprint('mkl' in open('/proc/self/maps').read())", MLX_LQR_BLAS="off"
+    )
+    assert done.stdout == "False\n"
+    assert "BLAS" not in done.stderr

@@ -1,0 +1,116 @@
+"""Directions from prompts, and prompts from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import FAMILY, tiny
+
+import mlx_lqr
+from mlx_lqr import InputError
+from mlx_lqr.backends.base import Model
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY))
+def test_a_padded_batch_gives_what_single_prompts_give(family: str) -> None:
+    model = tiny(family)
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9], [7], [2, 7, 1, 8, 2, 8], [1, 6, 1, 8]]
+    together = model.residuals(prompts)
+    for row, prompt in zip(together, prompts, strict=True):
+        assert np.allclose(row, model.residuals([prompt])[0], atol=1e-5)
+        assert np.allclose(row, model.trace(prompt).residual, atol=1e-5)
+
+
+def test_direction_is_the_difference_of_means() -> None:
+    model = tiny("llama")
+    positive, negative = [[1, 2, 3], [4, 5]], [[6, 7, 8, 9], [10], [11, 12]]
+    found = mlx_lqr.contrast(model, positive, negative)
+    expected = np.mean([model.residuals([p])[0] for p in positive], 0) - np.mean(
+        [model.residuals([p])[0] for p in negative], 0
+    )
+    assert np.allclose(found.direction, expected[:-1], atol=1e-5)
+    assert np.allclose(found.output_direction, expected[-1], atol=1e-5)
+    assert np.allclose(np.linalg.norm(found.unit_direction, axis=-1), 1)
+    assert found.prompt_counts == (2, 3)
+
+
+def test_prompts_that_end_alike_have_no_direction_at_layer_0() -> None:
+    model = tiny("llama")
+    found = mlx_lqr.contrast(model, [[1, 2, 9], [3, 9], [7, 9]], [[4, 5, 9], [6, 9]])
+    assert not found.direction[0].any()
+    assert not found.unit_direction[0].any()
+    assert found.direction[1:].any(axis=1).all()
+    controller = mlx_lqr.fit(model, [[1, 2, 9], [3, 9]], [[4, 5, 9], [6, 9]])
+    assert 0 not in controller.active_layers
+    assert np.isfinite(controller.gain).all()
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "says"),
+    [([], [[1]], "no positive"), ([[1]], [], "no negative"), ([[1, 2], [3]], [[3], [1, 2]], "the same"),
+     ([[1], []], [[2]], "empty"), ("text", [[1]], "list of prompts"), ([[1, 99]], [[2]], "between 0 and 63")],
+)  # fmt: skip
+def test_unusable_sets_are_refused(positive: object, negative: object, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        mlx_lqr.contrast(tiny("llama"), positive, negative)  # type: ignore[arg-type]
+
+
+def test_a_prompt_longer_than_the_context_is_refused() -> None:
+    model = tiny("llama", max_position_embeddings=8)
+    with pytest.raises(InputError, match="9 tokens and the model's context 8"):
+        mlx_lqr.contrast(model, [[1] * 9], [[2]])
+
+
+def test_activations_that_overflow_are_refused() -> None:
+    model = tiny("llama")
+    model.blocks[0].mlp.down_proj.weight = model.blocks[0].mlp.down_proj.weight * mx.array(float("inf"))
+    with pytest.raises(InputError, match="layer 1"):
+        mlx_lqr.contrast(model, [[1, 2]], [[3, 4]])
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    plain, lines, mixed = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.jsonl"
+    plain.write_text("one\n\n  two  \n{not json\n", "utf-8")
+    assert mlx_lqr.read_prompts(plain) == ["one", "  two  ", "{not json"]
+    lines.write_text('{"prompt": "a\\nb"}\n{"prompt": "c", "x": 1}\n', "utf-8")
+    assert mlx_lqr.read_prompts(lines) == ["a\nb", "c"]
+    for text in ('{"text": "a"}\n', '{"prompt": 3}\n', "{prompt}\n"):
+        mixed.write_text(text)
+        with pytest.raises(InputError, match="line 1"):
+            mlx_lqr.read_prompts(mixed)
+    plain.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="UTF-8"):
+        mlx_lqr.read_prompts(plain)
+    plain.write_text(" \n")
+    with pytest.raises(InputError, match="no prompts"):
+        mlx_lqr.read_prompts(plain)
+    with pytest.raises(InputError, match="cannot read"):
+        mlx_lqr.read_prompts(tmp_path / "missing.txt")
+
+
+def test_bundled_sets_are_large_and_end_alike() -> None:
+    names = {"dog", "ocean", "football", "church", "cloud", "love", "joy", "formal", "polite", "truth", "refusal"}
+    assert set(mlx_lqr.bundled_concepts()) == names
+    for name in names:
+        positive, negative = mlx_lqr.bundled_prompts(name)
+        assert min(len(positive), len(negative)) >= 60
+        assert len({text.lower() for text in positive + negative}) == len(positive) + len(negative)
+        assert sorted(text[-1] for text in positive) == sorted(text[-1] for text in negative)
+        assert all(text == text.strip() and text.isascii() and text[-1] in ".!?" for text in positive + negative)
+    with pytest.raises(InputError, match="choose one of"):
+        mlx_lqr.bundled_prompts("../dog")
+
+
+def test_bundled_sets_tell_themselves_apart_on_smollm2(smollm2: Model) -> None:
+    """Held-out sentences fall on their own side of the direction found from the others, in the last third of layers."""
+    for name in ("ocean", "formal", "refusal"):
+        positive, negative = mlx_lqr.bundled_prompts(name)
+        found = mlx_lqr.contrast(smollm2, positive[:40], negative[:40])
+        held_out = [smollm2.tokenizer.encode(text) for text in positive[40:60] + negative[40:60]]
+        middle = (found.mean_positive + found.mean_negative) / 2
+        side = np.einsum("nkd,kd->nk", smollm2.residuals(held_out)[:, :-1] - middle, found.unit_direction)[:, 20:]
+        right = np.concatenate([side[:20] > 0, side[20:] < 0]).mean()
+        assert right > 0.8, (name, right)  # 0.5 is chance

@@ -1,0 +1,146 @@
+"""The directions in which imports may point, and what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
+
+LAYERS = [
+    {"errors", "cache", "atomic", "concepts"},
+    {"backends.base", "backends.tokenizer", "backends.blas", "tensors"},
+    {"backends", "contrast", "riccati"},
+    {"controller", "linearize"},
+    {"laws", "synthesis"},
+    {"convert"},
+    {"loading"},
+    {"runtime", "analysis", "tasks"},
+    {"commands"},
+]
+"""From the bottom to the top: a module may import from its own layer and from those below."""
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for folder, prefix in (("mlx_lqr", ""), ("runtime", "runtime."), ("convert", "convert.")):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            name = prefix + ".".join(file.relative_to(ROOT / folder).with_suffix("").parts)
+            yield name.removesuffix(".__init__"), file
+
+
+def imports(file: Path, *, top_level: bool = False) -> Iterator[str]:
+    """Absolute names of all modules that a file imports, or of those it imports when it is itself imported."""
+    tree = ast.parse(file.read_text("utf-8"))
+    package = "mlx_lqr." + file.parent.name
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{package}.{node.module or ''}".rstrip(".") if node.level else node.module or ""
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def layer(name: str) -> int | None:
+    name = name.removeprefix("mlx_lqr.")
+    known = {prefix: index for index, layer in enumerate(LAYERS) for prefix in layer}
+    while name:
+        if name in known:
+            return known[name]
+        name = name.rpartition(".")[0]
+    return None
+
+
+@pytest.mark.parametrize(("name", "file"), [entry for entry in modules() if entry[0] != "__init__"])
+def test_imports_point_downwards(name: str, file: Path) -> None:
+    own = layer(name)
+    assert own is not None, f"{name} has no layer: give it one"
+    for imported in imports(file):
+        if imported.startswith("mlx_lqr."):
+            theirs = layer(imported)
+            assert theirs is not None
+            assert theirs <= own, f"{name} imports {imported}, which stands above it"
+
+
+@pytest.mark.parametrize(("name", "file"), list(modules()))
+def test_only_backends_and_converters_know_a_tensor_framework(name: str, file: Path) -> None:
+    frameworks = {imported.partition(".")[0] for imported in imports(file)} & TENSOR_FRAMEWORKS
+    if name.startswith("backends.mlx") or name.startswith("convert."):
+        assert frameworks <= {"mlx", "mlx_lm", "transformers"}  # the last for tokenizers in older formats
+    elif name == "loading":
+        assert not {imported.partition(".")[0] for imported in imports(file, top_level=True)} & TENSOR_FRAMEWORKS
+    else:
+        assert not frameworks
+
+
+def loaded_after(code: str) -> set[str]:
+    command = [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_library_imports_no_framework() -> None:
+    loaded = loaded_after("import mlx_lqr, mlx_lqr.commands")
+    assert not loaded & {"torch", "transformers", "mlx_lm", "mlx.core", "scipy", "rich", "prompt_toolkit", "jinja2"}
+
+
+def test_a_model_is_loaded_and_run_without_torch_and_transformers() -> None:
+    loaded = loaded_after(
+        "sys.modules['torch'] = None\nimport mlx_lqr\n"
+        "mlx_lqr.generate(mlx_lqr.load('demo'), 'Once', max_tokens=2, temperature=1.0, top_p=0.9)"
+    )
+    assert "mlx_lm.models.llama" in loaded
+    assert "transformers" not in loaded
+
+
+def test_mlx_lm_is_whole_when_it_is_wanted() -> None:
+    """Our short cut to mlx-lm's model classes must not show, in whichever order things are imported."""
+    loaded_after(
+        "import mlx_lqr\nmlx_lqr.load('demo')\nimport mlx_lm, mlx_lm.models.llama, mlx_lm.sample_utils\n"
+        "assert callable(mlx_lm.generate) and callable(mlx_lm.load)\n"
+        "from mlx_lm import stream_generate, convert\nfrom mlx_lm.generate import generate_step\n"
+        "assert mlx_lm.models.llama.Model and mlx_lm.__version__"
+    )
+    loaded_after(
+        "import mlx_lqr\nmlx_lqr.load('demo')\nimport mlx_lm.generate\nassert callable(mlx_lm.generate)\n"
+        "from mlx_lm.models import cache\nassert mlx_lm.models.cache is cache"
+    )
+    loaded_after(
+        "import mlx_lqr\nfirst = mlx_lqr.load('demo').module.__class__\nfrom mlx_lm.utils import load_model\n"
+        "import mlx_lm.models.llama\nassert mlx_lm.models.llama.Model is first\nfrom mlx_lm import sample_utils\n"
+        "assert mlx_lm.__spec__.loader is mlx_lm.__loader__ is not None\n"
+        "import importlib\nimportlib.reload(mlx_lm)"
+    )
+    loaded_after(
+        "import mlx_lm\nimport mlx_lqr\nassert mlx_lqr.load('demo').module.__class__ is mlx_lm.models.llama.Model"
+    )
+
+
+def test_mlx_may_be_imported_first() -> None:
+    loaded_after("import mlx.core\nimport mlx_lqr\nmlx_lqr.generate(mlx_lqr.load('demo'), 'Once', max_tokens=1)")
+
+
+def test_the_package_holds_everything(tmp_path: Path) -> None:
+    """A wheel built from the checkout has the concepts, the type marker and what stands outside mlx_lqr/."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for file in (
+        "runtime/decode.py",
+        "convert/sources.py",
+        "py.typed",
+        "concepts/dog/positive.txt",
+        "commands/chat.py",
+    ):
+        assert f"mlx_lqr/{file}" in names
+    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"mlx_lqr"}
+    for name, file in modules():
+        path = name.replace(".", "/").removesuffix("__init__")
+        assert f"mlx_lqr/{path}.py" in names or f"mlx_lqr/{path}/__init__.py".replace("//", "/") in names, file
