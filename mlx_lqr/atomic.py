@@ -26,15 +26,7 @@ def writing(target: str | os.PathLike[str], *, folder: bool = False) -> Iterator
         InputError: the place cannot be written, or the disk is full.
     """
     target = Path(target)
-    if folder and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists already: name another place, or remove it first")
-    if not folder and target.is_dir():
-        raise InputError(f"{target} is a folder: name a file")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}") from error
+    holder = _place_beside(target, folder)
     temporary = holder / target.name
     try:
         if folder:
@@ -46,6 +38,24 @@ def writing(target: str | os.PathLike[str], *, folder: bool = False) -> Iterator
         raise InputError(f"cannot write {target}: {error.strerror or error}; nothing was changed") from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def check_writable(target: str | os.PathLike[str]) -> None:
+    """Raise `InputError` now, before long work, where a file could not be written at `target` afterwards."""
+    _place_beside(Path(target), folder=False).rmdir()
+
+
+def _place_beside(target: Path, folder: bool) -> Path:
+    """A new empty folder beside `target`, on the same file system."""
+    if folder and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target} exists already: name another place, or remove it first")
+    if not folder and target.is_dir():
+        raise InputError(f"{target} is a folder: name a file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def _flush(path: Path) -> None:

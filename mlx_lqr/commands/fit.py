@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mlx_lqr.atomic import check_writable
 from mlx_lqr.commands.options import dtype_option, model_argument, parse_layers, progress_bars
 from mlx_lqr.contrast import bundled_prompts, read_prompts
 from mlx_lqr.controller import Positions
@@ -26,6 +27,7 @@ from mlx_lqr.synthesis import fit as fit_controller
 @dtype_option
 def linearize(model: str, output: str, prompts: str | None, dtype: str | None) -> None:
     """Compute and store the layer Jacobians of MODEL, to be used for any concept and any weights (fit --jacobians)."""
+    check_writable(output)
     nominal = read_prompts(prompts) if prompts else bundled_prompts("dog")[1][:8]
     with progress_bars() as progress:
         loaded = load(model, dtype=dtype, progress=progress)
@@ -74,7 +76,8 @@ def fit(
     dtype: str | None,
 ) -> None:
     """Fit a controller for a concept on MODEL."""
-    Weights(q, r, qf)  # a wrong weight is refused before the model is loaded
+    Weights(q, r, qf)  # mistakes are refused before the model is loaded
+    check_writable(output)
     chosen = parse_layers(layers)
     name, positive_prompts, negative_prompts = _prompts(concept, positive, negative)
     stored = Jacobians.load(jacobians) if jacobians else None
