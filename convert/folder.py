@@ -1,0 +1,140 @@
+"""SOURCE -> MLX model folder: look at what the source is, and write the folder whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from gguf.constants import GGMLQuantizationType
+
+from mlx_lqr.atomic import writing
+from mlx_lqr.backends.base import Progress
+from mlx_lqr.errors import InputError
+
+from .gguf_config import architecture, model_config
+from .gguf_file import FLOAT_TYPES, GGUFFile
+from .gguf_tokenizer import GGUFTokenizer
+from .gguf_weights import GGUFWeights
+from .huggingface import convert_folder, hub_folder
+from .write import BITS, DTYPES, GROUP_SIZES, cast, group_for, write_json, write_weights
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    quantize: int | None = None,
+    group_size: int = 64,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the model `source` as an MLX folder that `mlx_lm.load` reads.
+
+    Args:
+        source: a .gguf file, a Hugging Face folder, or a hub id (its safetensors and tokenizer files are downloaded).
+        out: the folder to make; it must not exist, or be empty.
+        dtype: "float32", "float16" or "bfloat16". None keeps the checkpoint's own; a quantised GGUF becomes float32
+            where MLX computes on the CPU, which is slow in 16 bits, and bfloat16 elsewhere.
+        quantize: 4 or 8 bits a weight (MLX affine quantisation); None does not quantise.
+        group_size: weights that share a scale: 32, 64 or 128. A row that does not divide by it gets groups of 32, one
+            that does not divide by 32 stays as it is; the config names every such module.
+        progress: called as progress("Writing", done, total) after every tensor.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: the source, the place or an option cannot be used; nothing is left behind.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if quantize is not None and quantize not in BITS:
+        raise InputError(f"cannot quantise to {quantize!r} bits: use {' or '.join(map(str, BITS))}")
+    if group_size not in GROUP_SIZES:
+        raise InputError(f"cannot quantise in groups of {group_size!r}: use {', '.join(map(str, GROUP_SIZES))}")
+    with writing(out, folder=True) as folder:
+        place = Path(source)
+        if place.is_file():
+            _convert_gguf(GGUFFile(place), folder, dtype, quantize, group_size, progress)
+        else:
+            checkpoint = place if place.is_dir() else hub_folder(str(source))
+            convert_folder(checkpoint, folder, dtype, quantize, group_size, progress)
+    return Path(out)
+
+
+def _convert_gguf(
+    file: GGUFFile, folder: Path, dtype: str | None, quantize: int | None, group_size: int, progress: Progress | None
+) -> None:
+    arch = architecture(file)
+    config = model_config(file)
+    tokenizer = GGUFTokenizer(file)
+    if len(tokenizer.tokens) > config["vocab_size"]:
+        raise InputError(
+            f"{file.path} has {len(tokenizer.tokens)} tokens but {config['vocab_size']} embeddings: download it again"
+        )
+    weights = GGUFWeights(file, arch, config)
+    chosen = dtype or _own_dtype(file)
+    ends = tokenizer.eos_token_ids
+    identifiers: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config |= identifiers | {"torch_dtype": chosen}
+    names = list(weights.shapes)
+    arrays: Iterator[tuple[str, mx.array]] = ((name, cast(name, array, DTYPES[chosen])) for name, array in weights)
+    if quantize is not None:
+        groups = _groups(weights, group_size)
+        names = [part for name in names for part in _parts(name, groups)]
+        arrays = _quantized(arrays, groups, quantize)
+        config["quantization"] = config["quantization_config"] = _quantization(groups, quantize, group_size)
+    write_json(folder / "config.json", config)
+    write_json(
+        folder / "generation_config.json", {key: value for key, value in identifiers.items() if value is not None}
+    )
+    tokenizer.save(folder, config["max_position_embeddings"])
+    write_weights(folder, names, arrays, progress)
+
+
+def _own_dtype(file: GGUFFile) -> str:
+    """The dtype of a file of plain numbers, by its matrices (norms are float32 in all); else what suits the device."""
+    kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    if kinds <= FLOAT_TYPES.keys():
+        narrow = kinds - {GGMLQuantizationType.F32}
+        return FLOAT_TYPES[narrow.pop()] if len(narrow) == 1 else "bfloat16" if narrow else "float32"
+    return "float32" if mx.default_device() == mx.cpu else "bfloat16"
+
+
+def _groups(weights: GGUFWeights, group_size: int) -> dict[str, int | None]:
+    """Name -> group size (None: cannot be grouped) of every matrix; all are linear layers or embeddings."""
+    return {name: group_for(shape[1], group_size) for name, shape in weights.shapes.items() if len(shape) == 2}
+
+
+def _parts(name: str, groups: dict[str, int | None]) -> list[str]:
+    module = name.removesuffix(".weight")
+    return [name, f"{module}.scales", f"{module}.biases"] if groups.get(name) else [name]
+
+
+def _quantized(
+    arrays: Iterator[tuple[str, mx.array]], groups: dict[str, int | None], bits: int
+) -> Iterator[tuple[str, mx.array]]:
+    """The same three arrays for a matrix that `mlx.nn.quantize` makes of its layer."""
+    for name, array in arrays:
+        if group := groups.get(name):
+            yield from zip(_parts(name, groups), mx.quantize(array, group_size=group, bits=bits), strict=True)
+        else:
+            yield name, array
+
+
+def _quantization(groups: dict[str, int | None], bits: int, group_size: int) -> dict[str, Any]:
+    """The config's entry, as mlx-lm writes it: the common settings, and the modules that differ."""
+    common = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    different = {
+        name.removesuffix(".weight"): common | {"group_size": group} if group else False
+        for name, group in groups.items()
+        if group != group_size
+    }
+    return common | different

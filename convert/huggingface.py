@@ -1,0 +1,257 @@
+"""A Hugging Face folder or hub id -> an MLX folder, through mlx-lm's own model classes.
+
+mlx-lm renames and reshapes weights per architecture (`sanitize`); its lazily loaded model gives the final weights here,
+and they are read from the disk only as they are written. No code of the checkpoint is ever run, nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+from safetensors import SafetensorError, safe_open
+
+from mlx_lqr.backends.base import Progress
+from mlx_lqr.errors import InputError
+
+from .write import DTYPES, cast, group_for, write_json, write_weights
+
+_INDEX = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DOWNLOADED = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt"]
+_COPIED = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+]
+
+
+def hub_folder(name: str) -> Path:
+    """Download the model `name` (or find it in the hub's cache) and return its folder."""
+    if not _HUB_ID.fullmatch(name):
+        raise InputError(f"{name} does not exist: give a .gguf file, a model folder or a hub id such as org/model")
+    from huggingface_hub import snapshot_download  # half a second, and only needed here
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"the hub has no model {name} (or not for you): check the name, or log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # its own errors, those of its transport, and those of the disk have no common class
+        raise InputError(f"cannot download {name} ({_line(error)}): check the network, or give a folder") from error
+
+
+def convert_folder(
+    source: Path, out: Path, dtype: str | None, quantize: int | None, group_size: int, progress: Progress | None
+) -> None:
+    """Write the model in `source` into the existing folder `out`."""
+    config = _checked_config(source)
+    _check_weight_files(source)
+    flat = _flattened(config)
+    changes = {key: value for key, value in flat.items() if key not in config or config[key] != value}
+    model, loaded = _load(source, changes)
+    config = flat
+    if quantize is not None:
+        if "quantization" in loaded:
+            raise InputError(f"{source} is quantised already: leave --quantize away, or start from the original model")
+        loaded["quantization"] = _quantize(model, quantize, group_size)
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+        if "quantization" in loaded:
+            config[key] = loaded["quantization"]
+    if dtype is not None:
+        config["torch_dtype"] = dtype
+        config.pop("dtype", None)
+    if "vision_tower" not in getattr(model, "model", {}):
+        config.pop("vision_config", None)  # mlx-lm has dropped the weights
+    write_json(out / "config.json", config)
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    write_weights(out, names, _weights(model, None if dtype is None else DTYPES[dtype]), progress)
+    _copy_tokenizer(source, out)
+
+
+def _checked_config(source: Path) -> dict[str, Any]:
+    """config.json of `source`, without what points to code."""
+    config = _read_json(source / "config.json", f"{source} has no config.json: give the folder of a whole model")
+    if "model_file" in config:
+        raise InputError(
+            f"{source} wants its own code run ({config['model_file']}), which is never done: use another model"
+        )
+    if not isinstance(model_type := config.get("model_type"), str):
+        raise InputError(f"{source}/config.json states no model_type: give the folder of a language model")
+    # the name becomes a module's name
+    if not re.fullmatch(r"[\w-]+", model_type) or not _is_known(config):
+        raise InputError(f"{source} has the model_type {model_type!r}, which mlx-lm does not know: use another model")
+    config.pop("auto_map", None)  # the code it names is not taken along
+    config.pop("_name_or_path", None)
+    return config
+
+
+def _is_known(config: dict[str, Any]) -> bool:
+    return _settings_read(config) is not None
+
+
+def _settings_read(config: dict[str, Any]) -> set[str] | None:
+    """The config's keys that mlx-lm's model of this type reads, or None if it has no such model."""
+    from mlx_lm.utils import _get_classes
+
+    try:
+        _, settings = _get_classes(config)
+    except (ValueError, KeyError, AttributeError):  # no such module, or one of mlx-lm's that is no model
+        return None
+    return {field.name for field in fields(settings)}
+
+
+def _flattened(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with what transformers 5 nests or words anew as mlx-lm's older models look for it.
+
+    They know nothing of `rope_parameters` and would silently take their default RoPE base. transformers reads both.
+    """
+    flat = dict(config)
+    if isinstance(text := config.get("text_config"), dict):
+        flat["text_config"] = _flattened(text)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_parameters" not in (_settings_read(config) or ()):
+        del flat["rope_parameters"]
+        found: dict[str, Any] = {}
+        if isinstance(rope.get("sliding_attention"), dict):
+            found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+            rope = rope.get("full_attention", {})
+        found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+        if rope.get("rope_type", "default") != "default":
+            found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        flat |= {key: value for key, value in found.items() if value is not None and flat.get(key) is None}
+    kinds = config.get("layer_types")
+    if config.get("model_type") == "gemma3_text" and isinstance(kinds, list) and "full_attention" in kinds:
+        period = kinds.index("full_attention") + 1
+        if any((kind == "full_attention") != (index % period == 0) for index, kind in enumerate(kinds, start=1)):
+            raise InputError("the sliding layers are in no regular order: mlx-lm cannot do that, use another model")
+        flat["sliding_window_pattern"] = period
+    return flat
+
+
+def _check_weight_files(source: Path) -> None:
+    files = set(source.glob("model*.safetensors"))
+    if (source / _INDEX).exists():
+        index = _read_json(source / _INDEX, "")
+        missing = sorted({str(name) for name in index.get("weight_map", {}).values()} - {file.name for file in files})
+        if missing:
+            raise InputError(
+                f"{source} lacks {missing[0]} ({len(missing)} of its files are missing): download it again"
+            )
+    if not files:
+        pickled = next((file.name for file in source.iterdir() if file.suffix in (".bin", ".pt", ".pth")), None)
+        if pickled is not None:
+            raise InputError(
+                f"{source} has only pickled weights ({pickled}), which can run code when read: get them as safetensors"
+            )
+        raise InputError(f"{source} has no model*.safetensors: give the folder of a whole model")
+    for file in sorted(files):
+        try:
+            with safe_open(file, framework="np"):
+                pass  # opening it holds the header against the file's length
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is cut short or corrupt ({_line(error)}): download it again") from error
+
+
+def _load(source: Path, changes: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm.utils import load_model
+
+    try:
+        model, loaded = load_model(source, lazy=True, model_config=changes)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        raise InputError(f"{source} does not fit its config.json ({_line(error)}): download it again") from error
+    return model, loaded
+
+
+def _quantize(model: nn.Module, bits: int, group_size: int) -> dict[str, Any]:
+    """Quantise `model` (lazily) and return the config's entry, which names every module that differs from the rest."""
+    common: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
+    entry = dict(common)
+    wanted = getattr(model, "quant_predicate", None)
+
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if not hasattr(module, "to_quantized"):
+            return False
+        choice = True if wanted is None else wanted(path, module)
+        if isinstance(choice, dict) or not choice:
+            if choice:
+                entry[path] = choice
+            return choice
+        group = group_for(module.weight.shape[-1], group_size)
+        if group != group_size:
+            entry[path] = False if group is None else common | {"group_size": group}
+            return bool(group) and entry[path]
+        return True
+
+    nn.quantize(model, group_size, bits, class_predicate=settings)
+    return entry
+
+
+def _weights(model: nn.Module, dtype: mx.Dtype | None) -> Iterator[tuple[str, mx.array]]:
+    """Take the weights out of `model`, so that each is let go once it is written."""
+    castable = getattr(model, "cast_predicate", lambda name: True)
+    weights = dict(tree_flatten(model.parameters()))
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    for name in list(weights):
+        yield name, cast(name, weights.pop(name), dtype if castable(name) else None)
+
+
+def _copy_tokenizer(source: Path, out: Path) -> None:
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+    if (source / "tokenizer_config.json").is_file():
+        config = _read_json(source / "tokenizer_config.json", "")
+        config.pop("auto_map", None)
+        write_json(out / "tokenizer_config.json", config)
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(source / "additional_chat_templates", out / "additional_chat_templates")
+    if not (out / "tokenizer.json").exists():
+        _build_tokenizer(source, out)
+
+
+def _build_tokenizer(source: Path, out: Path) -> None:
+    """tokenizer.json from older files (tokenizer.model, or vocab.json and merges.txt), by transformers."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(str(source), trust_remote_code=False).save_pretrained(str(out))
+    except Exception as error:  # transformers raises whatever the files make it stumble over
+        raise InputError(f"{source} has no tokenizer.json and none can be built ({_line(error)}): add one") from error
+    if not (out / "tokenizer.json").exists():
+        raise InputError(f"{source} has no tokenizer.json and none can be built: add one")
+
+
+def _read_json(path: Path, absent: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(absent) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({_line(error)}): download it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no JSON object: download it again")
+    return content
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's message, or its name."""
+    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__

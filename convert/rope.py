@@ -1,0 +1,109 @@
+"""RoPE scaling out of a GGUF file, as the `rope_scaling` dictionary of a Hugging Face or MLX config.
+
+Llama 3's scaling is not in the metadata. The converter of llama.cpp evaluates it and stores the tensor rope_freqs: a
+factor for the wavelength of each rotary frequency,
+
+    wavelen < O / H: 1      wavelen > O / L: F      between: 1 / ((1 - s) / F + s),  s = (O / wavelen - L) / (H - L)
+
+(F factor, L low_freq_factor, H high_freq_factor, O original_max_position_embeddings). The formula is solved for the
+four numbers here and the result held against the tensor. Only L / O and H / O matter, so L = 1 is no restriction.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_lqr.errors import InputError
+
+from .gguf_file import GGUFFile
+
+FACTORS = "rope_freqs.weight"
+_LLAMA_3 = (1.0, 4.0, 8192)  # L, H, O of every Llama 3 so far
+
+
+def rope_scaling(file: GGUFFile, arch: str, head_dim: int, theta: float) -> dict[str, Any] | None:
+    """The scaling that `file` asks for, or None.
+
+    Raises:
+        InputError: MLX cannot do it, or it cannot be recovered.
+    """
+    kind = file.value(f"{arch}.rope.scaling.type", str, "none")
+    factor = file.value(f"{arch}.rope.scaling.factor", float, file.value(f"{arch}.rope.scale_linear", float, 1.0))
+    if kind == "none" and f"{arch}.rope.scale_linear" in file.metadata:
+        kind = "linear"  # how files of 2023 say it
+    if FACTORS in file.tensors:
+        if kind != "none":
+            raise InputError(f"{file.path} scales RoPE both by {kind} and by {FACTORS}: this model is not supported")
+        return recover_llama3(file.read(FACTORS).ravel(), head_dim, theta)
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):  # llama.cpp takes 0 for 1
+        return None
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    if kind == "yarn":
+        return _yarn(file, f"{arch}.rope.scaling.", factor)
+    raise InputError(f"{file.path} scales RoPE by {kind!r}: supported are linear, yarn and Llama 3's")
+
+
+def recover_llama3(factors: NDArray[np.float32], head_dim: int, theta: float) -> dict[str, Any]:
+    """The scaling whose per-frequency `factors` (head_dim / 2,) are given.
+
+    Raises:
+        InputError: no such scaling gives these factors.
+    """
+    if factors.shape != (head_dim // 2,) or not np.isfinite(factors).all():
+        raise InputError(
+            f"{FACTORS} does not hold {head_dim // 2} factors for heads of {head_dim}: download the model again"
+        )
+    measured = factors.astype(np.float64)
+    inverse_wavelen = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    factor = _tidy(float(measured.max()))
+    candidates = [_LLAMA_3]
+    between = (measured > 1) & (measured < measured.max())
+    if between.sum() >= 2:
+        # s is linear in 1 / wavelen: slope O / (H - L), intercept -L / (H - L)
+        smooth = (1 / measured[between] - 1 / factor) / (1 - 1 / factor)
+        slope, intercept = np.polyfit(inverse_wavelen[between], smooth, 1)
+        if slope > 0 > intercept:
+            candidates.append((1.0, _tidy(1 - 1 / float(intercept)), round(-float(slope / intercept))))
+    for low, high, original in candidates:
+        if np.allclose(_llama3_factors(inverse_wavelen, factor, low, high, original), measured, rtol=1e-5, atol=0):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise InputError(f"{FACTORS} does not follow Llama 3's formula: convert the original model instead of this GGUF")
+
+
+def _llama3_factors(
+    inverse_wavelen: NDArray[np.float64], factor: float, low: float, high: float, original: int
+) -> NDArray[np.float64]:
+    smooth = np.clip((original * inverse_wavelen - low) / (high - low), 0.0, 1.0)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def _yarn(file: GGUFFile, prefix: str, factor: float) -> dict[str, Any]:
+    extrapolation = file.value(prefix + "yarn_ext_factor", float, 1.0)
+    attention = file.value(prefix + "yarn_attn_factor", float, file.value(prefix + "attn_factor", float, 1.0))
+    if (extrapolation, attention) != (1.0, 1.0):
+        raise InputError(
+            f"{file.path} scales RoPE by YaRN with its own attention factor: MLX cannot do that, use another model"
+        )
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": file.value(prefix + "original_context_length", int),
+        "beta_fast": file.value(prefix + "yarn_beta_fast", float, 32.0),
+        "beta_slow": file.value(prefix + "yarn_beta_slow", float, 1.0),
+    }
+
+
+def _tidy(number: float) -> float:
+    """The whole number that float32 rounding has moved a little, else `number` itself."""
+    return float(round(number)) if abs(number - round(number)) < 1e-3 * number else number
