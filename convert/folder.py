@@ -75,8 +75,8 @@ def _convert_gguf(
         raise InputError(
             f"{file.path} has {len(tokenizer.tokens)} tokens but {config['vocab_size']} embeddings: download it again"
         )
-    weights = GGUFWeights(file, arch, config)
     chosen = dtype or _own_dtype(file)
+    weights = GGUFWeights(file, arch, config, chosen)
     ends = tokenizer.eos_token_ids
     identifiers: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_token_id,

@@ -50,8 +50,9 @@ class GGUFWeights:
         InputError: a tensor is missing, of an unexpected shape, or of no known use.
     """
 
-    def __init__(self, file: GGUFFile, arch: str, config: dict[str, Any]) -> None:
+    def __init__(self, file: GGUFFile, arch: str, config: dict[str, Any], dtype: str) -> None:
         self._file = file
+        self._embedding_factor = _embedding_factor(arch, config, dtype)
         self._arch = arch
         self._config = config
         self.shapes = _expected_shapes(arch, config)
@@ -68,7 +69,12 @@ class GGUFWeights:
         elif self._arch == "llama" and ".k_proj." in name:
             tensor = _unpermute(tensor, self._config["num_key_value_heads"])
         elif self._arch.startswith("gemma") and "norm." in name:
+            if name == "model.norm.weight" and self._config["tie_word_embeddings"]:
+                # the output layer has the embedding's factor, too
+                tensor = np.divide(tensor, self._embedding_factor, dtype=np.float32)
             tensor = tensor - 1  # llama.cpp multiplies by the stored weight, Gemma's own norm by 1 + weight
+        elif name == "model.embed_tokens.weight" and self._embedding_factor != 1:
+            tensor = tensor * self._embedding_factor
         return mx.array(tensor)
 
     def __iter__(self) -> Iterator[tuple[str, mx.array]]:
@@ -89,6 +95,18 @@ class GGUFWeights:
         for name in self.shapes:
             if name not in self._source and not name.endswith(".bias"):
                 raise InputError(f"{path} lacks the tensor for {name}: download it again")
+
+
+def _embedding_factor(arch: str, config: dict[str, Any], dtype: str) -> np.float32:
+    """What the embedding of a float32 Gemma 3 must be multiplied by to be scaled by sqrt(hidden_size) in mlx-lm.
+
+    mlx-lm rounds that scale to bfloat16 in every dtype; transformers and llama.cpp compute in float32 where the
+    weights are float32. Left alone, the rounding moves logits of Gemma 3 270M by 0.6.
+    """
+    scale = config["hidden_size"] ** 0.5
+    if arch != "gemma3" or dtype != "float32":
+        return np.float32(1)
+    return np.float32(scale / mx.array(scale, mx.bfloat16).astype(mx.float32).item())
 
 
 def _mlx_name(arch: str, name: str) -> str:

@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 from safetensors import SafetensorError, safe_open
 
 from mlx_lqr.backends.base import Progress
+from mlx_lqr.backends.mlx_load import flattened, settings_read
 from mlx_lqr.errors import InputError
 
 from .write import DTYPES, cast, group_for, write_json, write_weights
@@ -64,7 +64,7 @@ def convert_folder(
     """Write the model in `source` into the existing folder `out`."""
     config = _checked_config(source)
     _check_weight_files(source)
-    flat = _flattened(config)
+    flat = flattened(config)
     changes = {key: value for key, value in flat.items() if key not in config or config[key] != value}
     model, loaded = _load(source, changes)
     config = flat
@@ -105,46 +105,7 @@ def _checked_config(source: Path) -> dict[str, Any]:
 
 
 def _is_known(config: dict[str, Any]) -> bool:
-    return _settings_read(config) is not None
-
-
-def _settings_read(config: dict[str, Any]) -> set[str] | None:
-    """The config's keys that mlx-lm's model of this type reads, or None if it has no such model."""
-    from mlx_lm.utils import _get_classes
-
-    try:
-        _, settings = _get_classes(config)
-    except (ValueError, KeyError, AttributeError):  # no such module, or one of mlx-lm's that is no model
-        return None
-    return {field.name for field in fields(settings)}
-
-
-def _flattened(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with what transformers 5 nests or words anew as mlx-lm's older models look for it.
-
-    They know nothing of `rope_parameters` and would silently take their default RoPE base. transformers reads both.
-    """
-    flat = dict(config)
-    if isinstance(text := config.get("text_config"), dict):
-        flat["text_config"] = _flattened(text)
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_parameters" not in (_settings_read(config) or ()):
-        del flat["rope_parameters"]
-        found: dict[str, Any] = {}
-        if isinstance(rope.get("sliding_attention"), dict):
-            found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
-            rope = rope.get("full_attention", {})
-        found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-        if rope.get("rope_type", "default") != "default":
-            found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        flat |= {key: value for key, value in found.items() if value is not None and flat.get(key) is None}
-    kinds = config.get("layer_types")
-    if config.get("model_type") == "gemma3_text" and isinstance(kinds, list) and "full_attention" in kinds:
-        period = kinds.index("full_attention") + 1
-        if any((kind == "full_attention") != (index % period == 0) for index, kind in enumerate(kinds, start=1)):
-            raise InputError("the sliding layers are in no regular order: mlx-lm cannot do that, use another model")
-        flat["sliding_window_pattern"] = period
-    return flat
+    return settings_read(config) is not None
 
 
 def _check_weight_files(source: Path) -> None:

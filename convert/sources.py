@@ -46,7 +46,7 @@ def demo_model(*, progress: Progress | None = None) -> Path:
 
 
 def _converted(file: Path, folder: Path, progress: Progress | None) -> Path:
-    from mlx_lqr.convert import convert
+    from mlx_lqr.convert.folder import convert
 
     if not (folder / "config.json").is_file():
         try:

@@ -18,7 +18,7 @@ from mlx_lqr.linearize import Jacobians, linearize  # noqa: E402
 from mlx_lqr.loading import load  # noqa: E402
 from mlx_lqr.riccati import Gains, solve  # noqa: E402
 from mlx_lqr.runtime import Piece, generate, steer, stream  # noqa: E402
-from mlx_lqr.synthesis import fit  # noqa: E402
+from mlx_lqr.synthesis import adapt, fit  # noqa: E402
 
 __all__ = [
     "Contrast",
@@ -27,6 +27,7 @@ __all__ = [
     "InputError",
     "Jacobians",
     "Piece",
+    "adapt",
     "bundled_concepts",
     "bundled_prompts",
     "compile",

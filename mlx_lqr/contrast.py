@@ -23,7 +23,7 @@ Prompt = str | Sequence[int]
 """Text (tokenised as it is, no chat template) or token ids."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contrast:
     """What two sets of prompts tell apart, for a model of T blocks of width d (all float32).
 
@@ -47,6 +47,11 @@ class Contrast:
     def magnitude(self) -> Float32:
         """mu_k = norm(e_k): (T,)"""
         return np.linalg.norm(self.direction, axis=-1)
+
+    @property
+    def output_magnitude(self) -> float:
+        """mu_T = norm(e_T)"""
+        return float(np.linalg.norm(self.output_direction))
 
     @property
     def unit_direction(self) -> Float32:

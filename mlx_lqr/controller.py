@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata as distribution
 from os import PathLike
 from typing import Literal, get_args
@@ -26,11 +26,15 @@ FORMAT = "mlx-lqr controller 1"
 SMALLEST_ANGLE = 5.0
 """Degrees. Below it, joint control of two directions would need pushes of more than ten times each one's own."""
 
+_TENSORS = {"direction": "Tdm", "gain": "Tdm", "setpoint": "Tm", "offset": "Tm", "output_direction": "dm"}
+
+Cost = Literal["state", "feature"]
+"""What is penalised: any error of the state (Q = qI), or the feature's relative error alone."""
 Positions = Literal["last", "all"]
 """Where to steer: the last prompt token and every generated one (A-LQR), or every prompt token too (A-LQR+)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Controller:
     """A controller of m concepts for one model of T blocks of width d. All arrays are float32."""
 
@@ -42,6 +46,8 @@ class Controller:
     """(T, m): mu_k, the setpoint's slope in the strength"""
     offset: Float32
     """(T, m): the setpoint at strength 0"""
+    output_direction: Float32
+    """(d, m): e_T, the unnormalised direction at the last block's output; `adapt` needs it, steering does not"""
     concepts: tuple[str, ...]
     model_name: str
     fingerprint: str
@@ -50,6 +56,7 @@ class Controller:
     prompt_counts: tuple[tuple[int, int], ...]
     """Positive and negative prompts of each concept."""
     jacobian_prompts: int
+    cost: Cost = "state"
     library_version: str = distribution.version("mlx-lqr")
 
     @property
@@ -67,7 +74,7 @@ class Controller:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
-        tensors = {"direction": self.direction, "gain": self.gain, "setpoint": self.setpoint, "offset": self.offset}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
         metadata = {
             "format": FORMAT,
             "model": self.model_name,
@@ -79,6 +86,7 @@ class Controller:
             "qf": repr(self.weights.qf),
             "layers": json.dumps(self.active_layers),
             "positions": self.positions,
+            "cost": self.cost,
             "concepts": json.dumps(self.concepts),
             "prompt_counts": json.dumps(self.prompt_counts),
             "jacobian_prompts": str(self.jacobian_prompts),
@@ -99,10 +107,10 @@ class Controller:
         try:
             concepts = tuple(str(name) for name in json.loads(metadata["concepts"]))
             T, d, m = int(metadata["T"]), int(metadata["d"]), len(concepts)
-            shapes = {"direction": (T, d, m), "gain": (T, d, m), "setpoint": (T, m), "offset": (T, m)}
-            positions = metadata["positions"]
-            if positions not in get_args(Positions):
-                raise ValueError(f"positions {positions!r}")
+            shapes = {name: tuple({"T": T, "d": d, "m": m}[axis] for axis in axes) for name, axes in _TENSORS.items()}
+            positions, cost = metadata["positions"], metadata["cost"]
+            if positions not in get_args(Positions) or cost not in get_args(Cost):
+                raise ValueError(f"positions {positions!r}, cost {cost!r}")
             for name, shape in shapes.items():
                 if tensors[name].shape != shape:
                     raise ValueError(f"{name} has the shape {tensors[name].shape}, expected {shape}")
@@ -117,6 +125,7 @@ class Controller:
                 positions="all" if positions == "all" else "last",
                 prompt_counts=tuple((int(p), int(n)) for p, n in json.loads(metadata["prompt_counts"])),
                 jacobian_prompts=int(metadata["jacobian_prompts"]),
+                cost="feature" if cost == "feature" else "state",
                 library_version=metadata["library_version"],
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -157,6 +166,7 @@ class Controller:
             gain=_couple(direction, uncoupled, concepts),
             setpoint=np.concatenate([controller.setpoint for controller in controllers], axis=1),
             offset=np.concatenate([controller.offset for controller in controllers], axis=1),
+            output_direction=np.concatenate([controller.output_direction for controller in controllers], axis=1),
             concepts=tuple(concepts),
             model_name=first.model_name,
             fingerprint=first.fingerprint,
@@ -164,7 +174,25 @@ class Controller:
             positions=first.positions,
             prompt_counts=tuple(count for controller in controllers for count in controller.prompt_counts),
             jacobian_prompts=min(controller.jacobian_prompts for controller in controllers),
+            cost=first.cost,
         )
+
+    def split(self) -> list[Controller]:
+        """A controller for each concept alone; `combine` undoes it."""
+        uncoupled = self._uncoupled_gain()
+        return [
+            replace(
+                self,
+                direction=self.direction[:, :, [i]],
+                gain=uncoupled[:, :, [i]],
+                setpoint=self.setpoint[:, [i]],
+                offset=self.offset[:, [i]],
+                output_direction=self.output_direction[:, [i]],
+                concepts=(name,),
+                prompt_counts=(self.prompt_counts[i],),
+            )
+            for i, name in enumerate(self.concepts)
+        ]
 
     def _uncoupled_gain(self) -> Float32:
         """The columns K_k v_k, recovered from G_k = K_k V_k (V_k' V_k)^-1 over the concepts active at each layer."""
@@ -196,6 +224,7 @@ def assemble(
     jacobian_prompts: int,
     concept: str,
     positions: Positions,
+    cost: Cost = "state",
 ) -> Controller:
     """A controller of one concept from g_k = K_k v_k (T, d) (zero at layers without control)."""
     if positions not in get_args(Positions):
@@ -209,6 +238,7 @@ def assemble(
         gain=gain_direction.astype(np.float32)[:, :, None],
         setpoint=magnitude[:, None].astype(np.float32),
         offset=np.zeros((len(magnitude), 1), np.float32),
+        output_direction=contrast.output_direction[:, None],
         concepts=(concept,),
         model_name=contrast.model_name,
         fingerprint=contrast.fingerprint,
@@ -216,6 +246,7 @@ def assemble(
         positions=positions,
         prompt_counts=(contrast.prompt_counts,),
         jacobian_prompts=jacobian_prompts,
+        cost=cost,
     )
 
 

@@ -7,24 +7,24 @@ held.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
 import numpy as np
 
-from mlx_lqr.atomic import writing
 from mlx_lqr.backends.base import Float32, Model, Progress, Trace
 from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.errors import InputError
-from mlx_lqr.tensors import read_tensors, write_tensors
+from mlx_lqr.jacobian_file import JacobianWriter, StoredJacobians
 
 FORMAT = "mlx-lqr jacobians 1"
 MAX_TOKENS = 32
 """Nominal prompts are cut to this many tokens: the Jacobian at a token depends little on a longer past."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Jacobians(Sequence[Float32]):
     """A_0..A_{T-1}, each (d, d) float32, of the model with this fingerprint."""
 
@@ -39,40 +39,69 @@ class Jacobians(Sequence[Float32]):
     def __getitem__(self, layer):  # type: ignore[no-untyped-def]
         return self.matrices[layer]
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the tensors `jacobian.K` to a safetensors file, atomically."""
-        metadata = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "model": self.model_name,
-            "prompts": str(self.prompt_count),
-        }
-        with writing(path) as temporary:
-            write_tensors(temporary, {f"jacobian.{k}": A for k, A in enumerate(self.matrices)}, metadata)
+    def save(self, path: str | PathLike[str], *, dtype: str = "float32") -> None:
+        """Write the tensors `jacobian.K` ("float32" or "float16") to a safetensors file."""
+        metadata = _metadata(self.fingerprint, self.model_name, self.prompt_count, "")
+        writer = JacobianWriter(path, len(self), len(self[0]), dtype, metadata)
+        for k in reversed(range(len(self) - writer.finished)):
+            writer.append(self[k])
+        writer.close()
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Jacobians:
-        """Read a file that `save` wrote, memory-mapped where the platform allows it."""
-        tensors, metadata = read_tensors(path, FORMAT, "a file of Jacobians")
-        matrices = [tensors.get(f"jacobian.{k}") for k in range(len(tensors))]
-        width = matrices[0].shape[0] if matrices and matrices[0] is not None else 0
-        checked = [A for A in matrices if A is not None and A.shape == (width, width)]
-        if not matrices or len(checked) != len(matrices):
-            raise InputError(
-                f"{path} does not hold one square Jacobian for every layer: make it again with `linearize`"
-            )
+        """Open a file of Jacobians; each matrix is read from its memory map when it is used."""
+        stored = StoredJacobians(path, FORMAT)
+        metadata = stored.metadata
         return cls(
-            [A.astype(np.float32, copy=False) for A in checked],
-            metadata.get("fingerprint", ""),
-            metadata.get("model", ""),
-            int(metadata.get("prompts", "0")),
+            stored, metadata.get("fingerprint", ""), metadata.get("model", ""), int(metadata.get("prompts", "0"))
         )
 
 
-def linearize(model: Model, prompts: Sequence[Prompt], *, progress: Progress | None = None) -> Jacobians:
-    """The layer Jacobians of a model, averaged over `prompts` (at most 32 tokens of each)."""
-    found = dict(stream_jacobians(model, prompts, progress=progress))
-    return Jacobians([found[k] for k in range(len(found))], model.fingerprint, model.name, len(prompts))
+def linearize(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    store: str | PathLike[str] | None = None,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> Jacobians:
+    """The layer Jacobians of a model, averaged over `prompts` (at most 32 tokens of each).
+
+    Args:
+        model: what `load` returned.
+        prompts: where to linearise; a single one gives the "nominal" Jacobians at its last token.
+        store: a safetensors file to write them to, layer by layer; the result then reads from it. A run that was
+            interrupted goes on where it stopped when it is called again with the same arguments.
+        dtype: "float32" or "float16", for the stored ones.
+        progress: called as progress(stage, done, total).
+
+    Raises:
+        InputError: unusable prompts, or a place that cannot be written.
+    """
+    if store is None:
+        found = dict(stream_jacobians(model, prompts, progress=progress))
+        return Jacobians([found[k] for k in range(len(found))], model.fingerprint, model.name, len(prompts))
+    points = traces(model, prompts)
+    digest = hashlib.sha256(b"".join(trace.residual.tobytes() for trace in points)).hexdigest()[:16]
+    metadata = _metadata(model.fingerprint, model.name, len(prompts), digest)
+    writer = JacobianWriter(store, model.num_layers, model.hidden_size, dtype, metadata)
+    try:
+        for _, A in _stream(model, points, model.num_layers - 1 - writer.finished, 0, progress):
+            writer.append(A)
+    finally:
+        writer.close()
+    return Jacobians.load(store)
+
+
+def traces(model: Model, prompts: Sequence[Prompt]) -> list[Trace]:
+    """Run each prompt, at most 32 tokens of it, up to where it is linearised.
+
+    Raises:
+        InputError: no prompts, or an unusable one.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise InputError("linearize needs a list of at least one prompt")
+    return [model.trace(tokenise(model, prompt)[:MAX_TOKENS]) for prompt in prompts]
 
 
 def stream_jacobians(
@@ -83,17 +112,30 @@ def stream_jacobians(
     Raises:
         InputError: no prompts, an unusable prompt, or a Jacobian that is not finite (the layer is named).
     """
-    if isinstance(prompts, str) or not prompts:
-        raise InputError("linearize needs a list of at least one prompt")
-    traces: list[Trace] = [model.trace(tokenise(model, prompt)[:MAX_TOKENS]) for prompt in prompts]
-    steps = (model.num_layers - lowest) * len(traces)
-    for k in reversed(range(lowest, model.num_layers)):
+    yield from _stream(model, traces(model, prompts), model.num_layers - 1, lowest, progress)
+
+
+def _stream(
+    model: Model, points: Sequence[Trace], highest: int, lowest: int, progress: Progress | None
+) -> Iterator[tuple[int, Float32]]:
+    steps = (model.num_layers - lowest) * len(points)
+    for k in reversed(range(lowest, highest + 1)):
         total = np.zeros((model.hidden_size, model.hidden_size), np.float32)
-        for index, trace in enumerate(traces):
+        for index, trace in enumerate(points):
             total += model.jacobian(trace, k)
             if progress:
-                progress("Jacobians", (model.num_layers - 1 - k) * len(traces) + index + 1, steps)
-        total /= len(traces)
+                progress("Jacobians", (model.num_layers - 1 - k) * len(points) + index + 1, steps)
+        total /= len(points)
         if not np.all(np.isfinite(total)):
             raise InputError(f"the Jacobian of layer {k} is not finite: load the model with dtype float32")
         yield k, total
+
+
+def _metadata(fingerprint: str, model_name: str, prompts: int, digest: str) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "model": model_name,
+        "prompts": str(prompts),
+        "prompts_digest": digest,
+    }

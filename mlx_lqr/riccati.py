@@ -14,7 +14,7 @@ layers. Only q/r and qf/r matter: scaling (q, r, qf) together changes no gain.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from mlx_lqr.errors import InputError
 
 Matrix = NDArray[np.floating]
+Product = Callable[[int, Matrix], Matrix]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Weights:
             raise InputError("q and qf are both zero: then no control is the optimum; give one of them a weight")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gains(Sequence[Matrix]):
     """The gains K_0..K_{T-1}, each (d, d), float64 unless `solve` was asked for less."""
 
@@ -132,6 +133,52 @@ def sweep(
         S[np.diag_indices_from(S)] += weights.q
         if not np.all(np.isfinite(S)):
             raise InputError(f"the Riccati recursion overflows {S.dtype} at layer {k}: lower q and qf")
+        yield k, gain
+
+
+def feature_sweep(
+    apply: Product,
+    apply_transposed: Product,
+    directions: Matrix,
+    magnitudes: Matrix,
+    weights: Weights,
+    layers: Iterable[int],
+) -> Iterator[tuple[int, Matrix]]:
+    """Yield (k, g_k = K_k v_k) from the last layer to the first for a cost on the feature alone.
+
+    The cost is Q_k = (q / mu_k^2) v_k v_k', R_k = (r / mu_{k+1}^2) I, Qf = (qf / mu_T^2) v_T v_T': the relative error
+    of the feature, and the push relative to the concept's magnitude. Then S_k = W_k W_k' exactly, with at most
+    T - k + 1 columns, no (d, d) matrix exists, and with W = W_{k+1}
+
+        g_k = W (r_k I + W'W)^-1 W' (A_k v_k),   W_k = [A_k' W L, sqrt(q_k) v_k],   L L' = r_k (r_k I + W'W)^-1.
+
+    Args:
+        apply: (k, X) -> A_k X for the columns of X (d, n).
+        apply_transposed: (k, X) -> A_k' X.
+        directions: unit vectors v_0..v_T: (T + 1, d); v_T belongs to the last block's output.
+        magnitudes: mu_0..mu_T: (T + 1,). A layer with mu_k = 0 has no feature to weigh.
+        weights: q, r and qf.
+        layers: where control may act.
+    """
+    chosen = frozenset(layers)
+    V = np.asarray(directions, np.float64)
+    mu = np.asarray(magnitudes, np.float64)
+    T = len(V) - 1
+    W = math.sqrt(weights.qf) / mu[T] * V[T][:, None] if mu[T] > 0 else np.zeros((V.shape[1], 0))
+    for k in reversed(range(min(chosen), T)):
+        gain = np.zeros(V.shape[1])
+        if k in chosen and mu[k + 1] > 0 and W.shape[1]:
+            r = weights.r / mu[k + 1] ** 2
+            eigenvalues, basis = np.linalg.eigh(W.T @ W)
+            shrink = r / (r + np.maximum(eigenvalues, 0))
+            if mu[k] > 0:
+                gain = W @ (basis @ ((shrink / r) * (basis.T @ (W.T @ apply(k, V[k][:, None])[:, 0]))))
+            W = W @ (basis * np.sqrt(shrink))
+        W = apply_transposed(k, W) if W.shape[1] else W
+        if mu[k] > 0:
+            W = np.column_stack([W, math.sqrt(weights.q) / mu[k] * V[k]])
+        if not (np.all(np.isfinite(W)) and np.all(np.isfinite(gain))):
+            raise InputError(f"the Riccati recursion fails at layer {k}: values that are not finite")
         yield k, gain
 
 

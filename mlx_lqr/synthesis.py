@@ -1,17 +1,19 @@
-"""From a model and two sets of prompts to a controller, in one call."""
+"""From a model and two sets of prompts to a controller, in one call; and to one made for the very prompt in hand."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 
-from mlx_lqr.backends.base import Model, Progress
-from mlx_lqr.contrast import Prompt, contrast
-from mlx_lqr.controller import Controller, Positions, assemble
+from mlx_lqr.backends.base import Model, Progress, Trace
+from mlx_lqr.contrast import Contrast, Prompt, contrast, tokenise
+from mlx_lqr.controller import Controller, Cost, Positions, assemble
 from mlx_lqr.errors import InputError
-from mlx_lqr.linearize import Jacobians, stream_jacobians
-from mlx_lqr.riccati import Matrix, Weights, check_layers, sweep
+from mlx_lqr.linearize import Jacobians, stream_jacobians, traces
+from mlx_lqr.riccati import Matrix, Product, Weights, check_layers, feature_sweep, sweep
 
 
 def fit(
@@ -24,6 +26,7 @@ def fit(
     r: float = 1.0,
     qf: float = 0.1,
     layers: Iterable[int] | None = None,
+    cost: Cost = "state",
     positions: Positions = "last",
     jacobian_prompts: int = 8,
     jacobians: Jacobians | None = None,
@@ -31,7 +34,8 @@ def fit(
 ) -> Controller:
     """Fit a controller: contrast the prompts, linearise the model, solve for the gains, keep what steering needs.
 
-    Layer by layer from the last to the first, so that a few (d, d) matrices are held and not T of them.
+    Layer by layer from the last to the first, so that a few (d, d) matrices are held and not T of them; with
+    cost="feature" none at all.
 
     Args:
         model: what `load` returned.
@@ -39,6 +43,7 @@ def fit(
         concept: the name under which the controller goes.
         q, r, qf: weights of state, control and final state; only q/r and qf/r matter. Larger q/r steers harder.
         layers: where control may act; default everywhere.
+        cost: "state" penalises any error of the state, "feature" that of the concept's feature alone (much cheaper).
         positions: "last" steers the last prompt token and every generated token, "all" every prompt token too.
         jacobian_prompts: how many of the positive prompts to linearise at.
         jacobians: Jacobians of this model made before by `linearize`; then no prompt is linearised at.
@@ -49,21 +54,125 @@ def fit(
     """
     weights = Weights(q, r, qf)
     chosen = check_layers(layers, model.num_layers)
+    if cost not in get_args(Cost):
+        raise InputError(f"cost must be 'state' or 'feature', not {cost!r}")
     if jacobians is not None and jacobians.fingerprint != model.fingerprint:
         raise InputError(f"the Jacobians are of {jacobians.model_name or 'another model'}, not of {model.name}")
     if jacobian_prompts < 1:
         raise InputError("jacobian_prompts must be at least 1")
     found = contrast(model, positive, negative, progress=progress)
-    descending: Iterable[tuple[int, Matrix]]
-    if jacobians is not None:
-        count = jacobians.prompt_count
-        descending = ((k, jacobians[k]) for k in reversed(range(chosen[0], len(jacobians))))
+    nominal = positive[:jacobian_prompts]
+    count = len(nominal) if jacobians is None else jacobians.prompt_count
+    if cost == "feature":
+        products = _averaged(model, traces(model, nominal)) if jacobians is None else _stored(jacobians)
+        feedback = _feature_feedback(products, _unit(found), _magnitudes(found), weights, chosen, progress)
     else:
-        nominal = positive[:jacobian_prompts]
-        count = len(nominal)
-        descending = stream_jacobians(model, nominal, lowest=chosen[0], progress=progress)
-    unit = found.unit_direction
-    feedback = np.zeros_like(unit)
-    for k, gain in sweep(descending, weights, chosen):
-        feedback[k] = gain @ unit[k]
-    return assemble(found, feedback, weights, count, concept, positions)
+        descending: Iterable[tuple[int, Matrix]]
+        if jacobians is None:
+            descending = stream_jacobians(model, nominal, lowest=chosen[0], progress=progress)
+        else:
+            descending = ((k, jacobians[k]) for k in reversed(range(chosen[0], len(jacobians))))
+        feedback = np.zeros_like(found.direction)
+        for k, gain in sweep(descending, weights, chosen):
+            feedback[k] = gain @ found.unit_direction[k]
+    return assemble(found, feedback, weights, count, concept, positions, cost)
+
+
+def adapt(
+    model: Model,
+    concept: Contrast | Controller,
+    prompt: Prompt,
+    *,
+    name: str = "concept",
+    q: float = 0.1,
+    r: float = 1.0,
+    qf: float = 0.1,
+    layers: Iterable[int] | None = None,
+    positions: Positions = "last",
+) -> Controller:
+    """A controller linearised at the last token of the very prompt that it is to steer (feature cost).
+
+    Args:
+        model: what `load` returned.
+        concept: a contrast, for which the options below are used; or a controller of this model, fitted at any cost,
+            whose concepts, setpoints, layers, weights and positions are kept.
+        prompt: the whole prompt; strings or token ids.
+        name, q, r, qf, layers, positions: as in `fit`.
+
+    Raises:
+        InputError: an unusable prompt or option, or a contrast or controller of another model.
+    """
+    if isinstance(concept, Controller):
+        concept.check_model(model.name, model.fingerprint, model.num_layers, model.hidden_size)
+        products = _averaged(model, [model.trace(tokenise(model, prompt))])
+        return Controller.combine(*(_readapted(one, products) for one in concept.split()))
+    if concept.fingerprint != model.fingerprint:
+        raise InputError(f"the contrast is of {concept.model_name or 'another model'}, not of {model.name}")
+    weights, chosen = Weights(q, r, qf), check_layers(layers, model.num_layers)
+    products = _averaged(model, [model.trace(tokenise(model, prompt))])
+    feedback = _feature_feedback(products, _unit(concept), _magnitudes(concept), weights, chosen)
+    return assemble(concept, feedback, weights, 1, name, positions, "feature")
+
+
+Products = tuple[Product, Product]
+"""(k, X) -> A_k X and (k, X) -> A_k' X, for the columns of X (d, n)."""
+
+
+def _averaged(model: Model, traces: Sequence[Trace]) -> Products:
+    """Products with the Jacobians averaged over traces, none of which is ever formed."""
+
+    def apply(k: int, X: Matrix) -> Matrix:
+        return np.mean([model.jvp(trace, k, X.T.astype(np.float32)) for trace in traces], axis=0).T
+
+    def apply_transposed(k: int, X: Matrix) -> Matrix:
+        return np.mean([model.vjp(trace, k, X.T.astype(np.float32)) for trace in traces], axis=0).T
+
+    return apply, apply_transposed
+
+
+def _stored(jacobians: Jacobians) -> Products:
+    return lambda k, X: jacobians[k] @ X, lambda k, X: jacobians[k].T @ X
+
+
+def _unit(contrast: Contrast) -> Matrix:
+    """v_0..v_T: (T + 1, d)"""
+    last = contrast.output_direction / (contrast.output_magnitude or 1.0)
+    return np.vstack([contrast.unit_direction, last])
+
+
+def _magnitudes(contrast: Contrast) -> Matrix:
+    """mu_0..mu_T: (T + 1,)"""
+    return np.append(contrast.magnitude, contrast.output_magnitude)
+
+
+def _feature_feedback(
+    products: Products,
+    unit: Matrix,
+    magnitudes: Matrix,
+    weights: Weights,
+    layers: tuple[int, ...],
+    progress: Progress | None = None,
+) -> Matrix:
+    """g_k for the feature cost, zero where there is no control: (T, d)"""
+    T = len(unit) - 1
+    feedback = np.zeros((T, unit.shape[1]))
+    for k, gain in feature_sweep(*products, unit, magnitudes, weights, layers):
+        feedback[k] = gain
+        if progress:
+            progress("Gains", T - k, T - layers[0])
+    return feedback
+
+
+def _readapted(controller: Controller, products: Products) -> Controller:
+    """The same controller of one concept with gains for other Jacobians."""
+    last = controller.output_direction.T
+    magnitude = float(np.linalg.norm(last))
+    feedback = _feature_feedback(
+        products,
+        np.vstack([controller.direction[:, :, 0], last / (magnitude or 1.0)]),
+        np.append(controller.setpoint[:, 0], magnitude),
+        controller.weights,
+        controller.active_layers,
+    )
+    gain = feedback.astype(np.float32)[:, :, None]
+    return replace(controller, gain=gain, cost="feature", jacobian_prompts=1)

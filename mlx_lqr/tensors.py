@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from mlx_lqr.errors import InputError
 
@@ -16,10 +16,7 @@ from mlx_lqr.errors import InputError
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write float32 tensors and metadata strings to `path` (use inside `atomic.writing`)."""
     contiguous = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, path, metadata=dict(metadata))
-    except SafetensorError as error:  # the library wraps the operating system's error in its own
-        raise OSError(str(error)) from error
+    path.write_bytes(save(contiguous, metadata=dict(metadata)))
 
 
 def read_tensors(

@@ -14,6 +14,7 @@ from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.laws import check_strength
 from mlx_lqr.runtime.generate import Piece, stream
+from mlx_lqr.synthesis import adapt
 
 
 @dataclass
@@ -26,6 +27,8 @@ class Chat:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    adaptive: bool = False
+    """Compute the gains anew at each prompt (see `synthesis.adapt`)."""
     _controllers: list[Controller] = field(default_factory=list)
     _strengths: dict[str, float] = field(default_factory=dict)
 
@@ -71,9 +74,12 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         controller = Controller.combine(*self._controllers) if self._controllers else None
         try:
+            prompt = self.model.tokenizer.chat(self.messages)
+            if controller and self.adaptive:
+                controller = adapt(self.model, controller, prompt)
             pieces = stream(
                 self.model,
-                self.model.tokenizer.chat(self.messages),
+                prompt,
                 controller=controller,
                 strength=[self._strengths[name] for name in controller.concepts] if controller else 1.0,
                 max_tokens=self.max_tokens,

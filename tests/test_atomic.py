@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlx_lqr import InputError, Jacobians
+from mlx_lqr import InputError
 from mlx_lqr.atomic import writing
+from mlx_lqr.jacobian_file import JacobianWriter
 
 
 def _write_half(path: Path, error: type[BaseException]) -> None:
@@ -37,15 +37,16 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_safetensors_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def into_a_full_device(*_: object) -> None:
-        with open("/dev/full", "wb") as device:
-            device.write(b"x" * 10_000_000)
-
-    monkeypatch.setattr(sys.modules["mlx_lqr.linearize"], "write_tensors", into_a_full_device)
-    with pytest.raises(InputError, match="No space left"):
-        Jacobians([np.eye(3, dtype=np.float32)]).save(tmp_path / "jacobians.safetensors")
-    assert not list(tmp_path.iterdir())
+def test_jacobians_on_a_full_disk_keep_the_finished_layers(tmp_path: Path) -> None:
+    writer = JacobianWriter(tmp_path / "jacobians.safetensors", 2, 1000, "float32", {})
+    writer.append(np.eye(1000))
+    with open("/dev/full", "wb", buffering=0) as full:
+        kept, writer._file = writer._file, full  # type: ignore[assignment]
+        with pytest.raises(InputError, match=r"No space left on device; the 1 layers finished so far are kept"):
+            writer.append(np.eye(1000))
+    writer._file = kept
+    writer.close()
+    assert JacobianWriter(tmp_path / "jacobians.safetensors", 2, 1000, "float32", {}).finished == 1
 
 
 def test_folders_are_all_or_nothing_too(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
     {"errors", "cache", "atomic", "concepts"},
-    {"backends.base", "backends.tokenizer", "backends.blas", "tensors"},
+    {"backends.base", "backends.tokenizer", "backends.blas", "tensors", "jacobian_file"},
     {"backends", "contrast", "riccati"},
     {"controller", "linearize"},
     {"laws", "synthesis"},

@@ -8,10 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tiny import FAMILY, tiny
 
 import mlx_lqr
-from mlx_lqr.backends.mlx import MLXModel
+from mlx_lqr.backends.mlx import MLXModel, MLXTrace
 from mlx_lqr.backends.mlx_blocks import BlockCall, hooked
 
 PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33]  # longer than the tiny models' sliding windows of 6
@@ -109,6 +110,80 @@ def test_a_jacobian_that_is_not_finite_is_named() -> None:
     model.blocks[1].mlp.down_proj.weight = model.blocks[1].mlp.down_proj.weight * mx.array(float("inf"))
     with pytest.raises(mlx_lqr.InputError, match="layer 2"):
         mlx_lqr.linearize(model, [PROMPT])
+
+
+class Interrupting:
+    """Makes the n-th Jacobian of a model an interruption, and counts the layers that were computed."""
+
+    def __init__(self, model: MLXModel, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.layers: list[int] = []
+        jacobian = model.jacobian
+
+        def counted(trace: MLXTrace, layer: int) -> np.ndarray:
+            if len(self.layers) == after:
+                raise KeyboardInterrupt
+            self.layers.append(layer)
+            return jacobian(trace, layer)
+
+        monkeypatch.setattr(model, "jacobian", counted)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    model, file, prompts = tiny("llama", num_hidden_layers=5), tmp_path / "jacobians.safetensors", [PROMPT, PROMPT[:5]]
+    expected = mlx_lqr.linearize(model, prompts)
+    with pytest.MonkeyPatch.context() as patch:
+        first = Interrupting(model, 5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            mlx_lqr.linearize(model, prompts, store=file)
+        assert first.layers == [4, 4, 3, 3, 2]
+        assert not file.exists()
+    with pytest.MonkeyPatch.context() as patch:
+        second = Interrupting(model, 99, patch)
+        resumed = mlx_lqr.linearize(model, prompts, store=file)
+        assert second.layers == [2, 2, 1, 1, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert all(np.array_equal(a, b) for a, b in zip(resumed, expected, strict=True))
+
+
+def test_another_run_does_not_go_on_from_it(tmp_path: Path) -> None:
+    model, file = tiny("llama"), tmp_path / "jacobians.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        Interrupting(model, 2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            mlx_lqr.linearize(model, [PROMPT], store=file)
+    found = mlx_lqr.linearize(model, [PROMPT[:3]], store=file)
+    expected = mlx_lqr.linearize(model, [PROMPT[:3]])
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_half_precision_halves_the_file(tmp_path: Path) -> None:
+    model = tiny("llama")
+    whole = mlx_lqr.linearize(model, [PROMPT], store=tmp_path / "whole")
+    half = mlx_lqr.linearize(model, [PROMPT], store=tmp_path / "half", dtype="float16")
+    assert (tmp_path / "half").stat().st_size < 0.6 * (tmp_path / "whole").stat().st_size
+    for a, b in zip(whole, half, strict=True):
+        assert b.dtype == np.float32
+        assert np.abs(a - b).max() <= 5e-4 * np.abs(a).max()
+    with pytest.raises(mlx_lqr.InputError, match="float32 or float16"):
+        mlx_lqr.linearize(model, [PROMPT], store=tmp_path / "x", dtype="int8")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "missing layer", "not square", "another format", "no file"])
+def test_damaged_files_are_refused(damage: str, tmp_path: Path) -> None:
+    file = tmp_path / "jacobians.safetensors"
+    square, metadata = np.eye(3, dtype=np.float32), {"format": "mlx-lqr jacobians 1"}
+    if damage == "missing layer":
+        save_file({"jacobian.0": square, "jacobian.2": square}, file, metadata)
+    elif damage == "not square":
+        save_file({"jacobian.0": square, "jacobian.1": square[:2].copy()}, file, metadata)
+    elif damage == "another format":
+        save_file({"jacobian.0": square}, file, {"format": "mlx-lqr jacobians 99"})
+    elif damage != "no file":
+        mlx_lqr.Jacobians([square, square]).save(file)
+        file.write_bytes(file.read_bytes()[:-5] if damage == "truncated" else b"hello")
+    with pytest.raises(mlx_lqr.InputError) as refusal:
+        mlx_lqr.Jacobians.load(file)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("prompts", [[], "not a list", [[]], [[64]], [[-1]]])

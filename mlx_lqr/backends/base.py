@@ -129,6 +129,12 @@ class Model(Protocol):
     def jacobian(self, trace: Any, layer: int) -> Float32:
         """A_k = d phi_k / d z_k at the trace's last token, k = `layer`: (d, d)."""
 
+    def jvp(self, trace: Any, layer: int, tangents: Float32) -> Float32:
+        """A_k w for each row w of `tangents` (n, d), without forming A_k: (n, d)."""
+
+    def vjp(self, trace: Any, layer: int, cotangents: Float32) -> Float32:
+        """A_k' w for each row w of `cotangents` (n, d), without forming A_k: (n, d)."""
+
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY) -> Decoder:
         """An empty sequence to decode."""
 

@@ -34,7 +34,7 @@ FAMILIES = (
 )
 """The model types whose blocks are known to carry one dense residual stream."""
 
-_REMAPPED = {"mistral": "llama"}
+REMAPPED = {"mistral": "llama"}
 
 
 def import_mlx_lm(submodule: str) -> ModuleType:
@@ -53,7 +53,7 @@ def model_classes(model_type: str) -> tuple[Any, Any]:
     """
     if model_type not in FAMILIES:
         raise InputError(f"the architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
-    module = import_mlx_lm(f"models.{_REMAPPED.get(model_type, model_type)}")
+    module = import_mlx_lm(f"models.{REMAPPED.get(model_type, model_type)}")
     return module.Model, module.ModelArgs
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lqr.backends.mlx_lm_models import model_classes
+from mlx_lqr.backends.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
 from mlx_lqr.errors import InputError
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -44,6 +45,7 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
     if "model_file" in config:
         raise InputError(f"{folder} wants to run code of its own ({config['model_file']}): refused")
     Model, ModelArgs = model_classes(str(config["model_type"]))
+    config = flattened(config)
     weights = _read_weights(folder)
     try:
         module = Model(ModelArgs.from_dict(config))
@@ -67,6 +69,44 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
     except RuntimeError as error:
         raise InputError(f"the weights in {folder} cannot be read: {_first_line(error)}") from error
     return module
+
+
+def settings_read(config: dict[str, Any]) -> set[str] | None:
+    """The config's keys that mlx-lm's model of this type reads, or None if it has no such model."""
+    model_type = str(config.get("model_type"))
+    try:
+        ModelArgs = import_mlx_lm(f"models.{REMAPPED.get(model_type, model_type)}").ModelArgs
+    except (ImportError, AttributeError):  # no such module, or one of mlx-lm's that is no model
+        return None
+    return {field.name for field in fields(ModelArgs)}
+
+
+def flattened(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with what transformers 5 nests or words anew as mlx-lm's older models look for it.
+
+    They know nothing of `rope_parameters` and would silently take their default RoPE base. transformers reads both.
+    """
+    flat = dict(config)
+    if isinstance(text := config.get("text_config"), dict):
+        flat["text_config"] = flattened(text)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_parameters" not in (settings_read(config) or ()):
+        del flat["rope_parameters"]
+        found: dict[str, Any] = {}
+        if isinstance(rope.get("sliding_attention"), dict):
+            found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+            rope = rope.get("full_attention", {})
+        found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+        if rope.get("rope_type", "default") != "default":
+            found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        flat |= {key: value for key, value in found.items() if value is not None and flat.get(key) is None}
+    kinds = config.get("layer_types")
+    if config.get("model_type") == "gemma3_text" and isinstance(kinds, list) and "full_attention" in kinds:
+        period = kinds.index("full_attention") + 1
+        if any((kind == "full_attention") != (index % period == 0) for index, kind in enumerate(kinds, start=1)):
+            raise InputError("the sliding layers are in no regular order: mlx-lm cannot do that, use another model")
+        flat["sliding_window_pattern"] = period
+    return flat
 
 
 def _read_weights(folder: Path) -> dict[str, mx.array]:

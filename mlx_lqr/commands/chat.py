@@ -8,7 +8,14 @@ from collections.abc import Callable
 import click
 
 from mlx_lqr.cache import cache_folder
-from mlx_lqr.commands.options import controller_option, dtype_option, model_argument, parse_controller, progress_bars
+from mlx_lqr.commands.options import (
+    adaptive_option,
+    controller_option,
+    dtype_option,
+    model_argument,
+    parse_controller,
+    progress_bars,
+)
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.runtime.chat import Chat
@@ -26,6 +33,7 @@ HELP = """\
 @click.command()
 @model_argument
 @controller_option
+@adaptive_option
 @click.option("--system", help="A system prompt.")
 @click.option("-n", "--max-tokens", default=512, show_default=True, help="Tokens an answer at most.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token each time.")
@@ -37,6 +45,7 @@ HELP = """\
 def chat(
     model: str,
     controllers: tuple[str, ...],
+    adaptive: bool,
     system: str | None,
     max_tokens: int,
     temperature: float,
@@ -52,7 +61,7 @@ def chat(
         raise InputError(
             f"{loaded.name} has no chat template (a base model?): use `mlx-lqr generate`, which takes plain text"
         )
-    session = Chat(loaded, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    session = Chat(loaded, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, adaptive=adaptive)
     if system:
         session.messages.append({"role": "system", "content": system})
     for controller, strength in parsed:

@@ -9,7 +9,7 @@ import click
 from mlx_lqr.atomic import check_writable
 from mlx_lqr.commands.options import dtype_option, model_argument, parse_layers, progress_bars
 from mlx_lqr.contrast import bundled_prompts, read_prompts
-from mlx_lqr.controller import Positions
+from mlx_lqr.controller import Cost, Positions
 from mlx_lqr.errors import InputError
 from mlx_lqr.linearize import Jacobians
 from mlx_lqr.linearize import linearize as linearize_model
@@ -24,15 +24,21 @@ from mlx_lqr.synthesis import fit as fit_controller
 @click.option(
     "--prompts", type=click.Path(), help="Nominal prompts; by default eight of the bundled neutral sentences."
 )
+@click.option("--nominal", metavar="TEXT", help="Linearise at this one prompt.")
+@click.option("--store", default="float32", show_default=True, help="float32, or float16 for half the size.")
 @dtype_option
-def linearize(model: str, output: str, prompts: str | None, dtype: str | None) -> None:
-    """Compute and store the layer Jacobians of MODEL, to be used for any concept and any weights (fit --jacobians)."""
+def linearize(model: str, output: str, prompts: str | None, nominal: str | None, store: str, dtype: str | None) -> None:
+    """Compute and store the layer Jacobians of MODEL, to be used for any concept and any weights (fit --jacobians).
+
+    Interrupted, the same command goes on where it stopped.
+    """
     check_writable(output)
-    nominal = read_prompts(prompts) if prompts else bundled_prompts("dog")[1][:8]
+    if prompts and nominal:
+        raise InputError("give --prompts FILE or --nominal TEXT, not both")
+    chosen = [nominal] if nominal else read_prompts(prompts) if prompts else bundled_prompts("dog")[1][:8]
     with progress_bars() as progress:
         loaded = load(model, dtype=dtype, progress=progress)
-        jacobians = linearize_model(loaded, nominal, progress=progress)
-        jacobians.save(output)
+        jacobians = linearize_model(loaded, chosen, store=output, dtype=store, progress=progress)
     click.echo(f"Wrote {output}: {len(jacobians)} Jacobians averaged over {jacobians.prompt_count} prompts")
 
 
@@ -53,6 +59,13 @@ def linearize(model: str, output: str, prompts: str | None, dtype: str | None) -
 @click.option("--qf", default=0.1, show_default=True, help="Weight of the last layer's output.")
 @click.option("--layers", help="Where control may act, such as 20-29; by default every layer.")
 @click.option(
+    "--cost",
+    type=click.Choice(["state", "feature"]),
+    default="state",
+    show_default=True,
+    help="Penalise any error of the state, or that of the concept's feature alone, which is much cheaper to fit.",
+)
+@click.option(
     "--positions",
     type=click.Choice(["last", "all"]),
     default="last",
@@ -72,6 +85,7 @@ def fit(
     r: float,
     qf: float,
     layers: str | None,
+    cost: Cost,
     positions: Positions,
     dtype: str | None,
 ) -> None:
@@ -92,6 +106,7 @@ def fit(
             r=r,
             qf=qf,
             layers=chosen,
+            cost=cost,
             positions=positions,
             jacobian_prompts=jacobian_prompts,
             jacobians=stored,

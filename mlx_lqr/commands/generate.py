@@ -7,16 +7,25 @@ import sys
 
 import click
 
-from mlx_lqr.commands.options import controller_option, dtype_option, model_argument, parse_controllers, progress_bars
+from mlx_lqr.commands.options import (
+    adaptive_option,
+    controller_option,
+    dtype_option,
+    model_argument,
+    parse_controllers,
+    progress_bars,
+)
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.runtime import stream
+from mlx_lqr.synthesis import adapt
 
 
 @click.command()
 @model_argument
 @click.option("-p", "--prompt", help="The text to continue; read from a pipe where not given.")
 @controller_option
+@adaptive_option
 @click.option("-n", "--max-tokens", default=256, show_default=True, help="Tokens at most.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token each time.")
 @click.option(
@@ -29,6 +38,7 @@ def generate(
     model: str,
     prompt: str | None,
     controllers: tuple[str, ...],
+    adaptive: bool,
     max_tokens: int,
     temperature: float,
     top_p: float,
@@ -43,6 +53,8 @@ def generate(
     controller, strengths = parse_controllers(controllers)
     with progress_bars() as progress:
         loaded = load(model, dtype=dtype, progress=progress)
+    if adaptive and controller:
+        controller = adapt(loaded, controller, text)
     pieces = stream(
         loaded,
         text,

@@ -25,6 +25,11 @@ controller_option = click.option(
     metavar="FILE[:STRENGTH]",
     help="Steer with this controller; repeat it for several concepts. STRENGTH is 1 unless given.",
 )
+adaptive_option = click.option(
+    "--adaptive",
+    is_flag=True,
+    help="Compute the gains anew at the very prompt, instead of the stored ones.",
+)
 
 
 def parse_controller(text: str) -> tuple[Controller, float]:

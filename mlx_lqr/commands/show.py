@@ -31,6 +31,7 @@ def show(file: str, as_json: bool) -> None:
                     "qf": controller.weights.qf,
                     "layers": controller.active_layers,
                     "positions": controller.positions,
+                    "cost": controller.cost,
                     "prompt_counts": controller.prompt_counts,
                     "jacobian_prompts": controller.jacobian_prompts,
                     "library_version": controller.library_version,
@@ -48,7 +49,7 @@ def show(file: str, as_json: bool) -> None:
     )
     click.echo(f"concepts   {counts}")
     click.echo(f"model      {controller.model_name} ({controller.num_layers} layers of width {controller.hidden_size})")
-    click.echo(f"weights    q = {weights.q:g}, r = {weights.r:g}, qf = {weights.qf:g}")
+    click.echo(f"weights    q = {weights.q:g}, r = {weights.r:g}, qf = {weights.qf:g}, {controller.cost} cost")
     click.echo(f"positions  {controller.positions}")
     click.echo(f"linearised at {controller.jacobian_prompts} prompts by mlx-lqr {controller.library_version}")
     header = "".join(f"{'setpoint ' + name:>24}{'gain':>9}" for name in controller.concepts)
