@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from real_models import gemma3_folder, gemma3_gguf, smollm2_folder, smollm2_gguf  # noqa: F401 - fixtures
 from safetensors.numpy import load_file
 
 import mlx_lqr

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lqr.backends import blas, mlx_lm_calls
 from mlx_lqr.backends.base import GREEDY, Float32, Law, Progress, Sampling
-from mlx_lqr.backends.mlx_blocks import BlockCall, PrefixCache, hooked, in_float32
+from mlx_lqr.backends.mlx_blocks import BlockCall, PrefixCache, differentiable, hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 from mlx_lqr.backends.mlx_load import load_module, read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
@@ -179,7 +179,7 @@ class MLXModel:
             return product(block, (z,), (direction,))[1][0]
 
         result = np.empty(directions.shape, np.float32)
-        with in_float32(self.blocks[layer]):
+        with differentiable(self.blocks[layer]):
             for start in range(0, len(directions), TANGENTS):
                 rows = slice(start, start + TANGENTS)
                 result[rows] = np.asarray(mx.vmap(along)(mx.array(directions[rows], mx.float32)))

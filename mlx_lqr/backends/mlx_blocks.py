@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -105,44 +106,59 @@ class FrozenCache:
 
 
 @contextmanager
-def in_float32(block: nn.Module) -> Iterator[None]:
-    """The block with float32 weights, packed ones unpacked; as it was when the context ends.
+def differentiable(block: nn.Module) -> Iterator[None]:
+    """The block in float32, with every product in a form that can be differentiated and batched; afterwards as it was.
 
-    Products with packed weights cannot be batched by `mx.vmap`, and 16 bits are too few for derivatives.
+    Products with packed weights have no `mx.vmap`, gathered products of experts no derivative, and 16 bits are too few.
+    For a single position only: experts are picked once.
     """
-    from mlx.utils import tree_flatten, tree_map, tree_unflatten
-
     leaves = block.leaf_modules()
     parameters = block.parameters()
-    unpacked = [
-        (path, _unpack(leaf))
+    stand_ins = [
+        (path, _PickedExperts(leaf) if hasattr(leaf, "num_experts") else _unpacked(leaf))
         for path, leaf in tree_flatten(leaves, is_leaf=nn.Module.is_module)
-        if hasattr(leaf, "scales") and hasattr(leaf, "bits")
+        if hasattr(leaf, "num_experts") or hasattr(leaf, "scales")
     ]
     try:
-        if unpacked:
-            block.update_modules(tree_unflatten(unpacked))
+        if stand_ins:
+            block.update_modules(tree_unflatten(stand_ins))
         block.update(
             tree_map(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a, block.parameters())
         )
         yield
     finally:
-        if unpacked:
+        if stand_ins:
             block.update_modules(leaves)
         block.update(parameters)
 
 
-def _unpack(leaf: nn.Module) -> nn.Linear:
-    weight = mx.dequantize(
-        leaf.weight,
-        leaf.scales,
-        getattr(leaf, "biases", None),
-        group_size=leaf.group_size,
-        bits=leaf.bits,
-        mode=getattr(leaf, "mode", "affine"),
-    )
+class _PickedExperts(nn.Module):
+    """The experts of a mixture that one position uses, applied one by one as dense float32 products."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self._experts = (experts,)  # in a tuple, so that it does not become part of the module tree
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        (experts,) = self._experts
+        chosen = indices.reshape(-1)  # (k,), and x is (1, 1, 1 or k, 1, d)
+        parts = {name: experts[name][chosen] for name in ("weight", "scales", "biases", "bias") if name in experts}
+        weight = _dequantized(experts, parts) if "scales" in parts else parts["weight"]
+        weight = weight.astype(mx.float32)
+        products = [x[..., min(j, x.shape[-3] - 1), :, :] @ weight[j].T for j in range(chosen.size)]
+        result = mx.stack(products, axis=-3)
+        return result + parts["bias"][:, None].astype(mx.float32) if "bias" in parts else result
+
+
+def _unpacked(leaf: nn.Module) -> nn.Linear:
     linear = nn.Linear(1, 1, bias="bias" in leaf)
-    linear.weight = weight
+    linear.weight = _dequantized(leaf, leaf)
     if "bias" in leaf:
         linear.bias = leaf.bias
     return linear
+
+
+def _dequantized(leaf: nn.Module, parts: Any) -> mx.array:
+    """The weight that `parts` (weight, scales, biases) packs in the way of `leaf`."""
+    packing = {"group_size": leaf.group_size, "bits": leaf.bits, "mode": getattr(leaf, "mode", "affine")}
+    return mx.dequantize(parts["weight"], parts["scales"], parts.get("biases"), **packing)

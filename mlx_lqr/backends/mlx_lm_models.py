@@ -26,10 +26,12 @@ FAMILIES = (
     "gemma3_text",
     "llama",
     "mistral",
+    "mixtral",
     "olmo2",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "smollm3",
 )
 """The model types whose blocks are known to carry one dense residual stream."""
