@@ -113,6 +113,16 @@ def sweep(
 
     Holds a handful of (d, d) matrices whatever the number of layers.
     """
+    return ((k, gain) for k, gain, _ in cost_to_go(jacobians, weights, layers, dtype))
+
+
+def cost_to_go(
+    jacobians: Iterable[tuple[int, Matrix]],
+    weights: Weights,
+    layers: Iterable[int],
+    dtype: DTypeLike = np.float64,
+) -> Iterator[tuple[int, Matrix, Matrix]]:
+    """Yield (k, K_k, S_k): `sweep`, with the matrix whose form dz_k' S_k dz_k is the least cost from layer k on."""
     chosen = frozenset(layers)
     S: Matrix | None = None
     for k, jacobian in jacobians:
@@ -133,11 +143,10 @@ def sweep(
         S[np.diag_indices_from(S)] += weights.q
         if not np.all(np.isfinite(S)):
             raise InputError(f"the Riccati recursion overflows {S.dtype} at layer {k}: lower q and qf")
-        yield k, gain
+        yield k, gain, S
 
 
 def feature_sweep(
-    apply: Product,
     apply_transposed: Product,
     directions: Matrix,
     magnitudes: Matrix,
@@ -150,11 +159,12 @@ def feature_sweep(
     of the feature, and the push relative to the concept's magnitude. Then S_k = W_k W_k' exactly, with at most
     T - k + 1 columns, no (d, d) matrix exists, and with W = W_{k+1}
 
-        g_k = W (r_k I + W'W)^-1 W' (A_k v_k),   W_k = [A_k' W L, sqrt(q_k) v_k],   L L' = r_k (r_k I + W'W)^-1.
+        g_k = W (r_k I + W'W)^-1 (A_k' W)' v_k,   W_k = [A_k' W L, sqrt(q_k) v_k],   L L' = r_k (r_k I + W'W)^-1,
+
+    so that one product with A_k' and the columns of W serves both, and A_k is asked for nothing else.
 
     Args:
-        apply: (k, X) -> A_k X for the columns of X (d, n).
-        apply_transposed: (k, X) -> A_k' X.
+        apply_transposed: (k, X) -> A_k' X for the columns of X (d, n).
         directions: unit vectors v_0..v_T: (T + 1, d); v_T belongs to the last block's output.
         magnitudes: mu_0..mu_T: (T + 1,). A layer with mu_k = 0 has no feature to weigh.
         weights: q, r and qf.
@@ -167,14 +177,14 @@ def feature_sweep(
     W = math.sqrt(weights.qf) / mu[T] * V[T][:, None] if mu[T] > 0 else np.zeros((V.shape[1], 0))
     for k in reversed(range(min(chosen), T)):
         gain = np.zeros(V.shape[1])
+        pulled = apply_transposed(k, W) if W.shape[1] else W
         if k in chosen and mu[k + 1] > 0 and W.shape[1]:
             r = weights.r / mu[k + 1] ** 2
             eigenvalues, basis = np.linalg.eigh(W.T @ W)
             shrink = r / (r + np.maximum(eigenvalues, 0))
-            if mu[k] > 0:
-                gain = W @ (basis @ ((shrink / r) * (basis.T @ (W.T @ apply(k, V[k][:, None])[:, 0]))))
-            W = W @ (basis * np.sqrt(shrink))
-        W = apply_transposed(k, W) if W.shape[1] else W
+            gain = W @ (basis @ ((shrink / r) * (basis.T @ (pulled.T @ V[k]))))
+            pulled = pulled @ (basis * np.sqrt(shrink))
+        W = pulled
         if mu[k] > 0:
             W = np.column_stack([W, math.sqrt(weights.q) / mu[k] * V[k]])
         if not (np.all(np.isfinite(W)) and np.all(np.isfinite(gain))):
@@ -183,21 +193,25 @@ def feature_sweep(
 
 
 def _controlled(S: Matrix, r: float, layer: int) -> Matrix:
-    """M = rI - r^2 (S + rI)^-1, by a Cholesky factorisation."""
+    """M = rI - r^2 (S + rI)^-1, by a Cholesky factorisation whose condition is checked."""
     from scipy.linalg import lapack
 
-    potrf, potri = (lapack.dpotrf, lapack.dpotri) if S.dtype == np.float64 else (lapack.spotrf, lapack.spotri)
-    shifted = S.copy()
-    shifted[np.diag_indices_from(shifted)] += r
-    factor, failed = potrf(shifted, lower=True)
-    inverse, failed_inverse = potri(factor, lower=True) if failed == 0 else (factor, failed)
-    if failed or failed_inverse or not np.all(np.isfinite(inverse)):
+    routines = ("potrf", "pocon", "potri")
+    potrf, pocon, potri = (getattr(lapack, ("d" if S.dtype == np.float64 else "s") + name) for name in routines)
+    M = S.copy()
+    M[np.diag_indices_from(M)] += r
+    norm = np.abs(M).sum(axis=0).max()
+    factor, failed = potrf(M, lower=True, overwrite_a=True)
+    inverse_condition = 0.0 if failed else pocon(factor, norm, uplo="L")[0]
+    if not inverse_condition > 10 * np.finfo(S.dtype).eps:
         raise InputError(
-            f"the Riccati recursion fails at layer {layer}: S + R is not positive definite in {S.dtype}; "
-            "raise r, lower q and qf, or solve in float64"
+            f"the Riccati recursion fails at layer {layer}: S + R is not positive definite or too badly conditioned in "
+            f"{S.dtype}; raise r, lower q and qf, or solve in float64"
         )
-    lower = np.tril(inverse)
-    M = -(r * r) * (lower + np.tril(lower, -1).T)
+    inverse, _ = potri(factor, lower=True, overwrite_c=True)
+    M = np.tril(inverse)
+    M += np.tril(inverse, -1).T
+    M *= -r * r
     M[np.diag_indices_from(M)] += r
     return M
 

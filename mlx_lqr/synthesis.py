@@ -64,8 +64,8 @@ def fit(
     nominal = positive[:jacobian_prompts]
     count = len(nominal) if jacobians is None else jacobians.prompt_count
     if cost == "feature":
-        products = _averaged(model, traces(model, nominal)) if jacobians is None else _stored(jacobians)
-        feedback = _feature_feedback(products, _unit(found), _magnitudes(found), weights, chosen, progress)
+        pull_back = _pull_back(model, traces(model, nominal)) if jacobians is None else lambda k, X: jacobians[k].T @ X
+        feedback = _feature_feedback(pull_back, _unit(found), _magnitudes(found), weights, chosen, progress)
     else:
         descending: Iterable[tuple[int, Matrix]]
         if jacobians is None:
@@ -104,34 +104,23 @@ def adapt(
     """
     if isinstance(concept, Controller):
         concept.check_model(model.name, model.fingerprint, model.num_layers, model.hidden_size)
-        products = _averaged(model, [model.trace(tokenise(model, prompt))])
-        return Controller.combine(*(_readapted(one, products) for one in concept.split()))
+        pull_back = _pull_back(model, [model.trace(tokenise(model, prompt))])
+        return Controller.combine(*(_readapted(one, pull_back) for one in concept.split()))
     if concept.fingerprint != model.fingerprint:
         raise InputError(f"the contrast is of {concept.model_name or 'another model'}, not of {model.name}")
     weights, chosen = Weights(q, r, qf), check_layers(layers, model.num_layers)
-    products = _averaged(model, [model.trace(tokenise(model, prompt))])
-    feedback = _feature_feedback(products, _unit(concept), _magnitudes(concept), weights, chosen)
+    pull_back = _pull_back(model, [model.trace(tokenise(model, prompt))])
+    feedback = _feature_feedback(pull_back, _unit(concept), _magnitudes(concept), weights, chosen)
     return assemble(concept, feedback, weights, 1, name, positions, "feature")
 
 
-Products = tuple[Product, Product]
-"""(k, X) -> A_k X and (k, X) -> A_k' X, for the columns of X (d, n)."""
+def _pull_back(model: Model, traces: Sequence[Trace]) -> Product:
+    """(k, X) -> A_k' X with the Jacobians averaged over traces, none of which is ever formed."""
 
-
-def _averaged(model: Model, traces: Sequence[Trace]) -> Products:
-    """Products with the Jacobians averaged over traces, none of which is ever formed."""
-
-    def apply(k: int, X: Matrix) -> Matrix:
-        return np.mean([model.jvp(trace, k, X.T.astype(np.float32)) for trace in traces], axis=0).T
-
-    def apply_transposed(k: int, X: Matrix) -> Matrix:
+    def product(k: int, X: Matrix) -> Matrix:
         return np.mean([model.vjp(trace, k, X.T.astype(np.float32)) for trace in traces], axis=0).T
 
-    return apply, apply_transposed
-
-
-def _stored(jacobians: Jacobians) -> Products:
-    return lambda k, X: jacobians[k] @ X, lambda k, X: jacobians[k].T @ X
+    return product
 
 
 def _unit(contrast: Contrast) -> Matrix:
@@ -146,7 +135,7 @@ def _magnitudes(contrast: Contrast) -> Matrix:
 
 
 def _feature_feedback(
-    products: Products,
+    pull_back: Product,
     unit: Matrix,
     magnitudes: Matrix,
     weights: Weights,
@@ -156,19 +145,19 @@ def _feature_feedback(
     """g_k for the feature cost, zero where there is no control: (T, d)"""
     T = len(unit) - 1
     feedback = np.zeros((T, unit.shape[1]))
-    for k, gain in feature_sweep(*products, unit, magnitudes, weights, layers):
+    for k, gain in feature_sweep(pull_back, unit, magnitudes, weights, layers):
         feedback[k] = gain
         if progress:
             progress("Gains", T - k, T - layers[0])
     return feedback
 
 
-def _readapted(controller: Controller, products: Products) -> Controller:
+def _readapted(controller: Controller, pull_back: Product) -> Controller:
     """The same controller of one concept with gains for other Jacobians."""
     last = controller.output_direction.T
     magnitude = float(np.linalg.norm(last))
     feedback = _feature_feedback(
-        products,
+        pull_back,
         np.vstack([controller.direction[:, :, 0], last / (magnitude or 1.0)]),
         np.append(controller.setpoint[:, 0], magnitude),
         controller.weights,

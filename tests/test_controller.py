@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tiny import tiny
 
 import mlx_lqr
 from mlx_lqr import Contrast, Controller, Gains, InputError
+from mlx_lqr.backends.base import Model
 from mlx_lqr.laws import LinearFeedback
 from mlx_lqr.riccati import Weights
 
@@ -61,6 +63,37 @@ def test_joint_law_equals_the_full_gain_law_and_meets_both_setpoints(random: np.
         assert np.allclose(V.T @ (z - dz), wanted, atol=1e-3)
         added = V @ (wanted - V.T @ z)
         assert not np.allclose(V.T @ (z + added), wanted, atol=0.1)
+
+
+class FullGainLaw:
+    """u_k = -K_k dz_k with dz_k = -V_k (V_k'V_k)^-1 (wanted_k - V_k' z_k) and the whole gains, for comparison."""
+
+    def __init__(self, K: Any, V: Any, pseudoinverse: Any, wanted: Any, layers: Any) -> None:
+        self.layers = layers
+        self._parts = K, V, pseudoinverse, wanted
+
+    def place(self, array: Any) -> FullGainLaw:
+        return FullGainLaw(*([array(part) for part in parts] for parts in self._parts), self.layers)
+
+    def __call__(self, layer: int, z: Any) -> Any:
+        K, V, pseudoinverse, wanted = (parts[layer] for parts in self._parts)
+        return (wanted - z @ V) @ pseudoinverse @ K.T
+
+
+@pytest.mark.parametrize("weight", [0.1, 10.0])
+def test_on_the_real_model_the_joint_law_is_the_full_gain_law(
+    weight: float, smollm2: Model, jacobians: mlx_lqr.Jacobians, ocean: Contrast, golden: dict[str, Any]
+) -> None:
+    gains = mlx_lqr.solve(jacobians, weight, 1.0, weight)
+    other = mlx_lqr.contrast(smollm2, golden["positive"][:6], golden["negative"][:6])  # overlaps with the first
+    joint = Controller.combine(mlx_lqr.compile(gains, ocean, "a"), mlx_lqr.compile(gains, other, "b"))
+    strengths = np.array([1.0, -2.0], np.float32)
+    pseudoinverse = [np.linalg.pinv(V) for V in joint.direction]
+    full = FullGainLaw(list(gains), joint.direction, pseudoinverse, joint.setpoint * strengths, joint.active_layers)
+    tokens = smollm2.tokenizer.encode(golden["prompt"])
+    found = smollm2.residuals([tokens], law=LinearFeedback(joint, strengths))[0]
+    expected = smollm2.residuals([tokens], law=full)[0]
+    assert (np.linalg.norm(found - expected, axis=1) < 1e-4 * np.linalg.norm(expected, axis=1)).all()
 
 
 def test_combining_one_by_one_equals_combining_at_once(random: np.random.Generator) -> None:

@@ -48,7 +48,7 @@ def test_equals_the_dense_recursion(weights: Weights, layers: set[int], random: 
     V /= np.linalg.norm(V, axis=1, keepdims=True)
     mu = random.uniform(0.5, 5, T + 1)
     V[0], mu[0] = 0, 0
-    sweep = feature_sweep(lambda k, X: jacobians[k] @ X, lambda k, X: jacobians[k].T @ X, V, mu, weights, layers)
+    sweep = feature_sweep(lambda k, X: jacobians[k].T @ X, V, mu, weights, layers)
     found = np.zeros((T, d))
     for k, gain in sweep:
         found[k] = gain

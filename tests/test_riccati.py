@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.linalg import solve_discrete_are
 
 from mlx_lqr import InputError, solve
-from mlx_lqr.riccati import Weights, sweep
+from mlx_lqr.riccati import Weights, cost_to_go, sweep
 
 
 def system(T: int, d: int, seed: int = 0) -> list[np.ndarray]:
@@ -130,6 +130,28 @@ def test_a_failing_layer_is_named() -> None:
         solve(jacobians)
     with pytest.raises(InputError, match="overflows float32 at layer 2"):
         solve([np.eye(4), np.eye(4), 1e30 * np.eye(4)], dtype=np.float32)
+
+
+def test_a_badly_conditioned_layer_is_named_and_float64_is_the_way_out() -> None:
+    jacobians = [np.eye(4), np.diag([1.0, 1.0, 1.0, 3e4]), np.eye(4)]
+    with pytest.raises(InputError, match=r"layer 0: .*conditioned, in float32; .*solve in float64"):
+        solve(jacobians, dtype=np.float32)
+    assert all(np.isfinite(K).all() for K in solve(jacobians))
+
+
+@settings(deadline=None, max_examples=25)
+@given(q=positive, r=positive, qf=positive, seed=st.integers(0, 99))
+def test_the_cost_to_go_stays_symmetric_positive_and_is_what_the_gains_cost(
+    q: float, r: float, qf: float, seed: int
+) -> None:
+    weights, jacobians = Weights(q, r, qf), system(4, 5, seed)
+    steps = list(cost_to_go(((k, jacobians[k]) for k in (3, 2, 1, 0)), weights, range(4)))
+    for _, _, S in steps:
+        assert np.array_equal(S, S.T)
+        assert np.linalg.eigvalsh(S).min() >= 0
+    z = np.random.default_rng(seed).standard_normal(5)
+    spent = cost(jacobians, [K for _, K, _ in reversed(steps)], weights, z)
+    assert np.isclose(z @ steps[-1][2] @ z, spent, rtol=1e-8)
 
 
 def test_the_sweep_asks_for_one_jacobian_at_a_time() -> None:

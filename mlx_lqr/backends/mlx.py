@@ -26,10 +26,10 @@ from mlx_lqr.errors import InputError
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass while filling the cache."""
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 """Tokens, padding included, per forward pass over many prompts."""
-TANGENTS = 256
-"""Directions differentiated at once: enough for full speed, and little memory at any width."""
+TANGENTS = 576
+"""Directions differentiated at once: enough for full speed, and little memory beside a wide model's matrices."""
 
 
 def load(folder: Path, name: str, dtype: str | None = None) -> MLXModel:
@@ -52,6 +52,8 @@ class MLXTrace:
     """z_0..z_T: (T + 1, d)"""
     calls: list[BlockCall]
     """Block k as a function of its input z (1, 1, d), everything before the last token frozen."""
+    nbytes: int
+    """Memory held: the prefix's keys and values, and the residual stream."""
 
 
 class MLXModel:
@@ -118,6 +120,7 @@ class MLXModel:
             recorded.append(z[rows, last])
             if k == self.num_layers - 1:
                 recorded.append(output[rows, last])
+            mx.eval(output, recorded)  # block by block, or the intermediates of all blocks are held at once
             return output
 
         with hooked(self.blocks, record, range(self.num_layers)):
@@ -139,25 +142,30 @@ class MLXModel:
         return np.asarray(chosen - mx.logsumexp(logits, axis=-1))
 
     def trace(self, tokens: Sequence[int]) -> MLXTrace:
-        prefix = [PrefixCache() for _ in self.blocks]
-        if len(tokens) > 1:
-            self.module(mx.array([tokens[:-1]]), cache=prefix)
+        caches = [PrefixCache() for _ in self.blocks]
         residual: list[mx.array] = []
         calls: list[BlockCall] = []
 
         def record(k: int, z: mx.array, call: BlockCall) -> mx.array:
             output = call(z)
-            residual.append(z[0, 0])
-            calls.append(call.with_cache(prefix[k], prefix[k].frozen()))
+            residual.append(z[0, -1])
             if k == self.num_layers - 1:
-                residual.append(output[0, 0])
+                residual.append(output[0, -1])
             return output
 
+        def note(k: int, z: mx.array, call: BlockCall) -> mx.array:
+            calls.append(call)
+            return z  # the block itself need not run again
+
         with hooked(self.blocks, record, range(self.num_layers)):
-            self.module(mx.array([tokens[-1:]]), cache=prefix)
+            self.module(mx.array([tokens]), cache=caches)
         stacked = mx.stack(residual).astype(mx.float32)
-        mx.eval(stacked, [(cache.keys, cache.values) for cache in prefix])
-        return MLXTrace(np.asarray(stacked), calls)
+        mx.eval(stacked, [(cache.keys, cache.values) for cache in caches])
+        frozen = [cache.frozen() for cache in caches]
+        with hooked(self.blocks, note, range(self.num_layers)):
+            self.module(mx.array([tokens[-1:]]), cache=frozen)
+        held = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
+        return MLXTrace(np.asarray(stacked), calls, held + stacked.nbytes)
 
     def jacobian(self, trace: MLXTrace, layer: int) -> Float32:
         return self.jvp(trace, layer, np.eye(self.hidden_size, dtype=np.float32)).T

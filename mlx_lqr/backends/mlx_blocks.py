@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -27,12 +27,6 @@ class BlockCall:
 
     def __call__(self, z: mx.array) -> mx.array:
         return self.block(z, *self.args, **self.kwargs)
-
-    def with_cache(self, old: Any, new: Any) -> BlockCall:
-        """The same call with another cache."""
-        args = tuple(new if value is old else value for value in self.args)
-        kwargs = {name: new if value is old else value for name, value in self.kwargs.items()}
-        return replace(self, args=args, kwargs=kwargs)
 
 
 Hook = Callable[[int, mx.array, BlockCall], mx.array]
@@ -59,20 +53,24 @@ def _hooked_class(kind: type[nn.Module], k: int, hook: Hook) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-class PrefixCache:
-    """A plain KV cache that evicts nothing; a sliding window is expressed in the mask instead."""
+class FrozenCache:
+    """Returns the frozen prefix followed by the new key and value, and stores nothing.
 
-    def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.offset = 0
+    It makes a block a pure function of the last position. Nothing is evicted; a sliding window is in the mask instead.
+    """
+
+    def __init__(self, keys: mx.array | None = None, values: mx.array | None = None) -> None:
+        self.keys: Any = keys
+        self.values: Any = values
+        self.offset = 0 if keys is None else keys.shape[-2]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.keys is not None and self.values is not None:
-            keys = mx.concatenate([self.keys, keys], axis=-2)
-            values = mx.concatenate([self.values, values], axis=-2)
-        self.keys, self.values, self.offset = keys, values, keys.shape[-2]
-        return keys, values
+        if self.keys is None or self.values is None:
+            return keys, values
+        return (
+            mx.concatenate([self.keys.astype(keys.dtype), keys], axis=-2),
+            mx.concatenate([self.values.astype(values.dtype), values], axis=-2),
+        )
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         if window_size is None and not return_array:
@@ -82,27 +80,20 @@ class PrefixCache:
         mask = query >= key
         return mask if window_size is None else mask & (query < key + window_size)
 
+
+class PrefixCache(FrozenCache):
+    """The same, but keeps what it is given."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys, self.values = super().update_and_fetch(keys, values)
+        self.offset = self.keys.shape[-2]
+        return self.keys, self.values
+
     def frozen(self) -> FrozenCache:
         """The cache as it stood before its last token."""
         assert self.keys is not None
         assert self.values is not None
         return FrozenCache(self.keys[..., :-1, :], self.values[..., :-1, :])
-
-
-class FrozenCache:
-    """Returns the frozen prefix followed by the new key and value, and stores nothing.
-
-    It makes a block a pure function of the last position.
-    """
-
-    def __init__(self, keys: mx.array, values: mx.array) -> None:
-        self.keys, self.values, self.offset = keys, values, keys.shape[-2]
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return (
-            mx.concatenate([self.keys.astype(keys.dtype), keys], axis=-2),
-            mx.concatenate([self.values.astype(values.dtype), values], axis=-2),
-        )
 
 
 @contextmanager

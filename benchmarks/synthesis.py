@@ -1,0 +1,252 @@
+"""What synthesis costs: Jacobians, gains and a new concept on SmolLM2, each beside its floor or the usual way.
+
+    python benchmarks/synthesis.py    # everything in one run; one comparison needs the test extra (torch, transformers)
+    python benchmarks/synthesis.py --no-torch --no-scaling
+
+Ratios are medians over rounds in which the things compared run in turn. Memory counts MLX's and NumPy's arrays beyond
+the loaded model.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+import mlx_lqr  # first, so that MLX gets its BLAS
+from mlx_lqr.backends.mlx import MLXModel, MLXTrace
+from mlx_lqr.backends.mlx_lm_models import model_classes
+from mlx_lqr.linearize import traces
+from mlx_lqr.riccati import Weights, sweep
+from mlx_lqr.synthesis import adapt
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+
+SHAPES = {
+    "1B (Llama 3.2)": {"d": 2048, "T": 16, "inner": 8192, "heads": 32, "kv": 8},
+    "3B (Llama 3.2)": {"d": 3072, "T": 28, "inner": 8192, "heads": 24, "kv": 8},
+    "8B (Llama 3.1)": {"d": 4096, "T": 32, "inner": 14336, "heads": 32, "kv": 8},
+    "14B (Qwen3)": {"d": 5120, "T": 40, "inner": 17408, "heads": 40, "kv": 8},
+}
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turn(rounds: int, *works: Callable[[], Any]) -> list[list[float]]:
+    """Seconds of each work in each round, after one round that does not count."""
+    for work in works:
+        work()
+    measured = [[seconds(work) for work in works] for _ in range(rounds)]
+    return [list(column) for column in zip(*measured, strict=True)]
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def peak_megabytes(work: Callable[[], Any]) -> float:
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    tracemalloc.start()
+    work()
+    arrays = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return (max(0, mx.get_peak_memory() - before) + arrays) / 1e6
+
+
+def say(what: str, value: float, unit: str, target: str = "") -> None:
+    print(f"{what:50}{value:9.2f} {unit:10}{target}", flush=True)
+
+
+def matrix_products_alone(model: MLXModel) -> None:
+    """The products that a Jacobian cannot do without: every weight of every block, once for each direction."""
+    wide = {
+        width: mx.ones((model.hidden_size, width)) for width in (model.hidden_size, model.module.args.intermediate_size)
+    }
+    mx.eval(wide)
+    for block in model.blocks:
+        attention, mlp = block.self_attn, block.mlp
+        layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        for layer in (*layers, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            mx.eval(wide[layer.weight.shape[1]] @ layer.weight.T)
+
+
+def whole_sequence_reverse_mode(folder: str, tokens: list[int]) -> tuple[float, np.ndarray]:
+    """torch.autograd.functional.jacobian of every block over the whole sequence: seconds, and A_k w for w = 1."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    states: list[torch.Tensor] = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: states.append(args[0])) for block in module.model.layers]
+    with torch.no_grad():
+        module(torch.tensor([tokens]))
+    for hook in hooks:
+        hook.remove()
+    rotary = module.model.rotary_emb(states[0], torch.arange(len(tokens))[None])
+    products = []
+    start = time.perf_counter()
+    for block, z in zip(module.model.layers, states, strict=True):
+
+        def last(z: torch.Tensor, block: Any = block) -> torch.Tensor:
+            output = block(z, position_embeddings=rotary)
+            return (output[0] if isinstance(output, tuple) else output)[0, -1]
+
+        jacobian = torch.autograd.functional.jacobian(last, z.detach(), vectorize=True)
+        products.append(jacobian[:, 0, -1].sum(dim=1).numpy())
+    return time.perf_counter() - start, np.stack(products)
+
+
+def textbook_gains(jacobians: mlx_lqr.Jacobians, weights: Weights, dtype: Any) -> list[np.ndarray]:
+    """K_k and S_k as textbooks write them: S = Q + A'SA - (B'SA)'(R + B'SB)^-1 (B'SA), B = I."""
+    d = jacobians[0].shape[0]
+    S = (weights.qf * np.eye(d)).astype(dtype)
+    gains = []
+    for k in reversed(range(len(jacobians))):
+        A = jacobians[k].astype(dtype)
+        SA = S @ A
+        K = np.linalg.solve(S + (weights.r * np.eye(d)).astype(dtype), SA)
+        S = (weights.q * np.eye(d)).astype(dtype) + A.T @ SA - SA.T @ K
+        gains.append(K)
+    return gains[::-1]
+
+
+def worst(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True))
+
+
+def jacobians_and_floor(model: MLXModel, points: list[MLXTrace], rounds: int) -> None:
+    def jacobians() -> None:
+        for k in range(model.num_layers):
+            model.jacobian(points[0], k)
+
+    ours, floor = in_turn(rounds, jacobians, lambda: matrix_products_alone(model))
+    say("Jacobians of all layers, one prompt", statistics.median(ours), "s")
+    say("the same matrix products alone (floor)", statistics.median(floor), "s")
+    say("  ratio", ratio(ours, floor), "x", "at most 2")
+
+
+def accuracy(jacobians: mlx_lqr.Jacobians) -> None:
+    weights = Weights(10.0, 1.0, 10.0)
+    reference = textbook_gains(jacobians, weights, np.float64)
+    print("gains at q/r = 10, worst relative difference from the textbook's form in float64:")
+    forms = {
+        "ours in float64 (at most 1e-6)": list(mlx_lqr.solve(jacobians, 10.0, 1.0, 10.0)),
+        "ours in float32": list(mlx_lqr.solve(jacobians, 10.0, 1.0, 10.0, dtype=np.float32)),
+        "the textbook's in float32": textbook_gains(jacobians, weights, np.float32),
+    }
+    for name, gains in forms.items():
+        print(f"  {name:48}{worst(gains, reference):9.0e}")
+
+
+def block_of(shape: dict[str, int]) -> MLXModel:
+    """A Llama of one block with random weights."""
+    Model, ModelArgs = model_classes("llama")
+    arguments = {
+        "model_type": "llama",
+        "hidden_size": shape["d"],
+        "num_hidden_layers": 1,
+        "intermediate_size": shape["inner"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["kv"],
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 64,
+        "max_position_embeddings": 4096,
+    }
+    model = MLXModel(Model(ModelArgs.from_dict(arguments)), "one block")
+    mx.eval(model.module.parameters())
+    return model
+
+
+def scaled(name: str, shape: dict[str, int], directions: int = 256) -> str:
+    """A row of the table: some directions of one block's Jacobian and one Riccati step, measured and extrapolated."""
+    d, T = shape["d"], shape["T"]
+    model = block_of(shape)
+    (point,) = traces(model, [[1, 2, 3, 4, 5, 6, 7, 8] * 4])
+    random = np.random.default_rng(0)
+    some = random.standard_normal((directions, d)).astype(np.float32)
+    few = some[: (T + 1) // 2]  # the average number of columns of W
+    A = np.eye(d, dtype=np.float32) + random.standard_normal((d, d)).astype(np.float32) / np.sqrt(d)
+    model.jvp(point, 0, few)
+    jacobians = seconds(lambda: model.jvp(point, 0, some)) * d / directions * T
+    riccati = seconds(lambda: list(sweep([(0, A)], Weights(), [0]))) * T
+    feature = seconds(lambda: model.vjp(point, 0, few)) * T
+    state_memory = peak_megabytes(lambda: list(sweep([(0, A)], Weights(), [0]))) / 1e3
+    feature_memory = peak_megabytes(lambda: model.vjp(point, 0, few)) / 1e3
+    return (
+        f"{name:16}{d:6d}{T:4d}{jacobians:10.0f} s{riccati:8.0f} s{jacobians + riccati:10.0f} s{state_memory:6.1f} GB"
+        f"{feature:12.1f} s{feature_memory:6.2f} GB"
+    )
+
+
+def scaling() -> None:
+    print("\nlarger models: one random float32 block of each shape, one nominal prompt of 32 tokens. Jacobians are")
+    print("extrapolated from 256 directions to d, everything from one layer to T; memory is beyond the model's own.\n")
+    print(f"{'shape':16}{'d':>6}{'T':>4}{'Jacobians':>12}{'Riccati':>10}{'state cost':>12}{'memory':>9}"
+          f"{'feature cost':>14}{'memory':>9}")  # fmt: skip
+    for name, shape in SHAPES.items():
+        print(scaled(name, shape), flush=True)
+
+
+@click.command()
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--torch/--no-torch", default=True, help="Compare with the whole-sequence reverse-mode way.")
+@click.option("--scaling/--no-scaling", "with_scaling", default=True, help="Print the table for larger shapes.")
+def main(rounds: int, torch: bool, with_scaling: bool) -> None:
+    """Measure synthesis on SmolLM2-135M-Instruct."""
+    from mlx_lqr.convert.sources import demo_model
+
+    model = mlx_lqr.load("demo", dtype="float32")
+    assert isinstance(model, MLXModel)
+    positive, negative = mlx_lqr.bundled_prompts("ocean")
+    positive, negative = positive[:60], negative[:60]
+
+    jacobians_and_floor(model, traces(model, positive[:1]), rounds)
+    stored = mlx_lqr.linearize(model, positive[:1])
+    if torch:
+        took, products = whole_sequence_reverse_mode(str(demo_model()), model.tokenizer.encode(positive[0])[:32])
+        ours = seconds(lambda: mlx_lqr.linearize(model, positive[:1]))
+        expected = np.stack([A.sum(axis=1) for A in stored])
+        off = np.linalg.norm(products - expected, axis=1) / np.linalg.norm(expected, axis=1)
+        say("whole-sequence reverse mode in torch, once", took, "s", f"agrees to {off.max():.0e}")
+        say("  it takes longer than ours by", took / ours, "x", "at least 20")
+    (solving,) = in_turn(rounds, lambda: mlx_lqr.solve(stored))
+    say("gains of all layers, float64", statistics.median(solving), "s", "at most 3")
+    accuracy(stored)
+
+    unit = 8 * model.hidden_size**2 / 1e6
+    caches = sum(point.nbytes for point in traces(model, positive[:8])) / 1e6
+    used = peak_megabytes(lambda: mlx_lqr.fit(model, positive[:8], negative[:8])) - caches
+    say("peak memory of fit, 8 + 8 prompts", used, "MB")
+    say("  in (d, d) float64 matrices", used / unit, "", f"below 12, beside {caches:.1f} MB of prompts' caches")
+
+    (again,) = in_turn(rounds, lambda: mlx_lqr.fit(model, positive, negative, jacobians=stored))
+    say("a new concept, 120 prompts, stored Jacobians", statistics.median(again), "s", "below 15")
+    prompts = [model.tokenizer.encode(text) for text in positive + negative]
+    one_by_one, batched = in_turn(
+        rounds, lambda: [model.residuals([prompt]) for prompt in prompts], lambda: model.residuals(prompts)
+    )
+    say("activations of 120 prompts, one by one / batched", ratio(one_by_one, batched), "x", "at least 2")
+
+    contrast = mlx_lqr.contrast(model, positive[:20], negative[:20])
+    (adapting,) = in_turn(2 * rounds, lambda: adapt(model, contrast, positive[0]))
+    say("feature cost at one prompt, forward included", statistics.median(adapting), "s", "below 0.3")
+    used = peak_megabytes(lambda: adapt(model, contrast, positive[0]))
+    say("  its memory", used, "MB", f"= {used / unit:.1f} (d, d) float64 matrices")
+    if with_scaling:
+        scaling()
+
+
+if __name__ == "__main__":
+    main()
