@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx.utils import tree_map_with_path
 
 from mlx_lqr.backends.mlx import MLXModel
-from mlx_lqr.backends.mlx_lm_models import model_classes
+from mlx_lqr.backends.mlx_lm_models import is_supported, model_classes
 
 COMMON: dict[str, Any] = {
     "hidden_size": 32,
@@ -44,6 +44,8 @@ FAMILY: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+
+FAMILY = {family: settings for family, settings in FAMILY.items() if is_supported(family)}  # of the mlx-lm installed
 
 
 def tiny(family: str, *, seed: int = 0, dtype: mx.Dtype = mx.float32, **changes: Any) -> MLXModel:

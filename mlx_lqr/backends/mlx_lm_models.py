@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -36,6 +37,9 @@ FAMILIES = (
 )
 """The model types whose blocks are known to carry one dense residual stream."""
 
+_SINCE = {"qwen3_moe": (0, 32)}
+"""Families that older versions of mlx-lm have, but cannot differentiate."""
+
 REMAPPED = {"mistral": "llama"}
 
 
@@ -47,6 +51,12 @@ def import_mlx_lm(submodule: str) -> ModuleType:
         return importlib.import_module(f"mlx_lm.{submodule}")
 
 
+def is_supported(model_type: str) -> bool:
+    """Whether the family can be steered with the mlx-lm that is installed."""
+    installed = tuple(int(number) for number in metadata.version("mlx-lm").split(".")[:2])
+    return model_type in FAMILIES and installed >= _SINCE.get(model_type, (0, 0))
+
+
 def model_classes(model_type: str) -> tuple[Any, Any]:
     """The `Model` and `ModelArgs` classes of a supported family.
 
@@ -55,6 +65,9 @@ def model_classes(model_type: str) -> tuple[Any, Any]:
     """
     if model_type not in FAMILIES:
         raise InputError(f"the architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if not is_supported(model_type):
+        needed = ".".join(map(str, _SINCE[model_type]))
+        raise InputError(f"{model_type} needs mlx-lm {needed}: pip install -U mlx-lm (with Python 3.11 or newer)")
     module = import_mlx_lm(f"models.{REMAPPED.get(model_type, model_type)}")
     return module.Model, module.ModelArgs
 
