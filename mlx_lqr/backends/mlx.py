@@ -151,6 +151,7 @@ class MLXModel:
             residual.append(z[0, -1])
             if k == self.num_layers - 1:
                 residual.append(output[0, -1])
+            mx.eval(output)  # block by block, as above
             return output
 
         def note(k: int, z: mx.array, call: BlockCall) -> mx.array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ class Tokenizer:
             raise TemplateError(message)
 
         environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         return environment.from_string(self._template_source)
 
