@@ -28,7 +28,7 @@ PREFILL_CHUNK = 512
 """Prompt tokens per forward pass while filling the cache."""
 BATCH_TOKENS = 1024
 """Tokens, padding included, per forward pass over many prompts."""
-TANGENTS = 576
+TANGENTS = 288
 """Directions differentiated at once: enough for full speed, and little memory beside a wide model's matrices."""
 
 
