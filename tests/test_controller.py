@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -193,6 +195,14 @@ def test_a_controller_of_another_model_is_refused(random: np.random.Generator) -
             mlx_lqr.stream(model, [1, 2], controller=controller)
         with pytest.raises(InputError, match="fitted on"), mlx_lqr.steer(model, controller):
             pass
+
+
+def test_the_same_model_in_another_dtype_or_quantisation_is_recognised() -> None:
+    fingerprint = tiny("llama").fingerprint
+    assert tiny("llama", dtype=mx.bfloat16).fingerprint == fingerprint
+    quantised = tiny("llama")
+    nn.quantize(quantised.module, group_size=32, bits=4)
+    assert quantised.fingerprint == fingerprint
 
 
 def test_gains_and_contrast_of_different_models_are_not_compiled(random: np.random.Generator) -> None:
