@@ -12,6 +12,7 @@ from gguf.constants import GGMLQuantizationType
 
 from mlx_lqr.atomic import writing
 from mlx_lqr.backends.base import Progress
+from mlx_lqr.backends.mlx_load import DTYPES
 from mlx_lqr.errors import InputError
 
 from .gguf_config import architecture, model_config
@@ -19,7 +20,7 @@ from .gguf_file import FLOAT_TYPES, GGUFFile
 from .gguf_tokenizer import GGUFTokenizer
 from .gguf_weights import GGUFWeights
 from .huggingface import convert_folder, hub_folder
-from .write import BITS, DTYPES, GROUP_SIZES, cast, group_for, write_json, write_weights
+from .write import BITS, GROUP_SIZES, cast, group_for, write_json, write_weights
 
 
 def convert(

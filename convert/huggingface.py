@@ -19,10 +19,10 @@ from mlx.utils import tree_flatten, tree_map
 from safetensors import SafetensorError, safe_open
 
 from mlx_lqr.backends.base import Progress
-from mlx_lqr.backends.mlx_load import flattened, settings_read
+from mlx_lqr.backends.mlx_load import DTYPES, flattened, settings_read
 from mlx_lqr.errors import InputError
 
-from .write import DTYPES, cast, group_for, write_json, write_weights
+from .write import cast, group_for, write_json, write_weights
 
 _INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -19,7 +19,6 @@ from mlx_lqr.backends.base import Progress
 from mlx_lqr.errors import InputError
 
 SHARD_BYTES = 5 << 30  # as mlx-lm and the hub do
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)  # what MLX has kernels for
 

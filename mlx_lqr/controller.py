@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from mlx_lqr.atomic import writing
-from mlx_lqr.backends.base import Float32
+from mlx_lqr.backends.base import Float32, Model
 from mlx_lqr.contrast import Contrast
 from mlx_lqr.errors import InputError
 from mlx_lqr.riccati import Gains, Weights
@@ -131,8 +131,11 @@ class Controller:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is a damaged controller file ({error}): fit it again") from error
 
-    def check_model(self, name: str, fingerprint: str, num_layers: int, hidden_size: int) -> None:
-        """Raise `InputError` unless this controller was fitted on the model described."""
+    def check_model(self, model: Model) -> None:
+        """Raise `InputError` unless this controller was fitted on `model`."""
+        self._check_fitted_on(model.name, model.fingerprint, model.num_layers, model.hidden_size)
+
+    def _check_fitted_on(self, name: str, fingerprint: str, num_layers: int, hidden_size: int) -> None:
         if (self.num_layers, self.hidden_size) != (num_layers, hidden_size) or self.fingerprint != fingerprint:
             raise InputError(
                 f"this controller was fitted on {self.model_name} ({self.num_layers} layers of width "
@@ -153,7 +156,7 @@ class Controller:
             raise InputError("nothing to combine: give at least one controller")
         first = controllers[0]
         for other in controllers[1:]:
-            other.check_model(first.model_name, first.fingerprint, first.num_layers, first.hidden_size)
+            other._check_fitted_on(first.model_name, first.fingerprint, first.num_layers, first.hidden_size)
             if other.positions != first.positions:
                 raise InputError("controllers for the positions 'last' and 'all' cannot be combined: fit them alike")
         concepts = [name for controller in controllers for name in controller.concepts]

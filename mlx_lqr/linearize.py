@@ -14,6 +14,7 @@ from os import PathLike
 
 import numpy as np
 
+from mlx_lqr.atomic import writing
 from mlx_lqr.backends.base import Float32, Model, Progress, Trace
 from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.errors import InputError
@@ -42,10 +43,11 @@ class Jacobians(Sequence[Float32]):
     def save(self, path: str | PathLike[str], *, dtype: str = "float32") -> None:
         """Write the tensors `jacobian.K` ("float32" or "float16") to a safetensors file."""
         metadata = _metadata(self.fingerprint, self.model_name, self.prompt_count, "")
-        writer = JacobianWriter(path, len(self), len(self[0]), dtype, metadata)
-        for k in reversed(range(len(self) - writer.finished)):
-            writer.append(self[k])
-        writer.close()
+        with writing(path) as temporary:  # nothing of another, unfinished save is taken over
+            writer = JacobianWriter(temporary, len(self), len(self[0]), dtype, metadata)
+            for k in reversed(range(len(self))):
+                writer.append(self[k])
+            writer.close()
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Jacobians:

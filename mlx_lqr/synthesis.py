@@ -65,7 +65,8 @@ def fit(
     count = len(nominal) if jacobians is None else jacobians.prompt_count
     if cost == "feature":
         pull_back = _pull_back(model, traces(model, nominal)) if jacobians is None else lambda k, X: jacobians[k].T @ X
-        feedback = _feature_feedback(pull_back, _unit(found), _magnitudes(found), weights, chosen, progress)
+        directions = found.unit_direction, found.magnitude, found.output_direction
+        feedback = _feature_feedback(pull_back, *directions, weights, chosen, progress)
     else:
         descending: Iterable[tuple[int, Matrix]]
         if jacobians is None:
@@ -103,14 +104,15 @@ def adapt(
         InputError: an unusable prompt or option, or a contrast or controller of another model.
     """
     if isinstance(concept, Controller):
-        concept.check_model(model.name, model.fingerprint, model.num_layers, model.hidden_size)
+        concept.check_model(model)
         pull_back = _pull_back(model, [model.trace(tokenise(model, prompt))])
         return Controller.combine(*(_readapted(one, pull_back) for one in concept.split()))
     if concept.fingerprint != model.fingerprint:
         raise InputError(f"the contrast is of {concept.model_name or 'another model'}, not of {model.name}")
     weights, chosen = Weights(q, r, qf), check_layers(layers, model.num_layers)
     pull_back = _pull_back(model, [model.trace(tokenise(model, prompt))])
-    feedback = _feature_feedback(pull_back, _unit(concept), _magnitudes(concept), weights, chosen)
+    directions = concept.unit_direction, concept.magnitude, concept.output_direction
+    feedback = _feature_feedback(pull_back, *directions, weights, chosen)
     return assemble(concept, feedback, weights, 1, name, positions, "feature")
 
 
@@ -123,29 +125,21 @@ def _pull_back(model: Model, traces: Sequence[Trace]) -> Product:
     return product
 
 
-def _unit(contrast: Contrast) -> Matrix:
-    """v_0..v_T: (T + 1, d)"""
-    last = contrast.output_direction / (contrast.output_magnitude or 1.0)
-    return np.vstack([contrast.unit_direction, last])
-
-
-def _magnitudes(contrast: Contrast) -> Matrix:
-    """mu_0..mu_T: (T + 1,)"""
-    return np.append(contrast.magnitude, contrast.output_magnitude)
-
-
 def _feature_feedback(
     pull_back: Product,
     unit: Matrix,
     magnitudes: Matrix,
+    output_direction: Matrix,
     weights: Weights,
     layers: tuple[int, ...],
     progress: Progress | None = None,
 ) -> Matrix:
-    """g_k for the feature cost, zero where there is no control: (T, d)"""
-    T = len(unit) - 1
-    feedback = np.zeros((T, unit.shape[1]))
-    for k, gain in feature_sweep(pull_back, unit, magnitudes, weights, layers):
+    """g_k for the feature cost from v_k (T, d), mu_k (T,) and e_T (d,), zero where there is no control: (T, d)"""
+    T = len(unit)
+    output_magnitude = float(np.linalg.norm(output_direction))
+    directions = np.vstack([unit, output_direction / (output_magnitude or 1.0)])
+    feedback = np.zeros(unit.shape)
+    for k, gain in feature_sweep(pull_back, directions, np.append(magnitudes, output_magnitude), weights, layers):
         feedback[k] = gain
         if progress:
             progress("Gains", T - k, T - layers[0])
@@ -154,12 +148,11 @@ def _feature_feedback(
 
 def _readapted(controller: Controller, pull_back: Product) -> Controller:
     """The same controller of one concept with gains for other Jacobians."""
-    last = controller.output_direction.T
-    magnitude = float(np.linalg.norm(last))
     feedback = _feature_feedback(
         pull_back,
-        np.vstack([controller.direction[:, :, 0], last / (magnitude or 1.0)]),
-        np.append(controller.setpoint[:, 0], magnitude),
+        controller.direction[:, :, 0],
+        controller.setpoint[:, 0],
+        controller.output_direction[:, 0],
         controller.weights,
         controller.active_layers,
     )

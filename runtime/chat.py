@@ -43,7 +43,7 @@ class Chat:
         Raises:
             InputError: of another model, or not to be combined with those in force, which then stay as they are.
         """
-        controller.check_model(self.model.name, self.model.fingerprint, self.model.num_layers, self.model.hidden_size)
+        controller.check_model(self.model)
         (strength,) = check_strength(strength, 1)
         kept = [c for c in self._controllers if not set(c.concepts) & set(controller.concepts)]
         Controller.combine(*kept, controller)

@@ -5,31 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mlx_lqr.backends.base import GREEDY, Law, Model, Sampling
+from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.errors import InputError
 
 
 def decode(
     model: Model,
-    tokens: Sequence[int],
+    prompt: Prompt,
     *,
     law: Law | None = None,
     steer_all: bool = False,
     sampling: Sampling = GREEDY,
     max_tokens: int = 256,
 ) -> Iterator[int]:
-    """Yield the tokens that follow `tokens`, until an end token (not yielded), `max_tokens`, or a full context.
+    """Yield the tokens that follow `prompt`, until an end token (not yielded), `max_tokens`, or a full context.
 
     Steered are the prompt's last token and every generated one, and with `steer_all` every prompt token too.
 
     Raises:
-        InputError: the prompt is empty or leaves no room in the model's context.
+        InputError: an unusable prompt (see `tokenise`), or no token asked for.
     """
-    if not tokens:
-        raise InputError("the prompt is empty: give at least one token")
-    if len(tokens) > model.context_length:
-        raise InputError(
-            f"the prompt has {len(tokens)} tokens and the model's context {model.context_length}: shorten the prompt"
-        )
+    tokens = tokenise(model, prompt)
     if max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
     return _decode(model, tokens, law, steer_all, sampling, max_tokens)

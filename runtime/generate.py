@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mlx_lqr.backends.base import Model, Sampling
-from mlx_lqr.contrast import Prompt, tokenise
+from mlx_lqr.contrast import Prompt
 from mlx_lqr.controller import Controller
 from mlx_lqr.laws import LinearFeedback
 from mlx_lqr.runtime.decode import decode
@@ -83,7 +83,7 @@ def stream(
     law = feedback(model, controller, strength) if controller is not None else None
     tokens = decode(
         model,
-        tokenise(model, prompt),
+        prompt,
         law=law,
         steer_all=controller is not None and controller.positions == "all",
         sampling=sampling,
@@ -94,7 +94,7 @@ def stream(
 
 def feedback(model: Model, controller: Controller, strength: Strength) -> LinearFeedback:
     """The controller's law, after checking that it was fitted on this model."""
-    controller.check_model(model.name, model.fingerprint, model.num_layers, model.hidden_size)
+    controller.check_model(model)
     return LinearFeedback(controller, strength)
 
 

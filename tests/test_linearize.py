@@ -183,6 +183,23 @@ def test_another_run_does_not_go_on_from_it(tmp_path: Path) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_a_save_takes_nothing_over_from_another_one(tmp_path: Path) -> None:
+    """Two sets of Jacobians of one model and of as many prompts differ in nothing but their numbers."""
+
+    class Unreadable(list[np.ndarray]):
+        def __getitem__(self, k):  # type: ignore[no-untyped-def]
+            if k == 1:
+                raise KeyboardInterrupt
+            return super().__getitem__(k)
+
+    file = tmp_path / "jacobians.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        mlx_lqr.Jacobians(Unreadable([np.zeros((3, 3), np.float32)] * 4)).save(file)
+    assert not list(tmp_path.iterdir())
+    mlx_lqr.Jacobians([np.eye(3, dtype=np.float32)] * 4).save(file)
+    assert all(np.array_equal(A, np.eye(3)) for A in mlx_lqr.Jacobians.load(file))
+
+
 def test_half_precision_halves_the_file(tmp_path: Path) -> None:
     model = tiny("llama")
     whole = mlx_lqr.linearize(model, [PROMPT], store=tmp_path / "whole")

@@ -36,7 +36,7 @@ def track(
     Raises:
         InputError: an unusable prompt or strength, or a controller of another model.
     """
-    controller.check_model(model.name, model.fingerprint, model.num_layers, model.hidden_size)
+    controller.check_model(model)
     law = LinearFeedback(controller, strength) if steered else None
     residual = model.residuals([tokenise(model, prompt)], law=law, steer_all=controller.positions == "all")[0, :-1]
     strengths = np.asarray(check_strength(strength, len(controller.concepts)), np.float32)

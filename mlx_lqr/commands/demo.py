@@ -47,7 +47,7 @@ def _controller(model: Model, concept: str) -> Controller:
     file = _controller_file(model, concept)
     try:
         controller = Controller.load(file)
-        controller.check_model(model.name, model.fingerprint, model.num_layers, model.hidden_size)
+        controller.check_model(model)
         return controller
     except InputError:
         pass
