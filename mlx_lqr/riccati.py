@@ -144,6 +144,7 @@ def cost_to_go(
         if not np.all(np.isfinite(S)):
             raise InputError(f"the Riccati recursion overflows {S.dtype} at layer {k}: lower q and qf")
         yield k, gain, S
+        del jacobian, A, MA, gain  # nothing but S is held while the next Jacobian is made
 
 
 def feature_sweep(

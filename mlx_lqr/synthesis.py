@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import get_args
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from mlx_lqr.backends.base import Model, Progress, Trace
 from mlx_lqr.contrast import Contrast, Prompt, contrast, tokenise
@@ -139,10 +140,12 @@ def _feature_feedback(
     output_magnitude = float(np.linalg.norm(output_direction))
     directions = np.vstack([unit, output_direction / (output_magnitude or 1.0)])
     feedback = np.zeros(unit.shape)
-    for k, gain in feature_sweep(pull_back, directions, np.append(magnitudes, output_magnitude), weights, layers):
-        feedback[k] = gain
-        if progress:
-            progress("Gains", T - k, T - layers[0])
+    # NumPy's own threads are of no use to these small products, and spin on the cores that the backend then waits for.
+    with ThreadpoolController().select(internal_api="openblas").limit(limits=1):
+        for k, gain in feature_sweep(pull_back, directions, np.append(magnitudes, output_magnitude), weights, layers):
+            feedback[k] = gain
+            if progress:
+                progress("Gains", T - k, T - layers[0])
     return feedback
 
 

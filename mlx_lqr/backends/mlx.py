@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lqr.backends import blas, mlx_lm_calls
 from mlx_lqr.backends.base import GREEDY, Float32, Law, Progress, Sampling
-from mlx_lqr.backends.mlx_blocks import BlockCall, PrefixCache, differentiable, hooked
+from mlx_lqr.backends.mlx_blocks import TANGENTS, BlockCall, PrefixCache, affine_mlp, differentiable, hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 from mlx_lqr.backends.mlx_load import load_module, read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
@@ -26,10 +26,8 @@ from mlx_lqr.errors import InputError
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass while filling the cache."""
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 512
 """Tokens, padding included, per forward pass over many prompts."""
-TANGENTS = 288
-"""Directions differentiated at once: enough for full speed, and little memory beside a wide model's matrices."""
 
 
 def load(folder: Path, name: str, dtype: str | None = None) -> MLXModel:
@@ -169,7 +167,10 @@ class MLXModel:
         return MLXTrace(np.asarray(stacked), calls, held + stacked.nbytes)
 
     def jacobian(self, trace: MLXTrace, layer: int) -> Float32:
-        return self.jvp(trace, layer, np.eye(self.hidden_size, dtype=np.float32)).T
+        z = mx.array(trace.residual[layer])[None, None]
+        block = self.blocks[layer]
+        with differentiable(block), affine_mlp(block, lambda: trace.calls[layer](z)):
+            return self.jvp(trace, layer, np.eye(self.hidden_size, dtype=np.float32)).T
 
     def jvp(self, trace: MLXTrace, layer: int, tangents: Float32) -> Float32:
         return self._differentiate(mx.jvp, trace, layer, tangents)
