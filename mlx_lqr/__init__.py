@@ -17,7 +17,7 @@ from mlx_lqr.errors import InputError  # noqa: E402
 from mlx_lqr.linearize import Jacobians, linearize  # noqa: E402
 from mlx_lqr.loading import load  # noqa: E402
 from mlx_lqr.riccati import Gains, solve  # noqa: E402
-from mlx_lqr.runtime import Piece, generate, steer, stream  # noqa: E402
+from mlx_lqr.runtime import Options, Piece, batch_generate, batch_stream, generate, steer, stream  # noqa: E402
 from mlx_lqr.synthesis import adapt, fit  # noqa: E402
 
 __all__ = [
@@ -26,8 +26,11 @@ __all__ = [
     "Gains",
     "InputError",
     "Jacobians",
+    "Options",
     "Piece",
     "adapt",
+    "batch_generate",
+    "batch_stream",
     "bundled_concepts",
     "bundled_prompts",
     "compile",

@@ -97,14 +97,14 @@ def contrast(
     )
 
 
-def tokenise(model: Model, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, checked: not empty, within the vocabulary and within the model's context."""
+def tokenise(model: Model, prompt: Prompt, *, any_length: bool = False) -> list[int]:
+    """Token ids of a prompt, checked: not empty, in the vocabulary and, unless `any_length`, in the model's context."""
     tokens = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
     if not tokens:
         raise InputError("a prompt is empty: give it at least one token")
     if min(tokens) < 0 or max(tokens) >= model.vocab_size:
         raise InputError(f"token ids must be between 0 and {model.vocab_size - 1} for this model")
-    if len(tokens) > model.context_length:
+    if len(tokens) > model.context_length and not any_length:
         raise InputError(
             f"the prompt has {len(tokens)} tokens and the model's context {model.context_length}: shorten the prompt"
         )

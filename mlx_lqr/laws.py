@@ -1,20 +1,19 @@
 """Control laws, each written once for every backend.
 
-A law is an expression in `@ * + -` and slices, which NumPy, MLX and torch arrays share; a backend only places the
-arrays (`place`) and calls the law with the residual stream of each block.
+A law is an expression in `@ * + -`, which NumPy, MLX and torch arrays share; a backend only places the arrays (`place`)
+and calls the law with each block's input and output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from copy import copy
 
 import numpy as np
 
+from mlx_lqr.backends.base import AddProduct, Array
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
-
-Array = Any
 
 
 class LinearFeedback:
@@ -29,37 +28,49 @@ class LinearFeedback:
     """
 
     def __init__(self, controller: Controller, strength: float | Sequence[float] = 1.0) -> None:
+        for name in ("direction", "gain", "setpoint", "offset"):
+            if not np.all(np.isfinite(getattr(controller, name))):
+                raise InputError(f"the controller's {name} has values that are not finite: fit it again")
         self.layers: Sequence[int] = controller.active_layers
         self._controller = controller
         self._array: Callable[[np.ndarray], Array] = np.asarray
-        self.strength = strength
+        self._add_product: AddProduct = lambda c, a, b: c + a @ b
+        self._shared = [check_strength(strength, len(controller.concepts))]
+        """The strength, in a list that this law and those placed from it have in common."""
         self._arrange()
 
-    def place(self, array: Callable[[np.ndarray], Array]) -> LinearFeedback:
-        placed = LinearFeedback(self._controller, self.strength)
-        placed._array = array
+    def place(self, array: Callable[[np.ndarray], Array], add_product: AddProduct) -> LinearFeedback:
+        placed = copy(self)
+        placed._array, placed._add_product = array, add_product
         placed._arrange()
         return placed
 
     @property
     def strength(self) -> tuple[float, ...]:
-        return self._strength
+        return self._shared[0]
 
     @strength.setter
     def strength(self, value: float | Sequence[float]) -> None:
-        self._strength = check_strength(value, len(self._controller.concepts))
-        target = self._controller.offset + np.asarray(self._strength, np.float32) * self._controller.setpoint
-        self._target = {k: self._array(target[k]) for k in self.layers}
+        self._shared[0] = check_strength(value, len(self._controller.concepts))
 
-    def __call__(self, layer: int, z: Array) -> Array:
-        return (self._target[layer] - z @ self._direction[layer]) @ self._gain_transposed[layer]
+    def __call__(self, layer: int, z: Array, output: Array) -> Array:
+        if self._aimed_at is not self._shared[0]:
+            self._aim()
+        error = self._add_product(self._target[layer], z, self._minus_direction[layer])
+        return self._add_product(output, error, self._gain_transposed[layer])
 
     def _arrange(self) -> None:
-        """Hand every layer's arrays to the constructor once, so that a call costs two small products and no slicing."""
+        """Hand every layer's arrays to the constructor once, so that a call is two small products and no slicing."""
         controller = self._controller
-        self._direction = {k: self._array(np.ascontiguousarray(controller.direction[k])) for k in self.layers}
+        self._minus_direction = {k: self._array(-controller.direction[k]) for k in self.layers}
         self._gain_transposed = {k: self._array(np.ascontiguousarray(controller.gain[k].T)) for k in self.layers}
-        self.strength = self._strength
+        self._aim()
+
+    def _aim(self) -> None:
+        self._aimed_at = self._shared[0]
+        with np.errstate(over="ignore"):  # what overflows is reported by whoever decodes
+            target = self._controller.offset + np.asarray(self._aimed_at, np.float32) * self._controller.setpoint
+        self._target = {k: self._array(target[k]) for k in self.layers}
 
 
 def check_strength(value: float | Sequence[float], concepts: int) -> tuple[float, ...]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import get_args
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from mlx_lqr.backends.base import Model, Progress, Trace
 from mlx_lqr.contrast import Contrast, Prompt, contrast, tokenise
@@ -106,8 +105,7 @@ def adapt(
     """
     if isinstance(concept, Controller):
         concept.check_model(model)
-        pull_back = _pull_back(model, [model.trace(tokenise(model, prompt))])
-        return Controller.combine(*(_readapted(one, pull_back) for one in concept.split()))
+        return readapted(model, concept, model.trace(tokenise(model, prompt)))
     if concept.fingerprint != model.fingerprint:
         raise InputError(f"the contrast is of {concept.model_name or 'another model'}, not of {model.name}")
     weights, chosen = Weights(q, r, qf), check_layers(layers, model.num_layers)
@@ -115,6 +113,12 @@ def adapt(
     directions = concept.unit_direction, concept.magnitude, concept.output_direction
     feedback = _feature_feedback(pull_back, *directions, weights, chosen)
     return assemble(concept, feedback, weights, 1, name, positions, "feature")
+
+
+def readapted(model: Model, controller: Controller, trace: Trace) -> Controller:
+    """The controller with gains for the feature cost at this trace."""
+    pull_back = _pull_back(model, [trace])
+    return Controller.combine(*(_readapted(one, pull_back) for one in controller.split()))
 
 
 def _pull_back(model: Model, traces: Sequence[Trace]) -> Product:
@@ -136,6 +140,8 @@ def _feature_feedback(
     progress: Progress | None = None,
 ) -> Matrix:
     """g_k for the feature cost from v_k (T, d), mu_k (T,) and e_T (d,), zero where there is no control: (T, d)"""
+    from threadpoolctl import ThreadpoolController
+
     T = len(unit)
     output_magnitude = float(np.linalg.norm(output_direction))
     directions = np.vstack([unit, output_direction / (output_magnitude or 1.0)])

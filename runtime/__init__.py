@@ -1,7 +1,7 @@
 """The runtime: decode a prompt token by token with a compiled controller inside, stream the text, hold a chat."""
 
 from mlx_lqr.runtime.chat import Chat
-from mlx_lqr.runtime.generate import Piece, generate, stream
+from mlx_lqr.runtime.generate import Options, Piece, batch_generate, batch_stream, generate, stream
 from mlx_lqr.runtime.steer import steer
 
-__all__ = ["Chat", "Piece", "generate", "steer", "stream"]
+__all__ = ["Chat", "Options", "Piece", "batch_generate", "batch_stream", "generate", "steer", "stream"]

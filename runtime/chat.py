@@ -6,36 +6,50 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
+from mlx_lqr.analysis.tracking import TrackedAnswer, track_answer
 from mlx_lqr.atomic import writing
-from mlx_lqr.backends.base import Model
+from mlx_lqr.backends.base import Decoder, Law, Model
 from mlx_lqr.backends.tokenizer import Message
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
-from mlx_lqr.laws import check_strength
-from mlx_lqr.runtime.generate import Piece, stream
-from mlx_lqr.synthesis import adapt
+from mlx_lqr.laws import LinearFeedback, check_strength
+from mlx_lqr.runtime.generate import Options, Piece, stream
+
+NO_ANSWER = "there is no answer yet: say something first"
 
 
 @dataclass
 class Chat:
-    """The state of one conversation. Everything in it may change between two answers."""
+    """The state of one conversation. Everything in it may change between two answers, strengths also during one.
+
+    Raises:
+        InputError: an option that no answer could be decoded with.
+    """
 
     model: Model
     messages: list[Message] = field(default_factory=list)
-    max_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    adaptive: bool = False
-    """Compute the gains anew at each prompt (see `synthesis.adapt`)."""
-    _controllers: list[Controller] = field(default_factory=list)
-    _strengths: dict[str, float] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
+    """How answers are decoded; controller and strength are the chat's own. `max_tokens` shrinks to what fits."""
+    _controllers: list[Controller] = field(default_factory=list, init=False, repr=False)
+    """Never changed in place: the same list means the same controllers."""
+    _strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    _turn: _Turn | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        stream(self.model, [0], **self._decoding(None, 1))  # refuses wrong options; nothing is decoded
 
     @property
     def strengths(self) -> dict[str, float]:
         """The strength of every concept in force."""
         return dict(self._strengths)
+
+    @property
+    def controller(self) -> Controller | None:
+        """Everything that steers, as one controller."""
+        return Controller.combine(*self._controllers) if self._controllers else None
 
     def add(self, controller: Controller, strength: float = 1.0) -> None:
         """Steer with one more controller from the next answer on; one of a concept already there takes its place.
@@ -47,59 +61,278 @@ class Chat:
         (strength,) = check_strength(strength, 1)
         kept = [c for c in self._controllers if not set(c.concepts) & set(controller.concepts)]
         Controller.combine(*kept, controller)
-        self._controllers = [*kept, controller]
-        names = [name for c in self._controllers for name in c.concepts]
-        self._strengths = {name: self._strengths.get(name, strength) for name in names}
-        self._strengths.update(dict.fromkeys(controller.concepts, strength))
+        self._steer_with([*kept, controller], dict.fromkeys(controller.concepts, strength))
+
+    def off(self, concept: str | None = None) -> None:
+        """Steer no more from the next answer on; or no more towards this one concept.
+
+        Raises:
+            InputError: no such concept.
+        """
+        if concept is None:
+            self._steer_with([], {})
+            return
+        self._check_loaded(concept)
+        kept: list[Controller] = []
+        for controller in self._controllers:
+            others = controller.split() if concept in controller.concepts else [controller]
+            kept += [one for one in others if one.concepts != (concept,)]
+        self._steer_with(kept, {})
 
     def set_strength(self, strength: float, concept: str | None = None) -> None:
-        """Set the strength of one concept, or of all.
+        """Set the strength of one concept, or of all; an answer under way is steered so from its next step on.
 
         Raises:
             InputError: not a finite number, no such concept, or nothing to steer with.
         """
         if not self._strengths:
             raise InputError("no controller is loaded: /add FILE first")
-        if concept is not None and concept not in self._strengths:
-            raise InputError(f"no concept {concept!r} is loaded: {', '.join(self._strengths)}")
+        if concept is not None:
+            self._check_loaded(concept)
         (strength,) = check_strength(strength, 1)
         self._strengths.update(dict.fromkeys([concept] if concept else self._strengths, strength))
-
-    def off(self) -> None:
-        """Steer no more."""
-        self._controllers, self._strengths = [], {}
+        law = self._turn.decoder.law if self._turn is not None else None
+        if self._turn is not None and self._turn.controllers is self._controllers and isinstance(law, LinearFeedback):
+            law.strength = tuple(self._strengths.values())
 
     def answer(self, text: str) -> Iterator[Piece]:
-        """The model's answer, piece by piece. What has been said of it stays in the conversation if it is cut short."""
-        self.messages.append({"role": "user", "content": text})
-        controller = Controller.combine(*self._controllers) if self._controllers else None
+        """The model's answer, piece by piece. What has been said of it stays in the conversation if it is cut short.
+
+        Raises:
+            InputError: at the first piece, a conversation that cannot be answered, which stays as it was; later,
+                activations that overflow.
+        """
+        reply = {"role": "assistant", "content": ""}
+        self.messages += [{"role": "user", "content": text}, reply]
         try:
-            prompt = self.model.tokenizer.chat(self.messages)
-            if controller and self.adaptive:
-                controller = adapt(self.model, controller, prompt)
-            pieces = stream(
-                self.model,
-                prompt,
-                controller=controller,
-                strength=[self._strengths[name] for name in controller.concepts] if controller else 1.0,
-                max_tokens=self.max_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                seed=self.seed,
-            )
-        except InputError:
-            self.messages.pop()
-            raise
-        tokens: list[int] = []
-        try:
-            for piece in pieces:
-                tokens.append(piece.token)
+            turn, pieces = self._begin(self.model.tokenizer.chat(self.messages[:-1]), reply)
+            for piece in turn.recorded(pieces):
+                reply["content"] += piece.text
                 yield piece
-        finally:
-            self.messages.append({"role": "assistant", "content": self.model.tokenizer.decode(tokens)})
+        except InputError:
+            if not reply["content"]:
+                del self.messages[-2:]
+            raise
+
+    def steered(self) -> Iterator[Piece]:
+        """The answer to the last message under the steering in force: the one given, or where that was steered
+        otherwise, another; the conversation stays as it is.
+
+        Raises:
+            InputError: nothing has been answered yet, or nothing steers.
+        """
+        controller = self.controller
+        prompt = self._answered()
+        if controller is None:
+            raise InputError("nothing steers: /add FILE first")
+        turn = self._turn
+        strength = tuple(self._strengths.values())
+        if (
+            turn is not None
+            and turn.reply is self.messages[-1]
+            and turn.controllers is self._controllers
+            and set(turn.strengths) == {strength}
+        ):
+            return iter([Piece(self.messages[-1]["content"], None)])
+        return stream(self.model, prompt, **self._decoding(controller, len(prompt)))
+
+    def unsteered(self) -> Iterator[Piece]:
+        """The answer to the last message without steering; the conversation stays as it is.
+
+        Raises:
+            InputError: nothing has been answered yet.
+        """
+        prompt = self._answered()
+        return stream(self.model, prompt, **self._decoding(None, len(prompt)))
+
+    def track(self) -> TrackedAnswer:
+        """Feature and setpoint at the last token of the last answer, steered as it was when it was given.
+
+        Raises:
+            InputError: nothing has been answered yet, or that was not steered.
+        """
+        turn = self._turn
+        if turn is None or not self.messages or turn.reply is not self.messages[-1]:
+            raise InputError("there is no answer of this session to track yet: say something first")
+        if turn.controller is None or not isinstance(turn.law, LinearFeedback):
+            raise InputError("the last answer was not steered: /add FILE, then ask again")
+        return track_answer(
+            self.model,
+            turn.prompt,
+            turn.tokens,
+            turn.controller,
+            turn.strengths,
+            law=turn.law,
+            rolling=turn.rolling,
+        )
+
+    def restart(self) -> None:
+        """Forget the conversation, but for a system prompt."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the transcript as JSON: the model, the strengths in force and every message."""
         transcript = {"model": self.model.name, "strengths": self._strengths, "messages": self.messages}
         with writing(path) as temporary:
             temporary.write_text(json.dumps(transcript, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    def load(self, path: str | PathLike[str]) -> list[str]:
+        """Go on with the conversation of a transcript. Its strengths are set again where their concepts are loaded.
+
+        Returns:
+            What does not fit, one line each: another model, concepts that are not loaded.
+
+        Raises:
+            InputError: no file that `save` wrote; the conversation then stays as it is.
+        """
+        name, strengths, messages = _read_transcript(path)
+        self.messages = messages
+        for concept in self._strengths.keys() & strengths.keys():
+            self.set_strength(strengths[concept], concept)
+        notes = []
+        if name != self.model.name:
+            notes.append(f"the transcript is of {name}; {self.model.name} goes on with it")
+        if missing := [concept for concept in strengths if concept not in self._strengths]:
+            notes.append(f"the transcript was steered by {', '.join(missing)}, not loaded now: /add FILE")
+        return notes
+
+    def _steer_with(self, controllers: list[Controller], strengths: dict[str, float]) -> None:
+        """Put these controllers in force; concepts without a strength here keep theirs."""
+        names = [name for controller in controllers for name in controller.concepts]
+        self._controllers = controllers
+        self._strengths = {name: strengths.get(name, self._strengths.get(name, 1.0)) for name in names}
+
+    def _check_loaded(self, concept: str) -> None:
+        if concept not in self._strengths:
+            loaded = ", ".join(self._strengths) or "none; /add FILE first"
+            raise InputError(f"no concept {concept!r} is loaded: {loaded}")
+
+    def _answered(self) -> list[int]:
+        """The prompt that the conversation's last answer followed."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise InputError(NO_ANSWER)
+        return self.model.tokenizer.chat(self.messages[:-1])
+
+    def _decoding(self, controller: Controller | None, prompt_length: int) -> Options:
+        options: Options = {**self.options, "controller": controller}
+        if controller is not None:
+            options["strength"] = [self._strengths[name] for name in controller.concepts]
+        if not self._rolling:
+            room = self.model.context_length + 1 - prompt_length
+            if room < 1:
+                raise InputError(
+                    f"the conversation does not fit the model's context of {self.model.context_length} tokens any "
+                    "more: begin another with /new, or let the context roll (--overflow roll)"
+                )
+            options["max_tokens"] = min(options.get("max_tokens", 256), room)
+        return options
+
+    def _begin(self, prompt: list[int], reply: Message) -> tuple[_Turn, Iterator[Piece]]:
+        controller = self.controller
+        options = self._decoding(controller, len(prompt))
+        decoder = self._decoder_for(prompt, controller)
+        pieces = stream(self.model, prompt, decoder=decoder, **options)
+        self._turn = _Turn(prompt, reply, self._controllers, controller, decoder, self._rolling)
+        return self._turn, pieces
+
+    def _decoder_for(self, prompt: list[int], controller: Controller | None) -> Decoder:
+        """A decoder, if possible the last one with as much of the prompt as it has run without steering."""
+        turn = self._turn
+        penalised = self.options.get("repetition_penalty", 1.0) != 1  # needs a decoder that has met every token
+        steers_all = controller is not None and controller.positions == "all"
+        if turn is not None and turn.rolling == self._rolling and not (penalised or steers_all):
+            common = 0
+            for ours, theirs in zip(turn.clean, prompt[:-1], strict=False):
+                if ours != theirs:
+                    break
+                common += 1
+            if common and turn.decoder.rewind(common):
+                return turn.decoder
+        return self.model.decoder(rolling=self._rolling)
+
+    @property
+    def _rolling(self) -> bool:
+        return self.options.get("overflow") == "roll"
+
+
+@dataclass
+class _Turn:
+    """How the last answer came about: enough to run it again as it was, and to go on from it."""
+
+    prompt: list[int]
+    reply: Message
+    controllers: list[Controller]
+    controller: Controller | None
+    """All of them in one."""
+    decoder: Decoder
+    """Holds prompt and answer, so that the next prompt need not be run from its beginning."""
+    rolling: bool
+    tokens: list[int] = field(default_factory=list)
+    strengths: list[tuple[float, ...]] = field(default_factory=list)
+    """Under which strengths the prompt's last token and then each of the answer's was run."""
+    law: Law | None = None
+    """What steered, with gains made for this prompt where they were."""
+    intact: bool = False
+    """False while the decoder is at work: an exception then, Ctrl-C too, leaves a cache that is no longer whole."""
+
+    def recorded(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Pass the pieces on, keeping account of what was run for them."""
+        strength = self._strength()
+        self.strengths.append(strength)
+        for piece in pieces:
+            if piece.token is not None:
+                self.tokens.append(piece.token)
+                self.strengths.append(strength)  # of the step that had begun before the piece came: see `decode`
+            self.law = self.decoder.law
+            self.intact = True
+            yield piece
+            self.intact = False
+            strength = self._strength()
+        self.law = self.decoder.law
+        self.intact = True
+
+    @property
+    def clean(self) -> list[int]:
+        """The tokens at the decoder's beginning that were run without steering."""
+        if not self.intact or (self.controller is not None and self.controller.positions == "all"):
+            return []
+        run = [*self.prompt, *self.tokens] if self.controller is None else self.prompt[:-1]
+        return run[: self.decoder.position]
+
+    def _strength(self) -> tuple[float, ...]:
+        return self.decoder.law.strength if isinstance(self.decoder.law, LinearFeedback) else ()
+
+
+def _read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], list[Message]]:
+    """Model, strengths and messages of a transcript, checked."""
+    try:
+        transcript = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not JSON: name a transcript that /save wrote") from None
+    try:
+        name, strengths, messages = (transcript[key] for key in ("model", "strengths", "messages"))
+        if not isinstance(name, str) or not isinstance(strengths, dict) or not isinstance(messages, list):
+            raise ValueError("model, strengths or messages of a wrong kind")
+        strengths = {concept: check_strength(strength, 1)[0] for concept, strength in strengths.items()}
+        return name, strengths, [_message(i, message, messages) for i, message in enumerate(messages)]
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{path} is a damaged transcript ({reason}): name one that /save wrote") from None
+
+
+def _message(index: int, message: Any, messages: list[Any]) -> Message:
+    """A message that may stand where it stands: a system prompt first or not at all, then question and answer."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise ValueError(f"message {index + 1} has no text")
+    role = message.get("role")
+    if role == "system" and index == 0:
+        return {"role": "system", "content": message["content"]}
+    first = int(messages[0]["role"] == "system")
+    expected = ("user", "assistant")[(index - first) % 2]
+    if role != expected:
+        raise ValueError(f"message {index + 1} is of {role!r} where one of {expected!r} must stand")
+    if role == "user" and index == len(messages) - 1:
+        raise ValueError("its last message has no answer")
+    return {"role": role, "content": message["content"]}

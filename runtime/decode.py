@@ -2,47 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, get_args
 
-from mlx_lqr.backends.base import GREEDY, Law, Model, Sampling
+from mlx_lqr.backends.base import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace
 from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.errors import InputError
+
+Overflow = Literal["error", "roll"]
+"""What happens when prompt and answer do not fit the model's context."""
 
 
 def decode(
     model: Model,
-    prompt: Prompt,
+    prompts: Sequence[Prompt],
     *,
     law: Law | None = None,
     steer_all: bool = False,
     sampling: Sampling = GREEDY,
     max_tokens: int = 256,
-) -> Iterator[int]:
-    """Yield the tokens that follow `prompt`, until an end token (not yielded), `max_tokens`, or a full context.
+    overflow: Overflow = "error",
+    ended: set[int] | None = None,
+    adapted: Callable[[Trace], Law] | None = None,
+    decoder: Decoder | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Yield (i, token) for the tokens that follow prompt i, until its end token (not yielded) or `max_tokens`.
 
-    Steered are the prompt's last token and every generated one, and with `steer_all` every prompt token too.
+    Prompts are decoded side by side, each with the tokens it would get alone. Steered are a prompt's last token and
+    every generated one, and with `steer_all` every prompt token too.
+
+    Args:
+        ended: whoever consumes the tokens may add i to it, to end sequence i.
+        adapted: makes the law from the prompt's own trace, taken during prefill (a single prompt).
+        decoder: one that already holds a beginning of the (single) prompt.
 
     Raises:
-        InputError: an unusable prompt (see `tokenise`), or no token asked for.
+        InputError: at the call, an unusable prompt (see `tokenise`), no token asked for, or more than the context holds
+            without `overflow="roll"`; later, activations that overflow (the layer is named).
     """
-    tokens = tokenise(model, prompt)
+    if overflow not in get_args(Overflow):
+        raise InputError(f"overflow must be one of {', '.join(get_args(Overflow))}, not {overflow!r}")
+    rolling = overflow == "roll"
+    tokens = [tokenise(model, prompt, any_length=rolling) for prompt in prompts]
     if max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
-    return _decode(model, tokens, law, steer_all, sampling, max_tokens)
+    longest = max(len(prompt) for prompt in tokens)
+    room = model.context_length + 1 - longest  # the last token needs no place
+    if max_tokens > room and not rolling:
+        raise InputError(
+            f"{longest} prompt tokens and {max_tokens} new ones do not fit the model's context of "
+            f"{model.context_length}: ask for at most {room}, or let the context roll"
+        )
+    if decoder is None:
+        decoder = model.decoder(law, sampling, rolling=rolling)
+    else:
+        decoder.law, decoder.sampling = law, sampling
+    return _decode(model, tokens, decoder, steer_all, max_tokens, set() if ended is None else ended, adapted)
 
 
 def _decode(
-    model: Model, tokens: Sequence[int], law: Law | None, steer_all: bool, sampling: Sampling, max_tokens: int
-) -> Iterator[int]:
-    decoder = model.decoder(law, sampling)
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    decoder: Decoder,
+    steer_all: bool,
+    max_tokens: int,
+    ended: set[int],
+    adapted: Callable[[Trace], Law] | None,
+) -> Iterator[tuple[int, int]]:
     end_tokens = model.tokenizer.end_tokens
-    token = decoder.sample(decoder.prefill(tokens, steer_from=0 if steer_all else len(tokens) - 1))
+    decoder.fill([prompt[decoder.position : -1] for prompt in prompts], steered=steer_all)
+    last = [prompt[-1] for prompt in prompts]
+    if adapted is not None:
+        decoder.law = adapted(decoder.trace(last[0]))
+    running = list(range(len(prompts)))  # which prompt each row of the decoder belongs to
+    tokens = decoder.sample(decoder.step(last))
+    before: Sequence[int] = last
     for count in range(1, max_tokens + 1):
-        room = count < max_tokens and decoder.position < model.context_length
-        following = decoder.sample(decoder.step(token)) if room else None
-        if int(token) in end_tokens:
+        following = decoder.sample(decoder.step(tokens)) if count < max_tokens else None
+        values = tokens.tolist()
+        if OVERFLOWED in values:
+            raise InputError(_overflowed(decoder, before))
+        for i, value in zip(running, values, strict=True):
+            if value in end_tokens:
+                ended.add(i)
+            else:
+                yield i, value
+        rows = [row for row, i in enumerate(running) if i not in ended]
+        if following is None or not rows:
             return
-        yield int(token)
-        if following is None:
-            return
-        token = following
+        if len(rows) < len(running):
+            following = decoder.keep(rows, following)
+            running = [running[row] for row in rows]
+        tokens, before = following, [values[row] for row in rows]
+
+
+def _overflowed(decoder: Decoder, tokens: Sequence[int]) -> str:
+    layer = decoder.overflowing_layer(tokens)
+    where = f"at layer {layer}" if layer is not None else "in the residual stream"
+    strength = getattr(decoder.law, "strength", ())
+    named = f" at strength {', '.join(f'{x:g}' for x in strength)}" if strength else ""
+    return f"the activations overflow {where}{named}: lower the strength"

@@ -4,14 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from mlx_lqr.backends.base import Model, Sampling
+from mlx_lqr.backends.base import Decoder, Model, Progress, Sampling, Trace
 from mlx_lqr.contrast import Prompt
 from mlx_lqr.controller import Controller
+from mlx_lqr.errors import InputError
 from mlx_lqr.laws import LinearFeedback
-from mlx_lqr.runtime.decode import decode
+from mlx_lqr.runtime.decode import Overflow, decode
+from mlx_lqr.runtime.stopping import StopStrings
+from mlx_lqr.synthesis import readapted
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Strength = float | Sequence[float]
+BATCH = 16
+"""Prompts decoded side by side: more of them gain little on a CPU and take memory for their caches."""
+
+
+class Options(TypedDict, total=False):
+    """What `generate`, `stream` and `batch_generate` take by keyword."""
+
+    controller: Controller | None
+    """A fitted controller of this model, or several made one by `Controller.combine`."""
+    strength: Strength
+    """The setpoint in multiples of the concept's mean; one number, or one for each concept (1)."""
+    adaptive: bool
+    """Compute the gains anew at the very prompt, during prefill (see `adapt`)."""
+    max_tokens: int
+    """How many tokens at most (256)."""
+    temperature: float
+    """0, the default, takes the most likely token each time."""
+    top_p: float
+    """Sample from the likeliest tokens with this total probability (1)."""
+    top_k: int
+    """Sample from this many tokens (0: all)."""
+    min_p: float
+    """Sample from the tokens at least this likely, relative to the likeliest (0)."""
+    repetition_penalty: float
+    """Above 1, tokens seen before become less likely (1)."""
+    seed: int | None
+    """Makes sampling repeatable."""
+    stop: str | Sequence[str]
+    """Texts that end the answer, and are not part of it."""
+    overflow: Overflow
+    """"error" refuses what does not fit the model's context, "roll" forgets the oldest tokens instead."""
 
 
 @dataclass(frozen=True)
@@ -19,77 +57,83 @@ class Piece:
     """One generated token and the text that became certain with it (empty while a character is incomplete)."""
 
     text: str
-    token: int
+    token: int | None
+    """None for text that was held back as the possible beginning of a stop string, when nothing more comes."""
 
 
-def generate(
-    model: Model,
-    prompt: Prompt,
-    *,
-    controller: Controller | None = None,
-    strength: Strength = 1.0,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int | None = None,
-) -> str:
+def generate(model: Model, prompt: Prompt, **options: Unpack[Options]) -> str:
     """The text that follows `prompt`, steered by `controller` if one is given.
 
     Args:
         model: what `load` returned.
         prompt: text (no chat template is added) or token ids.
-        controller: a fitted controller of this model, or several made one by `Controller.combine`.
-        strength: the setpoint in multiples of the concept's mean; one number, or one for each concept.
-        max_tokens: how many tokens at most.
-        temperature: 0 takes the most likely token each time.
-        top_p, top_k, min_p: keep only the likeliest tokens when sampling; the defaults keep all.
-        seed: makes sampling repeatable.
+        **options: see `Options`.
 
     Raises:
-        InputError: an unusable prompt or option, or a controller of another model.
+        InputError: an unusable prompt or option, a controller of another model, or a strength at which activations
+            overflow.
     """
-    pieces = stream(
-        model,
-        prompt,
-        controller=controller,
-        strength=strength,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        seed=seed,
-    )
-    return model.tokenizer.decode([piece.token for piece in pieces])
+    return "".join(piece.text for piece in stream(model, prompt, **options))
 
 
 def stream(
-    model: Model,
-    prompt: Prompt,
-    *,
-    controller: Controller | None = None,
-    strength: Strength = 1.0,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int | None = None,
+    model: Model, prompt: Prompt, *, decoder: Decoder | None = None, **options: Unpack[Options]
 ) -> Iterator[Piece]:
     """The same, piece by piece as it is decoded. Wrong arguments are refused at the call, not at the first piece."""
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-    law = feedback(model, controller, strength) if controller is not None else None
-    tokens = decode(
-        model,
-        prompt,
-        law=law,
-        steer_all=controller is not None and controller.positions == "all",
-        sampling=sampling,
-        max_tokens=max_tokens,
-    )
-    return _pieces(model, tokens)
+    return (piece for _, piece in _stream(model, [prompt], options, decoder))
+
+
+def batch_generate(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> list[str]:
+    """The text that follows each prompt. Prompts are decoded side by side, 16 at a time, each as it would be alone.
+
+    Args:
+        model: what `load` returned.
+        prompts: texts or token ids; prompt i is drawn with `seed` + i.
+        progress: called as progress("Answers", done, total).
+        **options: see `Options`.
+
+    Raises:
+        InputError: as `generate`; nothing is decoded where one prompt is unusable.
+    """
+    texts = [""] * len(prompts)
+    for i, piece in batch_stream(model, prompts, progress=progress, **options):
+        texts[i] += piece.text
+    return texts
+
+
+def batch_stream(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[Options],
+) -> Iterator[tuple[int, Piece]]:
+    """The same, as (i, piece) for every piece of what follows prompt i. Nothing more follows the prompts that are done.
+
+    Wrong arguments, and any unusable prompt, are refused at the call.
+    """
+    seed = options.get("seed")
+    batches = []
+    for start in range(0, len(prompts), BATCH):
+        own: Options = {**options, "seed": seed + start} if seed is not None else options
+        batches.append(_stream(model, prompts[start : start + BATCH], own))
+    return _one_after_another(batches, len(prompts), progress)
+
+
+def _one_after_another(
+    batches: Sequence[Iterator[tuple[int, Piece]]], total: int, progress: Progress | None
+) -> Iterator[tuple[int, Piece]]:
+    for start, pieces in zip(range(0, total, BATCH), batches, strict=True):
+        for i, piece in pieces:
+            yield start + i, piece
+        if progress:
+            progress("Answers", min(start + BATCH, total), total)
 
 
 def feedback(model: Model, controller: Controller, strength: Strength) -> LinearFeedback:
@@ -98,7 +142,49 @@ def feedback(model: Model, controller: Controller, strength: Strength) -> Linear
     return LinearFeedback(controller, strength)
 
 
-def _pieces(model: Model, tokens: Iterator[int]) -> Iterator[Piece]:
-    detokenizer = model.tokenizer.stream()
-    for token in tokens:
-        yield Piece(detokenizer.add(token), token)
+def _stream(
+    model: Model, prompts: Sequence[Prompt], options: Options, decoder: Decoder | None = None
+) -> Iterator[tuple[int, Piece]]:
+    settings: dict[str, Any] = dict(options)
+    controller, strength = settings.pop("controller", None), settings.pop("strength", 1.0)
+    adaptive, stop = settings.pop("adaptive", False), settings.pop("stop", ())
+    loop = {name: settings.pop(name) for name in ("max_tokens", "overflow") if name in settings}
+    unknown = settings.keys() - Sampling.__dataclass_fields__.keys()
+    if unknown:
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
+    law = feedback(model, controller, strength) if controller is not None else None
+
+    def adapted(trace: Trace) -> LinearFeedback:
+        assert controller is not None
+        return feedback(model, readapted(model, controller, trace), strength)
+
+    if adaptive and len(prompts) > 1:
+        raise InputError("a batch cannot be steered adaptively: decode one prompt at a time")
+    ended: set[int] = set()
+    tokens = decode(
+        model,
+        prompts,
+        law=law,
+        steer_all=controller is not None and controller.positions == "all",
+        sampling=Sampling(**settings),
+        ended=ended,
+        adapted=adapted if adaptive and controller is not None else None,
+        decoder=decoder,
+        **loop,
+    )
+    return _pieces(model, tokens, len(prompts), StopStrings.check(stop), ended)
+
+
+def _pieces(
+    model: Model, tokens: Iterator[tuple[int, int]], count: int, stop: tuple[str, ...], ended: set[int]
+) -> Iterator[tuple[int, Piece]]:
+    detokenizers = [model.tokenizer.stream() for _ in range(count)]
+    stops = [StopStrings(stop) for _ in range(count)]
+    for i, token in tokens:
+        text, found = stops[i].add(detokenizers[i].add(token))
+        if found:
+            ended.add(i)
+        yield i, Piece(text, token)
+    for i, held in enumerate(stops):
+        if rest := held.rest():
+            yield i, Piece(rest, None)

@@ -18,12 +18,19 @@ def steer(model: Any, controller: Controller, strength: Strength = 1.0) -> Abstr
         controller: a controller fitted on this model.
         strength: as in `generate`.
 
-    `mlx_lm.generate`, `stream_generate` and `batch_generate` are steered at the prompt's last token and at every
-    generated token. Of a direct call `model(tokens)` the last position is steered. A controller for the positions "all"
-    steers every position of every call.
+    Steered are `mlx_lm.generate`, `stream_generate` (with a `draft_model` too), `batch_generate` and mlx_lm's server,
+    at the prompt's last token and at every generated token, in whatever chunks the prompt is read. Of a direct call
+    `model(tokens)` the last position is steered. A controller for the positions "all" steers every position of every
+    call. Several models may be steered at once, and one model from several threads.
+
+    A prompt cache keeps what was computed: tokens that were generated steered stay so where a later prompt goes on from
+    them, also after the block. `mlx_lm.server` shares its cache between requests in this way; whoever wants an answer
+    free of earlier steering gives it a new `LRUPromptCache`. The model of a server in this process is its
+    `ModelProvider`'s `model` after `load_default()`; steer it while no request is under way.
 
     Raises:
-        InputError: a controller of another model, or something that is no model.
+        InputError: a controller of another model, something that is no model, or, on entering the block, a model that
+            is already steered.
     """
     adopted = adopt(model)
     return adopted.steer(feedback(adopted, controller, strength), steer_all=controller.positions == "all")

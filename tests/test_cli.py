@@ -71,19 +71,6 @@ def test_fit_then_show(dog: Path) -> None:
     assert text.count("no control") == 20
 
 
-def test_generate_says_what_the_library_says(dog: Path, smollm2: Model) -> None:
-    controller = mlx_lqr.Controller.load(dog)
-    expected = mlx_lqr.generate(smollm2, "Once upon a time,", controller=controller, strength=3.0, max_tokens=8)
-    plain = mlx_lqr.generate(smollm2, "Once upon a time,", max_tokens=8)
-    assert expected != plain
-    assert run("generate", "demo", "-p", "Once upon a time,", "-n", 8, "-c", f"{dog}:3").stdout == expected + "\n"
-    assert run("generate", "demo", "-n", 8, text="Once upon a time,").stdout == plain + "\n"
-    answer = json.loads(run("generate", "demo", "-p", "Once upon a time,", "-n", 8, "-c", f"{dog}:3", "--json").stdout)
-    assert answer["text"] == expected
-    assert answer["concepts"] == {"dog": 3.0}
-    assert len(answer["tokens"]) == 8
-
-
 def test_jacobians_are_stored_and_used(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("A short one.\n")
@@ -103,64 +90,6 @@ def test_concepts_are_listed_with_an_example() -> None:
     for name in mlx_lqr.bundled_concepts():
         assert f"{name}  (" in text
         assert mlx_lqr.bundled_prompts(name)[0][0] in text
-
-
-def test_chat_in_a_pipe(dog: Path, tmp_path: Path) -> None:
-    saved = tmp_path / "chat.json"
-    lines = "What animal barks?\n/strength 0\n/strength dog 3.5\nAnd now?\n/off\n"
-    lines += f"/save {saved}\n/new\n/help\n/quit\nnot read\n"
-    result = run("chat", "demo", "-c", f"{dog}:2", "-n", 6, "--system", "Be brief.", text=lines)
-    assert result.exit_code == 0, result.output
-    assert len(result.stdout.splitlines()) == 2
-    transcript = json.loads(saved.read_text())
-    assert [message["role"] for message in transcript["messages"]] == [
-        "system",
-        "user",
-        "assistant",
-        "user",
-        "assistant",
-    ]
-    assert [m["content"] for m in transcript["messages"] if m["role"] == "assistant"] == result.stdout.splitlines()
-    assert transcript["strengths"] == {}
-    for state in ("Steered: dog 0.", "Steered: dog 3.5.", "Not steered.", "A new conversation."):
-        assert state in result.stderr
-
-
-def test_strength_matters_in_chat(dog: Path) -> None:
-    question = "Tell me about your day.\n"
-    answers = {s: run("chat", "demo", "-c", f"{dog}:{s}", "-n", 12, text=question).stdout for s in (0, 4)}
-    live = run("chat", "demo", "-c", f"{dog}:0", "-n", 12, text="/strength 4\n" + question).stdout
-    assert live == answers[4] != answers[0]
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("/strength lots", "strength must be a number"),
-        ("/strength cat 2", "no concept 'cat'"),
-        ("/dance", "no command /dance"),
-        ("/add missing.safetensors", "no file missing.safetensors"),
-        ("/save", "name a file"),
-        ("/strength nan", "finite"),
-        ("/save /dev/null/chat.json", "cannot write"),
-    ],
-)
-def test_mistakes_in_chat(line: str, says: str, dog: Path) -> None:
-    assert says in refused("chat", "demo", "-c", dog, text=line + "\n")
-
-
-def test_a_base_model_does_not_chat(tmp_path: Path, smollm2: Model) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    for file in demo_model().iterdir():
-        if file.suffix == ".safetensors":
-            (base / file.name).symlink_to(file)
-        elif file.name != "chat_template.jinja":
-            shutil.copy(file, base)
-    settings = json.loads((base / "tokenizer_config.json").read_text())
-    settings.pop("chat_template", None)
-    (base / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert "no chat template" in refused("chat", base, text="hi\n")
 
 
 def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,31 +155,6 @@ def test_damaged_model_folders(tmp_path: Path, smollm2: Model) -> None:
     assert "do not fit" in says("config.json", json.dumps({**config, "num_hidden_layers": 3}).encode())
     assert "do not fit" in says("config.json", json.dumps({"model_type": "llama"}).encode())
     assert "refused" in says("config.json", json.dumps({**config, "model_file": "evil.py"}).encode())
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["-c", "{dog}:lots"], "strength must be a number, not 'lots'"),
-        (["-c", "{dog}:nan"], "finite"),
-        (["-c", "missing.safetensors"], "no file missing"),
-        (["-c", "missing.safetensors:2"], "no file missing"),
-        (["-c", "{dog}", "-c", "{dog}"], "twice"),
-        (["-n", "0"], "max_tokens"),
-        (["-n", "many"], "'many'"),
-        (["--temperature", "-1"], "temperature"),
-        (["--top-p", "2"], "top_p"),
-        (["--dtype", "int3"], "dtype must be"),
-    ],
-)
-def test_mistakes_in_generate(options: list[str], says: str, dog: Path) -> None:
-    options = [option.replace("{dog}", str(dog)) for option in options]
-    assert says in refused("generate", "demo", "-p", "x", *options)
-
-
-def test_empty_and_overlong_prompts() -> None:
-    assert "empty" in refused("generate", "demo", "-p", "")
-    assert "the model's context 8192" in refused("generate", "demo", "-p", "word " * 9000)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_compiled_law_equals_the_full_gain_law(random: np.random.Generator) -> N
     for k in range(T):
         v, mu = contrast.unit_direction[k], contrast.magnitude[k]
         dz = -np.outer(2.5 * mu - z @ v, v)
-        assert np.allclose(law(k, z), -dz @ gains[k].T, atol=1e-4)
+        assert np.allclose(law(k, z, 0.0), -dz @ gains[k].T, atol=1e-4)
 
 
 def test_joint_law_equals_the_full_gain_law_and_meets_both_setpoints(random: np.random.Generator) -> None:
@@ -60,7 +60,7 @@ def test_joint_law_equals_the_full_gain_law_and_meets_both_setpoints(random: np.
         mu = np.array([contrast.magnitude[k] for contrast in contrasts])
         wanted = strengths * mu
         dz = -V @ np.linalg.solve(V.T @ V, wanted - V.T @ z)
-        assert np.allclose(law(k, z), -gains[k] @ dz, rtol=1e-3, atol=1e-3)
+        assert np.allclose(law(k, z, 0.0), -gains[k] @ dz, rtol=1e-3, atol=1e-3)
         # with K = I the joint law reaches both setpoints in one step, and the sum of two feedbacks does not
         assert np.allclose(V.T @ (z - dz), wanted, atol=1e-3)
         added = V @ (wanted - V.T @ z)
@@ -74,12 +74,12 @@ class FullGainLaw:
         self.layers = layers
         self._parts = K, V, pseudoinverse, wanted
 
-    def place(self, array: Any) -> FullGainLaw:
+    def place(self, array: Any, add_product: Any) -> FullGainLaw:
         return FullGainLaw(*([array(part) for part in parts] for parts in self._parts), self.layers)
 
-    def __call__(self, layer: int, z: Any) -> Any:
+    def __call__(self, layer: int, z: Any, output: Any) -> Any:
         K, V, pseudoinverse, wanted = (parts[layer] for parts in self._parts)
-        return (wanted - z @ V) @ pseudoinverse @ K.T
+        return output + (wanted - z @ V) @ pseudoinverse @ K.T
 
 
 @pytest.mark.parametrize("weight", [0.1, 10.0])
@@ -218,10 +218,13 @@ def test_a_strength_that_is_no_number_is_refused(strength: object, random: np.ra
 
 def test_strength_may_change_while_a_law_is_in_use(random: np.random.Generator) -> None:
     controller = made(random, "a")
-    law = LinearFeedback(controller, 1.0).place(lambda array: array * 1)
-    law.strength = 3.0  # type: ignore[assignment]
+    law = LinearFeedback(controller, 1.0)
+    placed = law.place(lambda array: array * 1, lambda c, a, b: c + a @ b)
     z = random.standard_normal(D).astype(np.float32)
-    assert np.array_equal(law(2, z), LinearFeedback(controller, 3.0)(2, z))
+    before = placed(2, z, 0.0)
+    law.strength = 3.0  # type: ignore[assignment]
+    assert np.array_equal(placed(2, z, 0.0), LinearFeedback(controller, 3.0)(2, z, 0.0))
+    assert not np.allclose(placed(2, z, 0.0), before)
 
 
 def test_control_at_chosen_layers_only() -> None:

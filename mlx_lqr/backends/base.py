@@ -21,6 +21,8 @@ from mlx_lqr.errors import InputError
 
 Array = Any
 Float32 = NDArray[np.float32]
+AddProduct = Callable[[Array, Array, Array], Array]
+"""(c, a, b) -> c + a @ b, in one operation where the backend has one."""
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): how the library reports long work; it prints nothing itself."""
 
@@ -31,11 +33,11 @@ class Law(Protocol):
     layers: Sequence[int]
     """The layers where the law acts."""
 
-    def place(self, array: Callable[[np.ndarray], Array]) -> Law:
-        """The same law with its arrays made by `array`, the backend's constructor."""
+    def place(self, array: Callable[[np.ndarray], Array], add_product: AddProduct) -> Law:
+        """The same law with its arrays made by `array`, the backend's constructor, and its way to form c + a @ b."""
 
-    def __call__(self, layer: int, z: Array) -> Array:
-        """u_k (..., d) for the residual stream z_k (..., d) at the input of block k = `layer`."""
+    def __call__(self, layer: int, z: Array, output: Array) -> Array:
+        """output + u_k (..., d) for the residual stream z_k (..., d) at the input of block k = `layer`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,10 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of every token that has been seen, in the prompt too, and multiplies the negative."""
     seed: int | None = None
+    """Sequence i of a batch is drawn with `seed` + i, as it would be alone."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -55,6 +60,8 @@ class Sampling:
             raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
         if not 0 <= self.min_p < 1:
             raise InputError(f"min_p must be at least 0 and below 1, not {self.min_p!r}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise InputError(f"repetition_penalty must be above zero (1 is none), not {self.repetition_penalty!r}")
         if self.top_k < 0:
             raise InputError(f"top_k must be zero (off) or above, not {self.top_k!r}")
         if self.seed is not None and self.seed < 0:
@@ -73,20 +80,47 @@ class Trace(Protocol):
 
 
 class Decoder(Protocol):
-    """One sequence being decoded: a KV cache and, maybe, a law. Nothing else of the model is touched between calls."""
+    """B sequences decoded side by side: a KV cache and, maybe, a law. Between calls nothing of the model is changed.
 
+    A prompt is all but its last token through `fill`, then its last token through `step`, like every token after it.
+    """
+
+    law: Law | None
+    """What steers; it may be exchanged between two calls."""
+    sampling: Sampling
+    """How tokens are drawn; to set it starts its random numbers anew."""
     position: int
-    """How many tokens the cache holds."""
+    """How many tokens the cache holds, of the longest sequence."""
 
-    def prefill(self, tokens: Sequence[int], *, steer_from: int) -> Array:
-        """Run `tokens` and return the next token's logits (V,); positions below `steer_from` (an index into `tokens`)
-        are not steered."""
+    def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
+        """Append tokens to the sequences, as many prompts as there are sequences; the first call says how many.
 
-    def step(self, token: Array) -> Array:
-        """Append one token (as `sample` returned it), steered, and return the next token's logits (V,)."""
+        A decoder of a single sequence may be filled again.
+        """
+
+    def step(self, tokens: Array | Sequence[int]) -> Array:
+        """Append one token (B,) to each sequence, steered, and return the next tokens' logits (B, V)."""
 
     def sample(self, logits: Array) -> Array:
-        """Draw a token from logits (V,) and start computing it; `int(token)` waits for it."""
+        """Draw tokens (B,) from logits (B, V) and start computing them; `.tolist()` waits for them.
+
+        A sequence whose activations have overflowed gets `OVERFLOWED` for a token.
+        """
+
+    def keep(self, rows: Sequence[int], tokens: Array) -> Array:
+        """Go on with these sequences alone; returns their `tokens`."""
+
+    def rewind(self, position: int) -> bool:
+        """Forget what a single sequence holds beyond its first `position` tokens; False where this cannot be done."""
+
+    def trace(self, token: int) -> Trace:
+        """What the Jacobians at `token`, after what a single sequence holds, depend on; it is not appended."""
+
+    def overflowing_layer(self, tokens: Array | Sequence[int]) -> int | None:
+        """The first layer whose output overflows when these tokens are run; spoils the cache."""
+
+
+OVERFLOWED = -1
 
 
 class Model(Protocol):
@@ -135,8 +169,8 @@ class Model(Protocol):
     def vjp(self, trace: Any, layer: int, cotangents: Float32) -> Float32:
         """A_k' w for each row w of `cotangents` (n, d), without forming A_k: (n, d)."""
 
-    def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY) -> Decoder:
-        """An empty sequence to decode."""
+    def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> Decoder:
+        """A decoder without any tokens. A `rolling` one forgets the oldest but a few where the context is full."""
 
     def steer(self, law: Law, *, steer_all: bool) -> AbstractContextManager[None]:
         """Inside the block, calls of the framework's own model object and of its generation functions are steered."""

@@ -8,13 +8,15 @@ forward pass with its own masks and scalings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_lqr.errors import InputError
 
 TANGENTS = 288
 """Directions differentiated at once: enough for full speed, and little memory beside a wide model's matrices."""
@@ -36,36 +38,66 @@ Hook = Callable[[int, mx.array, BlockCall], mx.array]
 """hook(k, z, call) -> output: stands in for block k, whose own output is call(z)."""
 
 
-@contextmanager
-def hooked(blocks: list[nn.Module], hook: Hook, layers: Iterable[int]) -> Iterator[None]:
+class BlockHooks:
+    """A hook for the blocks at `layers`, which is placed and taken off at every pass: so its classes are made once."""
+
+    def __init__(self, blocks: list[nn.Module], hook: Hook, layers: Iterable[int]) -> None:
+        self._hook = hook
+        self._blocks = [(k, blocks[k]) for k in layers]
+        self._classes: dict[tuple[int, type[nn.Module]], type[nn.Module]] = {}
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Inside this context every call of the blocks goes through the hook."""
+        original = [(block, type(block)) for _, block in self._blocks]
+        try:
+            for k, block in self._blocks:
+                object.__setattr__(block, "__class__", self._class(k, type(block)))
+            yield
+        finally:
+            for block, kind in original:
+                object.__setattr__(block, "__class__", kind)
+
+    def _class(self, k: int, kind: type[nn.Module]) -> type[nn.Module]:
+        refuse_hooked(kind)
+        if (k, kind) not in self._classes:
+            hook = self._hook
+
+            def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+                return hook(k, x, BlockCall(kind.__call__.__get__(self), args, kwargs))
+
+            self._classes[k, kind] = type(kind.__name__, (kind,), {"__call__": call, "is_hooked": True})
+        return self._classes[k, kind]
+
+
+def refuse_hooked(kind: type[nn.Module]) -> None:
+    """Raise `InputError` for the class of a block that has a hook already."""
+    if getattr(kind, "is_hooked", False):
+        raise InputError(
+            "the model is being steered by mlx_lqr.steer: call mlx_lm's functions inside the block; outside it, "
+            "mlx_lqr.generate and the like take the controller themselves"
+        )
+
+
+def hooked(blocks: list[nn.Module], hook: Hook, layers: Iterable[int]) -> AbstractContextManager[None]:
     """Inside this context every call of the blocks at `layers` goes through `hook`."""
-    original = [(blocks[k], type(blocks[k])) for k in layers]
-    try:
-        for k, (block, kind) in zip(layers, original, strict=True):
-            object.__setattr__(block, "__class__", _hooked_class(kind, k, hook))
-        yield
-    finally:
-        for block, kind in original:
-            object.__setattr__(block, "__class__", kind)
-
-
-def _hooked_class(kind: type[nn.Module], k: int, hook: Hook) -> type[nn.Module]:
-    def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return hook(k, x, BlockCall(kind.__call__.__get__(self), args, kwargs))
-
-    return type(kind.__name__, (kind,), {"__call__": call})
+    return BlockHooks(blocks, hook, layers).placed()
 
 
 class FrozenCache:
     """Returns the frozen prefix followed by the new key and value, and stores nothing.
 
-    It makes a block a pure function of the last position. Nothing is evicted; a sliding window is in the mask instead.
+    It makes a block a pure function of the one new position.
     """
 
-    def __init__(self, keys: mx.array | None = None, values: mx.array | None = None) -> None:
+    def __init__(
+        self, keys: mx.array | None = None, values: mx.array | None = None, position: int | None = None
+    ) -> None:
         self.keys: Any = keys
         self.values: Any = values
-        self.offset = 0 if keys is None else keys.shape[-2]
+        self.length = 0 if keys is None else int(keys.shape[-2])
+        self.offset = self.length if position is None else position
+        """The new token's position, which a window that has moved on is not the length of."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if self.keys is None or self.values is None:
@@ -76,27 +108,11 @@ class FrozenCache:
         )
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """For the one new token, which sees everything but what has left the window."""
         if window_size is None and not return_array:
-            return None if N == 1 else "causal"
-        query = mx.arange(self.offset, self.offset + N)[:, None]
-        key = mx.arange(self.offset + N)[None]
-        mask = query >= key
-        return mask if window_size is None else mask & (query < key + window_size)
-
-
-class PrefixCache(FrozenCache):
-    """The same, but keeps what it is given."""
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys, self.values = super().update_and_fetch(keys, values)
-        self.offset = self.keys.shape[-2]
-        return self.keys, self.values
-
-    def frozen(self) -> FrozenCache:
-        """The cache as it stood before its last token."""
-        assert self.keys is not None
-        assert self.values is not None
-        return FrozenCache(self.keys[..., :-1, :], self.values[..., :-1, :])
+            return None
+        seen = mx.arange(self.length + 1)[None]
+        return seen >= 0 if window_size is None else seen > self.length - window_size
 
 
 @contextmanager

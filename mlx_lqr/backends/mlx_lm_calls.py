@@ -1,68 +1,160 @@
 """Which positions to steer when mlx_lm's own generation functions, and not ours, call the model.
 
 mlx_lm fills its cache in chunks. The last position of a chunk is not the last token of the prompt, and the model cannot
-tell from a call which it sees; so while a model is steered, the two places where mlx_lm works through a prompt
-announce it.
+tell from a call which it sees; so while a model is steered, the places where mlx_lm works through a prompt announce it.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import mlx.nn as nn
 
+from mlx_lqr.errors import InputError
 
-class Positions:
-    """How many leading positions of the current call are not steered."""
+
+@dataclass
+class Prompt:
+    """A prompt that mlx_lm is working through."""
+
+    left: float
+    """Tokens still to come before its last one."""
+
+
+class Positions(threading.local):
+    """How many leading positions of the current call are not steered; each thread has calls, and so values, of its own.
+
+    mlx_lm's server calls the model in another thread than the one that steers it.
+    """
 
     def __init__(self, steer_all: bool) -> None:
         self.unsteered = 0
-        self.prompt_left: float | None = None
-        """Prompt tokens still to come that are not the prompt's last; None while no prompt is announced."""
+        self._prompt: Prompt | None = None
         self._steer_all = steer_all
 
     def begin(self, length: int) -> None:
         """A call of the model with `length` positions starts."""
         if self._steer_all:
             self.unsteered = 0
-        elif self.prompt_left is None:  # called by nobody we know: take each call for a whole prompt, or for one step
+        elif self._prompt is None:  # called by nobody we know: take each call for a whole prompt, or for one step
             self.unsteered = length - 1
         else:
-            self.unsteered = int(min(length, self.prompt_left))
-            self.prompt_left -= self.unsteered
+            self.unsteered = int(min(length, self._prompt.left))
+            self._prompt.left -= self.unsteered
+
+    @contextmanager
+    def working_through(self, prompt: Prompt) -> Iterator[None]:
+        """Calls inside this context are of `prompt` and, after its last token, of generated tokens only."""
+        before, self._prompt = self._prompt, prompt
+        try:
+            yield
+        finally:
+            self._prompt = before
+
+
+_steered: dict[int, Positions] = {}
+"""The models steered at present, by the id of their module."""
+_lock = threading.Lock()
+_put_back: Callable[[], None]
 
 
 @contextmanager
 def announcing_prompts(module: nn.Module, positions: Positions) -> Iterator[None]:
-    """Inside this context, mlx_lm's generate_step and its batched prompt processing announce `module`'s prompts."""
-    library: Any = importlib.import_module("mlx_lm.generate")
-    batch = library.PromptProcessingBatch
-    original_step, original_prompt = library.generate_step, batch.prompt
+    """Inside this context, mlx_lm's generation functions announce `module`'s prompts to `positions`.
 
-    def generate_step(prompt: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        if model is module:
-            embeddings = kwargs.get("input_embeddings")
-            positions.prompt_left = len(prompt if embeddings is None else embeddings) - 1
-        try:
-            yield from original_step(prompt, model, *args, **kwargs)
-        finally:
-            if model is module:
-                positions.prompt_left = None
-
-    def prompt(self: Any, tokens: Any) -> None:
-        before = positions.prompt_left
-        if self.model is module:
-            positions.prompt_left = float("inf")  # the prompts' last tokens are left to the first generation step
-        try:
-            original_prompt(self, tokens)
-        finally:
-            positions.prompt_left = before
-
-    library.generate_step, batch.prompt = generate_step, prompt
+    Raises:
+        InputError: the model is steered already.
+    """
+    global _put_back
+    with _lock:
+        if id(module) in _steered:
+            raise InputError("the model is already steered: combine the controllers (Controller.combine)")
+        if not _steered:  # once for all models, or blocks that overlap would put back each other's functions
+            _put_back = _wrap_generation()
+        _steered[id(module)] = positions
     try:
         yield
     finally:
-        library.generate_step, batch.prompt = original_step, original_prompt
+        with _lock:
+            del _steered[id(module)]
+            if not _steered:
+                _put_back()
+
+
+def _wrap_generation() -> Callable[[], None]:
+    """Exchange mlx_lm's functions for ones that announce prompts; returns what puts them back."""
+    library: Any = importlib.import_module("mlx_lm.generate")
+    batch = library.PromptProcessingBatch
+    step, speculative, process = library.generate_step, library.speculative_generate_step, batch.prompt
+
+    @functools.wraps(step)
+    def generate_step(prompt: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        embeddings = kwargs.get("input_embeddings")
+        before_last = len(prompt if embeddings is None else embeddings) - 1
+        return _announced(step(prompt, model, *args, **kwargs), {id(model): before_last})
+
+    @functools.wraps(speculative)
+    def speculative_generate_step(
+        prompt: Any, model: nn.Module, draft_model: nn.Module, *args: Any, **kwargs: Any
+    ) -> Iterator[Any]:
+        before_last: Counter[int] = Counter()
+        for reader in (model, draft_model):  # one model may be both, and then reads the prompt twice
+            before_last[id(reader)] += len(prompt) - 1
+        return _announced(speculative(prompt, model, draft_model, *args, **kwargs), before_last)
+
+    @functools.wraps(process)
+    def prompt(self: Any, tokens: Any) -> None:
+        positions = _steered.get(id(self.model))
+        if positions is None:
+            return process(self, tokens)
+        with positions.working_through(Prompt(float("inf"))):  # the last tokens are left to the first generation step
+            process(self, tokens)
+
+    _exchange(step, generate_step)
+    _exchange(speculative, speculative_generate_step)
+    batch.prompt = prompt
+
+    def put_back() -> None:
+        _exchange(generate_step, step)
+        _exchange(speculative_generate_step, speculative)
+        batch.prompt = process
+
+    return put_back
+
+
+def _announced(steps: Generator[Any, None, None], before_last: Mapping[int, int]) -> Iterator[Any]:
+    """Hand on the steps; only while one is computed do the models know of the prompt, `before_last[id]` tokens and one.
+
+    So a generator that is suspended, or abandoned, has no part in what else calls the model.
+    """
+    prompts = [(_steered[model], Prompt(tokens)) for model, tokens in before_last.items() if model in _steered]
+    try:
+        while True:
+            with ExitStack() as announcements:
+                for positions, prompt in prompts:
+                    announcements.enter_context(positions.working_through(prompt))
+                try:
+                    step = next(steps)
+                except StopIteration:
+                    return
+            yield step
+    finally:
+        steps.close()
+
+
+def _exchange(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Put a function in the place of another in every module that has it, for some import it by name."""
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType):
+            names = object.__getattribute__(module, "__dict__")  # in a way that does not load a lazy module
+            if names.get(old.__name__) is old:
+                names[new.__name__] = new

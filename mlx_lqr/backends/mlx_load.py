@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_lqr.backends.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
 from mlx_lqr.errors import InputError
@@ -58,6 +60,7 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
             )
         module.eval()
         module.load_weights(list(weights.items()))
+        weights.clear()  # the module holds them now, and may let go of some below
     except (TypeError, ValueError, KeyError) as error:
         if isinstance(error, InputError):
             raise
@@ -68,7 +71,24 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
         mx.eval(module.parameters())
     except RuntimeError as error:
         raise InputError(f"the weights in {folder} cannot be read: {_first_line(error)}") from error
+    if mx.default_device() == mx.cpu and sys.platform == "linux":
+        _lay_out_for_single_tokens(module)
     return module
+
+
+def _lay_out_for_single_tokens(module: nn.Module) -> None:
+    """Store the wide weights, and the head's, column by column in memory, each as a view of the shape that it had.
+
+    A decode step multiplies each weight by one vector. BLAS does this by the weight's rows or by its columns, whichever
+    lies in memory; with many more outputs than inputs the columns take half the time (MKL, SmolLM2: 14 ms of a step of
+    50 ms). Products with many vectors take the same time either way.
+    """
+    tied = getattr(module, "lm_head", None) is None
+    for _, leaf in tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module):
+        is_head = tied and type(leaf) is nn.Embedding
+        if is_head or (type(leaf) is nn.Linear and leaf.weight.shape[0] > 1.5 * leaf.weight.shape[1]):
+            leaf.weight = mx.contiguous(leaf.weight.T).T
+            mx.eval(leaf.weight)
 
 
 def settings_read(config: dict[str, Any]) -> set[str] | None:

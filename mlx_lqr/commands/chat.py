@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import click
 
 from mlx_lqr.cache import cache_folder
+from mlx_lqr.commands.chat_view import draw_comparison, draw_tracking
 from mlx_lqr.commands.options import (
     adaptive_option,
     controller_option,
+    decoding_options,
     dtype_option,
     model_argument,
     parse_controller,
@@ -18,16 +22,23 @@ from mlx_lqr.commands.options import (
 )
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
+from mlx_lqr.runtime import Options
 from mlx_lqr.runtime.chat import Chat
 
 HELP = """\
-/strength 2        set the strength of every concept; /strength dog 2 sets one
-/add FILE[:2]      steer with one more controller
-/off               steer no more
-/save FILE         write the transcript (JSON)
-/new               forget the conversation
-/help              this
-/quit              leave (or Ctrl-D); Ctrl-C stops an answer"""
+/strength 2         set the strength of every concept; /strength dog 2 sets one, /strength shows them
+/add FILE[:2]       steer with one more controller
+/off                steer no more; /off dog drops one concept
+/compare            the last answer with and without steering, side by side
+/track              for the last answer: feature against setpoint, layer by layer
+/save FILE          write the transcript (JSON); /load FILE goes on with one
+/new                forget the conversation, but for the system prompt
+/help               this
+/quit               leave (or Ctrl-D)
+Enter sends. A message goes on in a new line after Alt-Enter (or Esc, Enter), and where a line ends in a backslash;
+lines pasted together stay together. Ctrl-C stops an answer, or clears what is being typed.
+From a pipe, every line is a message or a command, and a backslash at its end goes on in the next.
+A message that begins with a slash: put a space before it."""
 
 
 @click.command()
@@ -35,23 +46,15 @@ HELP = """\
 @controller_option
 @adaptive_option
 @click.option("--system", help="A system prompt.")
-@click.option("-n", "--max-tokens", default=512, show_default=True, help="Tokens an answer at most.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token each time.")
-@click.option(
-    "--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens with this total probability."
-)
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@decoding_options(512)
 @dtype_option
 def chat(
     model: str,
     controllers: tuple[str, ...],
     adaptive: bool,
     system: str | None,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
     dtype: str | None,
+    **decoding: Any,
 ) -> None:
     """Talk to MODEL, steered or not, in its own chat template. Type /help for the commands."""
     parsed = [parse_controller(text) for text in controllers]
@@ -61,75 +64,140 @@ def chat(
         raise InputError(
             f"{loaded.name} has no chat template (a base model?): use `mlx-lqr generate`, which takes plain text"
         )
-    session = Chat(loaded, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, adaptive=adaptive)
+    options: Options = {"adaptive": adaptive, **decoding}  # type: ignore[typeddict-item]
+    session = Chat(loaded, options=options)
     if system:
-        session.messages.append({"role": "system", "content": system})
+        session.messages.append({"role": "system", "content": _text(system)})
     for controller, strength in parsed:
         session.add(controller, strength)
-    interactive = sys.stdin.isatty()
-    read = _line_editor() if interactive else _piped_lines()
+    if sys.stdin is None:
+        raise InputError("there is no input: run it on a terminal, or give the messages through a pipe")
+    # The line editor draws on a terminal, never on a pipe that the answers go through.
+    interactive = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
+    read = _line_editor() if interactive else _piped_lines
     if interactive:
         click.echo(f"{loaded.name}. {_state(session)} /help lists the commands.", err=True)
     while (line := read()) is not None:
         try:
             if line.startswith("/"):
-                if _command(session, line):
+                if _command(session, line[1:].strip()):
                     break
             elif line.strip():
-                _answer(session, line)
+                _answer(session, line.strip())
+        except KeyboardInterrupt:
+            click.echo("[stopped]", err=True)
         except InputError as error:
             click.echo(f"Error: {error}", err=True)
             if not interactive:
                 raise click.exceptions.Exit(2) from error
+        except (RuntimeError, MemoryError) as error:  # the backend is out of memory: there is a transcript to save
+            if not interactive:
+                raise
+            click.echo(f"Error: {error}", err=True)
 
 
 def _answer(session: Chat, text: str) -> None:
     pieces = session.answer(text)
+    begun = False
     try:
         for piece in pieces:
+            begun = True
             click.echo(piece.text, nl=False)
-    except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]
-        click.echo(" [stopped]", nl=False, err=True)
-    click.echo()
+        begun = True
+    finally:
+        if begun:
+            click.echo()
 
 
 def _command(session: Chat, line: str) -> bool:
-    """Carry out a line that starts with a slash; True ends the chat."""
-    name, _, rest = line[1:].strip().partition(" ")
-    rest = rest.strip()
+    """Carry out what follows a slash; True ends the chat."""
+    name, _, rest = line.partition(" ")
     if name in ("quit", "exit"):
         return True
-    if name == "help":
-        click.echo(HELP, err=True)
-    elif name == "strength":
-        concept, _, number = rest.rpartition(" ")
-        try:
-            session.set_strength(float(number), concept.strip() or None)
-        except ValueError as error:
-            raise (
-                error
-                if isinstance(error, InputError)
-                else InputError(f"strength must be a number, not {number!r}: /strength 2, or /strength CONCEPT 2")
-            ) from None
-        click.echo(_state(session), err=True)
-    elif name == "add":
-        session.add(*parse_controller(rest))
-        click.echo(_state(session), err=True)
-    elif name == "off":
-        session.off()
-        click.echo(_state(session), err=True)
-    elif name == "save":
-        if not rest:
-            raise InputError("name a file: /save chat.json")
-        session.save(rest)
-        click.echo(f"Wrote {rest}", err=True)
-    elif name == "new":
-        session.messages = [message for message in session.messages if message["role"] == "system"]
-        click.echo("A new conversation.", err=True)
-    else:
+    if name not in _COMMANDS:
         raise InputError(f"there is no command /{name}: /help lists them")
+    _COMMANDS[name](session, rest.strip())
     return False
+
+
+def _help(session: Chat, rest: str) -> None:
+    click.echo(HELP, err=True)
+
+
+def _strength(session: Chat, rest: str) -> None:
+    concept, _, number = rest.rpartition(" ")
+    if rest:
+        try:
+            strength = float(number)
+        except ValueError:
+            raise InputError(
+                f"strength must be a number, not {number!r}: /strength 2, or /strength CONCEPT 2"
+            ) from None
+        session.set_strength(strength, concept.strip() or None)
+    click.echo(_state(session), err=True)
+
+
+def _add(session: Chat, rest: str) -> None:
+    session.add(*parse_controller(_file(rest, "/add dog.safetensors:2")))
+    click.echo(_state(session), err=True)
+
+
+def _off(session: Chat, rest: str) -> None:
+    session.off(rest or None)
+    click.echo(_state(session), err=True)
+
+
+def _compare(session: Chat, rest: str) -> None:
+    draw_comparison([(_state(session), session.steered()), ("Not steered.", session.unsteered())])
+
+
+def _track(session: Chat, rest: str) -> None:
+    draw_tracking(session.track())
+
+
+def _save(session: Chat, rest: str) -> None:
+    file = _file(rest, "/save chat.json")
+    session.save(file)
+    click.echo(f"Wrote {file}", err=True)
+
+
+def _load(session: Chat, rest: str) -> None:
+    file = _file(rest, "/load chat.json")
+    for note in session.load(file):
+        click.echo(f"Note: {note}", err=True)
+    click.echo(f"{len(session.messages)} messages of {file}. {_state(session)}", err=True)
+
+
+def _new(session: Chat, rest: str) -> None:
+    session.restart()
+    click.echo("A new conversation.", err=True)
+
+
+_COMMANDS: dict[str, Callable[[Chat, str], None]] = {
+    "add": _add,
+    "compare": _compare,
+    "help": _help,
+    "load": _load,
+    "new": _new,
+    "off": _off,
+    "save": _save,
+    "strength": _strength,
+    "track": _track,
+}
+
+
+def _file(rest: str, example: str) -> str:
+    if not rest:
+        raise InputError(f"name a file: {example}")
+    try:
+        return str(Path(rest).expanduser())
+    except RuntimeError:  # ~somebody who is not known here
+        return rest
+
+
+def _text(typed: str) -> str:
+    """What was typed, with question marks for bytes that are no text."""
+    return typed.encode("utf-8", "replace").decode("utf-8")
 
 
 def _state(session: Chat) -> str:
@@ -138,23 +206,62 @@ def _state(session: Chat) -> str:
     return "Steered: " + ", ".join(f"{name} {strength:g}" for name, strength in session.strengths.items()) + "."
 
 
-def _piped_lines() -> Callable[[], str | None]:
-    """One message a line; None at the end."""
-    return lambda: line.rstrip("\n") if (line := sys.stdin.readline()) else None
+def _piped_lines() -> str | None:
+    """The next message, of one line or of several joined by backslashes; None at the end."""
+    lines: list[str] = []
+    while raw := sys.stdin.buffer.readline():
+        try:
+            line = raw.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise InputError("what comes through the pipe is not UTF-8 text") from None
+        if not line.endswith("\\"):
+            return "\n".join([*lines, line])
+        lines.append(line[:-1])
+    return "\n".join(lines) if lines else None
 
 
 def _line_editor() -> Callable[[], str | None]:
-    """Line editing with history; Ctrl-C clears the line, Ctrl-D ends."""
+    """Editing of one line or several, with history; Ctrl-C clears what is typed, Ctrl-D ends."""
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.output import create_output
 
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    editor: PromptSession[str] = PromptSession(history=FileHistory(str(cache_folder() / "chat_history")))
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    kept = cache_folder() / "chat_history"
+    history: History
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.open("ab").close()
+        history = FileHistory(str(kept))
+    except OSError:  # a home that cannot be written is no reason not to chat
+        history = InMemoryHistory()
+    editor: PromptSession[str] = PromptSession(
+        history=history,
+        key_bindings=keys,
+        multiline=True,
+        prompt_continuation="  ",
+        output=create_output(always_prefer_tty=True),
+    )
 
     def read() -> str | None:
         while True:
             try:
-                return editor.prompt("> ")
+                return _text(editor.prompt("> "))
             except KeyboardInterrupt:
                 continue
             except EOFError:

@@ -4,76 +4,164 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import click
 
+from mlx_lqr.analysis.tracking import track
+from mlx_lqr.backends.base import Model, Progress
 from mlx_lqr.commands.options import (
     adaptive_option,
     controller_option,
+    decoding_options,
     dtype_option,
     model_argument,
-    parse_controllers,
     progress_bars,
 )
+from mlx_lqr.contrast import read_prompts, tokenise
+from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
-from mlx_lqr.runtime import stream
+from mlx_lqr.runtime import Options, Piece, batch_stream, stream
+from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
 from mlx_lqr.synthesis import adapt
 
 
 @click.command()
 @model_argument
 @click.option("-p", "--prompt", help="The text to continue; read from a pipe where not given.")
+@click.option(
+    "--prompts",
+    "prompt_file",
+    metavar="FILE",
+    help='Continue every prompt of a file, side by side: one a line, or JSON lines with a "prompt" key.',
+)
 @controller_option
 @adaptive_option
-@click.option("-n", "--max-tokens", default=256, show_default=True, help="Tokens at most.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token each time.")
-@click.option(
-    "--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens with this total probability."
-)
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@decoding_options(256)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt instead of text.")
+@click.option("--track", "tracked", is_flag=True, help="Add feature and setpoint at the prompt's last token (--json).")
 @dtype_option
 def generate(
     model: str,
     prompt: str | None,
+    prompt_file: str | None,
     controllers: tuple[str, ...],
     adaptive: bool,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
     as_json: bool,
+    tracked: bool,
     dtype: str | None,
+    **options: Any,
 ) -> None:
     """Continue a text, steered or not. No chat template is applied: see `mlx-lqr chat` for that."""
-    if prompt is None and sys.stdin.isatty():
-        raise InputError("give the text to continue: -p TEXT, or through a pipe")
-    text = prompt if prompt is not None else sys.stdin.read()
+    if prompt is not None and prompt_file is not None:
+        raise InputError("give one text with -p or a file with --prompts, not both")
+    if tracked and not as_json:
+        raise InputError("--track gives numbers for every layer: add --json")
+    if tracked and not controllers:
+        raise InputError("--track compares a controller's features with their setpoints: add -c FILE")
+    prompts = read_prompts(prompt_file) if prompt_file is not None else [given_or_piped(prompt)]
     controller, strengths = parse_controllers(controllers)
     with progress_bars() as progress:
         loaded = load(model, dtype=dtype, progress=progress)
-    if adaptive and controller:
-        controller = adapt(loaded, controller, text)
-    pieces = stream(
-        loaded,
-        text,
-        controller=controller,
-        strength=strengths if controller else 1.0,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
-    tokens = []
-    for piece in pieces:
-        tokens.append(piece.token)
-        if not as_json:
+    settings: Options = {**options, "adaptive": adaptive}  # type: ignore[typeddict-item]
+    if controller is not None:
+        settings |= {"controller": controller, "strength": strengths}
+
+    def record(answer: _Answer) -> str:
+        return json.dumps(_fields(loaded, answer, settings, tracked))
+
+    if prompt_file is not None:
+        _answer_all(loaded, prompts, settings, record if as_json else _block)
+    elif as_json:
+        answer = _Answer(prompts[0])
+        for piece in stream(loaded, prompts[0], **settings):
+            answer.add(piece)
+        click.echo(record(answer))
+    else:
+        for piece in stream(loaded, prompts[0], **settings):
             click.echo(piece.text, nl=False)
-    if not as_json:
         click.echo()
+
+
+@dataclass
+class _Answer:
+    """What has followed a prompt so far."""
+
+    prompt: str
+    number: int = 1
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        if piece.token is not None:
+            self.tokens.append(piece.token)
+
+
+def _answer_all(model: Model, prompts: list[str], settings: Options, show: Callable[[_Answer], str]) -> None:
+    """Print what follows each prompt, in order, as soon as the prompts decoded side by side with it are done."""
+    answers = [_Answer(prompt, number) for number, prompt in enumerate(prompts, 1)]
+    printed = 0
+    out = sys.stdout  # which a progress bar takes for its own
+    # On a terminal the answers themselves show how far things are, and a bar would be drawn across them.
+    with nullcontext(None) if out.isatty() else progress_bars() as report:
+
+        def print_finished(stage: str, done: int, total: int) -> None:
+            nonlocal printed
+            for answer in answers[printed:done]:
+                click.echo(show(answer), file=out)
+            printed = done
+            if report:
+                report(stage, done, total)
+
+        for i, piece in _pieces_of_all(model, prompts, settings, print_finished):
+            answers[i].add(piece)
+
+
+def _pieces_of_all(
+    model: Model, prompts: list[str], settings: Options, progress: Progress
+) -> Iterator[tuple[int, Piece]]:
+    rolling = settings.get("overflow") == "roll"
+    if not (settings.get("adaptive") or rolling):
+        yield from batch_stream(model, prompts, progress=progress, **settings)
         return
-    answer = {"model": loaded.name, "prompt": text, "text": loaded.tokenizer.decode(tokens), "tokens": tokens}
-    if controller:
-        answer["concepts"] = dict(zip(controller.concepts, strengths, strict=True))
-    click.echo(json.dumps(answer))
+    for prompt in prompts:  # the gains, or what has been forgotten, are each prompt's own: these go one by one
+        tokenise(model, prompt, any_length=rolling)  # an unusable prompt is refused before anything is printed
+    seed = settings.get("seed")
+    for i, prompt in enumerate(prompts):
+        own: Options = {**settings, "seed": seed + i} if seed is not None else settings
+        for piece in stream(model, prompt, **own):
+            yield i, piece
+        progress("Answers", i + 1, len(prompts))
+
+
+def _block(answer: _Answer) -> str:
+    return click.style(f"[{answer.number}] {answer.prompt}", bold=True) + f"\n{answer.text}\n"
+
+
+def _fields(model: Model, answer: _Answer, settings: Options, tracked: bool) -> dict[str, Any]:
+    """The JSON object of an answer."""
+    found: dict[str, Any] = {"model": model.name, "prompt": answer.prompt, "text": answer.text, "tokens": answer.tokens}
+    controller, strengths = settings.get("controller"), settings.get("strength")
+    if controller is None or not isinstance(strengths, list):
+        return found
+    found["concepts"] = dict(zip(controller.concepts, strengths, strict=True))
+    if tracked:
+        used = adapt(model, controller, answer.prompt) if settings.get("adaptive") else controller
+        found["tracking"] = _tracking(model, answer.prompt, used, strengths)
+    return found
+
+
+def _tracking(
+    model: Model, prompt: str, controller: Controller, strengths: list[float]
+) -> dict[str, dict[str, list[float]]]:
+    """Feature and setpoint of every concept at the input of each block."""
+    signal = track(model, prompt, controller, strengths)
+    return {
+        name: {"feature": signal.feature[:, i].tolist(), "setpoint": signal.setpoint[:, i].tolist()}
+        for i, name in enumerate(controller.concepts)
+    }

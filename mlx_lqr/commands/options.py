@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, get_args
 
 import click
 
 from mlx_lqr.backends.base import Progress
-from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
+from mlx_lqr.runtime.arguments import parse_controller as parse_controller
+from mlx_lqr.runtime.decode import Overflow
 
 model_argument = click.argument("model")
 dtype_option = click.option(
@@ -32,25 +33,38 @@ adaptive_option = click.option(
 )
 
 
-def parse_controller(text: str) -> tuple[Controller, float]:
-    """FILE[:STRENGTH]; a file whose own name has a colon is found as well."""
-    if Path(text).is_file() or ":" not in text:
-        return Controller.load(text), 1.0
-    file, _, number = text.rpartition(":")
-    try:
-        strength = float(number)
-    except ValueError:
-        raise InputError(f"strength must be a number, not {number!r} (write -c FILE:STRENGTH)") from None
-    return Controller.load(file), strength
+def decoding_options(max_tokens: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The options of `mlx_lqr.Options` that are plain values, under the same names; `stop` is a tuple."""
+    made = (
+        click.option("-n", "--max-tokens", default=max_tokens, show_default=True, help="Tokens at most."),
+        click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token each time."),
+        click.option(
+            "--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens that make this."
+        ),
+        click.option("--top-k", default=0, show_default=True, help="Sample from this many tokens; 0 from all."),
+        click.option("--min-p", default=0.0, show_default=True, help="Least probability, relative to the likeliest."),
+        click.option(
+            "--repetition-penalty", default=1.0, show_default=True, help="Above 1, tokens seen before get rarer."
+        ),
+        click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option(
+            "--stop", multiple=True, metavar="TEXT", help="Ends the answer, without being part of it; repeat."
+        ),
+        click.option(
+            "--overflow",
+            type=click.Choice(get_args(Overflow)),
+            default="error",
+            show_default=True,
+            help="Where the context is full: refuse, or roll on without the oldest tokens.",
+        ),
+    )
 
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(made):
+            command = option(command)
+        return command
 
-def parse_controllers(texts: tuple[str, ...]) -> tuple[Controller | None, list[float]]:
-    """All the -c options as one controller and a strength for each of its concepts."""
-    loaded = [parse_controller(text) for text in texts]
-    if not loaded:
-        return None, []
-    strengths = [strength for controller, strength in loaded for _ in controller.concepts]
-    return Controller.combine(*(controller for controller, _ in loaded)), strengths
+    return decorate
 
 
 def parse_layers(text: str | None) -> list[int] | None:
@@ -70,17 +84,25 @@ def parse_layers(text: str | None) -> list[int] | None:
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
     """A progress bar on stderr for every stage that is reported."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        tasks = {}
+    with ExitStack() as stack:
+        bars: Any = None
+        tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
+            nonlocal bars
+            if bars is None:  # rich takes a tenth of a second, and mostly there is nothing to report
+                bars = stack.enter_context(_bars())
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report
+
+
+def _bars() -> AbstractContextManager[Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Bars(*columns, console=Console(stderr=True))

@@ -1,0 +1,133 @@
+"""How fast tokens come, steered and not, ours and others', on SmolLM2.
+
+    python benchmarks/decode.py
+    python benchmarks/decode.py --tokens 100 --rounds 7
+
+Everything decodes the same prompt in turn, in one process, and is timed from the first new token to the last; ratios
+are medians over rounds. The controllers act at every layer, which is the dearest case.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+import mlx_lqr  # first, so that MLX gets its BLAS
+from mlx_lqr.backends.mlx import MLXModel
+
+PROMPT = "Once upon a time, in a small town by a river,"
+Stream = Callable[[], Iterable[Any]]
+
+
+def pace(stream: Iterable[Any]) -> float:
+    """Seconds a token between the first and the last."""
+    tokens = iter(stream)
+    next(tokens)
+    start = time.perf_counter()
+    count = sum(1 for _ in tokens)
+    return (time.perf_counter() - start) / count
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def fitted(model: MLXModel, concept: str) -> mlx_lqr.Controller:
+    positive, negative = mlx_lqr.bundled_prompts(concept)
+    return mlx_lqr.fit(model, positive[:20], negative[:20], concept=concept, cost="feature", jacobian_prompts=1)
+
+
+def contenders(model: MLXModel, tokens: int) -> dict[str, Stream]:
+    import mlx.core as mx
+    import mlx_lm
+
+    from mlx_lqr.convert.sources import demo_model
+
+    controllers = [fitted(model, concept) for concept in ("ocean", "dog", "formal")]
+    joint = mlx_lqr.Controller.combine(*controllers)
+    prompt = model.tokenizer.encode(PROMPT)
+    module, tokenizer, *_ = mlx_lm.load(str(demo_model()))
+    if mx.default_device() == mx.cpu:
+        module.set_dtype(mx.float32)  # 16 bits are slower there
+    tokenizer.eos_token_ids = set()  # nobody stops early
+    model.tokenizer.end_tokens = frozenset()
+
+    def ours(**options: Any) -> Stream:
+        return lambda: mlx_lqr.stream(model, prompt, max_tokens=tokens, **options)
+
+    found: dict[str, Stream] = {
+        "mlx_lm.stream_generate, not steered": lambda: mlx_lm.stream_generate(
+            module, tokenizer, mx.array(prompt), max_tokens=tokens
+        ),
+        "ours, not steered": ours(),
+        "ours, one controller": ours(controller=controllers[0], strength=1.0),
+        "ours, three controllers combined": ours(controller=joint, strength=0.5),
+    }
+    if importlib.util.find_spec("llama_cpp") is not None:
+        found["llama.cpp, the same model in Q4_1"] = llama_cpp_stream(prompt, tokens)
+    return found
+
+
+def llama_cpp_stream(prompt: list[int], tokens: int) -> Stream:
+    import itertools
+
+    from llama_cpp import Llama
+
+    from mlx_lqr.convert.sources import demo_gguf
+
+    with demo_gguf() as file:
+        llama = Llama(str(file), n_threads=2, verbose=False)
+
+    def stream() -> Iterable[int]:
+        llama.reset()
+        return itertools.islice(llama.generate(prompt, temp=0.0, repeat_penalty=1.0), tokens)
+
+    return stream
+
+
+def batch_gain(model: MLXModel, size: int, tokens: int, rounds: int) -> list[float]:
+    """Tokens a second of a batch over tokens a second of one sequence, in each round."""
+    prompts = [model.tokenizer.encode(f"{PROMPT} number {i}")[i % 7 :] for i in range(size)]
+
+    def batch() -> Iterable[int]:
+        """One element a step of the whole batch."""
+        return (i for i, _ in mlx_lqr.batch_stream(model, prompts, max_tokens=tokens) if i == 0)
+
+    gains = []
+    for _ in range(rounds):
+        one = pace(mlx_lqr.stream(model, prompts[0], max_tokens=tokens))
+        gains.append(size * one / pace(batch()))
+    return gains
+
+
+@click.command()
+@click.option("--tokens", default=60, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+def main(tokens: int, rounds: int) -> None:
+    """Measure decoding on SmolLM2-135M-Instruct."""
+    model = mlx_lqr.load("demo")
+    assert isinstance(model, MLXModel)
+    streams = contenders(model, tokens)
+    for stream in streams.values():
+        pace(stream())  # a round that does not count
+    seconds: dict[str, list[float]] = {name: [] for name in streams}
+    for _ in range(rounds):
+        for name, stream in streams.items():
+            seconds[name].append(pace(stream()))
+    for name, taken in seconds.items():
+        print(f"{name:44}{1e3 * statistics.median(taken):8.1f} ms a token{1 / statistics.median(taken):8.1f} tokens/s")
+    theirs, plain, one, three, *_ = seconds.values()
+    print(f"speed steered / not steered, one controller{ratio(plain, one):11.3f}    at least 0.97")
+    print(f"speed steered / not steered, three{ratio(plain, three):20.3f}")
+    print(f"speed steered / mlx_lm not steered{ratio(theirs, one):20.3f}    at least 1.0, aim 1.5")
+    print(f"tokens/s of a batch of 16 / of one{statistics.median(batch_gain(model, 16, tokens // 2, 3)):20.2f}    "
+          "at least 5")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What /compare and /track draw: two answers side by side, and feature against setpoint layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlx_lqr.analysis.tracking import TrackedAnswer
+from mlx_lqr.backends.base import Float32
+from mlx_lqr.runtime import Piece
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+REACHED, AIM, WITHOUT = "█", "┃", "○"
+
+
+def draw_comparison(answers: Sequence[tuple[str, Iterator[Piece]]]) -> None:
+    """Titled answers in columns side by side; on a terminal they fill as they are decoded, one after the other."""
+    from rich import box
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    texts = [""] * len(answers)
+
+    def table() -> Table:
+        columns = Table(box=box.SIMPLE_HEAD, expand=True)
+        for title, _ in answers:
+            columns.add_column(Text(title), ratio=1, overflow="fold")
+        columns.add_row(*(Text(text.strip()) for text in texts))
+        return columns
+
+    with Live(table(), console=console, auto_refresh=False) as live:
+        for i, (_, pieces) in enumerate(answers):
+            for piece in pieces:
+                texts[i] += piece.text
+                live.update(table(), refresh=True)
+    if not console.is_terminal:  # where rich leaves the last line open
+        console.line()
+
+
+def draw_tracking(tracked: TrackedAnswer) -> None:
+    """A table for each concept: in every layer the setpoint, the feature with and without steering, and a bar.
+
+    Bars are in multiples of the concept's mean mu_k, because the residual stream grows from layer to layer.
+    """
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    console = _console()
+    width = max(12, console.width - 44)  # what the columns of numbers leave
+    for i, concept in enumerate(tracked.controller.concepts):
+        mean = tracked.controller.setpoint[:, i]
+        columns = tracked.steered.setpoint[:, i], tracked.steered.feature[:, i], tracked.unsteered.feature[:, i]
+        multiples = [np.divide(column, mean, out=np.zeros_like(mean), where=mean > 0) for column in columns]
+        axis = _Axis.over(multiples[0], multiples[1], width)
+        numbers = [Column(Text(name), justify="right") for name in ("layer", "setpoint", "feature", "without")]
+        table = Table(
+            *numbers,
+            Column(Text(axis.labels()), no_wrap=True),
+            box=None,
+            title=Text(f"{concept}, strength {tracked.strength[i]:g}, at the last token of the answer"),
+            title_justify="left",
+        )
+        for k in range(tracked.controller.num_layers):
+            acts = bool(np.any(tracked.controller.gain[k, :, i]))
+            setpoint, feature, without = (float(multiple[k]) for multiple in multiples)
+            bar = axis.bar(feature, without, setpoint if acts else None)
+            cells = [f"{column[k]:.4g}" for column in columns]
+            table.add_row(str(k), cells[0] if acts else "-", *cells[1:], Text(bar), style=None if acts else "dim")
+        console.print(table)
+        console.print()
+    console.print(Text(f"{REACHED} feature  {AIM} setpoint (-: no control here)  {WITHOUT} feature without steering"))
+    console.print("Numbers are in the residual stream's units, bars in multiples of the mean.")
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A horizontal axis of `width` characters from `low` to `high`."""
+
+    low: float
+    high: float
+    width: int
+
+    @classmethod
+    def over(cls, setpoints: Float32, features: Float32, width: int) -> _Axis:
+        """From zero to the setpoints, and to the features as long as these are not far off."""
+        span = max(1.0, float(np.abs(setpoints).max()))
+        low = max(min(0.0, float(setpoints.min()), float(features.min())), min(0.0, float(setpoints.min())) - span)
+        high = min(max(0.0, float(setpoints.max()), float(features.max())), max(0.0, float(setpoints.max())) + span)
+        return cls(low, max(high, low + 1), width)
+
+    def bar(self, feature: float, without: float, setpoint: float | None) -> str:
+        """From zero to the feature, with the marks upon it; what lies beyond the axis is drawn at its end."""
+        first, last = sorted((self._cell(0.0), self._cell(feature)))
+        cells = [REACHED if first <= cell <= last else " " for cell in range(self.width)]
+        cells[self._cell(without)] = WITHOUT
+        if setpoint is not None:
+            cells[self._cell(setpoint)] = AIM
+        return "".join(cells)
+
+    def labels(self) -> str:
+        """Numbers at the ends, and zero."""
+        cells = [" "] * self.width
+        for value in (self.low, self.high, 0.0):
+            text = f"{value:.2g}"
+            start = min(self._cell(value), self.width - len(text))
+            cells[start : start + len(text)] = text
+        return "".join(cells)
+
+    def _cell(self, value: float) -> int:
+        share = (value - self.low) / (self.high - self.low)
+        return min(self.width - 1, max(0, round(share * (self.width - 1))))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)

@@ -1,0 +1,107 @@
+"""`python -m mlx_lqr.runtime MODEL -p TEXT -c FILE`: run a converted model with a controller, and need little for it.
+
+Nothing is imported but mlx, numpy, safetensors, tokenizers and, with --chat, jinja2: no transformers, no click, none of
+the library's converters. mlx-lm has to be there as well, since the model's own code is a file of its `mlx_lm.models`;
+that file is read without the package's `__init__`, so mlx-lm needs none of its dependencies:
+
+    pip install "mlx[cpu]" numpy safetensors tokenizers jinja2    # on macOS: mlx
+    pip install --no-deps mlx-lm mlx-lqr
+
+On Linux, `pip install mkl` (x86-64) or OpenBLAS makes long prompts many times faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn, get_args
+
+from mlx_lqr.errors import InputError
+from mlx_lqr.loading import load
+from mlx_lqr.runtime import Options, stream
+from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
+from mlx_lqr.runtime.decode import Overflow
+
+INTERRUPTED = 128 + 2  # as a shell reports a program that SIGINT has ended
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Stream the answer to stdout and return the exit status: 2 for a mistake, which is one line on stderr."""
+    warnings.showwarning = _show_warning
+    try:
+        _generate(_parser().parse_args(arguments))
+    except InputError as error:
+        return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        return _refuse(f"this needs the package {error.name}, which is not installed: pip install {error.name}")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output (`| head`) has gone; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _generate(given: argparse.Namespace) -> None:
+    text = given_or_piped(given.prompt)
+    controller, strengths = parse_controllers(given.controllers)
+    model = load(given.model, dtype=given.dtype)
+    options: Options = {name: getattr(given, name) for name in Options.__annotations__ if hasattr(given, name)}  # type: ignore[assignment]
+    if controller is not None:
+        options |= {"controller": controller, "strength": strengths}
+    prompt = model.tokenizer.chat([{"role": "user", "content": text}]) if given.chat else text
+    for piece in stream(model, prompt, **options):
+        print(piece.text, end="", flush=True)
+    print(flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The options of `mlx_lqr.Options` that are plain values go under its names, and are absent where not given."""
+    parser = _Parser(
+        prog="python -m mlx_lqr.runtime",
+        description="Continue a text with a converted model, steered or not.",
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("model", help='a folder with config.json and safetensors, "demo", or a .gguf file that has been converted')
+    add("-p", "--prompt", default=None, help="the text to continue; read from a pipe where not given")
+    add("--chat", action="store_true", default=False, help="put the text as a message in the model's chat template")
+    add(
+        *("-c", "--controller"),
+        dest="controllers",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="steer with this controller; repeat it for several concepts",
+    )
+    add("-n", "--max-tokens", type=int, help="tokens at most (256)")
+    add("--temperature", type=float, help="0, the default, takes the most likely token each time")
+    add("--top-p", type=float, help="sample from the likeliest tokens that make this")
+    add("--top-k", type=int, help="sample from this many tokens; 0 from all")
+    add("--min-p", type=float, help="least probability, relative to the likeliest")
+    add("--repetition-penalty", type=float, help="above 1, tokens seen before get rarer")
+    add("--seed", type=int, help="makes sampling repeatable")
+    add("--stop", action="append", metavar="TEXT", help="ends the answer, without being part of it; repeat")
+    add("--overflow", choices=get_args(Overflow), help="where the context is full: refuse, or roll on")
+    add("--dtype", default=None, help="float32, float16 or bfloat16")
+    return parser
+
+
+def _refuse(reason: str) -> int:
+    print(f"Error: {reason}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"Note: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

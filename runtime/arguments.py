@@ -1,0 +1,51 @@
+"""What a person writes on a command line -> what the library takes, for every front end and parser of options."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_lqr.controller import Controller
+from mlx_lqr.errors import InputError
+
+
+def parse_controller(text: str) -> tuple[Controller, float]:
+    """FILE[:STRENGTH]; a file whose own name has a colon is found as well."""
+    if Path(text).is_file() or ":" not in text:
+        return Controller.load(text), 1.0
+    file, _, number = text.rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:
+        raise InputError(f"strength must be a number, not {number!r} (write -c FILE:STRENGTH)") from None
+    return Controller.load(file), strength
+
+
+def parse_controllers(texts: Sequence[str]) -> tuple[Controller | None, list[float]]:
+    """All the -c options as one controller and a strength for each of its concepts."""
+    loaded = [parse_controller(text) for text in texts]
+    if not loaded:
+        return None, []
+    strengths = [strength for controller, strength in loaded for _ in controller.concepts]
+    return Controller.combine(*(controller for controller, _ in loaded)), strengths
+
+
+def given_or_piped(prompt: str | None) -> str:
+    """The prompt of the command line, or where there is none the text that comes through a pipe.
+
+    Raises:
+        InputError: neither is there, or it is not UTF-8 text.
+    """
+    if prompt is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise InputError("give the text to continue: -p TEXT, or through a pipe")
+        try:
+            return sys.stdin.read()
+        except UnicodeDecodeError:
+            raise InputError("what comes through the pipe is not UTF-8 text") from None
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that Python could not decode
+        raise InputError("the prompt is not UTF-8 text") from None
+    return prompt
