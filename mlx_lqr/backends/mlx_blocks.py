@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lqr.errors import InputError
@@ -195,11 +196,15 @@ def _expansion(mlp: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
         _, (by_up,) = mx.jvp(hidden, primal, (zeros, ones))
     finally:
         mlp.gate_proj, mlp.up_proj, mlp.down_proj = gate, up, down
-    by_gate, by_up = by_gate.reshape(-1, 1), by_up.reshape(-1, 1)
+    by_gate, by_up = by_gate.reshape(-1), by_up.reshape(-1)
+    by_rows = np.asarray(gate.weight).flags.c_contiguous  # else a product in this order would jump through memory
     value, slope = down(h), mx.zeros((x.shape[-1], x.shape[-1]))
     for start in range(0, len(by_gate), TANGENTS):  # not all at once, which would take the memory of two weights
         some = slice(start, start + TANGENTS)
-        inner = by_gate[some] * gate.weight[some] + by_up[some] * up.weight[some]
+        if by_rows:
+            inner = by_gate[some, None] * gate.weight[some] + by_up[some, None] * up.weight[some]
+        else:
+            inner = (gate.weight[some].T * by_gate[some] + up.weight[some].T * by_up[some]).T
         slope = mx.addmm(slope, down.weight[:, some], inner)
         mx.eval(value, slope)
     return value, slope

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -107,7 +108,7 @@ class MLXDecoder:
             logits = mx.where(self._seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
         tokens = self._draw(logits)
         if self._energy is not None:
-            tokens = mx.where(mx.isfinite(self._energy), tokens.astype(mx.int32), OVERFLOWED)
+            tokens = mx.where(self._energy < math.inf, tokens.astype(mx.int32), OVERFLOWED)  # false for NaN too
         mx.async_eval(tokens)
         return tokens
 
