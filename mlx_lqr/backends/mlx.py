@@ -160,7 +160,7 @@ class MLXModel:
 
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> MLXDecoder:
         refuse_hooked(type(self.blocks[0]))
-        return MLXDecoder(self, law, sampling, rolling)
+        return MLXDecoder(self.module, self.place, law, sampling, self.context_length if rolling else None)
 
     @contextmanager
     def steer(self, law: Law, *, steer_all: bool) -> Iterator[None]:

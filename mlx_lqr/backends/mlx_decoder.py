@@ -7,18 +7,16 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_lqr.backends.base import OVERFLOWED, Float32, Law, Sampling
 from mlx_lqr.backends.mlx_blocks import BlockCall, BlockHooks, FrozenCache, hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 from mlx_lqr.errors import InputError
-
-if TYPE_CHECKING:
-    from mlx_lqr.backends.mlx import MLXModel
 
 PREFILL_CHUNK = 512
 """Prompt tokens, of all sequences together, per forward pass while the cache is filled."""
@@ -39,11 +37,27 @@ class MLXTrace:
 
 
 class MLXDecoder:
-    """The `Decoder` protocol (see base.py)."""
+    """The `Decoder` protocol (see base.py).
 
-    def __init__(self, model: MLXModel, law: Law | None, sampling: Sampling, rolling: bool) -> None:
-        self._model = model
-        self._rolling = rolling
+    Args:
+        module: an mlx-lm model.
+        place: gives a law arrays of this module's kind.
+        law, sampling: see the protocol.
+        window: how many tokens a rolling context holds; None where it does not roll.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        place: Callable[[Law | None], Law | None],
+        law: Law | None,
+        sampling: Sampling,
+        window: int | None = None,
+    ) -> None:
+        self._module = module
+        self._blocks: list[nn.Module] = module.layers
+        self._place = place
+        self._window = window
         self._cache: list[Any] = []
         self._energy: mx.array | None = None
         """|z|^2 (B,) after the last steered block of the last step: not finite once activations overflow."""
@@ -59,7 +73,7 @@ class MLXDecoder:
 
     @law.setter
     def law(self, law: Law | None) -> None:
-        self._law = placed = self._model.place(law)
+        self._law = placed = self._place(law)
         self._hooks: BlockHooks | None = None
         if placed is None or not placed.layers:
             return
@@ -71,7 +85,7 @@ class MLXDecoder:
                 self._energy = _energy(output)
             return output
 
-        self._hooks = BlockHooks(self._model.blocks, hook, placed.layers)
+        self._hooks = BlockHooks(self._blocks, hook, placed.layers)
 
     @property
     def sampling(self) -> Sampling:
@@ -143,8 +157,8 @@ class MLXDecoder:
                 residual.append(output[0, -1])
             return output
 
-        with hooked(self._model.blocks, record, range(len(frozen))):
-            self._model.module(mx.array([[token]]), cache=frozen)
+        with hooked(self._blocks, record, range(len(frozen))):
+            self._module(mx.array([[token]]), cache=frozen)
         stacked = mx.stack(residual).astype(mx.float32)
         mx.eval(stacked)
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in frozen if layer.keys is not None)
@@ -160,21 +174,21 @@ class MLXDecoder:
             energies.append(_energy(output).sum())
             return output
 
-        with hooked(self._model.blocks, record, range(self._model.num_layers)):
-            self._model.module(mx.array(tokens, mx.uint32)[:, None], cache=self._cache)
+        self.position += 1
+        with hooked(self._blocks, record, range(len(self._blocks))):
+            self._module(mx.array(tokens, mx.uint32)[:, None], cache=self._cache)
         finite = mx.isfinite(mx.stack(energies)).tolist()
         return finite.index(False) if False in finite else None
 
     def _start(self, padding: list[int]) -> None:
         """Make the caches for sequences with this much padding on their left."""
         kinds = import_mlx_lm("models.cache")
-        self._cache = kinds.make_prompt_cache(self._model.module)
-        if self._rolling:
+        self._cache = kinds.make_prompt_cache(self._module)
+        if self._window is not None:
             if len(padding) > 1:
                 raise InputError("a batch cannot roll its context: decode one prompt at a time")
-            size = self._model.context_length
             self._cache = [
-                kinds.RotatingKVCache(size, keep=SINKS) if isinstance(layer, kinds.KVCache) else layer
+                kinds.RotatingKVCache(self._window, keep=SINKS) if isinstance(layer, kinds.KVCache) else layer
                 for layer in self._cache
             ]
         if len(padding) > 1:
@@ -184,19 +198,19 @@ class MLXDecoder:
                 else kinds.BatchKVCache(padding)
                 for layer in self._cache
             ]
-            attention = self._model.blocks[0].get("self_attn")
+            attention = self._blocks[0].get("self_attn")
             if hasattr(attention, "attn_logit_softcapping") and getattr(attention, "repeats", 1) > 1:
                 for layer in self._cache:
                     layer.make_mask = _for_grouped_heads(layer.make_mask)
         if self._sampling.repetition_penalty != 1:
-            self._seen = mx.zeros((len(padding), self._model.vocab_size), mx.bool_)
+            self._seen = mx.zeros((len(padding), int(self._module.args.vocab_size)), mx.bool_)
 
     def _run(self, tokens: mx.array, *, steered: bool) -> mx.array:
         """Logits (B, L, V) of tokens (B, L), all of them steered or none."""
         self.position += tokens.shape[1]
         self._energy = None
         with self._hooks.placed() if steered and self._hooks is not None else nullcontext():
-            return self._model.module(tokens, cache=self._cache)
+            return self._module(tokens, cache=self._cache)
 
     def _draw(self, logits: mx.array) -> mx.array:
         """A token (B,) from each row of logits (B, V), each row with a random state of its own."""
@@ -209,7 +223,7 @@ class MLXDecoder:
             logprobs = library.apply_top_p(logprobs, sampling.top_p)
         if sampling.min_p > 0:
             logprobs = library.apply_min_p(logprobs, sampling.min_p)
-        if 0 < sampling.top_k < self._model.vocab_size:
+        if 0 < sampling.top_k < int(self._module.args.vocab_size):
             logprobs = library.apply_top_k(logprobs, sampling.top_k)
         if self._keys is None:
             self._keys = mx.stack([mx.random.key(self._seed + row) for row in range(len(logits))])
