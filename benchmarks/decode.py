@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
+from report import ratio
 
 import mlx_lqr  # first, so that MLX gets its BLAS
 from mlx_lqr.backends.mlx import MLXModel
@@ -32,10 +33,6 @@ def pace(stream: Iterable[Any]) -> float:
     start = time.perf_counter()
     count = sum(1 for _ in tokens)
     return (time.perf_counter() - start) / count
-
-
-def ratio(above: list[float], below: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def fitted(model: MLXModel, concept: str) -> mlx_lqr.Controller:

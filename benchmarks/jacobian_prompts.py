@@ -29,13 +29,10 @@ COUNTS = (1, 2, 4, 8, 16, 32)
 
 
 def samples(model: Model, controller: mlx_lqr.Controller | None, strength: float, count: int, tokens: int) -> list[str]:
-    return [
-        mlx_lqr.generate(
-            model, OPENINGS[i % len(OPENINGS)], controller=controller, strength=strength, max_tokens=tokens,
-            temperature=0.8, top_p=0.9, seed=i,
-        )
-        for i in range(count)
-    ]  # fmt: skip
+    openings = [OPENINGS[i % len(OPENINGS)] for i in range(count)]
+    return mlx_lqr.batch_generate(
+        model, openings, controller=controller, strength=strength, max_tokens=tokens, temperature=0.8, top_p=0.9, seed=0
+    )
 
 
 def perplexity(model: Model, texts: Sequence[str]) -> float:

@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import click
+from report import ratio, say
 
 from mlx_lqr.convert.sources import demo_gguf, demo_model
 
@@ -40,14 +41,6 @@ llama = Llama(sys.argv[1], n_threads=os.cpu_count(), verbose=False)
 for part in llama.create_completion(sys.argv[2], max_tokens=1, temperature=0.0, stream=True):
     print(part["choices"][0]["text"], end="", flush=True)
 """
-
-
-def say(what: str, value: float, unit: str, target: str = "") -> None:
-    print(f"{what:50}{value:9.2f} {unit:10}{target}", flush=True)
-
-
-def ratio(above: list[float], below: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def seconds_to_first_text(command: list[str], header: bytes) -> float:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from report import ratio, say
 
 import mlx_lqr  # first, so that MLX gets its BLAS
 from mlx_lqr.backends.mlx import MLXModel
@@ -51,10 +52,6 @@ def in_turn(rounds: int, *works: Callable[[], Any]) -> list[list[float]]:
     return [list(column) for column in zip(*measured, strict=True)]
 
 
-def ratio(above: list[float], below: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
-
-
 def peak_megabytes(work: Callable[[], Any]) -> float:
     """Most memory that MLX's and Python's arrays took together, sampled every half millisecond."""
     mx.clear_cache()
@@ -73,10 +70,6 @@ def peak_megabytes(work: Callable[[], Any]) -> float:
     sampler.join()
     tracemalloc.stop()
     return most / 1e6
-
-
-def say(what: str, value: float, unit: str, target: str = "") -> None:
-    print(f"{what:50}{value:9.2f} {unit:10}{target}", flush=True)
 
 
 def matrix_products_alone(model: MLXModel) -> None:

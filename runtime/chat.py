@@ -16,6 +16,7 @@ from mlx_lqr.backends.tokenizer import Message
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.laws import LinearFeedback, check_strength
+from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
 from mlx_lqr.runtime.generate import Options, Piece, stream
 
 NO_ANSWER = "there is no answer yet: say something first"
@@ -218,13 +219,13 @@ class Chat:
         if controller is not None:
             options["strength"] = [self._strengths[name] for name in controller.concepts]
         if not self._rolling:
-            room = self.model.context_length + 1 - prompt_length
+            room = room_after(self.model, prompt_length)
             if room < 1:
                 raise InputError(
                     f"the conversation does not fit the model's context of {self.model.context_length} tokens any "
                     "more: begin another with /new, or let the context roll (--overflow roll)"
                 )
-            options["max_tokens"] = min(options.get("max_tokens", 256), room)
+            options["max_tokens"] = min(options.get("max_tokens", MAX_TOKENS), room)
         return options
 
     def _begin(self, prompt: list[int], reply: Message) -> tuple[_Turn, Iterator[Piece]]:

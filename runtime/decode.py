@@ -11,6 +11,8 @@ from mlx_lqr.errors import InputError
 
 Overflow = Literal["error", "roll"]
 """What happens when prompt and answer do not fit the model's context."""
+MAX_TOKENS = 256
+"""New tokens at most, where nothing else is asked for."""
 
 
 def decode(
@@ -20,7 +22,7 @@ def decode(
     law: Law | None = None,
     steer_all: bool = False,
     sampling: Sampling = GREEDY,
-    max_tokens: int = 256,
+    max_tokens: int = MAX_TOKENS,
     overflow: Overflow = "error",
     ended: set[int] | None = None,
     adapted: Callable[[Trace], Law] | None = None,
@@ -47,7 +49,7 @@ def decode(
     if max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
     longest = max(len(prompt) for prompt in tokens)
-    room = model.context_length + 1 - longest  # the last token needs no place
+    room = room_after(model, longest)
     if max_tokens > room and not rolling:
         raise InputError(
             f"{longest} prompt tokens and {max_tokens} new ones do not fit the model's context of "
@@ -58,6 +60,11 @@ def decode(
     else:
         decoder.law, decoder.sampling = law, sampling
     return _decode(model, tokens, decoder, steer_all, max_tokens, set() if ended is None else ended, adapted)
+
+
+def room_after(model: Model, prompt_length: int) -> int:
+    """How many new tokens fit the model's context after a prompt; the last of them needs no place."""
+    return model.context_length + 1 - prompt_length
 
 
 def _decode(

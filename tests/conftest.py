@@ -50,6 +50,18 @@ def controller(jacobians: mlx_lqr.Jacobians, ocean: mlx_lqr.Contrast) -> mlx_lqr
     return mlx_lqr.compile(mlx_lqr.solve(jacobians, 0.1, 1.0, 0.1), ocean, "ocean")
 
 
+@pytest.fixture(scope="session")
+def dog(tmp_path_factory: pytest.TempPathFactory, smollm2: Model) -> Path:
+    """The file of a controller that is quickly made."""
+    positive, negative = mlx_lqr.bundled_prompts("dog")
+    controller = mlx_lqr.fit(
+        smollm2, positive[:6], negative[:6], concept="dog", q=1.0, qf=1.0, layers=range(20, 30), cost="feature"
+    )
+    file = tmp_path_factory.mktemp("dog") / "dog.safetensors"
+    controller.save(file)
+    return file
+
+
 @pytest.fixture
 def random() -> np.random.Generator:
     return np.random.default_rng(0)

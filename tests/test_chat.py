@@ -372,18 +372,6 @@ def test_a_damaged_transcript_is_refused_and_changes_nothing(content: Any, says:
     assert chat.messages == before
 
 
-@pytest.fixture(scope="module")
-def dog(tmp_path_factory: pytest.TempPathFactory, smollm2: Model) -> Path:
-    """The file of a controller that is quickly made."""
-    positive, negative = mlx_lqr.bundled_prompts("dog")
-    controller = mlx_lqr.fit(
-        smollm2, positive[:6], negative[:6], concept="dog", q=1.0, qf=1.0, layers=range(20, 30), cost="feature"
-    )
-    file = tmp_path_factory.mktemp("dog") / "dog.safetensors"
-    controller.save(file)
-    return file
-
-
 def test_a_chat_in_a_pipe(dog: Path, tmp_path: Path) -> None:
     """Only answers on stdout, a line continued by a backslash, and every command."""
     saved = tmp_path / "chat.json"

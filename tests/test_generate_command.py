@@ -20,18 +20,6 @@ PROMPT = "Once upon a time,"
 PROMPTS = [PROMPT, "The", "A man walks into a bar and"]
 
 
-@pytest.fixture(scope="module")
-def dog(tmp_path_factory: pytest.TempPathFactory, smollm2: Model) -> Path:
-    """The file of a controller that is quickly made."""
-    positive, negative = mlx_lqr.bundled_prompts("dog")
-    controller = mlx_lqr.fit(
-        smollm2, positive[:6], negative[:6], concept="dog", q=1.0, qf=1.0, layers=range(20, 30), cost="feature"
-    )
-    file = tmp_path_factory.mktemp("dog") / "dog.safetensors"
-    controller.save(file)
-    return file
-
-
 @pytest.fixture
 def prompt_file(tmp_path: Path) -> Path:
     file = tmp_path / "prompts.jsonl"

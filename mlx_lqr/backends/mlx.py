@@ -119,8 +119,14 @@ class MLXModel:
     ) -> Float32:
         tokens = mx.array([[*prompt, *continuation]])
         unsteered = 0 if steer_all else len(prompt) - 1
-        logits = self.forward(tokens[:, :-1], None, self.place(law), unsteered)
-        logits = logits[0, len(prompt) - 1 :].astype(mx.float32)
+        placed = self.place(law)
+
+        def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
+            assert placed is not None
+            return _steered(placed, k, z, call(z), unsteered)
+
+        with hooked(self.blocks, hook, placed.layers if placed is not None else ()):
+            logits = self.module(tokens[:, :-1])[0, len(prompt) - 1 :].astype(mx.float32)
         chosen = mx.take_along_axis(logits, mx.array(continuation)[:, None], axis=-1)[:, 0]
         return np.asarray(chosen - mx.logsumexp(logits, axis=-1))
 
@@ -180,17 +186,6 @@ class MLXModel:
         layers = sorted({0, *placed.layers})
         with mlx_lm_calls.announcing_prompts(self.module, positions), hooked(self.blocks, hook, layers):
             yield
-
-    def forward(self, tokens: mx.array, cache: list[Any] | None, law: Law | None, unsteered: int) -> mx.array:
-        """Logits (B, L, V) of tokens (B, L); the law acts in this call alone, from position `unsteered` on."""
-        if law is None or unsteered >= tokens.shape[1]:
-            return self.module(tokens, cache=cache)
-
-        def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
-            return _steered(law, k, z, call(z), unsteered)
-
-        with hooked(self.blocks, hook, law.layers):
-            return self.module(tokens, cache=cache)
 
     def place(self, law: Law | None) -> Law | None:
         """The law with its arrays in the dtype of the residual stream."""

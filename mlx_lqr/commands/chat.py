@@ -17,12 +17,12 @@ from mlx_lqr.commands.options import (
     decoding_options,
     dtype_option,
     model_argument,
-    parse_controller,
     progress_bars,
 )
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options
+from mlx_lqr.runtime.arguments import parse_controller
 from mlx_lqr.runtime.chat import Chat
 
 HELP = """\

@@ -27,6 +27,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options, Piece, batch_stream, stream
 from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
+from mlx_lqr.runtime.decode import MAX_TOKENS
 from mlx_lqr.synthesis import adapt
 
 
@@ -41,7 +42,7 @@ from mlx_lqr.synthesis import adapt
 )
 @controller_option
 @adaptive_option
-@decoding_options(256)
+@decoding_options(MAX_TOKENS)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt instead of text.")
 @click.option("--track", "tracked", is_flag=True, help="Add feature and setpoint at the prompt's last token (--json).")
 @dtype_option

@@ -10,7 +10,6 @@ import click
 
 from mlx_lqr.backends.base import Progress
 from mlx_lqr.errors import InputError
-from mlx_lqr.runtime.arguments import parse_controller as parse_controller
 from mlx_lqr.runtime.decode import Overflow
 
 model_argument = click.argument("model")
