@@ -73,16 +73,20 @@ def peak_megabytes(work: Callable[[], Any]) -> float:
 
 
 def matrix_products_alone(model: MLXModel) -> None:
-    """The products that make our Jacobians: the attention's weights once for each direction, the MLP's Jacobian from
-    its weights, and that once for each direction."""
-    wide = mx.ones((model.hidden_size, model.hidden_size))
+    """The products that make our Jacobians: those that form the slopes of attention and MLP, and one more."""
+    d = model.hidden_size
+    wide = mx.ones((d, d))
     mx.eval(wide)
     for block in model.blocks:
         attention, mlp = block.self_attn, block.mlp
-        for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
-            mx.eval(wide @ layer.weight.T)
+        heads, groups = attention.n_heads, attention.n_kv_heads
+        size = attention.q_proj.weight.shape[0] // heads
+        for layer, count in ((attention.q_proj, heads), (attention.k_proj, groups), (attention.v_proj, groups)):
+            by_head = mx.ones((count, heads // count * size, size))
+            mx.eval(by_head @ layer.weight.reshape(count, size, d))
+        mx.eval(attention.o_proj.weight @ attention.q_proj.weight)
         mx.eval(mlp.down_proj.weight @ mlp.up_proj.weight)
-        mx.eval(wide @ wide.T)
+        mx.eval(wide @ wide)
 
 
 def plain_products_alone(model: MLXModel) -> None:
@@ -205,20 +209,19 @@ def block_of(shape: dict[str, int]) -> MLXModel:
     return model
 
 
-def scaled(name: str, shape: dict[str, int], directions: int = 256) -> str:
-    """A row of the table: some directions of one block's Jacobian and one Riccati step, measured and extrapolated."""
+def scaled(name: str, shape: dict[str, int]) -> str:
+    """A row of the table: one block's Jacobian and one Riccati step, measured and multiplied by T."""
     d, T = shape["d"], shape["T"]
     model = block_of(shape)
     (point,) = traces(model, [[1, 2, 3, 4, 5, 6, 7, 8] * 4])
     random = np.random.default_rng(0)
-    some = random.standard_normal((directions, d)).astype(np.float32)
-    few = some[: (T + 1) // 2]  # the average number of columns of W
+    few = random.standard_normal(((T + 1) // 2, d)).astype(np.float32)  # the average number of columns of W
     A = np.eye(d, dtype=np.float32) + random.standard_normal((d, d)).astype(np.float32) / np.sqrt(d)
     model.jvp(point, 0, few)
-    jacobians = seconds(lambda: model.jvp(point, 0, some)) * d / directions * T
+    jacobians = seconds(lambda: model.jacobian(point, 0)) * T
     riccati = seconds(lambda: list(sweep([(0, A)], Weights(), [0]))) * T
     feature = seconds(lambda: model.vjp(point, 0, few)) * T
-    state_memory = peak_megabytes(lambda: list(sweep([(0, A)], Weights(), [0]))) / 1e3
+    state_memory = peak_megabytes(lambda: list(sweep([(0, model.jacobian(point, 0))], Weights(), [0]))) / 1e3
     feature_memory = peak_megabytes(lambda: model.vjp(point, 0, few)) / 1e3
     return (
         f"{name:16}{d:6d}{T:4d}{jacobians:10.0f} s{riccati:8.0f} s{jacobians + riccati:10.0f} s{state_memory:6.1f} GB"
@@ -227,8 +230,8 @@ def scaled(name: str, shape: dict[str, int], directions: int = 256) -> str:
 
 
 def scaling() -> None:
-    print("\nlarger models: one random float32 block of each shape, one nominal prompt of 32 tokens. Jacobians are")
-    print("extrapolated from 256 directions to d, everything from one layer to T; memory is beyond the model's own.\n")
+    print("\nlarger models: one random float32 block of each shape, one nominal prompt of 32 tokens, times T;")
+    print("memory is beyond the model's own.\n")
     print(f"{'shape':16}{'d':>6}{'T':>4}{'Jacobians':>12}{'Riccati':>10}{'state cost':>12}{'memory':>9}"
           f"{'feature cost':>14}{'memory':>9}")  # fmt: skip
     for name, shape in SHAPES.items():

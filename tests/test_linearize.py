@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 from tiny import FAMILY, tiny
 
 import mlx_lqr
+from mlx_lqr.backends import mlx_expansion
 from mlx_lqr.backends.mlx import MLXModel, MLXTrace
 from mlx_lqr.backends.mlx_blocks import BlockCall, hooked
 
@@ -54,6 +56,26 @@ def test_jacobian_equals_finite_differences(family: str, random: np.random.Gener
                 below = shifted_output(exact, PROMPT, layer, -step * w)
                 difference = (above - below) / (2 * step)
                 assert np.linalg.norm(A @ w - difference) < 1e-3 * np.linalg.norm(difference), (family, layer)
+
+
+@pytest.mark.parametrize(("family", "products"), [("llama", "both"), ("olmo2", "mlp"), ("phi3", "none")])
+def test_attention_is_expanded_head_by_head_only_where_heads_are_independent(
+    family: str, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OLMo 2 norms its queries across all heads, Phi-3 has its projections in one: what cannot be expanded is not."""
+    found: dict[str, bool] = {}
+    for name in ("_attention_expansion", "_mlp_expansion"):
+        expand = getattr(mlx_expansion, name)
+
+        def watched(*args: Any, name: str = name, expand: Any = expand) -> Any:
+            result = expand(*args)
+            found[name] = result is not None
+            return result
+
+        monkeypatch.setattr(mlx_expansion, name, watched)
+    model = tiny(family)
+    model.jacobian(model.trace(PROMPT), 0)
+    assert found == {"_attention_expansion": products == "both", "_mlp_expansion": products != "none"}
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from mlx.utils import tree_flatten
 
 from mlx_lqr.backends import blas, mlx_lm_calls
 from mlx_lqr.backends.base import GREEDY, Float32, Law, Progress, Sampling
-from mlx_lqr.backends.mlx_blocks import TANGENTS, BlockCall, affine_mlp, differentiable, hooked, refuse_hooked
+from mlx_lqr.backends.mlx_blocks import TANGENTS, BlockCall, differentiable, hooked, refuse_hooked
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
+from mlx_lqr.backends.mlx_expansion import block_jacobian
 from mlx_lqr.backends.mlx_load import load_module, read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError
@@ -136,10 +137,9 @@ class MLXModel:
         return decoder.trace(tokens[-1])
 
     def jacobian(self, trace: MLXTrace, layer: int) -> Float32:
-        z = mx.array(trace.residual[layer])[None, None]
         block = self.blocks[layer]
-        with differentiable(block), affine_mlp(block, lambda: trace.calls[layer](z)):
-            return self.jvp(trace, layer, np.eye(self.hidden_size, dtype=np.float32)).T
+        with differentiable(block):
+            return block_jacobian(block, trace.calls[layer], mx.array(trace.residual[layer]))
 
     def jvp(self, trace: MLXTrace, layer: int, tangents: Float32) -> Float32:
         return self._differentiate(mx.jvp, trace, layer, tangents)

@@ -14,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_lqr.errors import InputError
@@ -144,81 +143,6 @@ def differentiable(block: nn.Module) -> Iterator[None]:
         if stand_ins:
             block.update_modules(leaves)
         block.update(parameters)
-
-
-@contextmanager
-def affine_mlp(block: nn.Module, run: Callable[[], mx.array]) -> Iterator[None]:
-    """The block with its MLP replaced by its first-order expansion at the input that `run()`, a call of the block,
-    gives it: the same value and derivatives there, as one (d, d) product instead of three wide ones.
-
-    For h = f(W_gate x, W_up x), f elementwise, the MLP's Jacobian is W_down (diag(f_gate) W_gate + diag(f_up) W_up).
-    Forming it costs one wide product where d directions through the MLP cost three. MLPs of another make stay.
-    """
-    mlp = getattr(block, "mlp", None)
-    if not isinstance(mlp, nn.Module) or not _is_gated(mlp):
-        yield
-        return
-    seen: list[mx.array] = []
-
-    def stop_here(x: mx.array) -> mx.array:
-        seen.append(x)
-        return x  # what follows is never evaluated
-
-    try:
-        block.mlp = _StandIn(stop_here)
-        run()
-        (x,) = seen
-        value, slope = _expansion(mlp, x)
-        block.mlp = _StandIn(lambda z: value + (z - x) @ slope.T)
-        yield
-    finally:
-        block.mlp = mlp
-
-
-def _is_gated(mlp: nn.Module) -> bool:
-    """Whether it is made of dense gate_proj, up_proj and down_proj, without biases."""
-    parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return all(isinstance(part, nn.Linear) and "bias" not in part for part in parts)
-
-
-def _expansion(mlp: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
-    """Value (1, 1, d) and Jacobian (d, d) of a gated MLP at x (1, 1, d)."""
-    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-
-    def hidden(gated: mx.array, lifted: mx.array) -> mx.array:
-        mlp.gate_proj, mlp.up_proj, mlp.down_proj = _StandIn(lambda _: gated), _StandIn(lambda _: lifted), nn.Identity()
-        return mlp(x)
-
-    primal = gate(x), up(x)
-    ones, zeros = mx.ones_like(primal[0]), mx.zeros_like(primal[0])
-    try:
-        (h,), (by_gate,) = mx.jvp(hidden, primal, (ones, zeros))
-        _, (by_up,) = mx.jvp(hidden, primal, (zeros, ones))
-    finally:
-        mlp.gate_proj, mlp.up_proj, mlp.down_proj = gate, up, down
-    by_gate, by_up = by_gate.reshape(-1), by_up.reshape(-1)
-    by_rows = np.asarray(gate.weight).flags.c_contiguous  # else a product in this order would jump through memory
-    value, slope = down(h), mx.zeros((x.shape[-1], x.shape[-1]))
-    for start in range(0, len(by_gate), TANGENTS):  # not all at once, which would take the memory of two weights
-        some = slice(start, start + TANGENTS)
-        if by_rows:
-            inner = by_gate[some, None] * gate.weight[some] + by_up[some, None] * up.weight[some]
-        else:
-            inner = (gate.weight[some].T * by_gate[some] + up.weight[some].T * by_up[some]).T
-        slope = mx.addmm(slope, down.weight[:, some], inner)
-        mx.eval(value, slope)
-    return value, slope
-
-
-class _StandIn(nn.Module):
-    """A function in a module's place."""
-
-    def __init__(self, function: Callable[[mx.array], mx.array]) -> None:
-        super().__init__()
-        self._function = function
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._function(x)
 
 
 class _PickedExperts(nn.Module):
