@@ -11,7 +11,7 @@ from copy import copy
 
 import numpy as np
 
-from mlx_lqr.backends.base import AddProduct, Array
+from mlx_lqr.backends.base import AddProduct, Array, Renew
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 
@@ -32,16 +32,22 @@ class LinearFeedback:
             if not np.all(np.isfinite(getattr(controller, name))):
                 raise InputError(f"the controller's {name} has values that are not finite: fit it again")
         self.layers: Sequence[int] = controller.active_layers
+        self.replayable = True
         self._controller = controller
         self._array: Callable[[np.ndarray], Array] = np.asarray
         self._add_product: AddProduct = lambda c, a, b: c + a @ b
+        self._renew: Renew = lambda _, values: values
+        self._target: dict[int, Array] = {}
         self._shared = [check_strength(strength, len(controller.concepts))]
         """The strength, in a list that this law and those placed from it have in common."""
         self._arrange()
 
-    def place(self, array: Callable[[np.ndarray], Array], add_product: AddProduct) -> LinearFeedback:
+    def place(
+        self, array: Callable[[np.ndarray], Array], add_product: AddProduct, *, renew: Renew | None = None
+    ) -> LinearFeedback:
         placed = copy(self)
         placed._array, placed._add_product = array, add_product
+        placed._renew = renew or (lambda _, values: array(values))
         placed._arrange()
         return placed
 
@@ -54,23 +60,30 @@ class LinearFeedback:
         self._shared[0] = check_strength(value, len(self._controller.concepts))
 
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
-        if self._aimed_at is not self._shared[0]:
-            self._aim()
+        self.aim()
         error = self._add_product(self._target[layer], z, self._minus_direction[layer])
         return self._add_product(output, error, self._gain_transposed[layer])
+
+    def aim(self) -> None:
+        """Take over a strength that has been set since the last call."""
+        if self._aimed_at is self._shared[0]:
+            return
+        targets = self._targets()
+        self._target = {k: self._renew(self._target[k], targets[k]) for k in self.layers}
 
     def _arrange(self) -> None:
         """Hand every layer's arrays to the constructor once, so that a call is two small products and no slicing."""
         controller = self._controller
         self._minus_direction = {k: self._array(-controller.direction[k]) for k in self.layers}
         self._gain_transposed = {k: self._array(np.ascontiguousarray(controller.gain[k].T)) for k in self.layers}
-        self._aim()
+        targets = self._targets()
+        self._target = {k: self._array(targets[k]) for k in self.layers}
 
-    def _aim(self) -> None:
+    def _targets(self) -> np.ndarray:
+        """offset + strength o setpoint of every layer, for the strength of this moment: (T, m)"""
         self._aimed_at = self._shared[0]
         with np.errstate(over="ignore"):  # what overflows is reported by whoever decodes
-            target = self._controller.offset + np.asarray(self._aimed_at, np.float32) * self._controller.setpoint
-        self._target = {k: self._array(target[k]) for k in self.layers}
+            return self._controller.offset + np.asarray(self._aimed_at, np.float32) * self._controller.setpoint
 
 
 def check_strength(value: float | Sequence[float], concepts: int) -> tuple[float, ...]:

@@ -247,8 +247,8 @@ def test_activations_that_overflow_end_with_the_layer_and_the_strength() -> None
         decoded(model, PROMPT, law=law, max_tokens=10)
     with pytest.raises(InputError, match="overflow at layer"):
         list(decode(model, BATCH, law=law, max_tokens=10))
-    decoding = decode(model, [PROMPT], law=law_for(model), max_tokens=10)
-    law = decoding.gi_frame.f_locals["decoder"].law  # type: ignore[attr-defined]
+    law = law_for(model)
+    decoding = decode(model, [PROMPT], law=law, max_tokens=10)
     next(decoding)
     law.strength = 1e25
     with pytest.raises(InputError, match="overflow at layer"):

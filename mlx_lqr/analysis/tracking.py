@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from mlx_lqr.backends.base import AddProduct, Array, Float32, Law, Model
+from mlx_lqr.backends.base import AddProduct, Array, Float32, Law, Model, Renew
 from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.controller import Controller
 from mlx_lqr.laws import LinearFeedback, check_strength
@@ -105,13 +105,20 @@ class _Watch:
 
     def __init__(self, law: Law | None, num_layers: int) -> None:
         self.layers: Sequence[int] = range(num_layers)
+        self.replayable = False
         self._law = law
         self._passed: dict[int, Array] = {}  # shared with those placed from it
 
-    def place(self, array: Callable[[np.ndarray], Array], add_product: AddProduct) -> _Watch:
+    def place(
+        self, array: Callable[[np.ndarray], Array], add_product: AddProduct, *, renew: Renew | None = None
+    ) -> _Watch:
         placed = copy(self)
-        placed._law = self._law.place(array, add_product) if self._law is not None else None
+        placed._law = self._law.place(array, add_product, renew=renew) if self._law is not None else None
         return placed
+
+    def aim(self) -> None:
+        if self._law is not None:
+            self._law.aim()
 
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
         self._passed[layer] = z

@@ -23,6 +23,8 @@ Array = Any
 Float32 = NDArray[np.float32]
 AddProduct = Callable[[Array, Array, Array], Array]
 """(c, a, b) -> c + a @ b, in one operation where the backend has one."""
+Renew = Callable[[Array, np.ndarray], Array]
+"""(array, values) -> an array of these values, maybe the same one with its values exchanged."""
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): how the library reports long work; it prints nothing itself."""
 
@@ -32,9 +34,20 @@ class Law(Protocol):
 
     layers: Sequence[int]
     """The layers where the law acts."""
+    replayable: bool
+    """Whether a call does nothing but compute, so that its operations may be recorded once and replayed."""
 
-    def place(self, array: Callable[[np.ndarray], Array], add_product: AddProduct) -> Law:
-        """The same law with its arrays made by `array`, the backend's constructor, and its way to form c + a @ b."""
+    def place(
+        self, array: Callable[[np.ndarray], Array], add_product: AddProduct, *, renew: Renew | None = None
+    ) -> Law:
+        """The same law with its arrays made by `array`, the backend's constructor, and its way to form c + a @ b.
+
+        It asks for all its arrays at once, always in the same order. An array that changes is made anew by `array`, or
+        by `renew` from the one before it.
+        """
+
+    def aim(self) -> None:
+        """Take over what has been set since the last call; for backends that replay the operations of a call."""
 
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
         """output + u_k (..., d) for the residual stream z_k (..., d) at the input of block k = `layer`."""

@@ -20,6 +20,7 @@ from mlx_lqr.backends.mlx_blocks import TANGENTS, BlockCall, differentiable, hoo
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx_expansion import block_jacobian
 from mlx_lqr.backends.mlx_load import load_module, read_config
+from mlx_lqr.backends.mlx_step import CompiledStep
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError
 
@@ -166,12 +167,13 @@ class MLXModel:
 
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> MLXDecoder:
         refuse_hooked(type(self.blocks[0]))
-        return MLXDecoder(self.module, self.place, law, sampling, self.context_length if rolling else None)
+        window = self.context_length if rolling else None
+        return MLXDecoder(self.module, self._array, law, sampling, window, self._compiled)
 
     @contextmanager
     def steer(self, law: Law, *, steer_all: bool) -> Iterator[None]:
         def evaluated(array: np.ndarray) -> mx.array:
-            placed = mx.array(array).astype(self._dtype)
+            placed = self._array(array)
             mx.eval(placed)  # mlx_lm's server runs in a thread of its own, which cannot compute what this one left lazy
             return placed
 
@@ -189,7 +191,15 @@ class MLXModel:
 
     def place(self, law: Law | None) -> Law | None:
         """The law with its arrays in the dtype of the residual stream."""
-        return law.place(lambda array: mx.array(array).astype(self._dtype), mx.addmm) if law is not None else None
+        return law.place(self._array, mx.addmm) if law is not None else None
+
+    def _array(self, values: np.ndarray) -> mx.array:
+        return mx.array(values).astype(self._dtype)
+
+    @cached_property
+    def _compiled(self) -> CompiledStep | None:
+        """On the CPU alone, where it has been measured."""
+        return CompiledStep(self.module) if mx.default_device() == mx.cpu else None
 
     @cached_property
     def _dtype(self) -> mx.Dtype:

@@ -16,10 +16,13 @@ import numpy as np
 from mlx_lqr.backends.base import OVERFLOWED, Float32, Law, Sampling
 from mlx_lqr.backends.mlx_blocks import BlockCall, BlockHooks, FrozenCache, hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
+from mlx_lqr.backends.mlx_step import CompiledStep, FixedCache, energy, in_order
 from mlx_lqr.errors import InputError
 
 PREFILL_CHUNK = 512
 """Prompt tokens, of all sequences together, per forward pass while the cache is filled."""
+COMPILE_AFTER = 32
+"""Steps of an answer before the compiled one takes over: to record it costs what it saves in about 100 tokens."""
 SINKS = 4
 """How many of the oldest tokens a rolling cache keeps: attention leans on them (arXiv 2309.17453)."""
 
@@ -41,24 +44,31 @@ class MLXDecoder:
 
     Args:
         module: an mlx-lm model.
-        place: gives a law arrays of this module's kind.
+        array: makes a law's arrays.
         law, sampling: see the protocol.
         window: how many tokens a rolling context holds; None where it does not roll.
+        compiled: the model's compiled step, which takes over in long answers of a single sequence; None for never.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        place: Callable[[Law | None], Law | None],
+        array: Callable[[np.ndarray], mx.array],
         law: Law | None,
         sampling: Sampling,
         window: int | None = None,
+        compiled: CompiledStep | None = None,
     ) -> None:
         self._module = module
         self._blocks: list[nn.Module] = module.layers
-        self._place = place
+        self._array = array
         self._window = window
+        self._compiled = compiled
         self._cache: list[Any] = []
+        self._fixed: FixedCache | None = None
+        """Holds what `_cache` does while steps are compiled."""
+        self._steps = 0
+        """Since the sequences were last filled."""
         self._energy: mx.array | None = None
         """|z|^2 (B,) after the last steered block of the last step: not finite once activations overflow."""
         self._seen: mx.array | None = None
@@ -73,7 +83,18 @@ class MLXDecoder:
 
     @law.setter
     def law(self, law: Law | None) -> None:
-        self._law = placed = self._place(law)
+        arrays: list[mx.array] = []
+
+        def made(values: np.ndarray) -> mx.array:
+            arrays.append(self._array(values))
+            return arrays[-1]
+
+        def renewed(array: mx.array, values: np.ndarray) -> mx.array:
+            array[...] = self._array(values)
+            return array
+
+        self._law = placed = law.place(made, mx.addmm, renew=renewed) if law is not None else None
+        self._law_arrays = arrays
         self._hooks: BlockHooks | None = None
         if placed is None or not placed.layers:
             return
@@ -82,7 +103,7 @@ class MLXDecoder:
         def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
             output = placed(k, z, call(z))
             if k == last:
-                self._energy = _energy(output)
+                self._energy = energy(output)
             return output
 
         self._hooks = BlockHooks(self._blocks, hook, placed.layers)
@@ -98,6 +119,8 @@ class MLXDecoder:
         self._seed = sampling.seed if sampling.seed is not None else secrets.randbits(32)
 
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
+        self._settle()
+        self._steps = 0
         width = max(len(prompt) for prompt in prompts)
         if not self._cache:
             self._start([width - len(prompt) for prompt in prompts])
@@ -114,7 +137,15 @@ class MLXDecoder:
         tokens = tokens if isinstance(tokens, mx.array) else mx.array(tokens, mx.uint32)
         if self._seen is not None:
             self._seen[mx.arange(tokens.size), tokens] = True
-        return self._run(tokens[:, None], steered=True)[:, -1]
+        self._steps += 1
+        if self._compiled is None or self._steps <= COMPILE_AFTER or not self._can_replay():
+            self._settle()
+            return self._run(tokens[:, None], steered=True)[:, -1]
+        if self._fixed is None:
+            self._fixed = FixedCache(self._cache)
+        self.position += 1
+        logits, self._energy = self._compiled(tokens, self._fixed, self._law, self._law_arrays)
+        return logits
 
     def sample(self, logits: mx.array) -> mx.array:
         if self._seen is not None:
@@ -127,6 +158,7 @@ class MLXDecoder:
         return tokens
 
     def keep(self, rows: Sequence[int], tokens: mx.array) -> mx.array:
+        self._settle()
         chosen = mx.array(list(rows))
         for layer in self._cache:
             layer.filter(chosen)
@@ -137,6 +169,7 @@ class MLXDecoder:
         return tokens[chosen]
 
     def rewind(self, position: int) -> bool:
+        self._settle()
         if not self._cache or self._seen is not None or not all(layer.is_trimmable() for layer in self._cache):
             return False
         for layer in self._cache:
@@ -145,6 +178,7 @@ class MLXDecoder:
         return True
 
     def trace(self, token: int) -> MLXTrace:
+        self._settle()
         frozen = [_frozen(layer) for layer in self._cache]
         residual: list[mx.array] = []
         calls: list[BlockCall] = []
@@ -165,13 +199,14 @@ class MLXDecoder:
         return MLXTrace(np.asarray(stacked), calls, held + stacked.nbytes)
 
     def overflowing_layer(self, tokens: mx.array | Sequence[int]) -> int | None:
+        self._settle()
         energies: list[mx.array] = []
 
         def record(k: int, z: mx.array, call: BlockCall) -> mx.array:
             output = call(z)
             if self._law is not None and k in self._law.layers:
                 output = self._law(k, z, output)
-            energies.append(_energy(output).sum())
+            energies.append(energy(output).sum())
             return output
 
         self.position += 1
@@ -179,6 +214,18 @@ class MLXDecoder:
             self._module(mx.array(tokens, mx.uint32)[:, None], cache=self._cache)
         finite = mx.isfinite(mx.stack(energies)).tolist()
         return finite.index(False) if False in finite else None
+
+    def _can_replay(self) -> bool:
+        """Whether a compiled step can take law and cache."""
+        if self._law is not None and not self._law.replayable:
+            return False
+        return self._fixed is not None or FixedCache.can_take(self._cache)
+
+    def _settle(self) -> None:
+        """Take the cache back from compiled steps."""
+        if self._fixed is not None:
+            self._fixed.restore()
+            self._fixed = None
 
     def _start(self, padding: list[int]) -> None:
         """Make the caches for sequences with this much padding on their left."""
@@ -239,22 +286,10 @@ def _for_grouped_heads(make_mask: Callable[..., mx.array]) -> Callable[..., mx.a
     return lambda *args, **kwargs: make_mask(*args, **kwargs)[:, :, None]
 
 
-def _energy(output: mx.array) -> mx.array:
-    """|z|^2 (B,) at the last position of a block's output (B, L, d)."""
-    last = output[:, -1].astype(mx.float32)
-    return (last * last).sum(axis=-1)
-
-
 def _frozen(layer: Any) -> FrozenCache:
     """What a cache of one sequence would show the next token, as constants."""
     if layer.keys is None:
         return FrozenCache()
-    if hasattr(layer, "max_size"):  # a sliding window: in the order of time, without what the next token sees no more
-        kept = [layer._temporal_order(part) for part in (layer.keys, layer.values)]
-        gone = max(0, kept[0].shape[-2] - (layer.max_size - 1))
-        kept = [mx.concatenate([a[..., : layer.keep, :], a[..., layer.keep + gone :, :]], axis=-2) for a in kept]
-    else:
-        kept = [part[..., : layer.offset, :] for part in (layer.keys, layer.values)]
-    keys, values = (part + 0 for part in kept)  # copies: a view would hold the whole buffer, which has room for more
+    keys, values = (part + 0 for part in in_order(layer))  # copies: a view would hold the whole buffer
     mx.eval(keys, values)
     return FrozenCache(keys, values, layer.offset)
