@@ -4,13 +4,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 
 demo: $(VENV)/core
 	$(BIN)/mlx-lqr demo
 
 test: $(VENV)/test
 	$(BIN)/python -m pytest
+
+# On a machine with a CUDA GPU: the tests that need one, then what the backend does there, measured.
+test-gpu: $(VENV)/test
+	$(BIN)/python -m pytest -m gpu -rs
+	$(BIN)/python benchmarks/backends.py --device cuda
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

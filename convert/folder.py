@@ -19,7 +19,8 @@ from .gguf_config import architecture, model_config
 from .gguf_file import FLOAT_TYPES, GGUFFile
 from .gguf_tokenizer import GGUFTokenizer
 from .gguf_weights import GGUFWeights
-from .huggingface import convert_folder, hub_folder
+from .hub import hub_folder
+from .huggingface import convert_folder
 from .write import BITS, GROUP_SIZES, cast, group_for, write_json, write_weights
 
 

@@ -25,8 +25,6 @@ from mlx_lqr.errors import InputError
 from .write import cast, group_for, write_json, write_weights
 
 _INDEX = "model.safetensors.index.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_DOWNLOADED = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt"]
 _COPIED = [
     "tokenizer.json",
     "tokenizer.model",
@@ -39,23 +37,6 @@ _COPIED = [
     "chat_template.json",
     "generation_config.json",
 ]
-
-
-def hub_folder(name: str) -> Path:
-    """Download the model `name` (or find it in the hub's cache) and return its folder."""
-    if not _HUB_ID.fullmatch(name):
-        raise InputError(f"{name} does not exist: give a .gguf file, a model folder or a hub id such as org/model")
-    from huggingface_hub import snapshot_download  # half a second, and only needed here
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"the hub has no model {name} (or not for you): check the name, or log in with `hf auth login`"
-        ) from error
-    except Exception as error:  # its own errors, those of its transport, and those of the disk have no common class
-        raise InputError(f"cannot download {name} ({_line(error)}): check the network, or give a folder") from error
 
 
 def convert_folder(

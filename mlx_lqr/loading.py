@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes.util
+import importlib.util
 import os
+import re
 import sys
+from importlib import metadata
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mlx_lqr.backends.base import Model, Progress
 from mlx_lqr.errors import InputError
 
-BackendName = Literal["auto", "mlx"]
+BackendName = Literal["auto", "mlx", "torch"]
 
 
 def load(
     source: str | PathLike[str],
     *,
     backend: BackendName = "auto",
+    device: str | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -26,23 +31,66 @@ def load(
     Args:
         source: an MLX or Hugging Face folder (safetensors), a hub id such as `mlx-community/Qwen3-0.6B-4bit`, a .gguf
             file (converted once, kept in the cache folder), or "demo" for the demonstration model.
-        backend: "mlx", or "auto" to choose.
+        backend: "mlx", "torch" (PyTorch and transformers: `pip install "mlx-lqr[torch]"`), or "auto": MLX on Metal,
+            torch where it finds a CUDA GPU, else MLX on the CPU.
+        device: "cpu", "cuda" or "cuda:NUMBER", for torch, which it chooses; by default a GPU where there is one.
         dtype: "float32", "float16" or "bfloat16"; by default the checkpoint's own on a GPU and float32 on the CPU.
         progress: called as progress(stage, done, total) while a source is fetched or converted.
 
     Raises:
-        InputError: no such source, an unsupported architecture, or damaged files.
+        InputError: no such source, an unsupported architecture, damaged files, or a backend or device that is not here.
     """
-    if backend not in ("auto", "mlx"):
-        raise InputError(f"there is no backend {backend!r}: use auto or mlx")
+    if backend not in get_args(BackendName):
+        raise InputError(f"there is no backend {backend!r}: use {', '.join(get_args(BackendName))}")
+    if backend == "mlx" and device is not None:
+        raise InputError("MLX chooses its device itself: --device and device= are for the torch backend")
+    chosen = backend if backend != "auto" else "torch" if device is not None else preferred_backend()
+    if chosen == "torch":
+        _check_torch()
     folder, name = resolve(source, progress=progress)
+    if chosen == "torch":
+        from mlx_lqr.backends import torch
+
+        return torch.load(folder, name, dtype, device)
     from mlx_lqr.backends import mlx
 
     return mlx.load(folder, name, dtype)
 
 
+def preferred_backend() -> BackendName:
+    """MLX on Metal, torch on CUDA, MLX on a bare CPU; torch is imported only where an NVIDIA driver is at work."""
+    if sys.platform == "darwin" or importlib.util.find_spec("torch") is None:
+        return "mlx"
+    if importlib.util.find_spec("transformers") is not None and _nvidia_driver():
+        import torch
+
+        if torch.cuda.is_available():
+            return "torch"
+    return "mlx" if importlib.util.find_spec("mlx") is not None else "torch"
+
+
+def _nvidia_driver() -> bool:
+    """Whether a CUDA GPU can be there at all, without asking CUDA."""
+    if sys.platform == "win32":
+        return ctypes.util.find_library("nvcuda") is not None
+    return any(Path(place).exists() for place in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
+
+
+def _check_torch() -> None:
+    for package, oldest in (("torch", (2, 6)), ("transformers", (5, 23))):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f'the torch backend needs {package}, which is not installed: pip install "mlx-lqr[torch]"')
+        installed = metadata.version(package)
+        numbers = tuple(int(digits) for digits in re.findall(r"\d+", installed)[:2])
+        if numbers < oldest:
+            raise InputError(
+                f"the torch backend needs {package} {'.'.join(map(str, oldest))} or newer, not {installed}: "
+                'pip install -U "mlx-lqr[torch]"'
+            )
+
+
 def adopt(model: Any) -> Model:
-    """A `Model` around what the caller already has: one of ours as it is, an mlx-lm module wrapped.
+    """A `Model` around what the caller already has: one of ours as it is, a model of mlx-lm or transformers wrapped.
 
     Raises:
         InputError: neither of these, or an architecture that is not supported.
@@ -57,7 +105,15 @@ def adopt(model: Any) -> Model:
         model_type = str(getattr(model, "model_type", type(model).__module__))
         model_classes(model_type)
         return MLXModel(model, model_type)
-    raise InputError(f"cannot steer a {type(model).__name__}: give what mlx_lqr.load or mlx_lm.load returned")
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        from mlx_lqr.backends.torch import TorchModel
+
+        return TorchModel(model, str(model.config.model_type))
+    raise InputError(
+        f"cannot steer a {type(model).__name__}: give what mlx_lqr.load, mlx_lm.load or from_pretrained of a "
+        "transformers model returned"
+    )
 
 
 def resolve(source: str | PathLike[str], *, progress: Progress | None = None) -> tuple[Path, str]:
@@ -76,6 +132,6 @@ def resolve(source: str | PathLike[str], *, progress: Progress | None = None) ->
         raise InputError(
             f"{text} is no model: give a folder with config.json and safetensors, a .gguf file or a hub id"
         )
-    from mlx_lqr.convert.huggingface import hub_folder
+    from mlx_lqr.convert.hub import hub_folder
 
     return hub_folder(text), text.rsplit("/", 1)[-1]

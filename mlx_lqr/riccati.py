@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
+from mlx_lqr.algebra import LinearAlgebra, Matrix, NumPyAlgebra
 from mlx_lqr.errors import InputError
 
-Matrix = NDArray[np.floating]
 Product = Callable[[int, Matrix], Matrix]
 
 
@@ -76,6 +77,7 @@ def solve(
     *,
     layers: Iterable[int] | None = None,
     dtype: DTypeLike = np.float64,
+    algebra: LinearAlgebra | None = None,
 ) -> Gains:
     """The gains of every layer.
 
@@ -84,6 +86,7 @@ def solve(
         q, r, qf: weights of state, control and final state. Only the ratios q/r and qf/r matter.
         layers: where control may act (default: everywhere). Elsewhere K_k = 0 and S_k = Q + A_k' S_{k+1} A_k.
         dtype: precision of the recursion, float64 or float32.
+        algebra: where to compute, such as a model's `algebra`, which is its GPU's; by default NumPy.
 
     Raises:
         InputError: weights or layers out of range, or a recursion that fails (the layer is named).
@@ -92,7 +95,7 @@ def solve(
     T = len(jacobians)
     chosen = check_layers(layers, T)
     descending = ((k, jacobians[k]) for k in reversed(range(T)))
-    gains = dict(sweep(descending, weights, chosen, dtype))
+    gains = dict(sweep(descending, weights, chosen, dtype, algebra))
     return Gains(
         [gains[k] for k in range(T)],
         weights,
@@ -108,12 +111,13 @@ def sweep(
     weights: Weights,
     layers: Iterable[int],
     dtype: DTypeLike = np.float64,
+    algebra: LinearAlgebra | None = None,
 ) -> Iterator[tuple[int, Matrix]]:
     """Yield (k, K_k) from the last layer to the first, consuming (k, A_k) in that order.
 
     Holds a handful of (d, d) matrices whatever the number of layers.
     """
-    return ((k, gain) for k, gain, _ in cost_to_go(jacobians, weights, layers, dtype))
+    return ((k, gain) for k, gain, _ in cost_to_go(jacobians, weights, layers, dtype, algebra))
 
 
 def cost_to_go(
@@ -121,28 +125,33 @@ def cost_to_go(
     weights: Weights,
     layers: Iterable[int],
     dtype: DTypeLike = np.float64,
-) -> Iterator[tuple[int, Matrix, Matrix]]:
-    """Yield (k, K_k, S_k): `sweep`, with the matrix whose form dz_k' S_k dz_k is the least cost from layer k on."""
+    algebra: LinearAlgebra | None = None,
+) -> Iterator[tuple[int, Matrix, Any]]:
+    """Yield (k, K_k, S_k): `sweep`, with the matrix whose form dz_k' S_k dz_k is the least cost from layer k on.
+
+    S_k is a matrix of `algebra`, and NumPy's by default.
+    """
     chosen = frozenset(layers)
-    S: Matrix | None = None
+    algebra = algebra or NumPyAlgebra()
+    S: Any = None
     for k, jacobian in jacobians:
-        A = np.asarray(jacobian, dtype=dtype)
-        if not np.all(np.isfinite(A)):
+        A = algebra.matrix(jacobian, dtype)
+        if not algebra.is_finite(A):
             raise InputError(f"the Jacobian of layer {k} has values that are not finite: no gains from it")
         if S is None:
-            S = np.asarray(weights.qf * np.eye(A.shape[0]), dtype=dtype)
+            S = algebra.matrix(weights.qf * np.eye(A.shape[0]), dtype)
         if k in chosen:
-            MA = _controlled(S, weights.r, k) @ A
-            gain = MA / weights.r
+            MA = _controlled(S, weights.r, k, algebra, dtype) @ A
+            gain = algebra.numpy(MA / weights.r)
         else:
             MA = S @ A
-            gain = np.zeros_like(A)
+            gain = np.zeros(A.shape, dtype)
         with np.errstate(over="ignore", invalid="ignore"):
             S = A.T @ MA
             S = (S + S.T) / 2
-        S[np.diag_indices_from(S)] += weights.q
-        if not np.all(np.isfinite(S)):
-            raise InputError(f"the Riccati recursion overflows {S.dtype} at layer {k}: lower q and qf")
+        algebra.add_to_diagonal(S, weights.q)
+        if not algebra.is_finite(S):
+            raise InputError(f"the Riccati recursion overflows {np.dtype(dtype)} at layer {k}: lower q and qf")
         yield k, gain, S
         del jacobian, A, MA, gain  # nothing but S is held while the next Jacobian is made
 
@@ -193,27 +202,18 @@ def feature_sweep(
         yield k, gain
 
 
-def _controlled(S: Matrix, r: float, layer: int) -> Matrix:
+def _controlled(S: Any, r: float, layer: int, algebra: LinearAlgebra, dtype: DTypeLike) -> Any:
     """M = rI - r^2 (S + rI)^-1, by a Cholesky factorisation whose condition is checked."""
-    from scipy.linalg import lapack
-
-    routines = ("potrf", "pocon", "potri")
-    potrf, pocon, potri = (getattr(lapack, ("d" if S.dtype == np.float64 else "s") + name) for name in routines)
-    M = S.copy()
-    M[np.diag_indices_from(M)] += r
-    norm = np.abs(M).sum(axis=0).max()
-    factor, failed = potrf(M, lower=True, overwrite_a=True)
-    inverse_condition = 0.0 if failed else pocon(factor, norm, uplo="L")[0]
-    if not inverse_condition > 10 * np.finfo(S.dtype).eps:
+    M = S + 0
+    algebra.add_to_diagonal(M, r)
+    M, inverse_condition = algebra.inverse(M)
+    if not inverse_condition > 10 * np.finfo(np.dtype(dtype)).eps:
         raise InputError(
             f"the Riccati recursion fails at layer {layer}: S + R is not positive definite or too badly conditioned in "
-            f"{S.dtype}; raise r, lower q and qf, or solve in float64"
+            f"{np.dtype(dtype)}; raise r, lower q and qf, or solve in float64"
         )
-    inverse, _ = potri(factor, lower=True, overwrite_c=True)
-    M = np.tril(inverse)
-    M += np.tril(inverse, -1).T
     M *= -r * r
-    M[np.diag_indices_from(M)] += r
+    algebra.add_to_diagonal(M, r)
     return M
 
 

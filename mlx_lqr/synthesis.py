@@ -8,12 +8,13 @@ from typing import get_args
 
 import numpy as np
 
+from mlx_lqr.algebra import Matrix
 from mlx_lqr.backends.base import Model, Progress, Trace
 from mlx_lqr.contrast import Contrast, Prompt, contrast, tokenise
 from mlx_lqr.controller import Controller, Cost, Positions, assemble
 from mlx_lqr.errors import InputError
 from mlx_lqr.linearize import Jacobians, stream_jacobians, traces
-from mlx_lqr.riccati import Matrix, Product, Weights, check_layers, feature_sweep, sweep
+from mlx_lqr.riccati import Product, Weights, check_layers, feature_sweep, sweep
 
 
 def fit(
@@ -74,7 +75,7 @@ def fit(
         else:
             descending = ((k, jacobians[k]) for k in reversed(range(chosen[0], len(jacobians))))
         feedback = np.zeros_like(found.direction)
-        for k, gain in sweep(descending, weights, chosen):
+        for k, gain in sweep(descending, weights, chosen, algebra=model.algebra):
             feedback[k] = gain @ found.unit_direction[k]
     return assemble(found, feedback, weights, count, concept, positions, cost)
 

@@ -1,4 +1,4 @@
-"""Steer calls that are not ours: mlx_lm's own generation on a model that is steered for a while."""
+"""Steer calls that are not ours: mlx_lm's or transformers' own generation on a model that is steered for a while."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def steer(model: Any, controller: Controller, strength: Strength = 1.0) -> Abstr
     """Inside `with steer(...)`, calls of the model are steered; afterwards the model is as it was, also after an error.
 
     Args:
-        model: what `mlx_lm.load` or `mlx_lqr.load` returned.
+        model: what `mlx_lm.load`, `from_pretrained` of a transformers model, or `mlx_lqr.load` returned.
         controller: a controller fitted on this model.
         strength: as in `generate`.
 
@@ -22,6 +22,9 @@ def steer(model: Any, controller: Controller, strength: Strength = 1.0) -> Abstr
     at the prompt's last token and at every generated token, in whatever chunks the prompt is read. Of a direct call
     `model(tokens)` the last position is steered. A controller for the positions "all" steers every position of every
     call. Several models may be steered at once, and one model from several threads.
+
+    Of a transformers model, `generate` is steered in the same way, with padding on the left, a cache of any kind,
+    chunked prefill and assisted decoding; inside the block it does not compile its steps.
 
     A prompt cache keeps what was computed: tokens that were generated steered stay so where a later prompt goes on from
     them, also after the block. `mlx_lm.server` shares its cache between requests in this way; whoever wants an answer

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backends import smollm2_on
 from real_models import gemma3_folder, gemma3_gguf, smollm2_folder, smollm2_gguf  # noqa: F401 - fixtures
 from safetensors.numpy import load_file
 
@@ -20,8 +21,8 @@ GOLDEN = Path(os.environ.get("MLX_LQR_SHARED", Path(__file__).parents[2] / "shar
 
 @pytest.fixture(scope="session")
 def smollm2() -> Model:
-    """SmolLM2-135M-Instruct, converted from its GGUF by this library, float32."""
-    return mlx_lqr.load("demo", dtype="float32")
+    """SmolLM2-135M-Instruct on MLX, converted from its GGUF by this library, float32."""
+    return smollm2_on("mlx")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The whole path on the real SmolLM2 against an independent PyTorch implementation."""
+"""The whole path on the real SmolLM2, on every backend, against an independent PyTorch implementation."""
 
 from __future__ import annotations
 
@@ -7,10 +7,31 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backends import BACKENDS, smollm2_on
 
 import mlx_lqr
 from mlx_lqr.backends.base import Model
 from mlx_lqr.runtime.generate import feedback
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def smollm2(request: pytest.FixtureRequest) -> Model:
+    return smollm2_on(request.param)
+
+
+@pytest.fixture(scope="module")
+def ocean(smollm2: Model, golden: dict[str, Any]) -> mlx_lqr.Contrast:
+    return mlx_lqr.contrast(smollm2, golden["positive"], golden["negative"])
+
+
+@pytest.fixture(scope="module")
+def jacobians(smollm2: Model, golden: dict[str, Any]) -> mlx_lqr.Jacobians:
+    return mlx_lqr.linearize(smollm2, golden["jacobian_prompts"])
+
+
+@pytest.fixture(scope="module")
+def controller(jacobians: mlx_lqr.Jacobians, ocean: mlx_lqr.Contrast) -> mlx_lqr.Controller:
+    return mlx_lqr.compile(mlx_lqr.solve(jacobians, 0.1, 1.0, 0.1), ocean, "ocean")
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from mlx_lqr.loading import resolve
+
 ROOT = Path(__file__).parents[1]
 TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
-    {"errors", "cache", "atomic", "concepts"},
-    {"backends.base", "backends.tokenizer", "backends.blas", "tensors", "jacobian_file"},
+    {"errors", "cache", "atomic", "concepts", "algebra"},
+    {"backends.base", "backends.tokenizer", "backends.model_folder", "backends.blas", "tensors", "jacobian_file"},
     {"backends", "contrast", "riccati"},
     {"controller", "linearize"},
     {"laws", "synthesis"},
@@ -71,7 +73,9 @@ def test_imports_point_downwards(name: str, file: Path) -> None:
 @pytest.mark.parametrize(("name", "file"), list(modules()))
 def test_only_backends_and_converters_know_a_tensor_framework(name: str, file: Path) -> None:
     frameworks = {imported.partition(".")[0] for imported in imports(file)} & TENSOR_FRAMEWORKS
-    if name.startswith("backends.mlx") or name.startswith("convert."):
+    if name.startswith("backends.torch"):
+        assert frameworks <= {"torch", "transformers"}
+    elif name.startswith("backends.mlx") or name.startswith("convert."):
         assert frameworks <= {"mlx", "mlx_lm", "transformers"}  # the last for tokenizers in older formats
     elif name == "loading":
         assert not {imported.partition(".")[0] for imported in imports(file, top_level=True)} & TENSOR_FRAMEWORKS
@@ -97,6 +101,18 @@ def test_a_model_is_loaded_and_run_without_torch_and_transformers() -> None:
     )
     assert "mlx_lm.models.llama" in loaded
     assert "transformers" not in loaded
+
+
+def test_a_model_runs_on_torch_without_mlx() -> None:
+    demo = resolve("demo")[0]  # the one thing that needs MLX is to convert it
+    loaded = loaded_after(
+        "sys.modules['mlx.core'] = sys.modules['mlx_lm'] = None\nimport mlx_lqr\n"
+        f"model = mlx_lqr.load({str(demo)!r}, backend='torch')\n"
+        "controller = mlx_lqr.fit(model, ['a dog'], ['a stone'], cost='feature', layers=[28, 29])\n"
+        "mlx_lqr.generate(model, 'Once', controller=controller, max_tokens=2, temperature=1.0, top_p=0.9)"
+    )
+    assert "transformers.models.llama.modeling_llama" in loaded
+    assert not any(name.startswith("mlx.") for name in loaded - {"mlx.core"})
 
 
 def test_mlx_lm_is_whole_when_it_is_wanted() -> None:

@@ -8,7 +8,7 @@ interface only from one call of the backend to the next; results meant for other
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_lqr.algebra import LinearAlgebra
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError
 
@@ -102,8 +103,10 @@ class Decoder(Protocol):
     """What steers; it may be exchanged between two calls."""
     sampling: Sampling
     """How tokens are drawn; to set it starts its random numbers anew."""
-    position: int
-    """How many tokens the cache holds, of the longest sequence."""
+
+    @property
+    def position(self) -> int:
+        """How many tokens the cache holds, of the longest sequence."""
 
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         """Append tokens to the sequences, as many prompts as there are sequences; the first call says how many.
@@ -134,6 +137,8 @@ class Decoder(Protocol):
 
 
 OVERFLOWED = -1
+BATCH_TOKENS = 512
+"""Tokens, padding included, per forward pass over many prompts."""
 
 
 class Model(Protocol):
@@ -147,6 +152,10 @@ class Model(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def algebra(self) -> LinearAlgebra | None:
+        """Where the Riccati recursion is to run for this model; None for NumPy."""
 
     @property
     def fingerprint(self) -> str:
@@ -187,3 +196,15 @@ class Model(Protocol):
 
     def steer(self, law: Law, *, steer_all: bool) -> AbstractContextManager[None]:
         """Inside the block, calls of the framework's own model object and of its generation functions are steered."""
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, each within BATCH_TOKENS, padding included."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -15,17 +15,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lqr.backends import blas, mlx_lm_calls
-from mlx_lqr.backends.base import GREEDY, Float32, Law, Progress, Sampling
+from mlx_lqr.backends.base import GREEDY, Float32, Law, Progress, Sampling, batches
 from mlx_lqr.backends.mlx_blocks import TANGENTS, BlockCall, differentiable, hooked, refuse_hooked
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx_expansion import block_jacobian
-from mlx_lqr.backends.mlx_load import load_module, read_config
+from mlx_lqr.backends.mlx_load import load_module
 from mlx_lqr.backends.mlx_step import CompiledStep
+from mlx_lqr.backends.model_folder import read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError
-
-BATCH_TOKENS = 512
-"""Tokens, padding included, per forward pass over many prompts."""
 
 
 def load(folder: Path, name: str, dtype: str | None = None) -> MLXModel:
@@ -37,11 +35,16 @@ def load(folder: Path, name: str, dtype: str | None = None) -> MLXModel:
     config = read_config(folder)
     if mx.default_device() == mx.cpu:
         blas.warn_if_slow()
-    return MLXModel(load_module(folder, config, dtype), name, Tokenizer(folder, config))
+    model = MLXModel(load_module(folder, config, dtype), name, Tokenizer(folder, config))
+    if length := config.get("max_position_embeddings"):  # some of mlx-lm's models do not read it
+        model.context_length = int(length)
+    return model
 
 
 class MLXModel:
     """An mlx-lm module behind the `Model` protocol (see base.py)."""
+
+    algebra = None  # MLX has no float64 on a GPU
 
     def __init__(self, module: nn.Module, name: str, tokenizer: Tokenizer | None = None) -> None:
         self.module = module
@@ -79,7 +82,7 @@ class MLXModel:
         result = np.empty((len(prompts), self.num_layers + 1, self.hidden_size), np.float32)
         placed = self.place(law)
         done = 0
-        for batch in _batches([len(prompt) for prompt in prompts]):
+        for batch in batches([len(prompt) for prompt in prompts]):
             stacked = self._residuals_of_batch([prompts[i] for i in batch], placed, steer_all)
             result[batch] = np.asarray(stacked.astype(mx.float32))
             done += len(batch)
@@ -215,15 +218,3 @@ def _steered(law: Law, k: int, z: mx.array, output: mx.array, unsteered: int) ->
     if unsteered == 0:
         return law(k, z, output)
     return mx.concatenate([output[:, :unsteered], law(k, z[:, unsteered:], output[:, unsteered:])], axis=1)
-
-
-def _batches(lengths: list[int]) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, each within BATCH_TOKENS, padding included."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -13,23 +12,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lqr.backends.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
+from mlx_lqr.backends.model_folder import check_dtype
 from mlx_lqr.errors import InputError
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InputError(f"{folder} is not a model folder: it has no config.json")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(f"{file} names no model_type: this is not the folder of a language model")
-    return config
 
 
 def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.Module:
@@ -42,10 +28,7 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
     Raises:
         InputError: unsupported architecture, or weights that are missing, damaged or not this architecture's.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    if "model_file" in config:
-        raise InputError(f"{folder} wants to run code of its own ({config['model_file']}): refused")
+    check_dtype(dtype)
     Model, ModelArgs = model_classes(str(config["model_type"]))
     config = flattened(config)
     weights = _read_weights(folder)

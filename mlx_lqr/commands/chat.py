@@ -12,10 +12,11 @@ import click
 from mlx_lqr.cache import cache_folder
 from mlx_lqr.commands.chat_view import draw_comparison, draw_tracking
 from mlx_lqr.commands.options import (
+    Loading,
     adaptive_option,
     controller_option,
     decoding_options,
-    dtype_option,
+    loading_options,
     model_argument,
     progress_bars,
 )
@@ -47,19 +48,19 @@ A message that begins with a slash: put a space before it."""
 @adaptive_option
 @click.option("--system", help="A system prompt.")
 @decoding_options(512)
-@dtype_option
+@loading_options
 def chat(
     model: str,
     controllers: tuple[str, ...],
     adaptive: bool,
     system: str | None,
-    dtype: str | None,
+    loading: Loading,
     **decoding: Any,
 ) -> None:
     """Talk to MODEL, steered or not, in its own chat template. Type /help for the commands."""
     parsed = [parse_controller(text) for text in controllers]
     with progress_bars() as progress:
-        loaded = load(model, dtype=dtype, progress=progress)
+        loaded = load(model, **loading, progress=progress)
     if not loaded.tokenizer.has_chat_template:
         raise InputError(
             f"{loaded.name} has no chat template (a base model?): use `mlx-lqr generate`, which takes plain text"

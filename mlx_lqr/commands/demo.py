@@ -9,7 +9,7 @@ import click
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.base import Model
 from mlx_lqr.cache import cache_folder
-from mlx_lqr.commands.options import progress_bars
+from mlx_lqr.commands.options import Loading, loading_options, progress_bars
 from mlx_lqr.contrast import bundled_prompts
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
@@ -26,11 +26,12 @@ LAYERS = range(20, 30)
 @click.option("--concept", default="dog", show_default=True, help="One of `mlx-lqr concepts`.")
 @click.option("-p", "--prompt", default="Once upon a time,", show_default=True, help="The text to continue.")
 @click.option("-n", "--max-tokens", default=40, show_default=True, help="Tokens a sample.")
-def demo(concept: str, prompt: str, max_tokens: int) -> None:
+@loading_options
+def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
     """Fit a concept on SmolLM2-135M and show unsteered beside steered text."""
     bundled_prompts(concept)  # an unknown concept is refused before the model is fetched
     with progress_bars() as progress:
-        model = load("demo", progress=progress)
+        model = load("demo", **loading, progress=progress)
     controller = _controller(model, concept)
     click.echo(f'\n{model.name} continues "{prompt}"\n')
     _sample("not steered", model, prompt, None, 0.0, max_tokens)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_lqr.atomic import check_writable
-from mlx_lqr.commands.options import dtype_option, model_argument, parse_layers, progress_bars
+from mlx_lqr.commands.options import Loading, loading_options, model_argument, parse_layers, progress_bars
 from mlx_lqr.contrast import bundled_prompts, read_prompts
 from mlx_lqr.controller import Cost, Positions
 from mlx_lqr.errors import InputError
@@ -26,8 +26,8 @@ from mlx_lqr.synthesis import fit as fit_controller
 )
 @click.option("--nominal", metavar="TEXT", help="Linearise at this one prompt.")
 @click.option("--store", default="float32", show_default=True, help="float32, or float16 for half the size.")
-@dtype_option
-def linearize(model: str, output: str, prompts: str | None, nominal: str | None, store: str, dtype: str | None) -> None:
+@loading_options
+def linearize(model: str, output: str, prompts: str | None, nominal: str | None, store: str, loading: Loading) -> None:
     """Compute and store the layer Jacobians of MODEL, to be used for any concept and any weights (fit --jacobians).
 
     Interrupted, the same command goes on where it stopped.
@@ -37,7 +37,7 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
         raise InputError("give --prompts FILE or --nominal TEXT, not both")
     chosen = [nominal] if nominal else read_prompts(prompts) if prompts else bundled_prompts("dog")[1][:8]
     with progress_bars() as progress:
-        loaded = load(model, dtype=dtype, progress=progress)
+        loaded = load(model, **loading, progress=progress)
         jacobians = linearize_model(loaded, chosen, store=output, dtype=store, progress=progress)
     click.echo(f"Wrote {output}: {len(jacobians)} Jacobians averaged over {jacobians.prompt_count} prompts")
 
@@ -72,7 +72,7 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
     show_default=True,
     help="Steer from the prompt's last token on, or every prompt token too.",
 )
-@dtype_option
+@loading_options
 def fit(
     model: str,
     output: str,
@@ -87,7 +87,7 @@ def fit(
     layers: str | None,
     cost: Cost,
     positions: Positions,
-    dtype: str | None,
+    loading: Loading,
 ) -> None:
     """Fit a controller for a concept on MODEL."""
     Weights(q, r, qf)  # mistakes are refused before the model is loaded
@@ -96,7 +96,7 @@ def fit(
     name, positive_prompts, negative_prompts = _prompts(concept, positive, negative)
     stored = Jacobians.load(jacobians) if jacobians else None
     with progress_bars() as progress:
-        loaded = load(model, dtype=dtype, progress=progress)
+        loaded = load(model, **loading, progress=progress)
         controller = fit_controller(
             loaded,
             positive_prompts,

@@ -14,10 +14,11 @@ import click
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.base import Model, Progress
 from mlx_lqr.commands.options import (
+    Loading,
     adaptive_option,
     controller_option,
     decoding_options,
-    dtype_option,
+    loading_options,
     model_argument,
     progress_bars,
 )
@@ -45,7 +46,7 @@ from mlx_lqr.synthesis import adapt
 @decoding_options(MAX_TOKENS)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt instead of text.")
 @click.option("--track", "tracked", is_flag=True, help="Add feature and setpoint at the prompt's last token (--json).")
-@dtype_option
+@loading_options
 def generate(
     model: str,
     prompt: str | None,
@@ -54,7 +55,7 @@ def generate(
     adaptive: bool,
     as_json: bool,
     tracked: bool,
-    dtype: str | None,
+    loading: Loading,
     **options: Any,
 ) -> None:
     """Continue a text, steered or not. No chat template is applied: see `mlx-lqr chat` for that."""
@@ -67,7 +68,7 @@ def generate(
     prompts = read_prompts(prompt_file) if prompt_file is not None else [given_or_piped(prompt)]
     controller, strengths = parse_controllers(controllers)
     with progress_bars() as progress:
-        loaded = load(model, dtype=dtype, progress=progress)
+        loaded = load(model, **loading, progress=progress)
     settings: Options = {**options, "adaptive": adaptive}  # type: ignore[typeddict-item]
     if controller is not None:
         settings |= {"controller": controller, "strength": strengths}

@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 
 import click
 
 from mlx_lqr.backends.base import Progress
 from mlx_lqr.errors import InputError
+from mlx_lqr.loading import BackendName
 from mlx_lqr.runtime.decode import Overflow
 
 model_argument = click.argument("model")
-dtype_option = click.option(
-    "--dtype",
-    help="float32, float16 or bfloat16; by default the checkpoint's own on a GPU and float32 on the CPU.",
-)
+
+
+class Loading(TypedDict):
+    """How a command loads its model, by the names of `mlx_lqr.load`."""
+
+    backend: BackendName
+    device: str | None
+    dtype: str | None
+
+
+def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for how the model is loaded, which the command gets as one argument `loading`."""
+
+    @click.option(
+        "--backend",
+        type=click.Choice(get_args(BackendName)),
+        default="auto",
+        show_default=True,
+        help="auto takes MLX on Metal, torch on CUDA, and MLX on a bare CPU.",
+    )
+    @click.option("--device", help="cpu, cuda or cuda:NUMBER, for torch; by default a GPU where there is one.")
+    @click.option(
+        "--dtype",
+        help="float32, float16 or bfloat16; by default the checkpoint's own on a GPU and float32 on the CPU.",
+    )
+    @functools.wraps(command)
+    def collected(*, backend: BackendName, device: str | None, dtype: str | None, **others: Any) -> Any:
+        return command(loading=Loading(backend=backend, device=device, dtype=dtype), **others)
+
+    return collected
+
+
 controller_option = click.option(
     "-c",
     "--controller",

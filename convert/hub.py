@@ -1,0 +1,34 @@
+"""A model of the Hugging Face hub -> its folder, downloaded once. No tensor framework is needed for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mlx_lqr.errors import InputError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DOWNLOADED = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt"]
+
+
+def hub_folder(name: str) -> Path:
+    """Download the model `name` (or find it in the hub's cache) and return its folder."""
+    if not _HUB_ID.fullmatch(name):
+        raise InputError(f"{name} does not exist: give a .gguf file, a model folder or a hub id such as org/model")
+    from huggingface_hub import snapshot_download  # half a second, and only needed here
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"the hub has no model {name} (or not for you): check the name, or log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # its own errors, those of its transport, and those of the disk have no common class
+        raise InputError(
+            f"cannot download {name} ({_first_line(error)}): check the network, or give a folder"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__

@@ -1,0 +1,246 @@
+"""The torch backend: transformers' models on CUDA or the CPU, recorded, linearised, steered and decoded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.func import jvp, vjp
+
+from mlx_lqr.backends.base import GREEDY, Float32, Law, Progress, Sampling, batches
+from mlx_lqr.backends.model_folder import read_config
+from mlx_lqr.backends.tokenizer import Tokenizer
+from mlx_lqr.backends.torch_algebra import TorchAlgebra
+from mlx_lqr.backends.torch_attention import WholePrompts, attending
+from mlx_lqr.backends.torch_blocks import BlockCall, hooked, refuse_hooked
+from mlx_lqr.backends.torch_decoder import TorchDecoder, TorchTrace
+from mlx_lqr.backends.torch_generate import Positions, announcing_prompts
+from mlx_lqr.backends.torch_load import check_family, chosen_device, load_module, memory_for
+from mlx_lqr.errors import InputError
+
+_SHORTER = "give shorter prompts, load the model with dtype bfloat16, or use device cpu"
+_LINEARISE = "load the model with dtype bfloat16, use the feature cost, or device cpu; what is stored so far stays"
+
+
+def load(folder: Path, name: str, dtype: str | None = None, device: str | None = None) -> TorchModel:
+    """The model in a folder of config.json, safetensors and tokenizer files.
+
+    Raises:
+        InputError: unsupported architecture, a device that is not there or too small, or files that are missing,
+            damaged or do not fit together.
+    """
+    chosen = chosen_device(device)
+    config = read_config(folder)
+    with memory_for("the model", "load it with dtype bfloat16, or on device cpu"):
+        module = load_module(folder, config, dtype, chosen)
+    return TorchModel(module, name, Tokenizer(folder, config))
+
+
+class TorchModel:
+    """A transformers model for causal language modelling behind the `Model` protocol (see base.py)."""
+
+    def __init__(self, module: Any, name: str, tokenizer: Tokenizer | None = None) -> None:
+        check_family(str(module.config.model_type))
+        self.module = module
+        self.name = name
+        self._tokenizer = tokenizer
+        self.blocks: Sequence[torch.nn.Module] = module.base_model.layers
+        self.num_layers = len(self.blocks)
+        self.hidden_size = int(module.config.hidden_size)
+        self.vocab_size = int(module.config.vocab_size)
+        self.context_length = int(getattr(module.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InputError("this model came without its tokenizer: use mlx_lqr.load, or give token ids")
+        return self._tokenizer
+
+    @property
+    def algebra(self) -> TorchAlgebra | None:
+        """A GPU's, where the model is on one; on the CPU NumPy is as fast."""
+        return TorchAlgebra(self._device) if self._device.type == "cuda" else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the sizes and of the blocks' norm weights, rounded to bfloat16, the coarsest dtype in use."""
+        digest = hashlib.sha256(f"{self.num_layers} {self.hidden_size} {self.vocab_size}".encode())
+        norms = [
+            (f"{k}.{name}", weight)
+            for k, block in enumerate(self.blocks)
+            for name, weight in block.named_parameters()
+            if name.endswith("norm.weight")
+        ]
+        for _, weight in sorted(norms, key=lambda norm: norm[0]):
+            digest.update(weight.detach().to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def residuals(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        law: Law | None = None,
+        steer_all: bool = False,
+        progress: Progress | None = None,
+    ) -> Float32:
+        result = np.empty((len(prompts), self.num_layers + 1, self.hidden_size), np.float32)
+        placed = self.place(law)
+        done = 0
+        for batch in batches([len(prompt) for prompt in prompts]):
+            result[batch] = self._residuals_of_batch([prompts[i] for i in batch], placed, steer_all)
+            done += len(batch)
+            if progress:
+                progress("Activations", done, len(prompts))
+        return result
+
+    @torch.no_grad()
+    @memory_for("the activations", _SHORTER)
+    def _residuals_of_batch(self, prompts: list[Sequence[int]], law: Law | None, steer_all: bool) -> Float32:
+        """(B, T + 1, d). Prompts are padded on the right, where causal attention keeps the padding away from every real
+        token and each real token keeps its position."""
+        width = max(len(prompt) for prompt in prompts)
+        last = self._tensor([len(prompt) - 1 for prompt in prompts])
+        rows = torch.arange(len(prompts), device=self._device)
+        steered = torch.arange(width, device=self._device)[None] >= (0 if steer_all else last[:, None])
+        recorded: list[torch.Tensor] = []
+
+        def record(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            output = call(z)
+            if law is not None and k in law.layers:
+                output = torch.where(steered[..., None], law(k, z, output), output)
+            recorded.append(z[rows, last])
+            if k == self.num_layers - 1:
+                recorded.append(output[rows, last])
+            return output
+
+        with hooked(self.blocks, record, range(self.num_layers)):
+            self._whole([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+        return torch.stack(recorded, dim=1).float().cpu().numpy()
+
+    def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
+        decoder = self.decoder(law)
+        decoder.fill([tokens[:-1]], steered=steer_all)
+        return decoder.step(tokens[-1:])[0].float().cpu().numpy()
+
+    @torch.no_grad()
+    @memory_for("the log-probabilities", _SHORTER)
+    def log_probability(
+        self, prompt: Sequence[int], continuation: Sequence[int], *, law: Law | None = None, steer_all: bool = False
+    ) -> Float32:
+        unsteered = 0 if steer_all else len(prompt) - 1
+        placed = self.place(law)
+
+        def hook(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            assert placed is not None
+            return _steered(placed, k, z, call(z), unsteered)
+
+        with hooked(self.blocks, hook, placed.layers if placed is not None else ()):
+            logits = self._whole([[*prompt, *continuation][:-1]], len(continuation))[0]
+        chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, self._tensor(list(continuation))[:, None])
+        return chosen[:, 0].cpu().numpy()
+
+    def _whole(self, prompts: Sequence[Sequence[int]], keep: int | None = None) -> torch.Tensor:
+        """Prompts of one length in one pass without a cache: the last `keep` logits, or the last hidden states."""
+        tokens = self._tensor(prompts)
+        options: dict[str, Any] = {
+            "input_ids": tokens,
+            "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self._device),  # see TorchDecoder
+            "position_ids": torch.arange(tokens.shape[1], device=self._device)[None],
+            "use_cache": False,
+        }
+        with attending(self.module.config, WholePrompts(tokens.shape[1], self._device)):
+            if keep is None:
+                return self.module.base_model(**options).last_hidden_state
+            return self.module(**options, logits_to_keep=keep).logits
+
+    def trace(self, tokens: Sequence[int]) -> TorchTrace:
+        decoder = self.decoder()
+        decoder.fill([tokens[:-1]], steered=False)
+        return decoder.trace(tokens[-1])
+
+    def jacobian(self, trace: TorchTrace, layer: int) -> Float32:
+        z = torch.tensor(trace.residual[layer], device=self._device)
+        return self._gathered(layer, self.hidden_size, trace.blocks[layer].jacobian_columns(z)).T
+
+    def jvp(self, trace: TorchTrace, layer: int, tangents: Float32) -> Float32:
+        return self._differentiate(jvp, trace, layer, tangents)
+
+    def vjp(self, trace: TorchTrace, layer: int, cotangents: Float32) -> Float32:
+        return self._differentiate(vjp, trace, layer, cotangents)
+
+    def _differentiate(self, product: Any, trace: TorchTrace, layer: int, directions: Float32) -> Float32:
+        z = torch.tensor(trace.residual[layer], device=self._device)
+        rows = torch.tensor(directions, dtype=torch.float32, device=self._device)
+        return self._gathered(layer, len(directions), trace.blocks[layer].products(product, z, rows))
+
+    @torch.no_grad()
+    @memory_for("the derivatives", _LINEARISE)
+    def _gathered(self, layer: int, count: int, parts: Iterator[torch.Tensor]) -> Float32:
+        """Rows (n, d) of derivatives of a block, which are computed as they are taken, in one array (count, d)."""
+        refuse_hooked(self.blocks[layer])
+        result = np.empty((count, self.hidden_size), np.float32)
+        done = 0
+        for part in parts:
+            result[done : done + len(part)] = part.detach().cpu().numpy()
+            done += len(part)
+        return result
+
+    def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> TorchDecoder:
+        refuse_hooked(self.blocks[0])
+        return TorchDecoder(self.module, self.place, law, sampling, self.context_length if rolling else None)
+
+    @contextmanager
+    def steer(self, law: Law, *, steer_all: bool) -> Iterator[None]:
+        placed = self.place(law)
+        assert placed is not None
+        positions = Positions(steer_all)
+
+        def hook(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            return _steered(placed, k, z, call(z), positions.unsteered)
+
+        layers = sorted({0, *placed.layers})  # the first one too, which tells our own functions
+        with announcing_prompts(self.module, positions), hooked(self.blocks, hook, layers):
+            yield
+
+    def place(self, law: Law | None) -> Law | None:
+        """The law with its arrays on the model's device, in the dtype of the residual stream."""
+        if law is None:
+            return None
+        return law.place(self._array, _add_product, renew=lambda old, values: old.copy_(self._array(values)))
+
+    def _array(self, values: np.ndarray) -> torch.Tensor:
+        return torch.tensor(values, device=self._device).to(self._dtype)
+
+    def _tensor(self, numbers: Any) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.module.device
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of the residual stream: that of the norms, which are never packed."""
+        parameters = self.blocks[0].named_parameters()
+        return next(weight.dtype for name, weight in parameters if name.endswith("norm.weight"))
+
+
+def _add_product(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """c + a @ b in one operation, for any number of leading dimensions of a and as many, or none, of c."""
+    product = torch.addmm(c.reshape(-1, c.shape[-1]), a.reshape(-1, a.shape[-1]), b)
+    return product.view(*a.shape[:-1], b.shape[-1])
+
+
+def _steered(law: Law, k: int, z: torch.Tensor, output: torch.Tensor, unsteered: int) -> torch.Tensor:
+    """The block's output plus u_k, from position `unsteered` on."""
+    if k not in law.layers or unsteered >= z.shape[1]:
+        return output
+    if unsteered == 0:
+        return law(k, z, output)
+    return torch.cat([output[:, :unsteered], law(k, z[:, unsteered:], output[:, unsteered:])], dim=1)
