@@ -14,6 +14,7 @@ blas.preload()  # before anything imports mlx.core
 from mlx_lqr.contrast import Contrast, bundled_concepts, bundled_prompts, contrast, read_prompts  # noqa: E402
 from mlx_lqr.controller import Controller, compile  # noqa: E402
 from mlx_lqr.errors import InputError  # noqa: E402
+from mlx_lqr.laws import Recording  # noqa: E402
 from mlx_lqr.linearize import Jacobians, linearize  # noqa: E402
 from mlx_lqr.loading import load  # noqa: E402
 from mlx_lqr.riccati import Gains, solve  # noqa: E402
@@ -28,6 +29,7 @@ __all__ = [
     "Jacobians",
     "Options",
     "Piece",
+    "Recording",
     "adapt",
     "batch_generate",
     "batch_stream",

@@ -27,6 +27,7 @@ SMALLEST_ANGLE = 5.0
 """Degrees. Below it, joint control of two directions would need pushes of more than ten times each one's own."""
 
 _TENSORS = {"direction": "Tdm", "gain": "Tdm", "setpoint": "Tm", "offset": "Tm", "output_direction": "dm"}
+_OPTIONAL = {"checked_error": "Tm", "checked_push": "Tm"}
 
 Cost = Literal["state", "feature"]
 """What is penalised: any error of the state (Q = qI), or the feature's relative error alone."""
@@ -58,6 +59,10 @@ class Controller:
     jacobian_prompts: int
     cost: Cost = "state"
     library_version: str = distribution.version("mlx-lqr")
+    checked_error: Float32 | None = None
+    """(T, m): |alpha_k| up to which the linear model was found good; infinite: no limit. See `analysis.linearity`"""
+    checked_push: Float32 | None = None
+    """(T, m): the same for |u_k|, along each concept's own gain"""
 
     @property
     def num_layers(self) -> int:
@@ -74,7 +79,7 @@ class Controller:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write one safetensors file, atomically."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
+        tensors = {name: getattr(self, name) for name in (*_TENSORS, *_OPTIONAL) if getattr(self, name) is not None}
         metadata = {
             "format": FORMAT,
             "model": self.model_name,
@@ -107,14 +112,18 @@ class Controller:
         try:
             concepts = tuple(str(name) for name in json.loads(metadata["concepts"]))
             T, d, m = int(metadata["T"]), int(metadata["d"]), len(concepts)
-            shapes = {name: tuple({"T": T, "d": d, "m": m}[axis] for axis in axes) for name, axes in _TENSORS.items()}
+            expected = _TENSORS | {name: axes for name, axes in _OPTIONAL.items() if name in tensors}
+            shapes = {name: tuple({"T": T, "d": d, "m": m}[axis] for axis in axes) for name, axes in expected.items()}
             positions, cost = metadata["positions"], metadata["cost"]
             if positions not in get_args(Positions) or cost not in get_args(Cost):
                 raise ValueError(f"positions {positions!r}, cost {cost!r}")
             for name, shape in shapes.items():
                 if tensors[name].shape != shape:
                     raise ValueError(f"{name} has the shape {tensors[name].shape}, expected {shape}")
-                if not np.all(np.isfinite(tensors[name])):
+                if name in _OPTIONAL:
+                    if np.isnan(tensors[name]).any() or tensors[name].min() < 0:
+                        raise ValueError(f"{name} has values that are no sizes")
+                elif not np.all(np.isfinite(tensors[name])):
                     raise ValueError(f"{name} has values that are not finite")
             return cls(
                 **{name: tensors[name].astype(np.float32, copy=False) for name in shapes},
@@ -178,6 +187,8 @@ class Controller:
             prompt_counts=tuple(count for controller in controllers for count in controller.prompt_counts),
             jacobian_prompts=min(controller.jacobian_prompts for controller in controllers),
             cost=first.cost,
+            checked_error=_checked([controller.checked_error for controller in controllers], controllers),
+            checked_push=_checked([controller.checked_push for controller in controllers], controllers),
         )
 
     def split(self) -> list[Controller]:
@@ -193,6 +204,8 @@ class Controller:
                 output_direction=self.output_direction[:, [i]],
                 concepts=(name,),
                 prompt_counts=(self.prompt_counts[i],),
+                checked_error=self.checked_error[:, [i]] if self.checked_error is not None else None,
+                checked_push=self.checked_push[:, [i]] if self.checked_push is not None else None,
             )
             for i, name in enumerate(self.concepts)
         ]
@@ -251,6 +264,15 @@ def assemble(
         jacobian_prompts=jacobian_prompts,
         cost=cost,
     )
+
+
+def _checked(regions: Sequence[Float32 | None], controllers: Sequence[Controller]) -> Float32 | None:
+    """The regions of several controllers side by side, infinite for those without one; None where none has one."""
+    if all(region is None for region in regions):
+        return None
+    pairs = zip(regions, controllers, strict=True)
+    parts = [np.full_like(one.setpoint, np.inf) if region is None else region for region, one in pairs]
+    return np.concatenate(parts, axis=1)
 
 
 def _active(direction: np.ndarray, gain: np.ndarray) -> np.ndarray:

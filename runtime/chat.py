@@ -9,15 +9,18 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlx_lqr.analysis.tracking import TrackedAnswer, track_answer
 from mlx_lqr.atomic import writing
 from mlx_lqr.backends.base import Decoder, Law, Model
 from mlx_lqr.backends.tokenizer import Message
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
-from mlx_lqr.laws import LinearFeedback, check_strength
+from mlx_lqr.laws import LinearFeedback, RecordedFeedback, Recording, check_strength
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
 from mlx_lqr.runtime.generate import Options, Piece, stream
+from mlx_lqr.runtime.monitor import Excess, largest_excess
 
 NO_ANSWER = "there is no answer yet: say something first"
 
@@ -163,9 +166,19 @@ class Chat:
             turn.tokens,
             turn.controller,
             turn.strengths,
-            law=turn.law,
+            law=turn.law.silent() if isinstance(turn.law, RecordedFeedback) else turn.law,
             rolling=turn.rolling,
         )
+
+    def excess(self) -> Excess | None:
+        """Where the last answer was furthest from the region in which its controllers' linear model was found good.
+
+        None where nothing was steered, or no controller knows such a region (`mlx-lqr linearity -c FILE --write`).
+        """
+        turn = self._turn
+        if turn is None or turn.controller is None:
+            return None
+        return largest_excess(turn.controller, *turn.measured())
 
     def restart(self) -> None:
         """Forget the conversation, but for a system prompt."""
@@ -232,8 +245,10 @@ class Chat:
         controller = self.controller
         options = self._decoding(controller, len(prompt))
         decoder = self._decoder_for(prompt, controller)
+        if controller is not None and controller.checked_error is not None:
+            options["record"] = Recording()
         pieces = stream(self.model, prompt, decoder=decoder, **options)
-        self._turn = _Turn(prompt, reply, self._controllers, controller, decoder, self._rolling)
+        self._turn = _Turn(prompt, reply, self._controllers, controller, decoder, self._rolling, options.get("record"))
         return self._turn, pieces
 
     def _decoder_for(self, prompt: list[int], controller: Controller | None) -> Decoder:
@@ -268,6 +283,7 @@ class _Turn:
     decoder: Decoder
     """Holds prompt and answer, so that the next prompt need not be run from its beginning."""
     rolling: bool
+    recording: Recording | None
     tokens: list[int] = field(default_factory=list)
     strengths: list[tuple[float, ...]] = field(default_factory=list)
     """Under which strengths the prompt's last token and then each of the answer's was run."""
@@ -291,6 +307,12 @@ class _Turn:
             strength = self._strength()
         self.law = self.decoder.law
         self.intact = True
+
+    def measured(self) -> tuple[np.ndarray, np.ndarray]:
+        """alpha_k (n, T, m) and |u_k| (n, T) at the prompt's last token and at every token of the answer run so far."""
+        if self.recording is None or self.controller is None:
+            return np.empty((0, 0, 0)), np.empty((0, 0))
+        return self.recording.answer(self.controller, len(self.prompt), len(self.tokens))
 
     @property
     def clean(self) -> list[int]:

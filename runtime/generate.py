@@ -10,7 +10,7 @@ from mlx_lqr.backends.base import Decoder, Model, Progress, Sampling, Trace
 from mlx_lqr.contrast import Prompt
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
-from mlx_lqr.laws import LinearFeedback
+from mlx_lqr.laws import LinearFeedback, RecordedFeedback, Recording
 from mlx_lqr.runtime.decode import Overflow, decode
 from mlx_lqr.runtime.stopping import StopStrings
 from mlx_lqr.synthesis import readapted
@@ -50,6 +50,8 @@ class Options(TypedDict, total=False):
     """Texts that end the answer, and are not part of it."""
     overflow: Overflow
     """"error" refuses what does not fit the model's context, "roll" forgets the oldest tokens instead."""
+    record: Recording | None
+    """Where alpha_k and |u_k| of every layer and token are kept (a single prompt); by default nowhere, at no cost."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,12 @@ def _one_after_another(
             progress("Answers", min(start + BATCH, total), total)
 
 
-def feedback(model: Model, controller: Controller, strength: Strength) -> LinearFeedback:
+def feedback(
+    model: Model, controller: Controller, strength: Strength, record: Recording | None = None
+) -> LinearFeedback:
     """The controller's law, after checking that it was fitted on this model."""
     controller.check_model(model)
-    return LinearFeedback(controller, strength)
+    return LinearFeedback(controller, strength) if record is None else RecordedFeedback(controller, strength, record)
 
 
 def _stream(
@@ -148,16 +152,19 @@ def _stream(
     settings: dict[str, Any] = dict(options)
     controller, strength = settings.pop("controller", None), settings.pop("strength", 1.0)
     adaptive, stop = settings.pop("adaptive", False), settings.pop("stop", ())
+    record = settings.pop("record", None)
     loop = {name: settings.pop(name) for name in ("max_tokens", "overflow") if name in settings}
     unknown = settings.keys() - Sampling.__dataclass_fields__.keys()
     if unknown:
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
-    law = feedback(model, controller, strength) if controller is not None else None
+    law = feedback(model, controller, strength, record) if controller is not None else None
 
     def adapted(trace: Trace) -> LinearFeedback:
         assert controller is not None
-        return feedback(model, readapted(model, controller, trace), strength)
+        return feedback(model, readapted(model, controller, trace), strength, record)
 
+    if record is not None and len(prompts) > 1:
+        raise InputError("a batch cannot be recorded: decode one prompt at a time")
     if adaptive and len(prompts) > 1:
         raise InputError("a batch cannot be steered adaptively: decode one prompt at a time")
     ended: set[int] = set()

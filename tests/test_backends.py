@@ -74,6 +74,10 @@ def test_numbers_agree(backend: str, family: str, random: np.random.Generator) -
         assert relative(found.jacobian(traces[0], k), A) < 1e-4
         assert relative(found.jvp(traces[0], k, w), w @ A.T) < 1e-4
         assert relative(found.vjp(traces[0], k, w), w @ A) < 1e-4
+        z = traces[1].residual[k] + np.vstack([np.zeros(32, np.float32), w])
+        outputs = expected.block(traces[1], k, z)
+        assert relative(outputs[0], traces[1].residual[k + 1]) < 1e-5
+        assert relative(found.block(traces[0], k, z), outputs) < 1e-4
 
 
 @other_backends

@@ -34,6 +34,18 @@ class TrackedAnswer:
     """The strength of each concept in force at that token."""
     steered: Tracking
     unsteered: Tracking
+    gain: Float32
+    """(T, d, m): G_k of the law in force, which is not the controller's own where it was made for the prompt"""
+
+    @property
+    def error(self) -> Float32:
+        """alpha_k = setpoint - feature: (T, m)"""
+        return self.steered.setpoint - self.steered.feature
+
+    @property
+    def push(self) -> Float32:
+        """|u_k|, of all concepts together: (T,)"""
+        return np.linalg.norm(np.einsum("kdm,km->kd", self.gain, self.error), axis=1)
 
 
 def track(
@@ -97,7 +109,7 @@ def track_answer(
         decoder.step([steps[-1][0]])
         runs.append(_tracking(controller, watch.residual(), strengths[-1]))
     law.strength = before
-    return TrackedAnswer(controller, strengths[-1], *runs)
+    return TrackedAnswer(controller, strengths[-1], runs[0], runs[1], law.controller.gain)
 
 
 class _Watch:

@@ -182,6 +182,9 @@ class Model(Protocol):
     def trace(self, tokens: Sequence[int]) -> Trace:
         """Run a prompt and keep what the Jacobians at its last token need."""
 
+    def block(self, trace: Any, layer: int, z: Float32) -> Float32:
+        """phi_k(z) for each row of z (n, d), in place of z_k at the trace's last token, the past frozen: (n, d)."""
+
     def jacobian(self, trace: Any, layer: int) -> Float32:
         """A_k = d phi_k / d z_k at the trace's last token, k = `layer`: (d, d)."""
 

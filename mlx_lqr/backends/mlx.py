@@ -140,6 +140,15 @@ class MLXModel:
         decoder.fill([tokens[:-1]], steered=False)
         return decoder.trace(tokens[-1])
 
+    def block(self, trace: MLXTrace, layer: int, z: Float32) -> Float32:
+        result = np.empty(z.shape, np.float32)
+        with differentiable(self.blocks[layer]):
+            run = mx.vmap(lambda row: trace.calls[layer](row[None, None])[0, 0])
+            for start in range(0, len(z), TANGENTS):
+                rows = slice(start, start + TANGENTS)
+                result[rows] = np.asarray(run(mx.array(z[rows], mx.float32)))
+        return result
+
     def jacobian(self, trace: MLXTrace, layer: int) -> Float32:
         block = self.blocks[layer]
         with differentiable(block):

@@ -164,6 +164,10 @@ class TorchModel:
         decoder.fill([tokens[:-1]], steered=False)
         return decoder.trace(tokens[-1])
 
+    def block(self, trace: TorchTrace, layer: int, z: Float32) -> Float32:
+        rows = torch.tensor(z, dtype=torch.float32, device=self._device)
+        return self._gathered(layer, len(z), trace.blocks[layer].values(rows))
+
     def jacobian(self, trace: TorchTrace, layer: int) -> Float32:
         z = torch.tensor(trace.residual[layer], device=self._device)
         return self._gathered(layer, self.hidden_size, trace.blocks[layer].jacobian_columns(z)).T
@@ -182,7 +186,7 @@ class TorchModel:
     @torch.no_grad()
     @memory_for("the derivatives", _LINEARISE)
     def _gathered(self, layer: int, count: int, parts: Iterator[torch.Tensor]) -> Float32:
-        """Rows (n, d) of derivatives of a block, which are computed as they are taken, in one array (count, d)."""
+        """A block's values or derivatives (n, d), computed as they are taken, in one array (count, d)."""
         refuse_hooked(self.blocks[layer])
         result = np.empty((count, self.hidden_size), np.float32)
         done = 0

@@ -102,6 +102,11 @@ class FrozenBlock:
         with self._in_float32() as function:
             yield from _along(function, product, z, directions)
 
+    def values(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The block's output for rows of inputs (n, d), some at a time."""
+        with self._in_float32() as function:
+            yield from (vmap(function)(some) for some in rows.split(TANGENTS))
+
     def jacobian_columns(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
         """The columns of the block's Jacobian at z (d,), in order, some at a time: (n, d)."""
         directions = torch.eye(len(z), device=z.device)

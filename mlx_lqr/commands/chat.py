@@ -31,7 +31,7 @@ HELP = """\
 /add FILE[:2]       steer with one more controller
 /off                steer no more; /off dog drops one concept
 /compare            the last answer with and without steering, side by side
-/track              for the last answer: feature against setpoint, layer by layer
+/track              for the last answer: feature against setpoint and the control, layer by layer
 /save FILE          write the transcript (JSON); /load FILE goes on with one
 /new                forget the conversation, but for the system prompt
 /help               this
@@ -108,6 +108,9 @@ def _answer(session: Chat, text: str) -> None:
     finally:
         if begun:
             click.echo()
+    excess = session.excess()
+    if excess is not None and excess.ratio > 1:
+        click.echo(f"Note: {excess}", err=True)
 
 
 def _command(session: Chat, line: str) -> bool:
@@ -153,7 +156,7 @@ def _compare(session: Chat, rest: str) -> None:
 
 
 def _track(session: Chat, rest: str) -> None:
-    draw_tracking(session.track())
+    draw_tracking(session.track(), session.excess())
 
 
 def _save(session: Chat, rest: str) -> None:

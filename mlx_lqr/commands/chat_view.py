@@ -11,6 +11,7 @@ import numpy as np
 from mlx_lqr.analysis.tracking import TrackedAnswer
 from mlx_lqr.backends.base import Float32
 from mlx_lqr.runtime import Piece
+from mlx_lqr.runtime.monitor import Excess
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,8 +45,9 @@ def draw_comparison(answers: Sequence[tuple[str, Iterator[Piece]]]) -> None:
         console.line()
 
 
-def draw_tracking(tracked: TrackedAnswer) -> None:
-    """A table for each concept: in every layer the setpoint, the feature with and without steering, and a bar.
+def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
+    """A table for each concept: in every layer the setpoint, the feature with and without steering, alpha_k, |u_k| and
+    a bar; and where the answer was furthest from the region in which the linear model was checked.
 
     Bars are in multiples of the concept's mean mu_k, because the residual stream grows from layer to layer.
     """
@@ -53,13 +55,15 @@ def draw_tracking(tracked: TrackedAnswer) -> None:
     from rich.text import Text
 
     console = _console()
-    width = max(12, console.width - 44)  # what the columns of numbers leave
+    width = max(12, console.width - 62)  # what the columns of numbers leave
     for i, concept in enumerate(tracked.controller.concepts):
         mean = tracked.controller.setpoint[:, i]
         columns = tracked.steered.setpoint[:, i], tracked.steered.feature[:, i], tracked.unsteered.feature[:, i]
         multiples = [np.divide(column, mean, out=np.zeros_like(mean), where=mean > 0) for column in columns]
         axis = _Axis.over(multiples[0], multiples[1], width)
-        numbers = [Column(Text(name), justify="right") for name in ("layer", "setpoint", "feature", "without")]
+        numbers = [
+            Column(Text(name), justify="right") for name in ("layer", "setpoint", "feature", "without", "alpha", "|u|")
+        ]
         table = Table(
             *numbers,
             Column(Text(axis.labels()), no_wrap=True),
@@ -72,11 +76,16 @@ def draw_tracking(tracked: TrackedAnswer) -> None:
             setpoint, feature, without = (float(multiple[k]) for multiple in multiples)
             bar = axis.bar(feature, without, setpoint if acts else None)
             cells = [f"{column[k]:.4g}" for column in columns]
-            table.add_row(str(k), cells[0] if acts else "-", *cells[1:], Text(bar), style=None if acts else "dim")
+            control = [f"{tracked.error[k, i]:.3g}", f"{tracked.push[k]:.3g}"] if acts else ["-", "-"]
+            row = [str(k), cells[0] if acts else "-", *cells[1:], *control]
+            table.add_row(*row, Text(bar), style=None if acts else "dim")
         console.print(table)
         console.print()
     console.print(Text(f"{REACHED} feature  {AIM} setpoint (-: no control here)  {WITHOUT} feature without steering"))
     console.print("Numbers are in the residual stream's units, bars in multiples of the mean.")
+    console.print("alpha: setpoint less feature; |u|: length of what all concepts add to the layer.")
+    if excess is not None:
+        console.print(Text(f"Over the whole answer: {excess}."))
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
@@ -25,10 +25,12 @@ from mlx_lqr.commands.options import (
 from mlx_lqr.contrast import read_prompts, tokenise
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
+from mlx_lqr.laws import Recording
 from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options, Piece, batch_stream, stream
 from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
 from mlx_lqr.runtime.decode import MAX_TOKENS
+from mlx_lqr.runtime.monitor import largest_excess
 from mlx_lqr.synthesis import adapt
 
 
@@ -45,7 +47,7 @@ from mlx_lqr.synthesis import adapt
 @adaptive_option
 @decoding_options(MAX_TOKENS)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt instead of text.")
-@click.option("--track", "tracked", is_flag=True, help="Add feature and setpoint at the prompt's last token (--json).")
+@click.option("--track", "tracked", is_flag=True, help="Add feature, setpoint and control in every layer (--json).")
 @loading_options
 def generate(
     model: str,
@@ -77,9 +79,10 @@ def generate(
         return json.dumps(_fields(loaded, answer, settings, tracked))
 
     if prompt_file is not None:
-        _answer_all(loaded, prompts, settings, record if as_json else _block)
+        _answer_all(loaded, prompts, settings, record if as_json else _block, tracked)
     elif as_json:
-        answer = _Answer(prompts[0])
+        answer = _Answer(prompts[0], recording=Recording() if tracked else None)
+        settings["record"] = answer.recording
         for piece in stream(loaded, prompts[0], **settings):
             answer.add(piece)
         click.echo(record(answer))
@@ -97,6 +100,7 @@ class _Answer:
     number: int = 1
     text: str = ""
     tokens: list[int] = field(default_factory=list)
+    recording: Recording | None = None
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
@@ -104,9 +108,14 @@ class _Answer:
             self.tokens.append(piece.token)
 
 
-def _answer_all(model: Model, prompts: list[str], settings: Options, show: Callable[[_Answer], str]) -> None:
+def _answer_all(
+    model: Model, prompts: list[str], settings: Options, show: Callable[[_Answer], str], tracked: bool
+) -> None:
     """Print what follows each prompt, in order, as soon as the prompts decoded side by side with it are done."""
-    answers = [_Answer(prompt, number) for number, prompt in enumerate(prompts, 1)]
+    answers = [
+        _Answer(prompt, number, recording=Recording() if tracked else None) for number, prompt in enumerate(prompts, 1)
+    ]
+    recordings = [answer.recording for answer in answers]
     printed = 0
     out = sys.stdout  # which a progress bar takes for its own
     # On a terminal the answers themselves show how far things are, and a bar would be drawn across them.
@@ -120,22 +129,24 @@ def _answer_all(model: Model, prompts: list[str], settings: Options, show: Calla
             if report:
                 report(stage, done, total)
 
-        for i, piece in _pieces_of_all(model, prompts, settings, print_finished):
+        for i, piece in _pieces_of_all(model, prompts, settings, print_finished, recordings):
             answers[i].add(piece)
 
 
 def _pieces_of_all(
-    model: Model, prompts: list[str], settings: Options, progress: Progress
+    model: Model, prompts: list[str], settings: Options, progress: Progress, recordings: Sequence[Recording | None]
 ) -> Iterator[tuple[int, Piece]]:
     rolling = settings.get("overflow") == "roll"
-    if not (settings.get("adaptive") or rolling):
+    if not (settings.get("adaptive") or rolling or any(recordings)):
         yield from batch_stream(model, prompts, progress=progress, **settings)
         return
-    for prompt in prompts:  # the gains, or what has been forgotten, are each prompt's own: these go one by one
+    for prompt in prompts:  # gains, what has been forgotten and recordings are each prompt's own: these go one by one
         tokenise(model, prompt, any_length=rolling)  # an unusable prompt is refused before anything is printed
     seed = settings.get("seed")
     for i, prompt in enumerate(prompts):
-        own: Options = {**settings, "seed": seed + i} if seed is not None else settings
+        own: Options = {**settings, "record": recordings[i]}
+        if seed is not None:
+            own["seed"] = seed + i
         for piece in stream(model, prompt, **own):
             yield i, piece
         progress("Answers", i + 1, len(prompts))
@@ -155,6 +166,7 @@ def _fields(model: Model, answer: _Answer, settings: Options, tracked: bool) -> 
     if tracked:
         used = adapt(model, controller, answer.prompt) if settings.get("adaptive") else controller
         found["tracking"] = _tracking(model, answer.prompt, used, strengths)
+        found["control"] = _control(model, controller, answer)
     return found
 
 
@@ -166,4 +178,20 @@ def _tracking(
     return {
         name: {"feature": signal.feature[:, i].tolist(), "setpoint": signal.setpoint[:, i].tolist()}
         for i, name in enumerate(controller.concepts)
+    }
+
+
+def _control(model: Model, controller: Controller, answer: _Answer) -> dict[str, Any]:
+    """What the law measured and did: alpha_k of every concept and |u_k|, at the prompt's last token and then at every
+    token that was run, at the layers with control; and, where the controller knows one, how far from its region."""
+    assert answer.recording is not None
+    prompt_length = len(tokenise(model, answer.prompt, any_length=True))
+    error, push = answer.recording.answer(controller, prompt_length, len(answer.tokens))
+    layers = list(controller.active_layers)
+    excess = largest_excess(controller, error, push)
+    return {
+        "layers": layers,
+        "alpha": {name: error[:, layers, i].tolist() for i, name in enumerate(controller.concepts)},
+        "push": push[:, layers].tolist(),
+        "excess": asdict(excess) if excess is not None else None,
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypedDict, get_args
@@ -54,6 +56,9 @@ controller_option = click.option(
     multiple=True,
     metavar="FILE[:STRENGTH]",
     help="Steer with this controller; repeat it for several concepts. STRENGTH is 1 unless given.",
+)
+strengths_option = click.option(
+    "--strengths", default="1,2,3", show_default=True, help="At which to run the controller, separated by commas."
 )
 adaptive_option = click.option(
     "--adaptive",
@@ -108,6 +113,26 @@ def parse_layers(text: str | None) -> list[int] | None:
     except ValueError:
         raise InputError(f"layers must look like 20-29 or 0,4,8-11, not {text!r}") from None
     return layers
+
+
+def parse_strengths(text: str) -> list[float]:
+    """Strengths such as "0,1.5,3"."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"strengths must look like 1,2,3, not {text!r}") from None
+    if not all(math.isfinite(strength) for strength in found):
+        raise InputError(f"strengths must be finite numbers, not {text!r}")
+    return found
+
+
+def plots_or_refusal() -> Any:
+    """The module that draws, refused before long work where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("plots need matplotlib: pip install 'mlx-lqr[plots]', or leave -o out")
+    from mlx_lqr.analysis import plots
+
+    return plots
 
 
 @contextmanager

@@ -1,0 +1,272 @@
+"""The loop that runs, linearised: its prediction, and one sweep downwards that measures everything in Lyapunov weights.
+
+See certificate.py for the error system and lyapunov.py for the weights. A `LinearModel` says where the Jacobians come
+from: averaged, from a file, or those of one prompt, made when they are needed. Either way a few (d, d) float64 matrices
+are held, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from mlx_lqr.analysis.lyapunov import (
+    Float64,
+    LyapunovStep,
+    dual_norm,
+    lyapunov_sweep,
+    spectral_norm,
+    transition_products,
+    weighted_norm,
+)
+from mlx_lqr.analysis.rollout import Rollout
+from mlx_lqr.backends.base import Float32, Model, Trace
+from mlx_lqr.controller import Controller
+from mlx_lqr.linearize import Jacobians
+from mlx_lqr.riccati import cost_to_go
+
+SAMPLES = ("steered", "concept", "random", "prompts")
+"""Directions along which c_k and L_k are sampled, all at the length of the steered displacement: that itself, v_k, an
+isotropic one, and the difference to another prompt's state."""
+
+
+class LinearModel(Protocol):
+    """A_0..A_{T-1} of a model."""
+
+    def matrix(self, layer: int) -> Float64:
+        """A_k (d, d)"""
+
+    def apply(self, layer: int, rows: Float64) -> Float64:
+        """A_k x for the rows x of (n, d): (n, d)"""
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The Jacobians averaged over prompts, as they stand in a file or in memory."""
+
+    jacobians: Jacobians
+
+    def matrix(self, layer: int) -> Float64:
+        return np.asarray(self.jacobians[layer], np.float64)
+
+    def apply(self, layer: int, rows: Float64) -> Float64:
+        return rows @ self.matrix(layer).T
+
+
+@dataclass(frozen=True)
+class AtPrompt:
+    """The Jacobians at one prompt."""
+
+    model: Model
+    trace: Trace
+
+    def matrix(self, layer: int) -> Float64:
+        return self.model.jacobian(self.trace, layer).astype(np.float64)
+
+    def apply(self, layer: int, rows: Float64) -> Float64:
+        return self.model.jvp(self.trace, layer, rows.astype(np.float32)).astype(np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """The closed loop F_k in its Lyapunov weights, from the first controlled layer on (NaN before it)."""
+
+    spectral_norm: Float64
+    """(T,): |F_k|_2, which may well be above 1"""
+    largest_weight: Float64
+    """(T,): lambda_max(P_k)"""
+    step_norm: Float64
+    """(T,): |F_k| from P_k to P_{k+1}, exactly"""
+    to_output: Float64
+    """(T + 1,): |Phi(T, k)| from P_k to P_T, exactly"""
+
+    @property
+    def product_to_output(self) -> Float64:
+        """(T + 1,): the product of the steps' norms, which bounds `to_output`."""
+        return np.append(np.cumprod(self.step_norm[::-1])[::-1], 1.0)
+
+    @property
+    def transition(self) -> Float64:
+        """Bounds of |Phi(k, i)| (T + 1, T + 1): products of the steps' norms, the last row exact; 0 before control."""
+        table = transition_products(np.nan_to_num(self.step_norm))
+        table[-1] = np.where(np.isnan(self.to_output), 0.0, self.to_output)
+        return table
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """What one sweep found for n prompts at S strengths."""
+
+    contraction: Contraction
+    norm: Float64
+    """(n, S, T + 1): |z0_k|"""
+    constant: Float64
+    """(n, S, T + 1, d): a, where the prediction of z_k - z0_k is a + strength b"""
+    slope: Float64
+    """(T + 1, d): b"""
+    forms: Float64
+    """(n, S, T + 1, 3): |p_k|^2_{P_k} as a quadratic in the strength, the constant first"""
+    displacement: Float64
+    """(n, S, T + 1): |e_k|_{P_k}"""
+    deviation: Float64
+    """(n, S, T + 1): |e_k - p_k|_{P_k}"""
+    remainder: Float64
+    """(n, S, T): |r_k|_{P_{k+1}}"""
+    feature_norms: Float64
+    """(T + 1, T + 1): |Phi(k, i)' v_k|_{P_i^-1}, entry [k, i]"""
+    samples: dict[str, Float64]
+    """direction -> (2, T, S, prompts): samples of c_k and of L_k"""
+
+
+class ClosedLoop:
+    """The linear model of the loop that runs: v_k, g_k and F_k = A_k - g_k v_k'."""
+
+    def __init__(self, model: Model, controller: Controller, strengths: Sequence[float], linear: LinearModel) -> None:
+        self.model, self.controller, self.linear = model, controller, linear
+        self.strengths = np.asarray(strengths, np.float64)
+        self.T, self.d = model.num_layers, model.hidden_size
+        self.first = controller.active_layers[0]
+        output = controller.output_direction[:, 0].astype(np.float64)
+        length = float(np.linalg.norm(output))
+        self.direction = np.vstack([controller.direction[:, :, 0], output / (length or 1.0)]).astype(np.float64)
+        self.gain = controller.gain[:, :, 0].astype(np.float64)
+        self.offset = np.append(controller.offset[:, 0], 0.0).astype(np.float64)
+        self.magnitude = np.append(controller.setpoint[:, 0], length).astype(np.float64)
+
+    def predict(self, unsteered: Float64) -> tuple[Float64, Float64]:
+        """The prediction p_k = a_k + strength b_k of z_k - z0_k: a of every z0 (..., T + 1, d), and b (T + 1, d).
+
+        w_k = (offset_k + strength mu_k - v_k' z0_k) g_k is affine in the strength, and so is p_k.
+        """
+        constant, slope = np.zeros(unsteered.shape), np.zeros((self.T + 1, self.d))
+        for k in range(self.first, self.T):
+            rows = np.vstack([constant[..., k, :].reshape(-1, self.d), slope[k]])
+            carried = self.linear.apply(k, rows) - np.outer(rows @ self.direction[k], self.gain[k])
+            known = self.offset[k] - unsteered[..., k, :] @ self.direction[k]
+            constant[..., k + 1, :] = carried[:-1].reshape(constant[..., k, :].shape) + known[..., None] * self.gain[k]
+            slope[k + 1] = carried[-1] + self.magnitude[k] * self.gain[k]
+        return constant, slope
+
+    def sweep(
+        self,
+        runs: Sequence[Rollout],
+        calibration: Sequence[tuple[Rollout, Rollout]],
+        seed: int = 0,
+        report: Callable[[int], None] | None = None,
+    ) -> Swept:
+        """Weigh the errors of `runs` and sample c_k and L_k at others, from the last layer to the first.
+
+        Args:
+            runs: n of them.
+            calibration: pairs: where to sample, and another prompt to differ from.
+            seed: of the random directions.
+            report: called with the number of layers done.
+        """
+        T, S = self.T, len(self.strengths)
+        z0 = np.stack([run.unsteered for run in runs]).astype(np.float64)  # (n, S, T + 1, d)
+        e = np.stack([run.steered for run in runs]) - z0
+        constant, slope = self.predict(z0)
+        deviating = e - constant - self.strengths[:, None, None] * slope
+        shape = e.shape[:-1]
+        displacement, deviation, remainder = np.zeros(shape), np.zeros(shape), np.zeros((*shape[:2], T))
+        forms, feature_norms = np.zeros((*shape, 3)), np.zeros((T + 1, T + 1))
+        samples = {name: np.full((2, T, S, len(calibration)), np.nan) for name in SAMPLES}
+        random = np.random.default_rng(seed)
+        responses = self.direction[T][:, None]  # Phi(j, k)' v_j, the columns in the order j = k..T
+
+        def weigh(k: int, factor: Float64) -> None:
+            displacement[..., k] = weighted_norm(factor, e[..., k, :])
+            deviation[..., k] = weighted_norm(factor, deviating[..., k, :])
+            a, b = constant[..., k, :] @ factor, slope[k] @ factor
+            forms[..., k, :] = np.stack([(a * a).sum(-1), 2 * (a @ b), np.full(a.shape[:-1], b @ b)], axis=-1)
+            feature_norms[k:, k] = dual_norm(factor, responses)
+
+        steps = []
+        for step in lyapunov_sweep((k, self._closed(k)) for k in reversed(range(self.first, T))):
+            k, F = step.layer, step.closed_loop
+            if k == T - 1:
+                weigh(T, step.next_factor)
+            known = self.offset[k] + self.strengths * self.magnitude[k] - z0[..., k, :] @ self.direction[k]
+            r = e[..., k + 1, :] - e[..., k, :] @ F.T - known[..., None] * self.gain[k]
+            remainder[..., k] = weighted_norm(step.next_factor, r)
+            responses = np.column_stack([self.direction[k], F.T @ responses])
+            weigh(k, step.factor)
+            if k > self.first:  # at the first controlled layer nothing is displaced yet
+                for i, (run, other) in enumerate(calibration):
+                    for name, found in self._constants(run, step, other.unsteered[:, k], random).items():
+                        samples[name][:, k, :, i] = found
+            steps.append(_summary(step))
+            if report:
+                report(T - k)
+        contraction = _contraction(steps, T)
+        norm = np.linalg.norm(z0, axis=-1)
+        return Swept(
+            contraction, norm, constant, slope, forms, displacement, deviation, remainder, feature_norms, samples
+        )
+
+    def full_state(self) -> Contraction:
+        """The same weights for A_k - K_k, with the gains K_k of the controller's own cost and layers."""
+        weights, layers = self.controller.weights, self.controller.active_layers
+        descending = ((k, self.linear.matrix(k)) for k in reversed(range(self.first, self.T)))
+        kept: list[Float64] = []  # the Jacobian of the gain to come, which the recursion does not hand on
+
+        def remembered() -> Iterator[tuple[int, Float64]]:
+            for k, A in descending:
+                kept[:] = [A]
+                yield k, A
+
+        closed = ((k, kept[0] - gain) for k, gain, _ in cost_to_go(remembered(), weights, layers))
+        return _contraction([_summary(step) for step in lyapunov_sweep(closed)], self.T)
+
+    def _closed(self, k: int) -> Float64:
+        return self.linear.matrix(k) - np.outer(self.gain[k], self.direction[k])
+
+    def _constants(
+        self, run: Rollout, step: LyapunovStep, other: Float32, random: np.random.Generator
+    ) -> dict[str, Float64]:
+        """c_k and L_k (2, S) along each kind of direction, at the lengths of one prompt's steered displacements."""
+        k, S = step.layer, len(self.strengths)
+        A = step.closed_loop + np.outer(self.gain[k], self.direction[k])
+        z = run.unsteered[:, k]
+        steered = run.steered[:, k] - z
+        lengths = np.linalg.norm(steered, axis=1, keepdims=True)
+        kinds = {"steered": steered, "random": random.standard_normal(z.shape), "prompts": other - z}
+        kinds["concept"] = np.outer(np.where(self.strengths < 0, -1.0, 1.0), self.direction[k])
+        found = {}
+        for name, directions in kinds.items():
+            size = np.linalg.norm(directions, axis=1, keepdims=True)
+            steps = directions * np.divide(lengths, size, out=np.zeros_like(lengths), where=size > 0)
+            steps = steps.astype(np.float32)
+            second, first = np.empty((2, S, self.d))
+            for rows, trace in _shared_traces(run):
+                values = self.model.block(trace, k, np.vstack([z[rows], z[rows] + steps[rows]])).astype(np.float64)
+                own = self.model.jvp(trace, k, steps[rows]).astype(np.float64)
+                half = len(values) // 2
+                second[rows], first[rows] = values[half:] - values[:half] - own, own - steps[rows] @ A.T
+            weight = weighted_norm(step.factor, steps.astype(np.float64))
+            mismatch, curved = (weighted_norm(step.next_factor, part) for part in (first, second))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found[name] = np.stack([mismatch / weight, 2 * curved / weight**2])
+        return found
+
+
+def _shared_traces(run: Rollout) -> list[tuple[slice, Trace]]:
+    """All strengths at once where they share a trace, else one by one."""
+    if len({id(trace) for trace in run.traces}) == 1:
+        return [(slice(None), run.traces[0])]
+    return [(slice(s, s + 1), trace) for s, trace in enumerate(run.traces)]
+
+
+def _summary(step: LyapunovStep) -> tuple[int, float, float, float, float]:
+    return step.layer, spectral_norm(step.closed_loop), step.largest_weight, step.step_norm, step.to_output
+
+
+def _contraction(steps: Sequence[tuple[int, float, float, float, float]], T: int) -> Contraction:
+    spectral, weight, step_norm = np.full((3, T), np.nan)
+    to_output = np.append(np.full(T, np.nan), 1.0)
+    for k, *found in steps:
+        spectral[k], weight[k], step_norm[k], to_output[k] = found
+    return Contraction(spectral, weight, step_norm, to_output)

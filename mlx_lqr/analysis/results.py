@@ -1,0 +1,38 @@
+"""A result as JSON: every field of its dataclass, arrays as nested lists of six digits, what is not finite as null."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, is_dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from mlx_lqr.atomic import writing
+
+
+def as_json(result: Any) -> Any:
+    """A result, or a part of one, in terms of JSON's own types."""
+    if is_dataclass(result) and not isinstance(result, type):
+        return {field.name: as_json(getattr(result, field.name)) for field in fields(result)}
+    if isinstance(result, np.ndarray | np.generic):
+        return as_json(result.tolist())
+    if isinstance(result, dict):
+        return {str(key): as_json(value) for key, value in result.items()}
+    if isinstance(result, list | tuple):
+        return [as_json(value) for value in result]
+    if isinstance(result, float):
+        return float(f"{result:.6g}") if math.isfinite(result) else None
+    return result
+
+
+def write_json(path: str | PathLike[str], result: Any) -> None:
+    """Write a result to a file, atomically.
+
+    Raises:
+        InputError: a place that cannot be written.
+    """
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(as_json(result)) + "\n", "utf-8")

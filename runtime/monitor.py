@@ -1,0 +1,66 @@
+"""Did an answer leave the region in which the linear model was found good?
+
+A controller may carry that region, two sizes a layer and concept in the residual stream's units: `checked_error`, the
+|alpha_k| up to which block k answered linearly (to 10 %) to a step along v_k, and `checked_push`, the |u_k| up to which
+block k + 1 did along g_k. Inside it the plan that the gains rest on is sound; outside it nothing is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mlx_lqr.controller import Controller
+
+
+@dataclass(frozen=True)
+class Excess:
+    """The place where an answer came closest to leaving the region, or went furthest beyond it."""
+
+    ratio: float
+    """Size over what was checked: above 1 it is outside"""
+    layer: int
+    token: int
+    """0 is the prompt's last token, i the answer's i-th"""
+    quantity: Literal["alpha", "push"]
+    size: float
+    """|alpha_k| or |u_k|, in the residual stream's units"""
+    checked: float
+    concept: str
+    outside: float
+    """The share of tokens at which some layer was outside"""
+
+    def __str__(self) -> str:
+        name = {"alpha": "|alpha_k|", "push": "|u_k|"}[self.quantity]
+        where = "the prompt's last token" if self.token == 0 else f"token {self.token}"
+        return (
+            f"{name} of {self.concept} at layer {self.layer}, {where}, is {self.size:.3g}, {self.ratio:.1f} times what "
+            f"was checked; {self.outside:.0%} of the tokens left the linear region"
+        )
+
+
+def largest_excess(controller: Controller, error: np.ndarray, push: np.ndarray) -> Excess | None:
+    """Where alpha_k (n, T, m) and |u_k| (n, T) of n tokens stand against the controller's region.
+
+    With several concepts |u_k| is held against the smallest of their regions. None without a region or a token.
+    """
+    if controller.checked_error is None or controller.checked_push is None or not len(error):
+        return None
+    m = len(controller.concepts)
+    sizes = np.concatenate([np.abs(error), np.repeat(push[..., None], m, axis=2)], axis=2)
+    region = np.concatenate([controller.checked_error, controller.checked_push], axis=1)
+    with np.errstate(divide="ignore"):
+        ratios = np.nan_to_num(sizes / region, nan=0.0)  # (n, T, 2m)
+    token, layer, column = (int(i) for i in np.unravel_index(np.argmax(ratios), ratios.shape))
+    return Excess(
+        ratio=float(ratios[token, layer, column]),
+        layer=layer,
+        token=token,
+        quantity="alpha" if column < m else "push",
+        size=float(sizes[token, layer, column]),
+        checked=float(region[layer, column]),
+        concept=controller.concepts[column % m],
+        outside=float(np.mean((ratios > 1).any(axis=(1, 2)))),
+    )
