@@ -55,11 +55,13 @@ def decode(
             f"{longest} prompt tokens and {max_tokens} new ones do not fit the model's context of "
             f"{model.context_length}: ask for at most {room}, or let the context roll"
         )
-    if decoder is None:
-        decoder = model.decoder(law, sampling, rolling=rolling)
-    else:
+    if decoder is not None:
         decoder.law, decoder.sampling = law, sampling
-    return _decode(model, tokens, decoder, steer_all, max_tokens, set() if ended is None else ended, adapted)
+
+    def begin() -> Decoder:  # not before the first token is asked for: others may be decoded before
+        return decoder or model.decoder(law, sampling, rolling=rolling)
+
+    return _decode(model, tokens, begin, steer_all, max_tokens, set() if ended is None else ended, adapted)
 
 
 def room_after(model: Model, prompt_length: int) -> int:
@@ -70,13 +72,13 @@ def room_after(model: Model, prompt_length: int) -> int:
 def _decode(
     model: Model,
     prompts: Sequence[Sequence[int]],
-    decoder: Decoder,
+    begin: Callable[[], Decoder],
     steer_all: bool,
     max_tokens: int,
     ended: set[int],
     adapted: Callable[[Trace], Law] | None,
 ) -> Iterator[tuple[int, int]]:
-    end_tokens = model.tokenizer.end_tokens
+    decoder, end_tokens = begin(), model.tokenizer.end_tokens
     decoder.fill([prompt[decoder.position : -1] for prompt in prompts], steered=steer_all)
     last = [prompt[-1] for prompt in prompts]
     if adapted is not None:

@@ -94,6 +94,8 @@ def batch_generate(
 ) -> list[str]:
     """The text that follows each prompt. Prompts are decoded side by side, 16 at a time, each as it would be alone.
 
+    Adaptive control, a context that rolls and recording are each prompt's own: with these, prompts go one by one.
+
     Args:
         model: what `load` returned.
         prompts: texts or token ids; prompt i is drawn with `seed` + i.
@@ -113,29 +115,39 @@ def batch_stream(
     model: Model,
     prompts: Sequence[Prompt],
     *,
+    records: Sequence[Recording] | None = None,
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> Iterator[tuple[int, Piece]]:
     """The same, as (i, piece) for every piece of what follows prompt i. Nothing more follows the prompts that are done.
 
     Wrong arguments, and any unusable prompt, are refused at the call.
+
+    Args:
+        records: one for each prompt, in place of the option `record`.
     """
-    seed = options.get("seed")
+    alone = options.get("adaptive") or options.get("overflow") == "roll" or records is not None
+    size, seed = 1 if alone else BATCH, options.get("seed")
     batches = []
-    for start in range(0, len(prompts), BATCH):
-        own: Options = {**options, "seed": seed + start} if seed is not None else options
-        batches.append(_stream(model, prompts[start : start + BATCH], own))
+    for start in range(0, len(prompts), size):
+        own: Options = {**options}
+        if seed is not None:
+            own["seed"] = seed + start
+        if records is not None:
+            own["record"] = records[start]
+        batches.append((start, _stream(model, prompts[start : start + size], own)))
     return _one_after_another(batches, len(prompts), progress)
 
 
 def _one_after_another(
-    batches: Sequence[Iterator[tuple[int, Piece]]], total: int, progress: Progress | None
+    batches: Sequence[tuple[int, Iterator[tuple[int, Piece]]]], total: int, progress: Progress | None
 ) -> Iterator[tuple[int, Piece]]:
-    for start, pieces in zip(range(0, total, BATCH), batches, strict=True):
+    ends = [start for start, _ in batches[1:]] + [total]
+    for (start, pieces), end in zip(batches, ends, strict=True):
         for i, piece in pieces:
             yield start + i, piece
         if progress:
-            progress("Answers", min(start + BATCH, total), total)
+            progress("Answers", end, total)
 
 
 def feedback(
@@ -164,9 +176,7 @@ def _stream(
         return feedback(model, readapted(model, controller, trace), strength, record)
 
     if record is not None and len(prompts) > 1:
-        raise InputError("a batch cannot be recorded: decode one prompt at a time")
-    if adaptive and len(prompts) > 1:
-        raise InputError("a batch cannot be steered adaptively: decode one prompt at a time")
+        raise InputError("a batch cannot be recorded: decode one prompt at a time, or give batch_stream `records`")
     ended: set[int] = set()
     tokens = decode(
         model,

@@ -21,7 +21,7 @@ from mlx_lqr.backends.base import Model
 from mlx_lqr.commands.chat_view import draw_tracking
 from mlx_lqr.controller import Controller
 from mlx_lqr.laws import LinearFeedback, RecordedFeedback, Recording
-from mlx_lqr.runtime import Chat, stream
+from mlx_lqr.runtime import Chat, Options, batch_stream, stream
 from mlx_lqr.runtime.generate import feedback
 from mlx_lqr.runtime.monitor import largest_excess
 
@@ -66,6 +66,25 @@ def test_layers_without_control_are_not_recorded() -> None:
     assert recording.push().shape == (3, 3)
     assert np.isnan(recording.push()[:, [0, 2]]).all()
     assert not np.isnan(recording.push()[:, 1]).any()
+
+
+@pytest.mark.parametrize("own", [{"adaptive": True}, {"overflow": "roll"}, {}])
+def test_many_prompts_go_one_by_one_where_they_must(own: Options) -> None:
+    model = chatting()
+    controller = fitted(model)
+    prompts = [[1, 2], [3, 4, 5], [6]]
+    options: Options = {**own, "controller": controller, "max_tokens": 4, "temperature": 1.0, "seed": 5}
+    recordings, done = [Recording() for _ in prompts], list[tuple[str, int, int]]()
+    texts = [""] * len(prompts)
+    pieces = batch_stream(model, prompts, records=recordings, progress=lambda *state: done.append(state), **options)
+    for i, piece in pieces:
+        texts[i] += piece.text
+    assert done == [("Answers", i, 3) for i in (1, 2, 3)]
+    for i, prompt in enumerate(prompts):
+        alone = Recording()
+        assert texts[i] == mlx_lqr.generate(model, prompt, **{**options, "seed": 5 + i, "record": alone})
+        assert np.array_equal(recordings[i].push(), alone.push())
+    assert mlx_lqr.batch_generate(model, prompts, **options) == texts
 
 
 def test_nothing_is_kept_where_nobody_asks() -> None:
@@ -154,9 +173,9 @@ def test_a_chat_knows_how_far_it_went(positions: Any, adaptive: bool, capsys: py
     assert chat.excess() is None
 
 
-def test_the_last_token_that_was_run_is_recorded_as_it_was(smollm2: Model) -> None:
+def test_the_last_token_that_was_run_is_recorded_as_it_was() -> None:
     model = chatting()
-    controller = fitted(model)
+    controller = with_region(fitted(model), 1.0)
     chat = Chat(model, options={"max_tokens": 4})
     chat.add(controller, 1.5)
     answer = tokens(chat.answer("hello"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from mlx_lqr.analysis.tracking import track
-from mlx_lqr.backends.base import Model, Progress
+from mlx_lqr.backends.base import Model
 from mlx_lqr.commands.options import (
     Loading,
     adaptive_option,
@@ -112,10 +112,11 @@ def _answer_all(
     model: Model, prompts: list[str], settings: Options, show: Callable[[_Answer], str], tracked: bool
 ) -> None:
     """Print what follows each prompt, in order, as soon as the prompts decoded side by side with it are done."""
+    records = [Recording() for _ in prompts] if tracked else None
     answers = [
-        _Answer(prompt, number, recording=Recording() if tracked else None) for number, prompt in enumerate(prompts, 1)
+        _Answer(prompt, i + 1, recording=records[i] if records is not None else None)
+        for i, prompt in enumerate(prompts)
     ]
-    recordings = [answer.recording for answer in answers]
     printed = 0
     out = sys.stdout  # which a progress bar takes for its own
     # On a terminal the answers themselves show how far things are, and a bar would be drawn across them.
@@ -129,27 +130,8 @@ def _answer_all(
             if report:
                 report(stage, done, total)
 
-        for i, piece in _pieces_of_all(model, prompts, settings, print_finished, recordings):
+        for i, piece in batch_stream(model, prompts, records=records, progress=print_finished, **settings):
             answers[i].add(piece)
-
-
-def _pieces_of_all(
-    model: Model, prompts: list[str], settings: Options, progress: Progress, recordings: Sequence[Recording | None]
-) -> Iterator[tuple[int, Piece]]:
-    rolling = settings.get("overflow") == "roll"
-    if not (settings.get("adaptive") or rolling or any(recordings)):
-        yield from batch_stream(model, prompts, progress=progress, **settings)
-        return
-    for prompt in prompts:  # gains, what has been forgotten and recordings are each prompt's own: these go one by one
-        tokenise(model, prompt, any_length=rolling)  # an unusable prompt is refused before anything is printed
-    seed = settings.get("seed")
-    for i, prompt in enumerate(prompts):
-        own: Options = {**settings, "record": recordings[i]}
-        if seed is not None:
-            own["seed"] = seed + i
-        for piece in stream(model, prompt, **own):
-            yield i, piece
-        progress("Answers", i + 1, len(prompts))
 
 
 def _block(answer: _Answer) -> str:
