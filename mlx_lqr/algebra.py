@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,9 @@ Matrix = NDArray[np.floating]
 
 class LinearAlgebra(Protocol):
     """Square matrices of some array library, which has the operators `@ + - * .T` in common with NumPy."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Around all that is done with matrices: a failure to get memory for them leaves it as an `InputError`."""
 
     def matrix(self, values: Matrix, dtype: DTypeLike) -> Any:
         """The values (d, d) as a matrix of this library, in float64 or float32."""
@@ -35,6 +39,9 @@ class LinearAlgebra(Protocol):
 
 class NumPyAlgebra:
     """NumPy, and LAPACK through SciPy."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def matrix(self, values: Matrix, dtype: DTypeLike) -> Matrix:
         return np.asarray(values, dtype=dtype)

@@ -135,23 +135,24 @@ def cost_to_go(
     algebra = algebra or NumPyAlgebra()
     S: Any = None
     for k, jacobian in jacobians:
-        A = algebra.matrix(jacobian, dtype)
-        if not algebra.is_finite(A):
-            raise InputError(f"the Jacobian of layer {k} has values that are not finite: no gains from it")
-        if S is None:
-            S = algebra.matrix(weights.qf * np.eye(A.shape[0]), dtype)
-        if k in chosen:
-            MA = _controlled(S, weights.r, k, algebra, dtype) @ A
-            gain = algebra.numpy(MA / weights.r)
-        else:
-            MA = S @ A
-            gain = np.zeros(A.shape, dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
-            S = A.T @ MA
-            S = (S + S.T) / 2
-        algebra.add_to_diagonal(S, weights.q)
-        if not algebra.is_finite(S):
-            raise InputError(f"the Riccati recursion overflows {np.dtype(dtype)} at layer {k}: lower q and qf")
+        with algebra.computing():
+            A = algebra.matrix(jacobian, dtype)
+            if not algebra.is_finite(A):
+                raise InputError(f"the Jacobian of layer {k} has values that are not finite: no gains from it")
+            if S is None:
+                S = algebra.matrix(weights.qf * np.eye(A.shape[0]), dtype)
+            if k in chosen:
+                MA = _controlled(S, weights.r, k, algebra, dtype) @ A
+                gain = algebra.numpy(MA / weights.r)
+            else:
+                MA = S @ A
+                gain = np.zeros(A.shape, dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                S = A.T @ MA
+                S = (S + S.T) / 2
+            algebra.add_to_diagonal(S, weights.q)
+            if not algebra.is_finite(S):
+                raise InputError(f"the Riccati recursion overflows {np.dtype(dtype)} at layer {k}: lower q and qf")
         yield k, gain, S
         del jacobian, A, MA, gain  # nothing but S is held while the next Jacobian is made
 

@@ -383,6 +383,11 @@ def test_running_out_of_memory_is_one_line_and_loses_nothing(tmp_path: Path, mon
         found = mlx_lqr.linearize(model, [PROMPT], store=file)
     assert finished == [2, -1, 1, 0]
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    for product in ("__matmul__", "__truediv__"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, product, exhausted)
+            with pytest.raises(InputError, match="not enough memory for the gains"):
+                mlx_lqr.solve(expected, algebra=TorchAlgebra(CPU))
     monkeypatch.setattr("mlx_lqr.backends.torch.load_module", exhausted)
     with pytest.raises(InputError, match="not enough memory for the model: load it with dtype bfloat16"):
         mlx_lqr.load(tiny_folder("llama"), backend="torch")

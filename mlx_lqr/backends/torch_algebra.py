@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
@@ -18,10 +20,12 @@ class TorchAlgebra:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
+    def computing(self) -> AbstractContextManager[None]:
+        return memory_for("the gains", _ADVICE)
+
     def matrix(self, values: Matrix, dtype: DTypeLike) -> torch.Tensor:
         kind = torch.float64 if np.dtype(dtype) == np.float64 else torch.float32
-        with memory_for("the gains", _ADVICE):
-            return torch.as_tensor(np.ascontiguousarray(values), device=self._device).to(kind)
+        return torch.as_tensor(np.ascontiguousarray(values), device=self._device).to(kind)
 
     def numpy(self, matrix: torch.Tensor) -> Matrix:
         return matrix.cpu().numpy()
@@ -33,10 +37,9 @@ class TorchAlgebra:
         matrix.diagonal().add_(value)
 
     def inverse(self, matrix: torch.Tensor) -> tuple[torch.Tensor, float]:
-        with memory_for("the gains", _ADVICE):
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            if int(failed):
-                return matrix, 0.0
-            inverse = torch.cholesky_inverse(factor)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if int(failed):
+            return matrix, 0.0
+        inverse = torch.cholesky_inverse(factor)
         norm, inverse_norm = (torch.linalg.matrix_norm(one, ord=1) for one in (matrix, inverse))
         return inverse, 1.0 / float(norm * inverse_norm)
