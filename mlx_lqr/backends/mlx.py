@@ -136,9 +136,7 @@ class MLXModel:
         return np.asarray(chosen - mx.logsumexp(logits, axis=-1))
 
     def trace(self, tokens: Sequence[int]) -> MLXTrace:
-        decoder = self.decoder()
-        decoder.fill([tokens[:-1]], steered=False)
-        return decoder.trace(tokens[-1])
+        return self.decoder().trace_prompt(tokens)
 
     def block(self, trace: MLXTrace, layer: int, z: Float32) -> Float32:
         result = np.empty(z.shape, np.float32)

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lqr.backends.base import OVERFLOWED, Float32, Law, Sampling
-from mlx_lqr.backends.mlx_blocks import BlockCall, BlockHooks, FrozenCache, hooked
+from mlx_lqr.backends.mlx_blocks import BlockCall, BlockHooks, FrozenCache, Hook, hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 from mlx_lqr.backends.mlx_step import CompiledStep, FixedCache, energy, in_order
 from mlx_lqr.errors import InputError
@@ -181,22 +181,33 @@ class MLXDecoder:
         self._settle()
         frozen = [_frozen(layer) for layer in self._cache]
         residual: list[mx.array] = []
+        calls = self._calls(token, frozen, residual)
+        return _traced(residual, calls, frozen)
+
+    def trace_prompt(self, prompt: Sequence[int]) -> MLXTrace:
+        """`fill` of all but the last token and `trace` of that one, but in a single pass where it can be taken back."""
+        residual: list[mx.array] = []
+        with hooked(self._blocks, _recording(residual, len(self._blocks)), range(len(self._blocks))):
+            self.fill([prompt], steered=False)
+        if not self.rewind(len(prompt) - 1):  # a window has lost what the last token would have seen
+            self._cache, self.position = [], 0
+            self.fill([prompt[:-1]], steered=False)
+            return self.trace(prompt[-1])
+        frozen = [_frozen(layer) for layer in self._cache]
+        return _traced(residual, self._calls(prompt[-1], frozen, []), frozen)
+
+    def _calls(self, token: int, frozen: list[FrozenCache], residual: list[mx.array]) -> list[BlockCall]:
+        """How the module calls each block at this token; `residual` takes z_0..z_T. Nothing is computed yet."""
         calls: list[BlockCall] = []
+        record = _recording(residual, len(frozen))
 
-        def record(k: int, z: mx.array, call: BlockCall) -> mx.array:
+        def keep(k: int, z: mx.array, call: BlockCall) -> mx.array:
             calls.append(call)
-            residual.append(z[0, -1])
-            output = call(z)
-            if k == len(frozen) - 1:
-                residual.append(output[0, -1])
-            return output
+            return record(k, z, call)
 
-        with hooked(self._blocks, record, range(len(frozen))):
+        with hooked(self._blocks, keep, range(len(frozen))):
             self._module(mx.array([[token]]), cache=frozen)
-        stacked = mx.stack(residual).astype(mx.float32)
-        mx.eval(stacked)
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in frozen if layer.keys is not None)
-        return MLXTrace(np.asarray(stacked), calls, held + stacked.nbytes)
+        return calls
 
     def overflowing_layer(self, tokens: mx.array | Sequence[int]) -> int | None:
         self._settle()
@@ -284,6 +295,28 @@ def _for_grouped_heads(make_mask: Callable[..., mx.array]) -> Callable[..., mx.a
     """Masks (B, 1, 1, L, S) for attention that computes its scores by groups of heads, as mlx-lm's Gemma 2 does; it
     has no place for a mask (B, 1, L, S) of a batch."""
     return lambda *args, **kwargs: make_mask(*args, **kwargs)[:, :, None]
+
+
+def _recording(residual: list[mx.array], layers: int) -> Hook:
+    """A hook that leaves z_0..z_T at the last position of the last pass in `residual`."""
+
+    def record(k: int, z: mx.array, call: BlockCall) -> mx.array:
+        if k == 0:
+            residual.clear()
+        residual.append(z[0, -1])
+        output = call(z)
+        if k == layers - 1:
+            residual.append(output[0, -1])
+        return output
+
+    return record
+
+
+def _traced(residual: list[mx.array], calls: list[BlockCall], frozen: list[FrozenCache]) -> MLXTrace:
+    stacked = mx.stack(residual).astype(mx.float32)
+    mx.eval(stacked)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in frozen if layer.keys is not None)
+    return MLXTrace(np.asarray(stacked), calls, held + stacked.nbytes)
 
 
 def _frozen(layer: Any) -> FrozenCache:
