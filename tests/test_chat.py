@@ -27,9 +27,9 @@ from tiny import tiny
 
 import mlx_lqr
 from mlx_lqr import InputError, Options
-from mlx_lqr.backends.base import Model
+from mlx_lqr.backends.base import BlockCall, Model
 from mlx_lqr.backends.mlx import MLXModel
-from mlx_lqr.backends.mlx_blocks import BlockCall, hooked
+from mlx_lqr.backends.mlx_blocks import hooked
 from mlx_lqr.backends.tokenizer import Message
 from mlx_lqr.commands.chat_view import draw_tracking
 from mlx_lqr.controller import Controller

@@ -14,8 +14,9 @@ from tiny import FAMILY, tiny
 
 import mlx_lqr
 from mlx_lqr.backends import mlx_expansion
+from mlx_lqr.backends.base import BlockCall
 from mlx_lqr.backends.mlx import MLXModel, MLXTrace
-from mlx_lqr.backends.mlx_blocks import BlockCall, hooked
+from mlx_lqr.backends.mlx_blocks import hooked
 
 PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33]  # longer than the tiny models' sliding windows of 6
 

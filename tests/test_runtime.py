@@ -47,7 +47,8 @@ def law_for(model: Model, strength: float = 2.0) -> LinearFeedback:
 
 def steered_step_by_step(model: MLXModel, law: LinearFeedback, tokens: list[int], first: int) -> list[np.ndarray]:
     """u_k applied by hand, block after block in NumPy, at positions from `first` on, in one pass without a cache."""
-    from mlx_lqr.backends.mlx_blocks import BlockCall, hooked
+    from mlx_lqr.backends.base import BlockCall
+    from mlx_lqr.backends.mlx_blocks import hooked
 
     seen: list[np.ndarray] = []
 

@@ -7,8 +7,9 @@ interface only from one call of the backend to the next; results meant for other
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -199,6 +200,51 @@ class Model(Protocol):
 
     def steer(self, law: Law, *, steer_all: bool) -> AbstractContextManager[None]:
         """Inside the block, calls of the framework's own model object and of its generation functions are steered."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a block as the model made it, mask and cache included; a function of its input z (B, L, d)."""
+
+    block: Callable[..., Array]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, z: Array) -> Array:
+        return self.block(z, *self.args, **self.kwargs)
+
+
+Hook = Callable[[int, Array, BlockCall], Array]
+"""hook(k, z, call) -> output: stands in for block k, whose own output is call(z)."""
+
+
+def fingerprint_of(model: Model, norms: Iterable[tuple[str, bytes]]) -> str:
+    """A digest of a model's sizes and of its blocks' norm weights.
+
+    Args:
+        norms: by name ("LAYER.path.to.weight"), rounded to bfloat16, the coarsest dtype in use.
+    """
+    digest = hashlib.sha256(f"{model.num_layers} {model.hidden_size} {model.vocab_size}".encode())
+    for _, weight in sorted(norms):
+        digest.update(weight)
+    return digest.hexdigest()[:16]
+
+
+def residuals_in_batches(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    of_batch: Callable[[list[Sequence[int]]], Float32],
+    progress: Progress | None,
+) -> Float32:
+    """`Model.residuals` (n, T + 1, d) from those of batches of prompts of similar length."""
+    result = np.empty((len(prompts), model.num_layers + 1, model.hidden_size), np.float32)
+    done = 0
+    for batch in batches([len(prompt) for prompt in prompts]):
+        result[batch] = of_batch([prompts[i] for i in batch])
+        done += len(batch)
+        if progress:
+            progress("Activations", done, len(prompts))
+    return result
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,8 +14,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lqr.backends import blas, mlx_lm_calls
-from mlx_lqr.backends.base import GREEDY, Float32, Law, Progress, Sampling, batches
-from mlx_lqr.backends.mlx_blocks import TANGENTS, BlockCall, differentiable, hooked, refuse_hooked
+from mlx_lqr.backends.base import (
+    GREEDY,
+    BlockCall,
+    Float32,
+    Law,
+    Progress,
+    Sampling,
+    fingerprint_of,
+    residuals_in_batches,
+)
+from mlx_lqr.backends.mlx_blocks import TANGENTS, differentiable, hooked, refuse_hooked
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx_expansion import block_jacobian
 from mlx_lqr.backends.mlx_load import load_module
@@ -64,12 +72,9 @@ class MLXModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the sizes and of the blocks' norm weights, rounded to bfloat16, the coarsest dtype in use."""
-        digest = hashlib.sha256(f"{self.num_layers} {self.hidden_size} {self.vocab_size}".encode())
-        norms = [(k, w) for k, w in tree_flatten(self.blocks) if k.endswith("norm.weight")]
-        for _, weight in sorted(norms):
-            digest.update(np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes())
-        return digest.hexdigest()[:16]
+        norms = ((name, weight) for name, weight in tree_flatten(self.blocks) if name.endswith("norm.weight"))
+        rounded = ((name, weight.astype(mx.bfloat16).view(mx.uint16)) for name, weight in norms)
+        return fingerprint_of(self, ((name, np.asarray(weight).tobytes()) for name, weight in rounded))
 
     def residuals(
         self,
@@ -79,18 +84,12 @@ class MLXModel:
         steer_all: bool = False,
         progress: Progress | None = None,
     ) -> Float32:
-        result = np.empty((len(prompts), self.num_layers + 1, self.hidden_size), np.float32)
         placed = self.place(law)
-        done = 0
-        for batch in batches([len(prompt) for prompt in prompts]):
-            stacked = self._residuals_of_batch([prompts[i] for i in batch], placed, steer_all)
-            result[batch] = np.asarray(stacked.astype(mx.float32))
-            done += len(batch)
-            if progress:
-                progress("Activations", done, len(prompts))
-        return result
+        return residuals_in_batches(
+            self, prompts, lambda batch: self._residuals_of_batch(batch, placed, steer_all), progress
+        )
 
-    def _residuals_of_batch(self, prompts: list[Sequence[int]], law: Law | None, steer_all: bool) -> mx.array:
+    def _residuals_of_batch(self, prompts: list[Sequence[int]], law: Law | None, steer_all: bool) -> Float32:
         """(B, T + 1, d). Prompts are padded on the right, where causal attention keeps the padding away from every real
         token and each real token keeps its position."""
         lengths = mx.array([len(prompt) for prompt in prompts])
@@ -112,7 +111,7 @@ class MLXModel:
 
         with hooked(self.blocks, record, range(self.num_layers)):
             self.module(tokens)
-        return mx.stack(recorded, axis=1)
+        return np.asarray(mx.stack(recorded, axis=1).astype(mx.float32))
 
     def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
         decoder = self.decoder(law)

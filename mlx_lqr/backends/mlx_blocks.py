@@ -7,35 +7,19 @@ forward pass with its own masks and scalings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlx_lqr.backends.base import BlockCall, Hook
 from mlx_lqr.errors import InputError
 
 TANGENTS = 288
 """Directions differentiated at once: enough for full speed, and little memory beside a wide model's matrices."""
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """One call of a block as the model made it, mask and cache included; a function of its input z (B, L, d)."""
-
-    block: Callable[..., mx.array]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self, z: mx.array) -> mx.array:
-        return self.block(z, *self.args, **self.kwargs)
-
-
-Hook = Callable[[int, mx.array, BlockCall], mx.array]
-"""hook(k, z, call) -> output: stands in for block k, whose own output is call(z)."""
 
 
 class BlockHooks:

@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lqr.backends.base import OVERFLOWED, Float32, Law, Sampling
-from mlx_lqr.backends.mlx_blocks import BlockCall, BlockHooks, FrozenCache, Hook, hooked
+from mlx_lqr.backends.base import OVERFLOWED, BlockCall, Float32, Hook, Law, Sampling
+from mlx_lqr.backends.mlx_blocks import BlockHooks, FrozenCache, hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 from mlx_lqr.backends.mlx_step import CompiledStep, FixedCache, energy, in_order
 from mlx_lqr.errors import InputError

@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lqr.backends.base import Law
-from mlx_lqr.backends.mlx_blocks import BlockCall, hooked
+from mlx_lqr.backends.base import BlockCall, Law
+from mlx_lqr.backends.mlx_blocks import hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 
 STEP = 256

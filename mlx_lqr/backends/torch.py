@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,12 +12,21 @@ import numpy as np
 import torch
 from torch.func import jvp, vjp
 
-from mlx_lqr.backends.base import GREEDY, Float32, Law, Progress, Sampling, batches
+from mlx_lqr.backends.base import (
+    GREEDY,
+    BlockCall,
+    Float32,
+    Law,
+    Progress,
+    Sampling,
+    fingerprint_of,
+    residuals_in_batches,
+)
 from mlx_lqr.backends.model_folder import read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.backends.torch_algebra import TorchAlgebra
 from mlx_lqr.backends.torch_attention import WholePrompts, attending
-from mlx_lqr.backends.torch_blocks import BlockCall, hooked, refuse_hooked
+from mlx_lqr.backends.torch_blocks import hooked, refuse_hooked
 from mlx_lqr.backends.torch_decoder import TorchDecoder, TorchTrace
 from mlx_lqr.backends.torch_generate import Positions, announcing_prompts
 from mlx_lqr.backends.torch_load import check_family, chosen_device, load_module, memory_for
@@ -69,17 +77,13 @@ class TorchModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the sizes and of the blocks' norm weights, rounded to bfloat16, the coarsest dtype in use."""
-        digest = hashlib.sha256(f"{self.num_layers} {self.hidden_size} {self.vocab_size}".encode())
-        norms = [
-            (f"{k}.{name}", weight)
+        norms = (
+            (f"{k}.{name}", weight.detach().to(torch.bfloat16).cpu().view(torch.int16))
             for k, block in enumerate(self.blocks)
             for name, weight in block.named_parameters()
             if name.endswith("norm.weight")
-        ]
-        for _, weight in sorted(norms, key=lambda norm: norm[0]):
-            digest.update(weight.detach().to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        )
+        return fingerprint_of(self, ((name, weight.numpy().tobytes()) for name, weight in norms))
 
     def residuals(
         self,
@@ -89,15 +93,10 @@ class TorchModel:
         steer_all: bool = False,
         progress: Progress | None = None,
     ) -> Float32:
-        result = np.empty((len(prompts), self.num_layers + 1, self.hidden_size), np.float32)
         placed = self.place(law)
-        done = 0
-        for batch in batches([len(prompt) for prompt in prompts]):
-            result[batch] = self._residuals_of_batch([prompts[i] for i in batch], placed, steer_all)
-            done += len(batch)
-            if progress:
-                progress("Activations", done, len(prompts))
-        return result
+        return residuals_in_batches(
+            self, prompts, lambda batch: self._residuals_of_batch(batch, placed, steer_all), progress
+        )
 
     @torch.no_grad()
     @memory_for("the activations", _SHORTER)

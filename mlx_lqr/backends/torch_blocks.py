@@ -15,28 +15,13 @@ import torch
 from torch import nn
 from torch.func import functional_call, jvp, vjp, vmap
 
+from mlx_lqr.backends.base import BlockCall, Hook
 from mlx_lqr.backends.torch_attention import attending
 from mlx_lqr.backends.torch_cache import FrozenCache
 from mlx_lqr.errors import InputError
 
 TANGENTS = 512
 """Directions differentiated at once: enough for full speed, and little memory beside a wide model's matrices."""
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """One call of a block as the model made it, cache included; a function of its input z (B, L, d)."""
-
-    forward: Callable[..., torch.Tensor]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self, z: torch.Tensor) -> torch.Tensor:
-        return self.forward(z, *self.args, **self.kwargs)
-
-
-Hook = Callable[[int, torch.Tensor, BlockCall], torch.Tensor]
-"""hook(k, z, call) -> output: stands in for block k, whose own output is call(z)."""
 
 
 class BlockHooks:

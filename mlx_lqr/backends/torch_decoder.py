@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from mlx_lqr.backends.base import OVERFLOWED, Float32, Law, Sampling
+from mlx_lqr.backends.base import OVERFLOWED, BlockCall, Float32, Law, Sampling
 from mlx_lqr.backends.torch_attention import attending
-from mlx_lqr.backends.torch_blocks import BlockCall, BlockHooks, FrozenBlock, hooked
+from mlx_lqr.backends.torch_blocks import BlockHooks, FrozenBlock, hooked
 from mlx_lqr.backends.torch_cache import KeyValueCache
 from mlx_lqr.backends.torch_load import memory_for
 from mlx_lqr.backends.torch_sampling import Sampler, penalised
