@@ -77,7 +77,7 @@ def _nvidia_driver() -> bool:
 
 
 def _check_torch() -> None:
-    for package, oldest in (("torch", (2, 6)), ("transformers", (5, 23))):
+    for package, oldest in (("torch", (2, 6)), ("transformers", (5, 20))):
         if importlib.util.find_spec(package) is None:
             raise InputError(f'the torch backend needs {package}, which is not installed: pip install "mlx-lqr[torch]"')
         installed = metadata.version(package)
