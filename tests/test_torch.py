@@ -236,7 +236,7 @@ def shifted_output(module: Any, tokens: list[int], layer: int, shift: np.ndarray
 @families
 def test_jacobian_equals_finite_differences(family: str, random: np.random.Generator) -> None:
     """In float64, though transformers' norms and softmax compute in float32 whatever they are given."""
-    model, step = tiny_on("torch", family), 2e-3
+    model, step = tiny_on("torch", family), 5e-3
     exact = tiny_on("torch", family).module.double()
     if getattr(exact.config, "_experts_implementation", None):
         exact.set_experts_implementation("eager")  # the others have no float64
