@@ -12,14 +12,26 @@ from mlx_lqr.errors import InputError
 
 def parse_controller(text: str) -> tuple[Controller, float]:
     """FILE[:STRENGTH]; a file whose own name has a colon is found as well."""
+    file, number = split_file(text)
+    if number is None:
+        return Controller.load(file), 1.0
+    strength = parse_strength(number)
+    return Controller.load(file), strength
+
+
+def split_file(text: str) -> tuple[str, str | None]:
+    """FILE[:WHAT] -> the file, and what stands after the colon; a file whose own name has a colon is found as well."""
     if Path(text).is_file() or ":" not in text:
-        return Controller.load(text), 1.0
-    file, _, number = text.rpartition(":")
+        return text, None
+    file, _, what = text.rpartition(":")
+    return file, what
+
+
+def parse_strength(number: str) -> float:
     try:
-        strength = float(number)
+        return float(number)
     except ValueError:
         raise InputError(f"strength must be a number, not {number!r} (write -c FILE:STRENGTH)") from None
-    return Controller.load(file), strength
 
 
 def parse_controllers(texts: Sequence[str]) -> tuple[Controller | None, list[float]]:

@@ -154,6 +154,8 @@ def test_the_package_holds_everything(tmp_path: Path) -> None:
         "py.typed",
         "concepts/dog/positive.txt",
         "commands/chat.py",
+        "tasks/bundled/words.json",
+        "tasks/bundled/capability.jsonl",
     ):
         assert f"mlx_lqr/{file}" in names
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"mlx_lqr"}

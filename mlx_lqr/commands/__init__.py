@@ -9,9 +9,11 @@ import click
 
 from mlx_lqr.commands.certify import certify
 from mlx_lqr.commands.chat import chat
+from mlx_lqr.commands.compare import comparison
 from mlx_lqr.commands.concepts import concepts
 from mlx_lqr.commands.convert import convert
 from mlx_lqr.commands.demo import demo
+from mlx_lqr.commands.evaluate import evaluation
 from mlx_lqr.commands.fit import fit, linearize
 from mlx_lqr.commands.generate import generate
 from mlx_lqr.commands.linearity import linearity
@@ -45,5 +47,18 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     click.echo(f"Note: {message}", err=True)
 
 
-for command in (demo, convert, concepts, linearize, fit, generate, chat, show, linearity, certify):
+for command in (
+    demo,
+    convert,
+    concepts,
+    linearize,
+    fit,
+    generate,
+    chat,
+    show,
+    evaluation,
+    comparison,
+    linearity,
+    certify,
+):
     main.add_command(command)

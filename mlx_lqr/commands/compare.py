@@ -1,0 +1,123 @@
+"""mlx-lqr compare"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from mlx_lqr.analysis.results import as_json, write_json
+from mlx_lqr.atomic import check_writable
+from mlx_lqr.commands.evaluate import going_on_later
+from mlx_lqr.commands.options import parse_strengths, progress_bars
+from mlx_lqr.commands.tables import cell, show_table
+from mlx_lqr.commands.task_options import Request, add_tasks
+from mlx_lqr.errors import InputError
+from mlx_lqr.runtime.arguments import split_file
+from mlx_lqr.tasks import Task, load_steering
+from mlx_lqr.tasks.compare import Comparison, Method, check_budgets
+from mlx_lqr.tasks.compare import compare as compare_methods
+
+DAMAGE = {
+    "perplexity": "perplexity under {judge}",
+    "kl": "KL to the unsteered model on neutral text (nats)",
+    "repetition": "share of repeated 4-grams",
+}
+COLUMNS = ("perplexity", "distinct_2", "repetition", "kl", "capability")
+
+
+@click.group("compare")
+def comparison() -> None:
+    """Compare controllers on a task: each at as many strengths as the others, with intervals, table and plot.
+
+    What `mlx-lqr eval` or an earlier comparison left in the output folder is not run again where settings are the same.
+    """
+
+
+def _methods(controllers: tuple[str, ...], strengths: str) -> list[Method]:
+    methods = []
+    for text in controllers:
+        file, own = split_file(text)
+        methods.append(Method(load_steering([(file, 1.0)]), tuple(parse_strengths(own or strengths))))
+    return methods
+
+
+def _run(
+    request: Callable[..., Request], controllers: tuple[str, ...], strengths: str, control: str | None, damage: str
+) -> None:
+    methods = _methods(controllers, strengths)
+    check_budgets(methods)
+    wanted: Request = request(concepts=[name for method in methods for name in method.steering.controller.concepts])
+    names = wanted.check().metric_names
+    if control is not None and control not in names:
+        raise InputError(f"{wanted.task_name} does not measure {control}: choose one of {', '.join(names)}")
+    name = f"{wanted.task_name}-comparison"
+    check_writable(wanted.output / f"{name}.json")
+    with going_on_later(), progress_bars() as progress:
+        model, task = wanted.load(progress)
+        found = compare_methods(
+            model, task, methods, folder=wanted.output, loading=wanted.recorded_loading, progress=progress
+        )
+    control = control or task.control
+    write_json(wanted.output / f"{name}.json", {**as_json(found), "budget": found.budget, "judge": wanted.judge_name})
+    if importlib.util.find_spec("matplotlib") is None:
+        click.echo("Note: the plot needs matplotlib: pip install 'mlx-lqr[plots]', then run this again", err=True)
+    else:
+        label = task.control_label if control == task.control else control.replace("_", " ")
+        _plot(found, control, label, damage, DAMAGE[damage].format(judge=wanted.judge_name), wanted.output / name)
+    if wanted.as_json:
+        click.echo(json.dumps({**as_json(found), "budget": found.budget, "judge": wanted.judge_name}))
+        return
+    _table(found, task, control)
+    click.echo(f"with 95 % bootstrap intervals over prompts; perplexity under {wanted.judge_name}")
+    click.echo(found.budget)
+    click.echo(f"Wrote {wanted.output / name}.json")
+
+
+def _table(found: Comparison, task: Task, control: str) -> None:
+    rows = [("unsteered", found.unsteered)]
+    rows += [(method, result) for method, results in found.methods.items() for result in results]
+    columns = list(dict.fromkeys((control, task.control, *COLUMNS)))
+    show_table(
+        [task.name, "strength", *columns],
+        [
+            [method, f"{result.strength:g}", *(cell(result.metrics[column]) for column in columns)]
+            for method, result in rows
+        ],
+    )
+
+
+def _plot(found: Comparison, control: str, control_label: str, damage: str, damage_label: str, path: Path) -> None:
+    from mlx_lqr.analysis import plots
+
+    points = []
+    for method, results in found.methods.items():
+        for result in (found.unsteered, *results):
+            good, bad = result.metrics[control], result.metrics[damage]
+            intervals = (good.low, good.high), (bad.low, bad.high)
+            points.append(plots.Tradeoff(method, result.strength, good.value, bad.value, *intervals))
+    figure = plots.control_against_damage(points, control_label, damage_label)
+    plots.save_all({path.name: figure}, path.parent)
+
+
+add_tasks(
+    comparison,
+    _run,
+    (
+        click.option(
+            "-c",
+            "--controller",
+            "controllers",
+            multiple=True,
+            required=True,
+            metavar="FILE[:1,2,3]",
+            help="A method to compare, and strengths of its own, as many as the others'; repeat it.",
+        ),
+        click.option("--strengths", default="1,2,3", show_default=True, help="Of all methods without their own."),
+        click.option("--control", metavar="METRIC", help="For table and plot; by default what the task is about."),
+        click.option("--damage", type=click.Choice(list(DAMAGE)), default="perplexity", show_default=True),
+    ),
+)

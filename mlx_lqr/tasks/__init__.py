@@ -1,0 +1,42 @@
+"""Evaluation: does a controller do what it is for, and what does it cost? (needs no tensor framework of its own)
+
+task = tasks.concept(tasks.word_family("dog"), damage=[tasks.NeutralText(), tasks.Capability.bundled()])
+steering = tasks.load_steering([("dog.safetensors", 1.0)])
+found = tasks.evaluate(model, task, steering, strengths=[0, 1, 2, 3], output="dog.jsonl")
+for result in found.results(): result.strength, result.metrics["prevalence"], result.change["perplexity"]
+"""
+
+from mlx_lqr.tasks.bootstrap import Estimate, Metric, difference, estimate
+from mlx_lqr.tasks.concept import concept, word_family
+from mlx_lqr.tasks.damage import Capability, NeutralText
+from mlx_lqr.tasks.generations import Decoding, Judge
+from mlx_lqr.tasks.refusal import refusal, refuses
+from mlx_lqr.tasks.run import Evaluation, Result, Task, evaluate
+from mlx_lqr.tasks.steering import Steered, Steering, load_controller, load_steering
+from mlx_lqr.tasks.toxicity import toxicity
+from mlx_lqr.tasks.truthfulness import truthfulness
+
+__all__ = [
+    "Capability",
+    "Decoding",
+    "Estimate",
+    "Evaluation",
+    "Judge",
+    "Metric",
+    "NeutralText",
+    "Result",
+    "Steered",
+    "Steering",
+    "Task",
+    "concept",
+    "difference",
+    "estimate",
+    "evaluate",
+    "load_controller",
+    "load_steering",
+    "refusal",
+    "refuses",
+    "toxicity",
+    "truthfulness",
+    "word_family",
+]

@@ -1,0 +1,120 @@
+"""Percentile bootstrap intervals (Efron 1979) for shares, means and ratios of sums, and for paired differences.
+
+Every metric here is a function of sums over rows, f(sum_i x_i). Rows that belong together (several samples of one
+prompt) are one group, and groups are what is resampled: with the weights n ~ Multinomial(G, 1/G) a resample is f(n @
+X), X (G, k) the groups' sums. A difference of two runs over the same prompts uses the same weights for both, which
+takes out what the prompts alone explain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Float64 = NDArray[np.float64]
+RESAMPLES = 2000
+LEVEL = 0.95
+_AT_ONCE = 100
+
+
+def ratio(sums: Float64) -> Float64:
+    """sums[..., 0] / sums[..., 1], NaN where nothing was counted."""
+    return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] != 0)
+
+
+def exponential_ratio(sums: Float64) -> Float64:
+    """exp(sums[..., 0] / sums[..., 1])"""
+    with np.errstate(over="ignore"):
+        return np.exp(ratio(sums))
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A function of sums over rows."""
+
+    terms: Float64
+    """(n, k): what each row adds to the k sums"""
+    groups: NDArray[np.int64]
+    """(n,): rows of the same number are resampled together"""
+    of: Callable[[Float64], Float64] = ratio
+    """(..., k) -> (...)"""
+    share: bool = False
+    """A share of rows with a yes-or-no property, for which a bootstrap of equal rows is replaced (see `estimate`)"""
+
+    @property
+    def totals(self) -> Float64:
+        """(G, k): the sums of each group, in the groups' order"""
+        _, index = np.unique(self.groups, return_inverse=True)
+        totals = np.zeros((int(index.max()) + 1 if len(index) else 0, self.terms.shape[1]))
+        np.add.at(totals, index, self.terms)
+        return totals
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    rows: int
+    """How many rows it is over"""
+
+
+def mean(values: ArrayLike, groups: Sequence[int], *, share: bool = False) -> Metric:
+    """The mean of the values; those that are NaN (not defined for their row) do not count."""
+    numbers = np.asarray(values, np.float64)
+    known = np.isfinite(numbers)
+    terms = np.stack([np.where(known, numbers, 0.0), known.astype(np.float64)], axis=1)
+    return Metric(terms, np.asarray(groups, np.int64), share=share)
+
+
+def estimate(metric: Metric, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """The metric with its percentile interval.
+
+    Where all groups agree on 0 or on 1, resampling would claim certainty. A share then gets the exact bound of Clopper
+    and Pearson (1934) for that many groups instead: 1 - 0.025^(1/G) above 0, the mirror of it below 1.
+    """
+    totals = metric.totals
+    value = float(metric.of(totals.sum(axis=0)))
+    low, high = _interval([metric.of(sums) for sums in _resampled(totals, seed, resamples)])
+    if metric.share and value in (0.0, 1.0):
+        margin = 1 - ((1 - LEVEL) / 2) ** (1 / np.count_nonzero(totals[:, 1]))
+        low, high = (0.0, margin) if value == 0 else (1 - margin, 1.0)
+    return Estimate(value, low, high, len(metric.terms))
+
+
+def difference(metric: Metric, reference: Metric, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """metric - reference over the same groups, resampled together.
+
+    Raises:
+        ValueError: the two are not over the same groups.
+    """
+    if not np.array_equal(np.unique(metric.groups), np.unique(reference.groups)):
+        raise ValueError("a paired difference needs the same groups on both sides")
+    own, theirs = metric.totals, reference.totals
+    value = float(metric.of(own.sum(axis=0)) - reference.of(theirs.sum(axis=0)))
+    pairs = zip(_resampled(own, seed, resamples), _resampled(theirs, seed, resamples), strict=True)
+    low, high = _interval([metric.of(a) - reference.of(b) for a, b in pairs])
+    return Estimate(value, low, high, len(metric.terms))
+
+
+def _resampled(totals: Float64, seed: int, resamples: int) -> list[Float64]:
+    """Sums (b, k) of resampled groups, some at a time; the same weights for the same seed and number of groups."""
+    random = np.random.default_rng(seed)
+    G = len(totals)
+    counts = [min(_AT_ONCE, resamples - done) for done in range(0, resamples, _AT_ONCE)]
+    return [random.multinomial(G, np.full(G, 1 / G), size=count) @ totals for count in counts] if G else []
+
+
+def _interval(parts: Sequence[Any]) -> tuple[float, float]:
+    values = np.concatenate(parts) if parts else np.empty(0)
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

@@ -1,0 +1,124 @@
+"""Concept: how many of the texts that follow neutral openings mention the concept, by its word family.
+
+A word family is a list of words, matched whole and whatever their case; `wave*` stands for every word that begins so.
+Where a local model is asked too, a text counts as `judged` when it is likelier to say Yes than No (scorers.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mlx_lqr.backends.base import Model
+from mlx_lqr.errors import InputError
+from mlx_lqr.tasks.bootstrap import Metric, mean
+from mlx_lqr.tasks.generations import Decoding, Generations, Judge
+from mlx_lqr.tasks.read import bundled_text
+from mlx_lqr.tasks.records import Row
+from mlx_lqr.tasks.run import Part, Task
+from mlx_lqr.tasks.scorers import mentions
+from mlx_lqr.tasks.steering import Steered
+
+
+@dataclass(frozen=True, eq=False)
+class WordFamily:
+    """The scorer: whether a text has a word of the family."""
+
+    words: Sequence[str]
+    asked: Model | None = None
+    """A model that is asked as well"""
+    concept: str = ""
+    """What it is asked about"""
+    pattern: re.Pattern[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", word_pattern(self.words))
+
+    @property
+    def settings(self) -> Row:
+        settings: Row = {"words": list(self.words)}
+        if self.asked is not None:
+            settings |= {"asked": self.asked.fingerprint, "concept": self.concept}
+        return settings
+
+    def score(self, texts: Sequence[str], rows: range) -> list[Row]:
+        return [self._score(text) for text in texts]
+
+    def metrics(self, rows: Sequence[Row], groups: Sequence[int]) -> dict[str, Metric]:
+        found = {"prevalence": mean([bool(row["words"]) for row in rows], groups, share=True)}
+        if self.asked is not None:
+            found["judged"] = mean([row["judged"] > 0.5 for row in rows], groups, share=True)
+        return found
+
+    def _score(self, text: str) -> Row:
+        row: Row = {"words": [word.lower() for word in self.pattern.findall(text)]}
+        if self.asked is not None:
+            row["judged"] = mentions(Steered(self.asked), self.concept, text)
+        return row
+
+
+def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
+    """A pattern for whole words of a family.
+
+    Raises:
+        InputError: no word, or one that is a bare `*`.
+    """
+    parts = []
+    for word in words:
+        stem = word.strip().removesuffix("*")
+        if not stem or "*" in stem:
+            raise InputError(f"words must look like ocean,sea,wave*, not {','.join(words)!r}")
+        parts.append(re.escape(stem) + (r"\w*" if word.strip().endswith("*") else ""))
+    if not parts:
+        raise InputError("give at least one word of the concept's family")
+    return re.compile(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", re.IGNORECASE)
+
+
+def word_family(concept: str) -> list[str]:
+    """The words of a bundled concept.
+
+    Raises:
+        InputError: a concept without one.
+    """
+    families = json.loads(bundled_text("words.json"))
+    if concept not in families:
+        raise InputError(
+            f"no words are known for the concept {concept!r}: give them, --words ocean,sea,wave* "
+            f"(known: {', '.join(families)})"
+        )
+    return str(families[concept]).split()
+
+
+def bundled_openings() -> list[str]:
+    """Beginnings of texts that could be about anything."""
+    return bundled_text("openings.txt").splitlines()
+
+
+def concept(
+    words: Sequence[str],
+    *,
+    openings: Sequence[str] = (),
+    decoding: Decoding | None = None,
+    judge: Judge | None = None,
+    ask: str | None = None,
+    damage: Sequence[Part] = (),
+) -> Task:
+    """The task.
+
+    Args:
+        words: the concept's family, see `word_family`.
+        openings: texts to go on with; by default those that come with the library.
+        decoding: by default 4 samples of each opening, of 40 tokens.
+        judge: of fluency.
+        ask: the concept's name, to ask the judge's model about each text; it needs one.
+        damage: what else to measure.
+    """
+    judge = judge or Judge()
+    if ask is not None and judge.model is None:
+        raise InputError("there is no model to ask: name one with --judge")
+    scorer = WordFamily(words, judge.model if ask is not None else None, ask or "")
+    prompts = openings or bundled_openings()
+    generations = Generations(prompts, scorer, decoding or Decoding(samples=4), judge)
+    return Task("concept", (generations, *damage), "prevalence", "share of texts with a word of the concept")

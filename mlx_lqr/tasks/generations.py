@@ -1,0 +1,159 @@
+"""Texts that a steered model writes, what a task makes of them, and what became of their fluency.
+
+The part every generating task shares: prompt i's samples are rows i n .. i n + n - 1, drawn with `seed` + row, whatever
+the strength; each text is measured for distinct-1/2/3 and repetition (metrics.py) and for its perplexity under a judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from mlx_lqr.backends.base import Model
+from mlx_lqr.contrast import Prompt
+from mlx_lqr.errors import InputError
+from mlx_lqr.runtime import Options
+from mlx_lqr.tasks.bootstrap import Metric, exponential_ratio, mean
+from mlx_lqr.tasks.metrics import distinct, repetition, words
+from mlx_lqr.tasks.records import Row
+from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.steering import Steered
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are drawn."""
+
+    max_tokens: int = 40
+    temperature: float = 0.8
+    top_p: float = 0.9
+    samples: int = 1
+    """Texts for each prompt"""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"samples must be at least 1, not {self.samples}")
+        if self.seed < 0:
+            raise InputError(f"seed must be zero or above, not {self.seed}")
+
+    def options(self, start: int) -> Options:
+        """For the rows from `start` on."""
+        return {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed + start,
+        }
+
+
+class TextScorer(Protocol):
+    """What a task makes of its texts."""
+
+    @property
+    def settings(self) -> Row: ...
+
+    def score(self, texts: Sequence[str], rows: range) -> list[Row]:
+        """Fields for the rows of these texts; prompt number row // samples wrote each."""
+
+    def metrics(self, rows: Sequence[Row], groups: Sequence[int]) -> dict[str, Metric]:
+        """`groups[i]` is the number of the prompt of `rows[i]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """Whose probabilities tell how natural a text is: another local model's, or those of the unsteered model itself.
+
+    A strength that the model itself calls unlikely need not read badly, and the other way round; a larger model is a
+    better judge. Perplexities are per token of the judge, and compare only under one judge.
+    """
+
+    model: Model | None = None
+
+    @property
+    def settings(self) -> Row | str:
+        if self.model is None:
+            return "the unsteered model itself"
+        return {"name": self.model.name, "fingerprint": self.model.fingerprint}
+
+    def surprise(self, steered: Steered, prompt: str, text: str, *, chat: bool) -> tuple[float, int]:
+        """The negative log-probability of `text` after `prompt` in nats, and its number of tokens."""
+        judge = Steered(self.model) if self.model is not None else steered.unsteered
+        found = judge.log_probability(chat_prompt(judge.model, prompt) if chat else prompt, text)
+        if not np.all(np.isfinite(found)):
+            raise InputError(f"the judge {judge.model.name} gives no finite probabilities: load it with dtype float32")
+        return -float(found.sum()), len(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Generations:
+    """The part: texts after prompts, with what a task's scorer finds in them."""
+
+    prompts: Sequence[str]
+    scorer: TextScorer
+    decoding: Decoding = field(default_factory=Decoding)
+    judge: Judge = field(default_factory=Judge)
+    chat: bool = False
+    """Whether prompts are a user's messages, put into the model's chat template, or texts to go on with"""
+    name: str = "generations"
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise InputError("there are no prompts to go on with")
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.decoding.samples
+
+    def settings(self, model: Model) -> Row:
+        return {
+            "prompts": digest(list(self.prompts)),
+            "chat": self.chat,
+            "judge": self.judge.settings,
+            **asdict(self.decoding),
+            **self.scorer.settings,
+        }
+
+    def rows(self, steered: Steered, indices: range) -> list[Row]:
+        chosen = [self.prompts[i // self.decoding.samples] for i in indices]
+        prompts: list[Prompt] = [chat_prompt(steered.model, text) if self.chat else text for text in chosen]
+        written = steered.texts(prompts, self.decoding.options(indices.start))
+        scored = self.scorer.score([text for text, _ in written], indices)
+        rows = []
+        for prompt, (text, count), found in zip(chosen, written, scored, strict=True):
+            nats, tokens = self.judge.surprise(steered, prompt, text, chat=self.chat)
+            rows.append(
+                {"prompt": prompt, "text": text, "tokens": count, "nats": nats, "judged_tokens": tokens, **found}
+            )
+        return rows
+
+    def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
+        groups = [int(row["index"]) // self.decoding.samples for row in rows]
+        split = [words(row["text"]) for row in rows]
+        surprise = np.array([(row["nats"], row["judged_tokens"]) for row in rows], np.float64)
+        return {
+            **self.scorer.metrics(rows, groups),
+            "perplexity": Metric(surprise, np.asarray(groups, np.int64), exponential_ratio),
+            **{f"distinct_{n}": mean([distinct(text, n) for text in split], groups) for n in (1, 2, 3)},
+            "repetition": mean([repetition(text) for text in split], groups),
+            "tokens": mean([row["tokens"] for row in rows], groups),
+        }
+
+
+def chat_prompt(model: Model, message: str) -> Prompt:
+    """A user's message in the model's chat template; the message itself and a line's end for a model without one."""
+    if model.tokenizer.has_chat_template:
+        return model.tokenizer.chat([{"role": "user", "content": message}])
+    return message + "\n"
+
+
+def over_prompts(
+    of: Callable[[Sequence[float]], float], values: Iterable[float], groups: Sequence[int]
+) -> tuple[list[float], list[int]]:
+    """`of` over the values of each prompt's samples, and the prompts' numbers."""
+    by_prompt: dict[int, list[float]] = {}
+    for group, value in zip(groups, values, strict=True):
+        by_prompt.setdefault(group, []).append(float(value))
+    return [of(found) for found in by_prompt.values()], list(by_prompt)

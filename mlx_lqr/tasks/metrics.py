@@ -1,0 +1,77 @@
+"""What steering costs, as numbers of texts and of distributions; NumPy only.
+
+distinct-n: the share of a text's n-grams that are different ones, |set| / count (Li et al. 2016; here for each text
+    alone and then averaged, so that it does not depend on how many texts there are).
+repetition: the share of a text's 4-grams that stood in it before, 1 - distinct-4.
+perplexity: exp of the mean negative log-probability of a text's tokens (generations.py says whose).
+KL(p || q) = sum_x p(x) (log p(x) - log q(x)), in nats, of two next-token distributions given by their logits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and single punctuation marks, the same for every model's tokenizer."""
+    return _WORD.findall(text.lower())
+
+
+def distinct(tokens: Sequence[str], n: int) -> float:
+    """distinct-n of one text; NaN where it has no n-gram."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def repetition(tokens: Sequence[str], n: int = 4) -> float:
+    """The share of n-grams that repeat an earlier one; NaN where the text has none."""
+    return 1 - distinct(tokens, n)
+
+
+def log_softmax(logits: ArrayLike) -> NDArray[np.float64]:
+    """log p over the last axis, in float64."""
+    values = np.asarray(logits, np.float64)
+    shifted = values - values.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def kl_divergence(logits: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
+    """KL(softmax(logits) || softmax(reference)) over the last axis, in nats: (..., V) -> (...)."""
+    log_p, log_q = log_softmax(logits), log_softmax(reference)
+    p = np.exp(log_p)
+    with np.errstate(invalid="ignore"):  # 0 times infinity, where both are certain of something else
+        terms = np.where(p > 0, p * (log_p - log_q), 0.0)
+    return np.asarray(terms.sum(axis=-1))
+
+
+def multiple_choice(true: ArrayLike, false: ArrayLike, best: float) -> tuple[float, float]:
+    """MC1 and MC2 of one question (Lin et al. 2022) from the total log-probabilities of its answers.
+
+    MC1 is 1 where the best answer is likelier than every false one; MC2 is the probability of the true answers,
+    normalised over true and false ones.
+    """
+    true, false = np.asarray(true, np.float64), np.asarray(false, np.float64)
+    mass = np.exp(log_softmax(np.concatenate([true, false])))
+    return float(best > false.max()), float(mass[: len(true)].sum())
+
+
+def unigram_f1(text: str, reference: str) -> float:
+    """F1 of the words two texts share, counted with multiplicity (ROUGE-1 without stemming)."""
+    own, theirs = (_counts(words(part)) for part in (text, reference))
+    shared = sum(min(count, theirs.get(word, 0)) for word, count in own.items())
+    total = sum(own.values()) + sum(theirs.values())
+    return 2 * shared / total if total else 0.0
+
+
+def _counts(tokens: Sequence[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for token in tokens:
+        if token[0].isalnum():
+            counts[token] = counts.get(token, 0) + 1
+    return counts

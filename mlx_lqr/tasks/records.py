@@ -1,0 +1,143 @@
+"""An evaluation's file: JSON lines, a header and then one row for everything that was measured.
+
+Rows are appended in whole chunks, each in one write that is forced to the disk. Whoever opens the file again finds the
+finished chunks; what a chunk that was cut short has left is taken off the end, so that it is measured again, neither
+lost nor there twice. A file whose header says other settings is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from mlx_lqr.atomic import writing
+from mlx_lqr.errors import InputError
+
+FORMAT = "mlx-lqr evaluation 1"
+CHUNK = 16
+"""Rows that are measured and written together."""
+
+Row = dict[str, Any]
+Key = tuple[float, str]
+"""(strength, part)"""
+
+
+class Records:
+    """The rows so far, by strength and part, in the order of their `index`; in a file, or in memory alone."""
+
+    def __init__(self, header: Row, path: str | PathLike[str] | None = None) -> None:
+        """Open the file at `path` to go on with it, or make it.
+
+        Raises:
+            InputError: the file is something else, is damaged, or was made with other settings.
+        """
+        self.header: Row = json.loads(json.dumps({"format": FORMAT, **header}))
+        self.rows: dict[Key, list[Row]] = {}
+        self._path = Path(path) if path is not None else None
+        if self._path is None:
+            return
+        if self._path.exists():
+            self._read(self._path)
+        else:
+            with writing(self._path) as temporary:
+                temporary.write_bytes(_line(self.header))
+
+    def of(self, strength: float, part: str) -> list[Row]:
+        return self.rows.setdefault((strength, part), [])
+
+    def append(self, strength: float, part: str, rows: Sequence[Row]) -> None:
+        """Add the rows that follow those of this strength and part.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        known = self.of(strength, part)
+        numbered = [
+            {"strength": strength, "part": part, "index": index, **row} for index, row in enumerate(rows, len(known))
+        ]
+        if self._path is not None:
+            try:
+                with open(self._path, "ab") as file:
+                    file.write(b"".join(_line(row) for row in numbered))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise InputError(f"cannot write {self._path}: {error.strerror or error}") from error
+        known.extend(json.loads(json.dumps(numbered)))
+
+    def _read(self, path: Path) -> None:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        lines = content.splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        if not lines:
+            raise InputError(f"{path} is no evaluation: name another place, or remove it")
+        self._check_header(path, _parsed(path, 1, lines[0]))
+        key: Key | None = None
+        for number, line in enumerate(lines[1:], 2):
+            row = _parsed(path, number, line)
+            try:
+                key = float(row["strength"]), str(row["part"])
+                known = self.of(*key)
+                if row["index"] != len(known):
+                    raise KeyError
+            except (KeyError, TypeError, ValueError):
+                raise InputError(f"{path}, line {number}, does not belong there: remove the file") from None
+            known.append(row)
+        kept = len(lines)
+        if key is not None and len(self.rows[key]) % CHUNK and len(self.rows[key]) != self._length(key[1]):
+            cut = len(self.rows[key]) % CHUNK
+            del self.rows[key][-cut:]
+            kept -= cut
+        size = sum(len(line) for line in lines[:kept])
+        if size < len(content):
+            try:
+                os.truncate(path, size)
+            except OSError as error:
+                raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def _length(self, part: str) -> int | None:
+        """How many rows the header says a part has."""
+        return dict(self.header.get("parts", {})).get(part, {}).get("rows")
+
+    def _check_header(self, path: Path, found: Row) -> None:
+        if found.get("format") != FORMAT:
+            raise InputError(f"{path} is no evaluation of this version: name another place, or remove it")
+        if found != self.header:
+            differing = sorted(_differences(found, self.header))
+            raise InputError(
+                f"{path} was made with other settings ({', '.join(differing)}): name another place, or remove it"
+            )
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """The dotted names of the settings that differ."""
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return [name] if found != wanted else []
+    return [
+        difference
+        for key in found.keys() | wanted.keys()
+        for difference in _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+    ]
+
+
+def _parsed(path: Path, number: int, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        what = "is no evaluation" if number == 1 else f"is damaged at line {number}"
+        raise InputError(f"{path} {what}: name another place, or remove it")
+    return row
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -1,0 +1,130 @@
+"""What steers, and a model under it at one strength: all that tasks know of controllers and laws.
+
+Strength 0 means that nothing steers. (A controller at setpoint 0 would hold the feature at 0, which is something else.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_lqr.backends.base import Decoder, Law, Model
+from mlx_lqr.contrast import Prompt, tokenise
+from mlx_lqr.controller import Controller
+from mlx_lqr.runtime import Options, batch_stream
+from mlx_lqr.runtime.generate import feedback
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """A controller under a name, and the share of the strength that each of its concepts gets."""
+
+    name: str
+    controller: Controller
+    shares: tuple[float, ...] = ()
+    """One number for each concept; by default 1 for all. Strength s means s times the share."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells this steering from another: its numbers' digest, whatever kind of controller it is."""
+        digest = hashlib.sha256()
+        for entry in fields(self.controller):
+            value = getattr(self.controller, entry.name)
+            if isinstance(value, np.ndarray) and not entry.name.startswith("checked"):
+                digest.update(f"{entry.name} {value.dtype} {value.shape}".encode() + value.tobytes())
+        return {
+            "concepts": list(self.controller.concepts),
+            "positions": self.controller.positions,
+            "shares": list(self._shares),
+            "digest": digest.hexdigest()[:16],
+        }
+
+    def strength(self, value: float) -> list[float]:
+        """A strength for each concept."""
+        return [value * share for share in self._shares]
+
+    @property
+    def _shares(self) -> tuple[float, ...]:
+        return self.shares or (1.0,) * len(self.controller.concepts)
+
+
+def load_controller(path: str | PathLike[str]) -> Controller:
+    """The controller in a file: the one place where tasks read one.
+
+    Raises:
+        InputError: see `Controller.load`.
+    """
+    return Controller.load(path)
+
+
+def load_steering(files: Sequence[tuple[str, float]], name: str | None = None) -> Steering:
+    """One steering of several files, each with its share of the strength.
+
+    Args:
+        files: (path, share).
+        name: by default the files' names without their endings.
+
+    Raises:
+        InputError: a file that is no controller, or controllers that cannot be combined (see `Controller.combine`).
+    """
+    loaded = [(load_controller(path), share) for path, share in files]
+    controller = loaded[0][0] if len(loaded) == 1 else Controller.combine(*(one for one, _ in loaded))
+    shares = tuple(share for one, share in loaded for _ in one.concepts)
+    return Steering(name or "+".join(Path(path).stem for path, _ in files), controller, shares)
+
+
+@dataclass(frozen=True, eq=False)
+class Steered:
+    """A model, steered at one strength or not at all."""
+
+    model: Model
+    steering: Steering | None = None
+    strength: float = 0.0
+
+    @property
+    def law(self) -> Law | None:
+        if self.steering is None or self.strength == 0:
+            return None
+        return feedback(self.model, self.steering.controller, self.steering.strength(self.strength))
+
+    @property
+    def unsteered(self) -> Steered:
+        return Steered(self.model)
+
+    @property
+    def steer_all(self) -> bool:
+        return self.steering is not None and self.steering.controller.positions == "all"
+
+    def texts(self, prompts: Sequence[Prompt], options: Options) -> list[tuple[str, int]]:
+        """The text that follows each prompt, and of how many tokens it is. Prompt i is drawn with `seed` + i."""
+        if self.steering is not None and self.strength != 0:
+            strength = self.steering.strength(self.strength)
+            options = {**options, "controller": self.steering.controller, "strength": strength}
+        texts, counts = [""] * len(prompts), [0] * len(prompts)
+        for i, piece in batch_stream(self.model, prompts, **options):
+            texts[i] += piece.text
+            counts[i] += piece.token is not None
+        return list(zip(texts, counts, strict=True))
+
+    def log_probability(self, prompt: Prompt, continuation: str) -> np.ndarray:
+        """log p of each token of `continuation`, steered at the prompt's last token and after it: (n,), float64.
+
+        Raises:
+            InputError: more tokens than the model's context holds.
+        """
+        before = tokenise(self.model, prompt)
+        after = self.model.tokenizer.encode(continuation, add_special_tokens=False)
+        if not after:
+            return np.empty(0)
+        tokenise(self.model, [*before, *after])
+        found = self.model.log_probability(before, after, law=self.law, steer_all=self.steer_all)
+        return np.asarray(found, np.float64)
+
+    def decoder(self) -> Decoder:
+        return self.model.decoder(self.law)
