@@ -11,9 +11,11 @@ from mlx_lqr.backends import blas
 
 blas.preload()  # before anything imports mlx.core
 
+from mlx_lqr.baseline import METHODS, Baseline, load_steering  # noqa: E402
 from mlx_lqr.contrast import Contrast, bundled_concepts, bundled_prompts, contrast, read_prompts  # noqa: E402
 from mlx_lqr.controller import Controller, compile  # noqa: E402
 from mlx_lqr.errors import InputError  # noqa: E402
+from mlx_lqr.fitting import fit_baseline  # noqa: E402
 from mlx_lqr.laws import Recording  # noqa: E402
 from mlx_lqr.linearize import Jacobians, linearize  # noqa: E402
 from mlx_lqr.loading import load  # noqa: E402
@@ -22,6 +24,8 @@ from mlx_lqr.runtime import Options, Piece, batch_generate, batch_stream, genera
 from mlx_lqr.synthesis import adapt, fit  # noqa: E402
 
 __all__ = [
+    "METHODS",
+    "Baseline",
     "Contrast",
     "Controller",
     "Gains",
@@ -38,9 +42,11 @@ __all__ = [
     "compile",
     "contrast",
     "fit",
+    "fit_baseline",
     "generate",
     "linearize",
     "load",
+    "load_steering",
     "read_prompts",
     "solve",
     "steer",

@@ -46,3 +46,12 @@ def read_tensors(
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} is damaged or not a safetensors file: make it again ({error})") from error
+
+
+def read_format(path: str | PathLike[str]) -> str:
+    """What format a file says it has; "" where it says nothing, or cannot be read at all (`read_tensors` says why)."""
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            return (opened.metadata() or {}).get("format", "")
+    except (SafetensorError, OSError, ValueError):
+        return ""

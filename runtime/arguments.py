@@ -6,17 +6,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_lqr.controller import Controller
+from mlx_lqr.baseline import Steering, combine, load_steering
 from mlx_lqr.errors import InputError
 
 
-def parse_controller(text: str) -> tuple[Controller, float]:
+def parse_controller(text: str) -> tuple[Steering, float]:
     """FILE[:STRENGTH]; a file whose own name has a colon is found as well."""
     file, number = split_file(text)
     if number is None:
-        return Controller.load(file), 1.0
+        return load_steering(file), 1.0
     strength = parse_strength(number)
-    return Controller.load(file), strength
+    return load_steering(file), strength
 
 
 def split_file(text: str) -> tuple[str, str | None]:
@@ -34,13 +34,13 @@ def parse_strength(number: str) -> float:
         raise InputError(f"strength must be a number, not {number!r} (write -c FILE:STRENGTH)") from None
 
 
-def parse_controllers(texts: Sequence[str]) -> tuple[Controller | None, list[float]]:
-    """All the -c options as one controller and a strength for each of its concepts."""
+def parse_controllers(texts: Sequence[str]) -> tuple[Steering | None, list[float]]:
+    """All the -c options as one steering and a strength for each of its concepts."""
     loaded = [parse_controller(text) for text in texts]
     if not loaded:
         return None, []
     strengths = [strength for controller, strength in loaded for _ in controller.concepts]
-    return Controller.combine(*(controller for controller, _ in loaded)), strengths
+    return combine([controller for controller, _ in loaded]), strengths
 
 
 def given_or_piped(prompt: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,11 +15,12 @@ from mlx_lqr.analysis.tracking import TrackedAnswer, track_answer
 from mlx_lqr.atomic import writing
 from mlx_lqr.backends.base import Decoder, Law, Model
 from mlx_lqr.backends.tokenizer import Message
+from mlx_lqr.baseline import Steering, combine
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
-from mlx_lqr.laws import LinearFeedback, RecordedFeedback, Recording, check_strength
+from mlx_lqr.laws import AdjustableLaw, LinearFeedback, RecordedFeedback, Recording, check_strength
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
-from mlx_lqr.runtime.generate import Options, Piece, stream
+from mlx_lqr.runtime.generate import Options, Piece, only_controller, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
 
 NO_ANSWER = "there is no answer yet: say something first"
@@ -37,7 +38,7 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
     options: Options = field(default_factory=Options)
     """How answers are decoded; controller and strength are the chat's own. `max_tokens` shrinks to what fits."""
-    _controllers: list[Controller] = field(default_factory=list, init=False, repr=False)
+    _controllers: list[Steering] = field(default_factory=list, init=False, repr=False)
     """Never changed in place: the same list means the same controllers."""
     _strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _turn: _Turn | None = field(default=None, init=False, repr=False)
@@ -51,11 +52,11 @@ class Chat:
         return dict(self._strengths)
 
     @property
-    def controller(self) -> Controller | None:
-        """Everything that steers, as one controller."""
-        return Controller.combine(*self._controllers) if self._controllers else None
+    def controller(self) -> Steering | None:
+        """Everything that steers, as one controller or one steering of another method."""
+        return combine(self._controllers) if self._controllers else None
 
-    def add(self, controller: Controller, strength: float = 1.0) -> None:
+    def add(self, controller: Steering, strength: float = 1.0) -> None:
         """Steer with one more controller from the next answer on; one of a concept already there takes its place.
 
         Raises:
@@ -64,7 +65,7 @@ class Chat:
         controller.check_model(self.model)
         (strength,) = check_strength(strength, 1)
         kept = [c for c in self._controllers if not set(c.concepts) & set(controller.concepts)]
-        Controller.combine(*kept, controller)
+        combine([*kept, controller])
         self._steer_with([*kept, controller], dict.fromkeys(controller.concepts, strength))
 
     def off(self, concept: str | None = None) -> None:
@@ -77,9 +78,9 @@ class Chat:
             self._steer_with([], {})
             return
         self._check_loaded(concept)
-        kept: list[Controller] = []
+        kept: list[Steering] = []
         for controller in self._controllers:
-            others = controller.split() if concept in controller.concepts else [controller]
+            others: Sequence[Steering] = controller.split() if concept in controller.concepts else [controller]
             kept += [one for one in others if one.concepts != (concept,)]
         self._steer_with(kept, {})
 
@@ -96,7 +97,7 @@ class Chat:
         (strength,) = check_strength(strength, 1)
         self._strengths.update(dict.fromkeys([concept] if concept else self._strengths, strength))
         law = self._turn.decoder.law if self._turn is not None else None
-        if self._turn is not None and self._turn.controllers is self._controllers and isinstance(law, LinearFeedback):
+        if self._turn is not None and self._turn.controllers is self._controllers and isinstance(law, AdjustableLaw):
             law.strength = tuple(self._strengths.values())
 
     def answer(self, text: str) -> Iterator[Piece]:
@@ -158,13 +159,15 @@ class Chat:
         turn = self._turn
         if turn is None or not self.messages or turn.reply is not self.messages[-1]:
             raise InputError("there is no answer of this session to track yet: say something first")
-        if turn.controller is None or not isinstance(turn.law, LinearFeedback):
+        if turn.controller is None:
             raise InputError("the last answer was not steered: /add FILE, then ask again")
+        controller = only_controller(turn.controller, "tracked")
+        assert isinstance(turn.law, LinearFeedback)
         return track_answer(
             self.model,
             turn.prompt,
             turn.tokens,
-            turn.controller,
+            controller,
             turn.strengths,
             law=turn.law.silent() if isinstance(turn.law, RecordedFeedback) else turn.law,
             rolling=turn.rolling,
@@ -176,7 +179,7 @@ class Chat:
         None where nothing was steered, or no controller knows such a region (`mlx-lqr linearity -c FILE --write`).
         """
         turn = self._turn
-        if turn is None or turn.controller is None:
+        if turn is None or not isinstance(turn.controller, Controller):
             return None
         return largest_excess(turn.controller, *turn.measured())
 
@@ -210,7 +213,7 @@ class Chat:
             notes.append(f"the transcript was steered by {', '.join(missing)}, not loaded now: /add FILE")
         return notes
 
-    def _steer_with(self, controllers: list[Controller], strengths: dict[str, float]) -> None:
+    def _steer_with(self, controllers: list[Steering], strengths: dict[str, float]) -> None:
         """Put these controllers in force; concepts without a strength here keep theirs."""
         names = [name for controller in controllers for name in controller.concepts]
         self._controllers = controllers
@@ -227,7 +230,7 @@ class Chat:
             raise InputError(NO_ANSWER)
         return self.model.tokenizer.chat(self.messages[:-1])
 
-    def _decoding(self, controller: Controller | None, prompt_length: int) -> Options:
+    def _decoding(self, controller: Steering | None, prompt_length: int) -> Options:
         options: Options = {**self.options, "controller": controller}
         if controller is not None:
             options["strength"] = [self._strengths[name] for name in controller.concepts]
@@ -245,13 +248,13 @@ class Chat:
         controller = self.controller
         options = self._decoding(controller, len(prompt))
         decoder = self._decoder_for(prompt, controller)
-        if controller is not None and controller.checked_error is not None:
+        if isinstance(controller, Controller) and controller.checked_error is not None:
             options["record"] = Recording()
         pieces = stream(self.model, prompt, decoder=decoder, **options)
         self._turn = _Turn(prompt, reply, self._controllers, controller, decoder, self._rolling, options.get("record"))
         return self._turn, pieces
 
-    def _decoder_for(self, prompt: list[int], controller: Controller | None) -> Decoder:
+    def _decoder_for(self, prompt: list[int], controller: Steering | None) -> Decoder:
         """A decoder, if possible the last one with as much of the prompt as it has run without steering."""
         turn = self._turn
         penalised = self.options.get("repetition_penalty", 1.0) != 1  # needs a decoder that has met every token
@@ -277,8 +280,8 @@ class _Turn:
 
     prompt: list[int]
     reply: Message
-    controllers: list[Controller]
-    controller: Controller | None
+    controllers: list[Steering]
+    controller: Steering | None
     """All of them in one."""
     decoder: Decoder
     """Holds prompt and answer, so that the next prompt need not be run from its beginning."""
@@ -310,7 +313,7 @@ class _Turn:
 
     def measured(self) -> tuple[np.ndarray, np.ndarray]:
         """alpha_k (n, T, m) and |u_k| (n, T) at the prompt's last token and at every token of the answer run so far."""
-        if self.recording is None or self.controller is None:
+        if self.recording is None or not isinstance(self.controller, Controller):
             return np.empty((0, 0, 0)), np.empty((0, 0))
         return self.recording.answer(self.controller, len(self.prompt), len(self.tokens))
 
@@ -323,7 +326,7 @@ class _Turn:
         return run[: self.decoder.position]
 
     def _strength(self) -> tuple[float, ...]:
-        return self.decoder.law.strength if isinstance(self.decoder.law, LinearFeedback) else ()
+        return self.decoder.law.strength if isinstance(self.decoder.law, AdjustableLaw) else ()
 
 
 def _read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], list[Message]]:

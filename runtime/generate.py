@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from mlx_lqr.backends.base import Decoder, Model, Progress, Sampling, Trace
+from mlx_lqr.baseline import Steering
 from mlx_lqr.contrast import Prompt
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
-from mlx_lqr.laws import LinearFeedback, RecordedFeedback, Recording
+from mlx_lqr.laws import AdjustableLaw, RecordedFeedback, Recording, law_of
 from mlx_lqr.runtime.decode import Overflow, decode
 from mlx_lqr.runtime.stopping import StopStrings
 from mlx_lqr.synthesis import readapted
@@ -26,10 +27,11 @@ BATCH = 16
 class Options(TypedDict, total=False):
     """What `generate`, `stream` and `batch_generate` take by keyword."""
 
-    controller: Controller | None
-    """A fitted controller of this model, or several made one by `Controller.combine`."""
+    controller: Steering | None
+    """A fitted controller of this model, or several made one by `Controller.combine`; or what `fit_baseline` made."""
     strength: Strength
-    """The setpoint in multiples of the concept's mean; one number, or one for each concept (1)."""
+    """The setpoint in multiples of the concept's mean; one number, or one for each concept (1). What it is for other
+    methods: see `fit_baseline`."""
     adaptive: bool
     """Compute the gains anew at the very prompt, during prefill (see `adapt`)."""
     max_tokens: int
@@ -150,12 +152,23 @@ def _one_after_another(
             progress("Answers", end, total)
 
 
-def feedback(
-    model: Model, controller: Controller, strength: Strength, record: Recording | None = None
-) -> LinearFeedback:
-    """The controller's law, after checking that it was fitted on this model."""
+def feedback(model: Model, controller: Steering, strength: Strength, record: Recording | None = None) -> AdjustableLaw:
+    """The law of a controller or of any other method, after checking that it was fitted on this model."""
     controller.check_model(model)
-    return LinearFeedback(controller, strength) if record is None else RecordedFeedback(controller, strength, record)
+    if record is None:
+        return law_of(controller, strength)
+    return RecordedFeedback(only_controller(controller, "recorded"), strength, record)
+
+
+def only_controller(steering: Steering, what: str) -> Controller:
+    """`steering`, if it is a controller.
+
+    Raises:
+        InputError: it is of another method, of which this cannot be done.
+    """
+    if isinstance(steering, Controller):
+        return steering
+    raise InputError(f"steering of the method {steering.method} cannot be {what}: this needs an A-LQR controller")
 
 
 def _stream(
@@ -170,10 +183,11 @@ def _stream(
     if unknown:
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
     law = feedback(model, controller, strength, record) if controller is not None else None
+    fixed = only_controller(controller, "adaptive") if adaptive and controller is not None else None
 
-    def adapted(trace: Trace) -> LinearFeedback:
-        assert controller is not None
-        return feedback(model, readapted(model, controller, trace), strength, record)
+    def adapted(trace: Trace) -> AdjustableLaw:
+        assert fixed is not None
+        return feedback(model, readapted(model, fixed, trace), strength, record)
 
     if record is not None and len(prompts) > 1:
         raise InputError("a batch cannot be recorded: decode one prompt at a time, or give batch_stream `records`")
@@ -185,7 +199,7 @@ def _stream(
         steer_all=controller is not None and controller.positions == "all",
         sampling=Sampling(**settings),
         ended=ended,
-        adapted=adapted if adaptive and controller is not None else None,
+        adapted=adapted if fixed is not None else None,
         decoder=decoder,
         **loop,
     )

@@ -5,17 +5,19 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from mlx_lqr.controller import Controller
+from mlx_lqr.backends.base import CarryingLaw
+from mlx_lqr.baseline import Steering
+from mlx_lqr.errors import InputError
 from mlx_lqr.loading import adopt
 from mlx_lqr.runtime.generate import Strength, feedback
 
 
-def steer(model: Any, controller: Controller, strength: Strength = 1.0) -> AbstractContextManager[None]:
+def steer(model: Any, controller: Steering, strength: Strength = 1.0) -> AbstractContextManager[None]:
     """Inside `with steer(...)`, calls of the model are steered; afterwards the model is as it was, also after an error.
 
     Args:
         model: what `mlx_lm.load`, `from_pretrained` of a transformers model, or `mlx_lqr.load` returned.
-        controller: a controller fitted on this model.
+        controller: a controller, or the steering of any other method, fitted on this model.
         strength: as in `generate`.
 
     Steered are `mlx_lm.generate`, `stream_generate` (with a `draft_model` too), `batch_generate` and mlx_lm's server,
@@ -32,8 +34,15 @@ def steer(model: Any, controller: Controller, strength: Strength = 1.0) -> Abstr
     `ModelProvider`'s `model` after `load_default()`; steer it while no request is under way.
 
     Raises:
-        InputError: a controller of another model, something that is no model, or, on entering the block, a model that
+        InputError: a controller of another model, S-PID with a derivative (the calls of others do not tell where it
+            has to start again), something that is no model, or, on entering the block, a model that
             is already steered.
     """
     adopted = adopt(model)
-    return adopted.steer(feedback(adopted, controller, strength), steer_all=controller.positions == "all")
+    law = feedback(adopted, controller, strength)
+    if isinstance(law, CarryingLaw):
+        raise InputError(
+            "S-PID's derivative goes from token to token, and these calls do not tell where another prompt begins: use "
+            "mlx_lqr.generate, or fit it with kd = 0"
+        )
+    return adopted.steer(law, steer_all=controller.positions == "all")

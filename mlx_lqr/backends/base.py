@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,26 @@ class Law(Protocol):
 
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
         """output + u_k (..., d) for the residual stream z_k (..., d) at the input of block k = `layer`."""
+
+
+@runtime_checkable
+class CarryingLaw(Law, Protocol):
+    """A law that carries something from one token to the next, a row for each sequence decoded side by side.
+
+    It is not replayable, and a pass of several positions is of one token each (only the last of them is steered).
+    """
+
+    def restart(self) -> None:
+        """The next pass is the first of another prompt."""
+
+    def keep(self, rows: Array) -> None:
+        """Go on with these rows, given as an index array of the backend."""
+
+
+def restart(law: Law | None) -> None:
+    """Tell a law, if it is of the kind that has to know, that another prompt begins."""
+    if isinstance(law, CarryingLaw):
+        law.restart()
 
 
 @dataclass(frozen=True)
@@ -245,6 +265,25 @@ def residuals_in_batches(
         if progress:
             progress("Activations", done, len(prompts))
     return result
+
+
+def stepwise_log_probability(
+    decoder: Decoder, prompt: Sequence[int], continuation: Sequence[int], numbers: Callable[[Array], np.ndarray]
+) -> Float32:
+    """`Model.log_probability` token by token, for laws that carry something from one to the next.
+
+    Args:
+        decoder: a new one, with the law.
+        prompt, continuation: token ids.
+        numbers: logits (1, V) as a NumPy array.
+    """
+    decoder.fill([prompt[:-1]], steered=False)
+    found = []
+    for token, following in zip([prompt[-1], *continuation[:-1]], continuation, strict=True):
+        logits = numbers(decoder.step([token]))[0].astype(np.float64)
+        top = logits.max()
+        found.append(logits[following] - top - np.log(np.exp(logits - top).sum()))
+    return np.array(found, np.float32)
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:

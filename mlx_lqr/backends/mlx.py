@@ -17,12 +17,15 @@ from mlx_lqr.backends import blas, mlx_lm_calls
 from mlx_lqr.backends.base import (
     GREEDY,
     BlockCall,
+    CarryingLaw,
     Float32,
     Law,
     Progress,
     Sampling,
     fingerprint_of,
     residuals_in_batches,
+    restart,
+    stepwise_log_probability,
 )
 from mlx_lqr.backends.mlx_blocks import TANGENTS, differentiable, hooked, refuse_hooked
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
@@ -92,6 +95,7 @@ class MLXModel:
     def _residuals_of_batch(self, prompts: list[Sequence[int]], law: Law | None, steer_all: bool) -> Float32:
         """(B, T + 1, d). Prompts are padded on the right, where causal attention keeps the padding away from every real
         token and each real token keeps its position."""
+        restart(law)
         lengths = mx.array([len(prompt) for prompt in prompts])
         width = max(len(prompt) for prompt in prompts)
         tokens = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
@@ -121,6 +125,11 @@ class MLXModel:
     def log_probability(
         self, prompt: Sequence[int], continuation: Sequence[int], *, law: Law | None = None, steer_all: bool = False
     ) -> Float32:
+        if isinstance(law, CarryingLaw):
+            decoder = self.decoder(law)
+            return stepwise_log_probability(
+                decoder, prompt, continuation, lambda logits: np.asarray(logits.astype(mx.float32))
+            )
         tokens = mx.array([[*prompt, *continuation]])
         unsteered = 0 if steer_all else len(prompt) - 1
         placed = self.place(law)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lqr.backends.base import OVERFLOWED, BlockCall, Float32, Hook, Law, Sampling
+from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, Hook, Law, Sampling, restart
 from mlx_lqr.backends.mlx_blocks import BlockHooks, FrozenCache, hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 from mlx_lqr.backends.mlx_step import CompiledStep, FixedCache, energy, in_order
@@ -120,6 +120,7 @@ class MLXDecoder:
 
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         self._settle()
+        restart(self._law)
         self._steps = 0
         width = max(len(prompt) for prompt in prompts)
         if not self._cache:
@@ -162,6 +163,8 @@ class MLXDecoder:
         chosen = mx.array(list(rows))
         for layer in self._cache:
             layer.filter(chosen)
+        if isinstance(self._law, CarryingLaw):
+            self._law.keep(chosen)
         if self._keys is not None:
             self._keys = self._keys[chosen]
         if self._seen is not None:

@@ -15,12 +15,15 @@ from torch.func import jvp, vjp
 from mlx_lqr.backends.base import (
     GREEDY,
     BlockCall,
+    CarryingLaw,
     Float32,
     Law,
     Progress,
     Sampling,
     fingerprint_of,
     residuals_in_batches,
+    restart,
+    stepwise_log_probability,
 )
 from mlx_lqr.backends.model_folder import read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
@@ -103,6 +106,7 @@ class TorchModel:
     def _residuals_of_batch(self, prompts: list[Sequence[int]], law: Law | None, steer_all: bool) -> Float32:
         """(B, T + 1, d). Prompts are padded on the right, where causal attention keeps the padding away from every real
         token and each real token keeps its position."""
+        restart(law)
         width = max(len(prompt) for prompt in prompts)
         last = self._tensor([len(prompt) - 1 for prompt in prompts])
         rows = torch.arange(len(prompts), device=self._device)
@@ -132,6 +136,9 @@ class TorchModel:
     def log_probability(
         self, prompt: Sequence[int], continuation: Sequence[int], *, law: Law | None = None, steer_all: bool = False
     ) -> Float32:
+        if isinstance(law, CarryingLaw):
+            decoder = self.decoder(law)
+            return stepwise_log_probability(decoder, prompt, continuation, lambda logits: logits.float().cpu().numpy())
         unsteered = 0 if steer_all else len(prompt) - 1
         placed = self.place(law)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mlx_lqr.backends.base import OVERFLOWED, BlockCall, Float32, Law, Sampling
+from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, Law, Sampling, restart
 from mlx_lqr.backends.torch_attention import attending
 from mlx_lqr.backends.torch_blocks import BlockHooks, FrozenBlock, hooked
 from mlx_lqr.backends.torch_cache import KeyValueCache
@@ -108,6 +108,7 @@ class TorchDecoder:
     @torch.no_grad()
     @memory_for("the prompts", _MEMORY)
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
+        restart(self._law)
         width = max(len(prompt) for prompt in prompts)
         if self._cache is None:
             self._start([width - len(prompt) for prompt in prompts])
@@ -147,6 +148,8 @@ class TorchDecoder:
         assert self._cache is not None
         chosen = torch.tensor(list(rows), device=self._device)
         self._cache.keep(chosen)
+        if isinstance(self._law, CarryingLaw):
+            self._law.keep(chosen)
         self._sampler.keep(rows)
         self._graph = None
         if self._seen is not None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mlx_lqr.atomic import check_writable
+from mlx_lqr.baseline import METHODS
 from mlx_lqr.commands.options import Loading, loading_options, model_argument, parse_layers, progress_bars
 from mlx_lqr.contrast import bundled_prompts, read_prompts
 from mlx_lqr.controller import Cost, Positions
 from mlx_lqr.errors import InputError
+from mlx_lqr.fitting import check_options, fit_baseline
 from mlx_lqr.linearize import Jacobians
 from mlx_lqr.linearize import linearize as linearize_model
 from mlx_lqr.loading import load
@@ -45,6 +49,13 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 @click.command()
 @model_argument
 @click.option("-o", "--output", required=True, type=click.Path(), help="The controller file to write.")
+@click.option(
+    "--method",
+    type=click.Choice(["alqr", *METHODS]),
+    default="alqr",
+    show_default=True,
+    help="Activation LQR, or one of the methods that it is compared with.",
+)
 @click.option("--concept", help="A bundled contrast set (see `mlx-lqr concepts`), or the name of your own.")
 @click.option(
     "--positive", type=click.Path(), help="Prompts with the concept: one a line, or JSON lines with a prompt key."
@@ -57,7 +68,7 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 )
 @click.option("--r", default=1.0, show_default=True, help="Weight of the control.")
 @click.option("--qf", default=0.1, show_default=True, help="Weight of the last layer's output.")
-@click.option("--layers", help="Where control may act, such as 20-29; by default every layer.")
+@click.option("--layers", help="Where control may act, such as 20-29; by default every layer (actadd: the middle one).")
 @click.option(
     "--cost",
     type=click.Choice(["state", "feature"]),
@@ -68,14 +79,19 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 @click.option(
     "--positions",
     type=click.Choice(["last", "all"]),
-    default="last",
-    show_default=True,
-    help="Steer from the prompt's last token on, or every prompt token too.",
+    help="Steer from the prompt's last token on, or every prompt token too; by default as the method's paper does: "
+    "last, and all for ablation, the AcT family and angular steering.",
 )
+@click.option("--kp", type=float, help="Proportional gain (proportional, spid, pid-act).")
+@click.option("--ki", type=float, help="Integral gain (spid, pid-act).")
+@click.option("--kd", type=float, help="Derivative gain (spid, pid-act).")
+@click.option("--source-layer", type=int, help="Ablate this layer's direction at every layer (ablation).")
+@click.option("--simultaneous", is_flag=True, help="Fit all layers at once, not one after the other (the AcT family).")
 @loading_options
 def fit(
     model: str,
     output: str,
+    method: str,
     concept: str | None,
     positive: str | None,
     negative: str | None,
@@ -86,14 +102,33 @@ def fit(
     qf: float,
     layers: str | None,
     cost: Cost,
-    positions: Positions,
+    positions: Positions | None,
+    simultaneous: bool,
+    source_layer: int | None,
     loading: Loading,
+    **gains: float | None,
 ) -> None:
-    """Fit a controller for a concept on MODEL."""
+    """Fit a controller, or the steering of another method, for a concept on MODEL."""
     Weights(q, r, qf)  # mistakes are refused before the model is loaded
     check_writable(output)
     chosen = parse_layers(layers)
     name, positive_prompts, negative_prompts = _prompts(concept, positive, negative)
+    known = next((known for known in METHODS if known == method), None)
+    _refuse_options_of_others(_OF_BASELINES if known is None else _OF_ALQR, method)
+    if known is not None:
+        options: dict[str, Any] = {
+            "numbers": {number: value for number, value in gains.items() if value is not None},
+            "source_layer": source_layer,
+            "incremental": not simultaneous,
+        }
+        check_options(known, **options)
+        with progress_bars() as progress:
+            loaded = load(model, **loading, progress=progress)
+            prompts = positive_prompts, negative_prompts
+            options |= {"concept": name, "layers": chosen, "positions": positions, "progress": progress}
+            fit_baseline(loaded, known, *prompts, **options).save(output)
+        _say_how_to_use(model, output, "90" if "angular" in method else "1")
+        return
     stored = Jacobians.load(jacobians) if jacobians else None
     with progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
@@ -107,14 +142,30 @@ def fit(
             qf=qf,
             layers=chosen,
             cost=cost,
-            positions=positions,
+            positions=positions or "last",
             jacobian_prompts=jacobian_prompts,
             jacobians=stored,
             progress=progress,
         )
         controller.save(output)
+    _say_how_to_use(model, output, "2")
+
+
+_OF_ALQR = ("q", "r", "qf", "cost", "jacobians", "jacobian_prompts")
+_OF_BASELINES = ("kp", "ki", "kd", "source_layer", "simultaneous")
+
+
+def _refuse_options_of_others(names: tuple[str, ...], method: str) -> None:
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} is not for the method {method}: leave it out, or choose another --method")
+
+
+def _say_how_to_use(model: str, output: str, strength: str) -> None:
     click.echo(f"Wrote {output} ({Path(output).stat().st_size / 1000:.0f} kB). Try it:")
-    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {output}:2")
+    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {output}:{strength}")
 
 
 def _prompts(concept: str | None, positive: str | None, negative: str | None) -> tuple[str, list[str], list[str]]:

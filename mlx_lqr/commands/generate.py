@@ -30,6 +30,7 @@ from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options, Piece, batch_stream, stream
 from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
 from mlx_lqr.runtime.decode import MAX_TOKENS
+from mlx_lqr.runtime.generate import only_controller
 from mlx_lqr.runtime.monitor import largest_excess
 from mlx_lqr.synthesis import adapt
 
@@ -69,6 +70,8 @@ def generate(
         raise InputError("--track compares a controller's features with their setpoints: add -c FILE")
     prompts = read_prompts(prompt_file) if prompt_file is not None else [given_or_piped(prompt)]
     controller, strengths = parse_controllers(controllers)
+    if tracked and controller is not None:
+        only_controller(controller, "tracked")
     with progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
     settings: Options = {**options, "adaptive": adaptive}  # type: ignore[typeddict-item]
@@ -145,7 +148,7 @@ def _fields(model: Model, answer: _Answer, settings: Options, tracked: bool) -> 
     if controller is None or not isinstance(strengths, list):
         return found
     found["concepts"] = dict(zip(controller.concepts, strengths, strict=True))
-    if tracked:
+    if tracked and isinstance(controller, Controller):
         used = adapt(model, controller, answer.prompt) if settings.get("adaptive") else controller
         found["tracking"] = _tracking(model, answer.prompt, used, strengths)
         found["control"] = _control(model, controller, answer)

@@ -7,15 +7,18 @@ import json
 import click
 import numpy as np
 
-from mlx_lqr.controller import Controller
+from mlx_lqr.baseline import METHODS, Baseline, load_steering
 
 
 @click.command()
 @click.argument("file", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def show(file: str, as_json: bool) -> None:
-    """Show what a controller FILE holds."""
-    controller = Controller.load(file)
+    """Show what a controller FILE, or one of another method, holds."""
+    controller = load_steering(file)
+    if isinstance(controller, Baseline):
+        _show_baseline(controller, as_json)
+        return
     gain_norm = np.linalg.norm(controller.gain, axis=1)
     if as_json:
         click.echo(
@@ -57,3 +60,42 @@ def show(file: str, as_json: bool) -> None:
     for k in range(controller.num_layers):
         row = "".join(f"{mu:24.3f}{g:9.3f}" for mu, g in zip(controller.setpoint[k], gain_norm[k], strict=True))
         click.echo(f"{k:5d}{row}" + ("" if k in controller.active_layers else "   no control"))
+
+
+def _show_baseline(steering: Baseline, as_json: bool) -> None:
+    layered = {
+        name: part for name, part in steering.tensors.items() if METHODS[steering.method].tensors[name][0] == "T"
+    }
+    sizes = {name: np.linalg.norm(part.reshape(len(part), -1), axis=1) for name, part in layered.items()}
+    if as_json:
+        fields = {
+            "method": steering.method,
+            "model": steering.model_name,
+            "fingerprint": steering.fingerprint,
+            "concepts": steering.concepts,
+            "T": steering.num_layers,
+            "d": steering.hidden_size,
+            "numbers": dict(steering.numbers),
+            "layers": steering.active_layers,
+            "positions": steering.positions,
+            "prompt_counts": steering.prompt_counts,
+            "library_version": steering.library_version,
+        }
+        fields["norms"] = {name: size.tolist() for name, size in sizes.items()}
+        click.echo(json.dumps(fields))
+        return
+    counts = ", ".join(
+        f"{name} ({positive} + {negative} prompts)"
+        for name, (positive, negative) in zip(steering.concepts, steering.prompt_counts, strict=True)
+    )
+    click.echo(f"method     {METHODS[steering.method].title}")
+    click.echo(f"concepts   {counts}")
+    click.echo(f"model      {steering.model_name} ({steering.num_layers} layers of width {steering.hidden_size})")
+    if steering.numbers:
+        click.echo("gains      " + ", ".join(f"{name} = {number:g}" for name, number in steering.numbers.items()))
+    click.echo(f"positions  {steering.positions}")
+    click.echo(f"fitted by mlx-lqr {steering.library_version}")
+    click.echo("\nlayer" + "".join(f"{'|' + name + '|':>13}" for name in sizes))
+    for k in range(steering.num_layers):
+        row = "".join(f"{size[k]:13.3f}" for size in sizes.values())
+        click.echo(f"{k:5d}{row}" + ("" if k in steering.active_layers else "   no control"))

@@ -12,7 +12,7 @@ from mlx_lqr.tasks.damage import Capability, NeutralText
 from mlx_lqr.tasks.generations import Decoding, Judge
 from mlx_lqr.tasks.refusal import refusal, refuses
 from mlx_lqr.tasks.run import Evaluation, Result, Task, evaluate
-from mlx_lqr.tasks.steering import Steered, Steering, load_controller, load_steering
+from mlx_lqr.tasks.steering import Steered, Steering, load_steering
 from mlx_lqr.tasks.toxicity import toxicity
 from mlx_lqr.tasks.truthfulness import truthfulness
 
@@ -32,7 +32,6 @@ __all__ = [
     "difference",
     "estimate",
     "evaluate",
-    "load_controller",
     "load_steering",
     "refusal",
     "refuses",

@@ -8,25 +8,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlx_lqr import baseline
 from mlx_lqr.backends.base import Decoder, Law, Model
 from mlx_lqr.contrast import Prompt, tokenise
-from mlx_lqr.controller import Controller
 from mlx_lqr.runtime import Options, batch_stream
 from mlx_lqr.runtime.generate import feedback
 
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """A controller under a name, and the share of the strength that each of its concepts gets."""
+    """A controller, or another method's steering, under a name, and what share of the strength each concept gets."""
 
     name: str
-    controller: Controller
+    controller: baseline.Steering
     shares: tuple[float, ...] = ()
     """One number for each concept; by default 1 for all. Strength s means s times the share."""
 
@@ -34,15 +33,26 @@ class Steering:
     def settings(self) -> dict[str, Any]:
         """What tells this steering from another: its numbers' digest, whatever kind of controller it is."""
         digest = hashlib.sha256()
-        for entry in fields(self.controller):
-            value = getattr(self.controller, entry.name)
-            if isinstance(value, np.ndarray) and not entry.name.startswith("checked"):
-                digest.update(f"{entry.name} {value.dtype} {value.shape}".encode() + value.tobytes())
+        for name, value in sorted(self._numbers().items()):
+            digest.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
         return {
+            "method": getattr(self.controller, "method", "alqr"),
             "concepts": list(self.controller.concepts),
             "positions": self.controller.positions,
             "shares": list(self._shares),
             "digest": digest.hexdigest()[:16],
+        }
+
+    def _numbers(self) -> dict[str, np.ndarray]:
+        """All that the law is made of."""
+        if isinstance(self.controller, baseline.Baseline):
+            numbers = {name: np.asarray(number) for name, number in self.controller.numbers.items()}
+            return {**self.controller.tensors, **numbers, "layers": np.array(self.controller.active_layers)}
+        values = {entry.name: getattr(self.controller, entry.name) for entry in fields(self.controller)}
+        return {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, np.ndarray) and not name.startswith("checked")
         }
 
     def strength(self, value: float) -> list[float]:
@@ -54,15 +64,6 @@ class Steering:
         return self.shares or (1.0,) * len(self.controller.concepts)
 
 
-def load_controller(path: str | PathLike[str]) -> Controller:
-    """The controller in a file: the one place where tasks read one.
-
-    Raises:
-        InputError: see `Controller.load`.
-    """
-    return Controller.load(path)
-
-
 def load_steering(files: Sequence[tuple[str, float]], name: str | None = None) -> Steering:
     """One steering of several files, each with its share of the strength.
 
@@ -71,10 +72,10 @@ def load_steering(files: Sequence[tuple[str, float]], name: str | None = None) -
         name: by default the files' names without their endings.
 
     Raises:
-        InputError: a file that is no controller, or controllers that cannot be combined (see `Controller.combine`).
+        InputError: a file that holds no steering, or files that cannot be combined (see `baseline.combine`).
     """
-    loaded = [(load_controller(path), share) for path, share in files]
-    controller = loaded[0][0] if len(loaded) == 1 else Controller.combine(*(one for one, _ in loaded))
+    loaded = [(baseline.load_steering(path), share) for path, share in files]
+    controller = baseline.combine([one for one, _ in loaded])
     shares = tuple(share for one, share in loaded for _ in one.concepts)
     return Steering(name or "+".join(Path(path).stem for path, _ in files), controller, shares)
 

@@ -1,22 +1,18 @@
-"""Control laws, each written once for every backend.
-
-A law is an expression in `@ * + -`, which NumPy, MLX and torch arrays share; a backend only places the arrays (`place`)
-and calls the law with each block's input and output.
-"""
+"""Activation LQR as a law, and the same law with a record of what it measures and does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from copy import copy
+from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_lqr.backends.base import AddProduct, Array, Renew
+from mlx_lqr.backends.base import Array
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
+from mlx_lqr.laws.adjustable import AdjustableLaw
 
 
-class LinearFeedback:
+class LinearFeedback(AdjustableLaw):
     """Activation LQR: u_k = (offset_k + strength o setpoint_k - z_k V_k) G_k'.
 
     With one concept, offset 0 and setpoint mu_k this is u_k = (strength mu_k - v_k . z_k) g_k (arXiv 2604.19018, linear
@@ -31,63 +27,25 @@ class LinearFeedback:
         for name in ("direction", "gain", "setpoint", "offset"):
             if not np.all(np.isfinite(getattr(controller, name))):
                 raise InputError(f"the controller's {name} has values that are not finite: fit it again")
-        self.layers: Sequence[int] = controller.active_layers
-        self.replayable = True
         self._controller = controller
-        self._array: Callable[[np.ndarray], Array] = np.asarray
-        self._add_product: AddProduct = lambda c, a, b: c + a @ b
-        self._renew: Renew = lambda _, values: values
-        self._target: dict[int, Array] = {}
-        self._shared = [check_strength(strength, len(controller.concepts))]
-        """The strength, in a list that this law and those placed from it have in common."""
-        self._arrange()
-
-    def place(
-        self, array: Callable[[np.ndarray], Array], add_product: AddProduct, *, renew: Renew | None = None
-    ) -> LinearFeedback:
-        placed = copy(self)
-        placed._array, placed._add_product = array, add_product
-        placed._renew = renew or (lambda _, values: array(values))
-        placed._arrange()
-        return placed
+        super().__init__(controller.active_layers, len(controller.concepts), strength)
 
     @property
     def controller(self) -> Controller:
         return self._controller
 
-    @property
-    def strength(self) -> tuple[float, ...]:
-        return self._shared[0]
-
-    @strength.setter
-    def strength(self, value: float | Sequence[float]) -> None:
-        self._shared[0] = check_strength(value, len(self._controller.concepts))
-
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
         self.aim()
-        error = self._add_product(self._target[layer], z, self._minus_direction[layer])
-        return self._add_product(output, error, self._gain_transposed[layer])
+        minus_direction, gain_transposed = self._constant[layer]
+        error = self._add_product(self._target[layer], z, minus_direction)
+        return self._add_product(output, error, gain_transposed)
 
-    def aim(self) -> None:
-        """Take over a strength that has been set since the last call."""
-        if self._aimed_at is self._shared[0]:
-            return
-        targets = self._targets()
-        self._target = {k: self._renew(self._target[k], targets[k]) for k in self.layers}
+    def _fixed(self, layer: int) -> tuple[np.ndarray, ...]:
+        return -self._controller.direction[layer], np.ascontiguousarray(self._controller.gain[layer].T)
 
-    def _arrange(self) -> None:
-        """Hand every layer's arrays to the constructor once, so that a call is two small products and no slicing."""
-        controller = self._controller
-        self._minus_direction = {k: self._array(-controller.direction[k]) for k in self.layers}
-        self._gain_transposed = {k: self._array(np.ascontiguousarray(controller.gain[k].T)) for k in self.layers}
-        targets = self._targets()
-        self._target = {k: self._array(targets[k]) for k in self.layers}
-
-    def _targets(self) -> np.ndarray:
-        """offset + strength o setpoint of every layer, for the strength of this moment: (T, m)"""
-        self._aimed_at = self._shared[0]
-        with np.errstate(over="ignore"):  # what overflows is reported by whoever decodes
-            return self._controller.offset + np.asarray(self._aimed_at, np.float32) * self._controller.setpoint
+    def _aimed(self, strength: np.ndarray) -> np.ndarray:
+        """offset + strength o setpoint of every layer: (T, m)"""
+        return self._controller.offset + strength * self._controller.setpoint
 
 
 class Recording:
@@ -150,23 +108,7 @@ class RecordedFeedback(LinearFeedback):
 
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
         self.aim()
-        error = self._add_product(self._target[layer], z, self._minus_direction[layer])
+        minus_direction, gain_transposed = self._constant[layer]
+        error = self._add_product(self._target[layer], z, minus_direction)
         self.recording._passed.append((layer, error, self._controller))
-        return self._add_product(output, error, self._gain_transposed[layer])
-
-
-def check_strength(value: float | Sequence[float], concepts: int) -> tuple[float, ...]:
-    """`value` as one finite number per concept.
-
-    Raises:
-        InputError: not a number, not finite, or another count than the controller's concepts.
-    """
-    try:
-        numbers = np.atleast_1d(np.asarray(value, dtype=np.float64))
-    except (TypeError, ValueError):
-        raise InputError(f"strength must be a number, not {value!r}") from None
-    if not np.all(np.isfinite(numbers)):
-        raise InputError(f"strength must be a finite number, not {value!r}")
-    if numbers.ndim != 1 or numbers.size not in (1, concepts):
-        raise InputError(f"{numbers.size} strengths for {concepts} concepts: give one for all, or one for each")
-    return tuple(float(x) for x in np.broadcast_to(numbers, (concepts,)))
+        return self._add_product(output, error, gain_transposed)
