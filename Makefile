@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/core
 	$(BIN)/mlx-lqr demo
 
+# Two processes with a file of tests each, and a core each: BLAS threads of both would only wait for one another.
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # On a machine with a CUDA GPU: the tests that need one, then what the backend does there, measured.
 test-gpu: $(VENV)/test

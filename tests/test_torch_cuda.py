@@ -15,7 +15,9 @@ import mlx_lqr
 from mlx_lqr.backends.base import Sampling
 from mlx_lqr.backends.torch import TorchModel
 from mlx_lqr.backends.torch_algebra import TorchAlgebra
-from mlx_lqr.laws import LinearFeedback
+from mlx_lqr.baseline import METHODS
+from mlx_lqr.laws import LinearFeedback, law_of
+from mlx_lqr.runtime.decode import decode
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,3 +136,22 @@ def test_a_bfloat16_model_is_steered_and_linearised() -> None:
         tokens = torch.tensor([PROMPT], device="cuda")
         found = model.module.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert found.shape[1] == len(PROMPT) + 8
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_writes_the_tokens_of_the_cpu(method: Any) -> None:
+    """Replayed as a graph, or, where something goes from token to token, without one; with strengths that change."""
+    cpu, gpu = pair()
+    steering = mlx_lqr.fit_baseline(cpu, method, BATCH[:2], BATCH[2:])
+    steer_all, strength = steering.positions == "all", 60.0 if "angular" in method else 1.5
+    found = []
+    for model in (cpu, gpu):
+        law = law_of(steering, strength)
+        found.append(decoded_together(model, BATCH, law=law, steer_all=steer_all, max_tokens=12))
+        tokens = []
+        for _, token in decode(model, [PROMPT], law=law, steer_all=steer_all, max_tokens=12):
+            tokens.append(token)
+            if len(tokens) == 6:
+                law.strength = -strength
+        found[-1].append(tokens)
+    assert found[0] == found[1]
