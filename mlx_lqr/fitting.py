@@ -8,7 +8,7 @@ like A-LQR.)
 |---|---|
 | actadd: Turner et al. 2023 (arXiv 2308.10248); CAA, Rimsky et al. 2024 (2312.06681) | b_k = e_{k+1} |
 | proportional (a first-order form of S-PID's law) | v_{k+1}, mu_{k+1} |
-| ablation: Arditi et al. 2024 (2406.11717) | v_{k+1}, or one v_l for every block |
+| ablation: Arditi et al. 2024 (2406.11717) | one v_l for every block |
 | spid: baseline of 2604.19018 | v_k, mu_k |
 | mean-act: Rodriguez et al. 2024 (2410.23054) | b_k = mean+ - mean-, the negative prompts steered before block k |
 | linear-act: the same | least squares of the sorted activations of each neuron, steered likewise |
@@ -33,6 +33,9 @@ from mlx_lqr.riccati import check_layers
 
 RESET_EVERY = 10
 """Layers after which S-PID's integral starts again from zero."""
+MIDDLE_ALONE = ("actadd", "angular", "adaptive-angular")
+"""Methods that by default act at one layer: ActAdd by its paper; to turn the residual stream itself at every block, and
+not the outputs of norms as the paper does, left no text of SmolLM2."""
 
 
 def fit_baseline(
@@ -61,11 +64,12 @@ def fit_baseline(
         method: one of `METHODS`.
         positive, negative: prompts with and without the concept; strings or token ids.
         concept: the name under which the steering goes.
-        layers: the blocks whose output is changed; by default all, and for actadd the middle one.
+        layers: the blocks whose output is changed; by default all, and for `MIDDLE_ALONE` the middle one.
         positions: "last" steers the last prompt token and every generated one, "all" every prompt token too; by default
             what the method's paper does.
-        source_layer: for ablation, the one layer l whose direction v_l is ablated everywhere (the paper's way); by
-            default every block has its own.
+        source_layer: for ablation, the one layer l whose direction v_l is ablated everywhere; by default the one at
+            three fifths of the depth. (The paper tries all of them on a task. To ablate at every block a direction of
+            its own takes so much that no text is left.)
         incremental: for mean-act, linear-act and pid-act, whether a layer is fitted with those before it steered (the
             papers' way, a pass over the negative prompts for each layer), or all at once on the unsteered model.
         numbers: those of the method, by name: kp of proportional; kp, ki, kd of spid and pid-act.
@@ -79,7 +83,7 @@ def fit_baseline(
     known = METHODS[method]
     chosen_numbers = check_options(method, numbers or {}, source_layer=source_layer, incremental=incremental)
     T = model.num_layers
-    chosen = check_layers([T // 2] if method == "actadd" and layers is None else layers, T)
+    chosen = check_layers([T // 2] if method in MIDDLE_ALONE and layers is None else layers, T)
     if source_layer is not None and not 0 <= source_layer <= T:
         raise InputError(f"source_layer must be between 0 and {T}, not {source_layer}")
     blank = Baseline(
@@ -106,10 +110,11 @@ def fit_baseline(
     if method == "actadd":
         tensors = {"shift": (active * after)[:, :, None]}
     elif method == "ablation":
-        single = None if source_layer is None else _unit(np.vstack([before, after[-1:]])[source_layer])
-        if single is not None and not single.any():
-            raise InputError(f"layer {source_layer} does not tell the prompts apart: choose another source_layer")
-        tensors = {"direction": active * (_unit(after) if single is None else single)}
+        source = 3 * T // 5 if source_layer is None else source_layer
+        single = _unit(np.vstack([before, after[-1:]])[source])
+        if not single.any():
+            raise InputError(f"layer {source} does not tell the prompts apart: choose another source layer")
+        tensors = {"direction": active * single}
     elif method in ("proportional", "spid"):
         measured = before if method == "spid" else after
         tensors = {"direction": active * _unit(measured), "setpoint": np.linalg.norm(measured, axis=1) * active[:, 0]}

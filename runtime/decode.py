@@ -55,11 +55,15 @@ def decode(
             f"{longest} prompt tokens and {max_tokens} new ones do not fit the model's context of "
             f"{model.context_length}: ask for at most {room}, or let the context roll"
         )
-    if decoder is not None:
+    new = decoder is None
+    decoder = decoder or model.decoder(rolling=rolling)
+    if not new:
         decoder.law, decoder.sampling = law, sampling
 
-    def begin() -> Decoder:  # not before the first token is asked for: others may be decoded before
-        return decoder or model.decoder(law, sampling, rolling=rolling)
+    def begin() -> Decoder:
+        if new:  # not before the first token is asked for, since placing a law's arrays takes memory
+            decoder.law, decoder.sampling = law, sampling
+        return decoder
 
     return _decode(model, tokens, begin, steer_all, max_tokens, set() if ended is None else ended, adapted)
 

@@ -99,11 +99,9 @@ def test_proportional_feedback_with_gain_one_reaches_the_setpoint(backend: str) 
 @every_backend
 def test_ablation_leaves_nothing_along_the_direction(backend: str) -> None:
     model = tiny_on(backend, "llama")
-    own, single = fitted(model, "ablation"), fitted(model, "ablation", source_layer=2)
-    plain, steered = streams(model, None, 0), streams(model, own, 1.0)
-    assert own.positions == "all"
-    for k in range(3):
-        assert abs(own.tensors["direction"][k] @ steered[k + 1]) < 1e-4
+    single = fitted(model, "ablation", source_layer=2)
+    plain = streams(model, None, 0)
+    assert single.positions == "all"
     v = single.tensors["direction"]
     assert np.array_equal(v[0], v[2])
     assert np.abs(v @ streams(model, single, 1.0)[1:].T).max() < 1e-4

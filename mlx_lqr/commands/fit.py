@@ -68,7 +68,9 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 )
 @click.option("--r", default=1.0, show_default=True, help="Weight of the control.")
 @click.option("--qf", default=0.1, show_default=True, help="Weight of the last layer's output.")
-@click.option("--layers", help="Where control may act, such as 20-29; by default every layer (actadd: the middle one).")
+@click.option(
+    "--layers", help="Where control may act, such as 20-29; by default every layer (actadd, angular: the middle)."
+)
 @click.option(
     "--cost",
     type=click.Choice(["state", "feature"]),
@@ -85,7 +87,7 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 @click.option("--kp", type=float, help="Proportional gain (proportional, spid, pid-act).")
 @click.option("--ki", type=float, help="Integral gain (spid, pid-act).")
 @click.option("--kd", type=float, help="Derivative gain (spid, pid-act).")
-@click.option("--source-layer", type=int, help="Ablate this layer's direction at every layer (ablation).")
+@click.option("--source-layer", type=int, help="Whose direction is ablated at every layer (ablation).")
 @click.option("--simultaneous", is_flag=True, help="Fit all layers at once, not one after the other (the AcT family).")
 @loading_options
 def fit(

@@ -8,7 +8,8 @@
 | Linear-AcT | y + s ((scale_k - 1) o y + shift_k) |
 | angular steering | y rotated in a fixed plane until its part there stands at s degrees from the concept's direction |
 
-The vectors of block k belong to the place they act upon, z_{k+1}, with the exception of S-PID's (see spid.py).
+The vectors of block k belong to the place they act upon, z_{k+1}; but ablation has one for all blocks, and S-PID's are
+those of z_k (see spid.py).
 """
 
 from __future__ import annotations
