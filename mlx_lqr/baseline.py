@@ -17,9 +17,9 @@ import numpy as np
 
 from mlx_lqr.atomic import writing
 from mlx_lqr.backends.base import Float32, Model
-from mlx_lqr.controller import Controller, Positions
+from mlx_lqr.controller import Controller, Positions, check_fitted_on
 from mlx_lqr.errors import InputError
-from mlx_lqr.tensors import read_format, read_tensors, write_tensors
+from mlx_lqr.tensors import check_finite, check_shape, read_format, read_tensors, write_tensors
 
 FORMAT = "mlx-lqr baseline 1"
 
@@ -156,11 +156,8 @@ class Baseline:
             if not concepts or (len(concepts) > 1 and not method.additive):
                 raise ValueError(f"{len(concepts)} concepts")
             for tensor, axes in method.tensors.items():
-                shape = tuple(sizes[axis] for axis in axes)
-                if tensors[tensor].shape != shape:
-                    raise ValueError(f"{tensor} has the shape {tensors[tensor].shape}, expected {shape}")
-                if not np.all(np.isfinite(tensors[tensor])):
-                    raise ValueError(f"{tensor} has values that are not finite")
+                check_shape(tensor, tensors[tensor], axes, sizes)
+                check_finite(tensor, tensors[tensor])
             return cls(
                 method=name,
                 tensors={tensor: tensors[tensor].astype(np.float32, copy=False) for tensor in method.tensors},
@@ -180,13 +177,7 @@ class Baseline:
 
     def check_model(self, model: Model) -> None:
         """Raise `InputError` unless this was fitted on `model`."""
-        if (self.num_layers, self.hidden_size) != (model.num_layers, model.hidden_size) or (
-            self.fingerprint != model.fingerprint
-        ):
-            raise InputError(
-                f"this was fitted on {self.model_name} ({self.num_layers} layers of width {self.hidden_size}), not on "
-                f"{model.name} ({model.num_layers} layers of width {model.hidden_size}): fit one on it"
-            )
+        check_fitted_on(self, model.name, model.fingerprint, model.num_layers, model.hidden_size, "this")
 
     def split(self) -> list[Baseline]:
         """One for each concept alone; `combine` undoes it."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata as distribution
 from os import PathLike
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from mlx_lqr.backends.base import Float32, Model
 from mlx_lqr.contrast import Contrast
 from mlx_lqr.errors import InputError
 from mlx_lqr.riccati import Gains, Weights
-from mlx_lqr.tensors import read_tensors, write_tensors
+from mlx_lqr.tensors import check_finite, check_shape, read_tensors, write_tensors
 
 FORMAT = "mlx-lqr controller 1"
 SMALLEST_ANGLE = 5.0
@@ -111,22 +111,19 @@ class Controller:
         tensors, metadata = read_tensors(path, FORMAT, "a controller")
         try:
             concepts = tuple(str(name) for name in json.loads(metadata["concepts"]))
-            T, d, m = int(metadata["T"]), int(metadata["d"]), len(concepts)
+            sizes = {"T": int(metadata["T"]), "d": int(metadata["d"]), "m": len(concepts)}
             expected = _TENSORS | {name: axes for name, axes in _OPTIONAL.items() if name in tensors}
-            shapes = {name: tuple({"T": T, "d": d, "m": m}[axis] for axis in axes) for name, axes in expected.items()}
             positions, cost = metadata["positions"], metadata["cost"]
             if positions not in get_args(Positions) or cost not in get_args(Cost):
                 raise ValueError(f"positions {positions!r}, cost {cost!r}")
-            for name, shape in shapes.items():
-                if tensors[name].shape != shape:
-                    raise ValueError(f"{name} has the shape {tensors[name].shape}, expected {shape}")
-                if name in _OPTIONAL:
-                    if np.isnan(tensors[name]).any() or tensors[name].min() < 0:
-                        raise ValueError(f"{name} has values that are no sizes")
-                elif not np.all(np.isfinite(tensors[name])):
-                    raise ValueError(f"{name} has values that are not finite")
+            for name, axes in expected.items():
+                check_shape(name, tensors[name], axes, sizes)
+                if name in _TENSORS:
+                    check_finite(name, tensors[name])
+                elif np.isnan(tensors[name]).any() or tensors[name].min() < 0:
+                    raise ValueError(f"{name} has values that are no sizes")
             return cls(
-                **{name: tensors[name].astype(np.float32, copy=False) for name in shapes},
+                **{name: tensors[name].astype(np.float32, copy=False) for name in expected},
                 concepts=concepts,
                 model_name=metadata["model"],
                 fingerprint=metadata["fingerprint"],
@@ -142,14 +139,7 @@ class Controller:
 
     def check_model(self, model: Model) -> None:
         """Raise `InputError` unless this controller was fitted on `model`."""
-        self._check_fitted_on(model.name, model.fingerprint, model.num_layers, model.hidden_size)
-
-    def _check_fitted_on(self, name: str, fingerprint: str, num_layers: int, hidden_size: int) -> None:
-        if (self.num_layers, self.hidden_size) != (num_layers, hidden_size) or self.fingerprint != fingerprint:
-            raise InputError(
-                f"this controller was fitted on {self.model_name} ({self.num_layers} layers of width "
-                f"{self.hidden_size}), not on {name} ({num_layers} layers of width {hidden_size}): fit one on it"
-            )
+        check_fitted_on(self, model.name, model.fingerprint, model.num_layers, model.hidden_size)
 
     @classmethod
     def combine(cls, *controllers: Controller) -> Controller:
@@ -165,7 +155,7 @@ class Controller:
             raise InputError("nothing to combine: give at least one controller")
         first = controllers[0]
         for other in controllers[1:]:
-            other._check_fitted_on(first.model_name, first.fingerprint, first.num_layers, first.hidden_size)
+            check_fitted_on(other, first.model_name, first.fingerprint, first.num_layers, first.hidden_size)
             if other.positions != first.positions:
                 raise InputError("controllers for the positions 'last' and 'all' cannot be combined: fit them alike")
         concepts = [name for controller in controllers for name in controller.concepts]
@@ -264,6 +254,30 @@ def assemble(
         jacobian_prompts=jacobian_prompts,
         cost=cost,
     )
+
+
+class Fitted(Protocol):
+    """What was fitted on one model."""
+
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+
+
+def check_fitted_on(
+    fitted: Fitted, name: str, fingerprint: str, num_layers: int, hidden_size: int, what: str = "this controller"
+) -> None:
+    """Raise `InputError` unless `fitted` belongs to the model of this name, fingerprint and size."""
+    if (fitted.num_layers, fitted.hidden_size) != (num_layers, hidden_size) or fitted.fingerprint != fingerprint:
+        raise InputError(
+            f"{what} was fitted on {fitted.model_name} ({fitted.num_layers} layers of width {fitted.hidden_size}), "
+            f"not on {name} ({num_layers} layers of width {hidden_size}): fit one on it"
+        )
 
 
 def _checked(regions: Sequence[Float32 | None], controllers: Sequence[Controller]) -> Float32 | None:

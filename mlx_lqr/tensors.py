@@ -55,3 +55,16 @@ def read_format(path: str | PathLike[str]) -> str:
             return (opened.metadata() or {}).get("format", "")
     except (SafetensorError, OSError, ValueError):
         return ""
+
+
+def check_shape(name: str, tensor: np.ndarray, axes: str, sizes: Mapping[str, int]) -> None:
+    """Raise `ValueError` unless the tensor has the axes that `axes` spells, one letter of `sizes` each."""
+    shape = tuple(sizes[axis] for axis in axes)
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has the shape {tensor.shape}, expected {shape}")
+
+
+def check_finite(name: str, tensor: np.ndarray) -> None:
+    """Raise `ValueError` for a tensor with values that are not finite."""
+    if not np.all(np.isfinite(tensor)):
+        raise ValueError(f"{name} has values that are not finite")

@@ -19,23 +19,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from mlx_lqr.backends.model_folder import FAMILIES, check_family
 from mlx_lqr.errors import InputError
-
-FAMILIES = (
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-)
-"""The model types whose blocks are known to carry one dense residual stream."""
 
 _SINCE = {"qwen3_moe": (0, 32)}
 """Families that older versions of mlx-lm have, but cannot differentiate."""
@@ -63,8 +48,7 @@ def model_classes(model_type: str) -> tuple[Any, Any]:
     Raises:
         InputError: another architecture, with the list of those supported.
     """
-    if model_type not in FAMILIES:
-        raise InputError(f"the architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    check_family(model_type)
     if not is_supported(model_type):
         needed = ".".join(map(str, _SINCE[model_type]))
         raise InputError(f"{model_type} needs mlx-lm {needed}: pip install -U mlx-lm (with Python 3.11 or newer)")

@@ -1,8 +1,9 @@
-"""The config of a model folder, for every backend."""
+"""What every backend asks of a model folder's config: that it is sound, and of a family that can be steered."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,22 @@ from mlx_lqr.errors import InputError
 
 DTYPES = ("float32", "float16", "bfloat16")
 """What the weights of a model may be loaded as."""
+
+FAMILIES = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+"""The model types whose blocks are known to carry one dense residual stream."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -36,3 +53,9 @@ def check_dtype(dtype: str | None) -> None:
     """Raise `InputError` for a dtype that no model can be loaded as."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+
+
+def check_family(model_type: str, families: Sequence[str] = FAMILIES) -> None:
+    """Raise `InputError` for an architecture that is not known to carry one residual stream from block to block."""
+    if model_type not in families:
+        raise InputError(f"the architecture {model_type!r} is not supported; supported: {', '.join(families)}")

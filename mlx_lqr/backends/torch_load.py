@@ -15,34 +15,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from mlx_lqr.backends.model_folder import check_dtype
+from mlx_lqr.backends import model_folder
+from mlx_lqr.backends.model_folder import FAMILIES, check_dtype
 from mlx_lqr.errors import InputError
 
-FAMILIES = (
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "llama",
-    "ministral",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-)
-"""The model types whose blocks are known to carry one dense residual stream.
-
-"ministral" is what transformers makes of a Mistral with layers of two kinds.
-"""
+_FAMILIES = sorted((*FAMILIES, "ministral"))
+"""With what transformers makes of a Mistral with layers of two kinds."""
 
 
 def check_family(model_type: str) -> None:
     """Raise `InputError` for an architecture that is not known to carry one residual stream from block to block."""
-    if model_type not in FAMILIES:
-        raise InputError(f"the architecture {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    model_folder.check_family(model_type, _FAMILIES)
 
 
 def chosen_device(device: str | None) -> torch.device:
