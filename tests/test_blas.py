@@ -1,4 +1,5 @@
-"""The tuned BLAS on Linux, and what is said without one. Each case is a fresh process, as a user would start it."""
+"""The tuned BLAS on Linux, what is said without one (each case in a fresh process, as a user would start it), and how
+weights are laid out for it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from mlx_lqr.backends.mlx import MLXModel
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="macOS uses Accelerate")
 
@@ -54,3 +58,14 @@ def test_it_can_be_switched_off() -> None:
     )
     assert done.stdout == "False\n"
     assert "BLAS" not in done.stderr
+
+
+@pytest.mark.parametrize("rows", [1, 11, 12, 16, 64, 65])
+def test_a_head_laid_out_for_single_tokens_gives_the_logits_of_its_weight(rows: int, smollm2: MLXModel) -> None:
+    import mlx.core as mx  # after mlx_lqr, so that MLX gets its BLAS
+
+    x = mx.random.normal((rows, 1, smollm2.hidden_size), key=mx.random.key(rows))
+    found = np.asarray(smollm2.module.model.embed_tokens.as_linear(x))
+    weight = np.asarray(smollm2.module.model.embed_tokens.weight).astype(np.float64)
+    expected = np.asarray(x).astype(np.float64) @ weight.T
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lqr.backends.base import BlockCall, Hook
 from mlx_lqr.errors import InputError
 
-TANGENTS = 288
+TANGENTS = 576
 """Directions differentiated at once: enough for full speed, and little memory beside a wide model's matrices."""
 
 
