@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata as distribution
 from os import PathLike
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from mlx_lqr.atomic import writing
 from mlx_lqr.backends.base import Float32, Model
-from mlx_lqr.controller import Controller, Positions, check_fitted_on
+from mlx_lqr.controller import Controller, Positions, check_choice, check_fitted_on
 from mlx_lqr.errors import InputError
+from mlx_lqr.strength import Strengths, combined_strength, read_strength, strength_metadata
 from mlx_lqr.tensors import check_finite, check_shape, read_format, read_tensors, write_tensors
 
 FORMAT = "mlx-lqr baseline 1"
@@ -94,12 +95,13 @@ class Baseline:
     prompt_counts: tuple[tuple[int, int], ...]
     """Positive and negative prompts of each concept."""
     library_version: str = distribution.version("mlx-lqr")
+    strength: Strengths | None = None
+    """The strength recommended for each concept, which steers where no other is asked for."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"there is no method {self.method!r}: choose one of {', '.join(METHODS)}")
-        if self.positions not in get_args(Positions):
-            raise InputError(f"positions must be 'last' or 'all', not {self.positions!r}")
+        check_choice("positions", self.positions, Positions)
         for name, number in self.numbers.items():
             if not np.isfinite(number):
                 raise InputError(f"{name} must be a finite number, not {number!r}")
@@ -129,6 +131,7 @@ class Baseline:
             "concepts": json.dumps(self.concepts),
             "prompt_counts": json.dumps(self.prompt_counts),
             "library_version": self.library_version,
+            **strength_metadata(self.strength),
         }
         with writing(path) as temporary:
             write_tensors(temporary, self.tensors, metadata)
@@ -171,6 +174,7 @@ class Baseline:
                 hidden_size=sizes["d"],
                 prompt_counts=tuple((int(p), int(n)) for p, n in json.loads(metadata["prompt_counts"])),
                 library_version=metadata["library_version"],
+                strength=read_strength(metadata, len(concepts)),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is a damaged file of a baseline method ({error}): fit it again") from error
@@ -189,6 +193,7 @@ class Baseline:
                 tensors={tensor: part[..., [i]] for tensor, part in self.tensors.items()},
                 concepts=(concept,),
                 prompt_counts=(self.prompt_counts[i],),
+                strength=self.strength[i : i + 1] if self.strength is not None else None,
             )
             for i, concept in enumerate(self.concepts)
         ]
@@ -242,4 +247,5 @@ def combine(steerings: Sequence[Steering]) -> Steering:
         active_layers=tuple(sorted({k for baseline in baselines for k in baseline.active_layers})),
         concepts=concepts,
         prompt_counts=tuple(count for baseline in baselines for count in baseline.prompt_counts),
+        strength=combined_strength(baselines),
     )

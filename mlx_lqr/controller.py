@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata as distribution
 from os import PathLike
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from mlx_lqr.backends.base import Float32, Model
 from mlx_lqr.contrast import Contrast
 from mlx_lqr.errors import InputError
 from mlx_lqr.riccati import Gains, Weights
+from mlx_lqr.strength import Strengths, combined_strength, read_strength, strength_metadata
 from mlx_lqr.tensors import check_finite, check_shape, read_tensors, write_tensors
 
 FORMAT = "mlx-lqr controller 1"
@@ -33,6 +34,9 @@ Cost = Literal["state", "feature"]
 """What is penalised: any error of the state (Q = qI), or the feature's relative error alone."""
 Positions = Literal["last", "all"]
 """Where to steer: the last prompt token and every generated one (A-LQR), or every prompt token too (A-LQR+)."""
+Setpoint = Literal["paper", "centred"]
+"""What a strength asks of the feature: strength x mu_k, or v_k . mean-_k + strength x mu_k, which is the level of the
+negative prompts at strength 0 and that of the positive ones at 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,8 @@ class Controller:
     """(T, m): |alpha_k| up to which the linear model was found good; infinite: no limit. See `analysis.linearity`"""
     checked_push: Float32 | None = None
     """(T, m): the same for |u_k|, along each concept's own gain"""
+    strength: Strengths | None = None
+    """The strength recommended for each concept, which steers where no other is asked for; see `tasks.tune`"""
 
     @property
     def num_layers(self) -> int:
@@ -96,6 +102,7 @@ class Controller:
             "prompt_counts": json.dumps(self.prompt_counts),
             "jacobian_prompts": str(self.jacobian_prompts),
             "library_version": self.library_version,
+            **strength_metadata(self.strength),
         }
         with writing(path) as temporary:
             write_tensors(temporary, tensors, metadata)
@@ -133,6 +140,7 @@ class Controller:
                 jacobian_prompts=int(metadata["jacobian_prompts"]),
                 cost="feature" if cost == "feature" else "state",
                 library_version=metadata["library_version"],
+                strength=read_strength(metadata, len(concepts)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is a damaged controller file ({error}): fit it again") from error
@@ -179,6 +187,7 @@ class Controller:
             cost=first.cost,
             checked_error=_checked([controller.checked_error for controller in controllers], controllers),
             checked_push=_checked([controller.checked_push for controller in controllers], controllers),
+            strength=combined_strength(controllers),
         )
 
     def split(self) -> list[Controller]:
@@ -196,6 +205,7 @@ class Controller:
                 prompt_counts=(self.prompt_counts[i],),
                 checked_error=self.checked_error[:, [i]] if self.checked_error is not None else None,
                 checked_push=self.checked_push[:, [i]] if self.checked_push is not None else None,
+                strength=self.strength[i : i + 1] if self.strength is not None else None,
             )
             for i, name in enumerate(self.concepts)
         ]
@@ -210,8 +220,15 @@ class Controller:
         return gain
 
 
-def compile(gains: Gains, contrast: Contrast, concept: str = "concept", *, positions: Positions = "last") -> Controller:
-    """Reduce gains and a contrast to a controller: v_k, g_k = K_k v_k and the paper's linear feature setpoint mu_k.
+def compile(
+    gains: Gains,
+    contrast: Contrast,
+    concept: str = "concept",
+    *,
+    positions: Positions = "last",
+    setpoint: Setpoint = "paper",
+) -> Controller:
+    """Reduce gains and a contrast to a controller: v_k, g_k = K_k v_k and the linear feature setpoint (`Setpoint`).
 
     Raises:
         InputError: gains and contrast of different models.
@@ -220,7 +237,7 @@ def compile(gains: Gains, contrast: Contrast, concept: str = "concept", *, posit
         raise InputError("the gains and the contrast are of different models: make both with the same one")
     unit = contrast.unit_direction
     feedback = np.stack([gains.apply(k, v) for k, v in enumerate(unit)])
-    return assemble(contrast, feedback, gains.weights, gains.jacobian_prompts, concept, positions)
+    return assemble(contrast, feedback, gains.weights, gains.jacobian_prompts, concept, positions, setpoint=setpoint)
 
 
 def assemble(
@@ -231,19 +248,21 @@ def assemble(
     concept: str,
     positions: Positions,
     cost: Cost = "state",
+    setpoint: Setpoint = "paper",
 ) -> Controller:
     """A controller of one concept from g_k = K_k v_k (T, d) (zero at layers without control)."""
-    if positions not in get_args(Positions):
-        raise InputError(f"positions must be 'last' or 'all', not {positions!r}")
+    check_choice("positions", positions, Positions)
+    check_choice("setpoint", setpoint, Setpoint)
     if not np.all(np.isfinite(gain_direction)):
         layer = int(np.argwhere(~np.isfinite(gain_direction))[0, 0])
         raise InputError(f"the gain at layer {layer} is not finite: raise r or lower q")
-    magnitude = contrast.magnitude
+    magnitude, unit = contrast.magnitude, contrast.unit_direction
+    level = np.einsum("kd,kd->k", unit, contrast.mean_negative)
     return Controller(
-        direction=contrast.unit_direction[:, :, None],
+        direction=unit[:, :, None],
         gain=gain_direction.astype(np.float32)[:, :, None],
         setpoint=magnitude[:, None].astype(np.float32),
-        offset=np.zeros((len(magnitude), 1), np.float32),
+        offset=(level if setpoint == "centred" else np.zeros_like(level))[:, None],
         output_direction=contrast.output_direction[:, None],
         concepts=(concept,),
         model_name=contrast.model_name,
@@ -278,6 +297,12 @@ def check_fitted_on(
             f"{what} was fitted on {fitted.model_name} ({fitted.num_layers} layers of width {fitted.hidden_size}), "
             f"not on {name} ({num_layers} layers of width {hidden_size}): fit one on it"
         )
+
+
+def check_choice(name: str, value: object, kind: Any) -> None:
+    """Raise `InputError` unless the option `name` has one of the values of the `Literal` type `kind`."""
+    if value not in get_args(kind):
+        raise InputError(f"{name} must be {' or '.join(map(repr, get_args(kind)))}, not {value!r}")
 
 
 def _checked(regions: Sequence[Float32 | None], controllers: Sequence[Controller]) -> Float32 | None:

@@ -18,14 +18,14 @@ like A-LQR.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from mlx_lqr.backends.base import Float32, Model, Progress
 from mlx_lqr.baseline import METHODS, Baseline, MethodName
-from mlx_lqr.contrast import Contrast, Prompt, contrast, tokenise
+from mlx_lqr.contrast import Contrast, Layers, Prompt, contrast, separating, tokenise
 from mlx_lqr.controller import Positions
 from mlx_lqr.errors import InputError
 from mlx_lqr.laws import law_of
@@ -45,7 +45,7 @@ def fit_baseline(
     negative: Sequence[Prompt],
     *,
     concept: str = "concept",
-    layers: Iterable[int] | None = None,
+    layers: Layers = None,
     positions: Positions | None = None,
     source_layer: int | None = None,
     incremental: bool = True,
@@ -64,7 +64,9 @@ def fit_baseline(
         method: one of `METHODS`.
         positive, negative: prompts with and without the concept; strings or token ids.
         concept: the name under which the steering goes.
-        layers: the blocks whose output is changed; by default all, and for `MIDDLE_ALONE` the middle one.
+        layers: the blocks whose output is changed; by default all, and for `MIDDLE_ALONE` the middle one. "auto": those
+            where what the method measures tells the prompts apart (`contrast.choose_layers`); of these, for
+            `MIDDLE_ALONE`, the best.
         positions: "last" steers the last prompt token and every generated one, "all" every prompt token too; by default
             what the method's paper does.
         source_layer: for ablation, the one layer l whose direction v_l is ablated everywhere; by default the one at
@@ -83,7 +85,8 @@ def fit_baseline(
     known = METHODS[method]
     chosen_numbers = check_options(method, numbers or {}, source_layer=source_layer, incremental=incremental)
     T = model.num_layers
-    chosen = check_layers([T // 2] if method in MIDDLE_ALONE and layers is None else layers, T)
+    if layers != "auto":
+        layers = check_layers([T // 2] if method in MIDDLE_ALONE and layers is None else layers, T)
     if source_layer is not None and not 0 <= source_layer <= T:
         raise InputError(f"source_layer must be between 0 and {T}, not {source_layer}")
     blank = Baseline(
@@ -100,6 +103,7 @@ def fit_baseline(
         prompt_counts=((len(positive), len(negative)),),
     )
     found = contrast(model, positive, negative, progress=progress)
+    chosen = _separating(method, found) if layers == "auto" else check_layers(layers, T)
     if method in ("mean-act", "linear-act", "pid-act"):
         token_sets = [[tokenise(model, prompt) for prompt in prompts] for prompts in (positive, negative)]
         return _transport(model, blank, chosen, token_sets[0], token_sets[1], incremental, progress)
@@ -143,6 +147,12 @@ def check_options(
     if not incremental and method not in ("mean-act", "linear-act", "pid-act"):
         raise InputError(f"{method} is fitted in one pass anyway: leave that option out")
     return {**known.numbers, **numbers}
+
+
+def _separating(method: MethodName, found: Contrast) -> tuple[int, ...]:
+    """The blocks at which a method's own place of measurement, mostly the output, tells the prompts apart."""
+    separation = found.separation[:-1] if method == "spid" else found.separation[1:]
+    return (int(np.argmax(separation)),) if method in MIDDLE_ALONE else separating(separation)
 
 
 def _directions(found: Contrast) -> tuple[Float32, Float32]:

@@ -218,10 +218,12 @@ def _controlled(S: Any, r: float, layer: int, algebra: LinearAlgebra, dtype: DTy
     return M
 
 
-def check_layers(layers: Iterable[int] | None, T: int) -> tuple[int, ...]:
+def check_layers(layers: Iterable[int] | str | None, T: int) -> tuple[int, ...]:
     """`layers` as a sorted tuple of distinct indices below T; negative ones count from the end, None means all."""
     if layers is None:
         return tuple(range(T))
+    if isinstance(layers, str):
+        raise InputError(f"layers must be numbers such as range(20, 30), not {layers!r}")
     chosen = sorted({k + T if k < 0 else k for k in layers})
     if not chosen:
         raise InputError("no layers to control: name at least one")

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="steer with this controller; repeat it for several concepts",
+        help="steer with this controller, by default at the strength it recommends, or 1; repeat it for several",
     )
     add("-n", "--max-tokens", type=int, help="tokens at most (256)")
     add("--temperature", type=float, help="0, the default, takes the most likely token each time")

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from mlx_lqr.baseline import Steering, combine, load_steering
 from mlx_lqr.errors import InputError
+from mlx_lqr.strength import Strengths, default_strength
 
 
-def parse_controller(text: str) -> tuple[Steering, float]:
-    """FILE[:STRENGTH]; a file whose own name has a colon is found as well."""
+def parse_controller(text: str) -> tuple[Steering, Strengths]:
+    """FILE[:STRENGTH] and the strength of each concept, which is by default what the file recommends, or 1."""
     file, number = split_file(text)
-    if number is None:
-        return load_steering(file), 1.0
-    strength = parse_strength(number)
-    return load_steering(file), strength
+    strength = parse_strength(number) if number is not None else None
+    steering = load_steering(file)
+    return steering, default_strength(steering) if strength is None else (strength,) * len(steering.concepts)
 
 
 def split_file(text: str) -> tuple[str, str | None]:
@@ -39,7 +39,7 @@ def parse_controllers(texts: Sequence[str]) -> tuple[Steering | None, list[float
     loaded = [parse_controller(text) for text in texts]
     if not loaded:
         return None, []
-    strengths = [strength for controller, strength in loaded for _ in controller.concepts]
+    strengths = [strength for _, own in loaded for strength in own]
     return combine([controller for controller, _ in loaded]), strengths
 
 

@@ -20,8 +20,9 @@ from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.laws import AdjustableLaw, LinearFeedback, RecordedFeedback, Recording, check_strength
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
-from mlx_lqr.runtime.generate import Options, Piece, only_controller, stream
+from mlx_lqr.runtime.generate import Options, Piece, Strength, only_controller, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
+from mlx_lqr.strength import default_strength
 
 NO_ANSWER = "there is no answer yet: say something first"
 
@@ -56,17 +57,21 @@ class Chat:
         """Everything that steers, as one controller or one steering of another method."""
         return combine(self._controllers) if self._controllers else None
 
-    def add(self, controller: Steering, strength: float = 1.0) -> None:
+    def add(self, controller: Steering, strength: Strength = None) -> None:
         """Steer with one more controller from the next answer on; one of a concept already there takes its place.
+
+        Args:
+            strength: one number, or one for each concept; by default what the controller recommends, or 1.
 
         Raises:
             InputError: of another model, or not to be combined with those in force, which then stay as they are.
         """
         controller.check_model(self.model)
-        (strength,) = check_strength(strength, 1)
+        chosen = default_strength(controller) if strength is None else strength
+        strengths = check_strength(chosen, len(controller.concepts))
         kept = [c for c in self._controllers if not set(c.concepts) & set(controller.concepts)]
         combine([*kept, controller])
-        self._steer_with([*kept, controller], dict.fromkeys(controller.concepts, strength))
+        self._steer_with([*kept, controller], dict(zip(controller.concepts, strengths, strict=True)))
 
     def off(self, concept: str | None = None) -> None:
         """Steer no more from the next answer on; or no more towards this one concept.

@@ -14,12 +14,14 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.laws import AdjustableLaw, RecordedFeedback, Recording, law_of
 from mlx_lqr.runtime.decode import Overflow, decode
 from mlx_lqr.runtime.stopping import StopStrings
+from mlx_lqr.strength import default_strength
 from mlx_lqr.synthesis import readapted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Strength = float | Sequence[float]
+Strength = float | Sequence[float] | None
+"""One number for all concepts, or one for each; None is what the file recommends, or 1 (`default_strength`)."""
 BATCH = 16
 """Prompts decoded side by side: more of them gain little on a CPU and take memory for their caches."""
 
@@ -30,8 +32,8 @@ class Options(TypedDict, total=False):
     controller: Steering | None
     """A fitted controller of this model, or several made one by `Controller.combine`; or what `fit_baseline` made."""
     strength: Strength
-    """The setpoint in multiples of the concept's mean; one number, or one for each concept (1). What it is for other
-    methods: see `fit_baseline`."""
+    """The setpoint in multiples of the concept's mean; one number, or one for each concept (what the controller's file
+    recommends, or 1). What it is for other methods: see `fit_baseline`."""
     adaptive: bool
     """Compute the gains anew at the very prompt, during prefill (see `adapt`)."""
     max_tokens: int
@@ -152,11 +154,14 @@ def _one_after_another(
             progress("Answers", end, total)
 
 
-def feedback(model: Model, controller: Steering, strength: Strength, record: Recording | None = None) -> AdjustableLaw:
+def feedback(
+    model: Model, controller: Steering, strength: Strength = None, record: Recording | None = None
+) -> AdjustableLaw:
     """The law of a controller or of any other method, after checking that it was fitted on this model."""
     controller.check_model(model)
     if record is None:
         return law_of(controller, strength)
+    strength = default_strength(controller) if strength is None else strength
     return RecordedFeedback(only_controller(controller, "recorded"), strength, record)
 
 
@@ -175,7 +180,7 @@ def _stream(
     model: Model, prompts: Sequence[Prompt], options: Options, decoder: Decoder | None = None
 ) -> Iterator[tuple[int, Piece]]:
     settings: dict[str, Any] = dict(options)
-    controller, strength = settings.pop("controller", None), settings.pop("strength", 1.0)
+    controller, strength = settings.pop("controller", None), settings.pop("strength", None)
     adaptive, stop = settings.pop("adaptive", False), settings.pop("stop", ())
     record = settings.pop("record", None)
     loop = {name: settings.pop(name) for name in ("max_tokens", "overflow") if name in settings}

@@ -12,13 +12,13 @@ from mlx_lqr.loading import adopt
 from mlx_lqr.runtime.generate import Strength, feedback
 
 
-def steer(model: Any, controller: Steering, strength: Strength = 1.0) -> AbstractContextManager[None]:
+def steer(model: Any, controller: Steering, strength: Strength = None) -> AbstractContextManager[None]:
     """Inside `with steer(...)`, calls of the model are steered; afterwards the model is as it was, also after an error.
 
     Args:
         model: what `mlx_lm.load`, `from_pretrained` of a transformers model, or `mlx_lqr.load` returned.
         controller: a controller, or the steering of any other method, fitted on this model.
-        strength: as in `generate`.
+        strength: as in `generate`, by default what the controller recommends, or 1.
 
     Steered are `mlx_lm.generate`, `stream_generate` (with a `draft_model` too), `batch_generate` and mlx_lm's server,
     at the prompt's last token and at every generated token, in whatever chunks the prompt is read. Of a direct call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from tiny import FAMILY, tiny
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.base import Model
+from mlx_lqr.contrast import choose_layers
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))
@@ -35,6 +37,55 @@ def test_direction_is_the_difference_of_means() -> None:
     assert np.allclose(found.output_direction, expected[-1], atol=1e-5)
     assert np.allclose(np.linalg.norm(found.unit_direction, axis=-1), 1)
     assert found.prompt_counts == (2, 3)
+
+
+def test_separation_is_the_magnitude_over_the_spread_within_the_sets() -> None:
+    model = tiny("llama")
+    positive, negative = [[1, 2, 3], [4, 5], [7, 7]], [[6, 7, 8, 9], [10], [11, 12], [9]]
+    found = mlx_lqr.contrast(model, positive, negative)
+    unit = np.vstack([found.unit_direction, found.output_direction / found.output_magnitude])
+    sets = [np.stack([model.residuals([prompt])[0] for prompt in prompts]) for prompts in (positive, negative)]
+    for k, v in enumerate(unit):
+        a, b = (residuals[:, k].astype(np.float64) @ v for residuals in sets)
+        pooled = np.sqrt((2 * np.var(a, ddof=1) + 3 * np.var(b, ddof=1)) / 5)
+        assert found.separation[k] == pytest.approx((a.mean() - b.mean()) / pooled, rel=1e-4)
+
+
+def test_auto_takes_the_layers_that_separate_about_as_well_as_the_best() -> None:
+    magnitude = np.array([0, 2, 3, 8, 10, 9], np.float32)
+    direction = np.zeros((5, 4), np.float32)
+    direction[:, 0] = magnitude[:5]
+    output = np.array([9, 0, 0, 0], np.float32)
+    spread = np.array([1, 4, 1, 2, 10, 0.1], np.float32)  # separations 0, 0.5, 3, 4, 1, and 90 at the output
+    found = mlx_lqr.Contrast(direction, direction * 0, direction, output, (5, 5), spread=spread)
+    assert found.separation == pytest.approx([0, 0.5, 3, 4, 1, 90])
+    assert choose_layers("auto", found) == (3,)
+    closer = replace(found, spread=spread * np.array([1, 1, 0.9, 1, 0.29, 1], np.float32))
+    assert choose_layers("auto", closer) == (2, 3, 4)
+    assert choose_layers(None, found) == (0, 1, 2, 3, 4)
+    assert choose_layers(iter([-1, 0]), found) == (0, 4)
+
+
+def test_auto_layers_everywhere_layers_are_named() -> None:
+    model = tiny("llama")
+    sets = [[1, 2, 3], [4, 5], [7, 7]], [[6, 7, 8, 9], [10], [11, 12]]
+    found = mlx_lqr.contrast(model, *sets)
+    chosen = choose_layers("auto", found)
+    assert 0 < len(chosen) < 3
+    jacobians = mlx_lqr.linearize(model, sets[0])
+    assert mlx_lqr.fit(model, *sets, layers="auto").active_layers == chosen
+    assert mlx_lqr.fit(model, *sets, layers="auto", cost="feature").active_layers == chosen
+    assert mlx_lqr.fit(model, *sets, layers="auto", jacobians=jacobians).active_layers == chosen
+    assert mlx_lqr.adapt(model, found, [1, 2], layers="auto").active_layers == chosen
+    outputs = found.separation[1:]
+    assert mlx_lqr.fit_baseline(model, "actadd", *sets, layers="auto").active_layers == (int(outputs.argmax()),)
+    expected = tuple(np.flatnonzero(outputs >= 0.8 * outputs.max()))
+    assert mlx_lqr.fit_baseline(model, "proportional", *sets, layers="auto").active_layers == expected
+    for fit in (mlx_lqr.fit, lambda *given, **options: mlx_lqr.fit_baseline(given[0], "actadd", *given[1:], **options)):
+        with pytest.raises(InputError, match="more than one of each"):
+            fit(model, [[1]], [[2]], layers="auto")
+        with pytest.raises(InputError, match="not 'best'"):
+            fit(model, *sets, layers="best")
 
 
 def test_prompts_that_end_alike_have_no_direction_at_layer_0() -> None:

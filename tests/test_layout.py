@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
-    {"errors", "cache", "atomic", "concepts", "algebra"},
+    {"errors", "cache", "atomic", "concepts", "algebra", "strength"},
     {"backends.base", "backends.tokenizer", "backends.model_folder", "backends.blas", "tensors", "jacobian_file"},
     {"backends", "contrast", "riccati"},
     {"controller", "linearize"},

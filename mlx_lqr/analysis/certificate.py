@@ -87,7 +87,7 @@ class Certificate:
     curvature: Estimate
     """L_k, in 1 / units of |.|_P"""
     setpoint: Float64
-    """(S, T + 1): beta*_k; for k = T, where nothing is controlled, strength x mu_T"""
+    """(S, T + 1): beta*_k; for k = T, where nothing is controlled, strength x mu_T, and NaN for a centred setpoint"""
     unsteered: Float64
     """(n, S, T + 1): the feature without control at this token"""
     feature: Float64

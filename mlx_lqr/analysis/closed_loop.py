@@ -133,7 +133,8 @@ class ClosedLoop:
         length = float(np.linalg.norm(output))
         self.direction = np.vstack([controller.direction[:, :, 0], output / (length or 1.0)]).astype(np.float64)
         self.gain = controller.gain[:, :, 0].astype(np.float64)
-        self.offset = np.append(controller.offset[:, 0], 0.0).astype(np.float64)
+        at_output = np.nan if controller.offset.any() else 0.0  # what a controller keeps no level of
+        self.offset = np.append(controller.offset[:, 0], at_output).astype(np.float64)
         self.magnitude = np.append(controller.setpoint[:, 0], length).astype(np.float64)
 
     def predict(self, unsteered: Float64) -> tuple[Float64, Float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
@@ -12,7 +12,7 @@ from mlx_lqr.atomic import check_writable
 from mlx_lqr.baseline import METHODS
 from mlx_lqr.commands.options import Loading, loading_options, model_argument, parse_layers, progress_bars
 from mlx_lqr.contrast import bundled_prompts, read_prompts
-from mlx_lqr.controller import Cost, Positions
+from mlx_lqr.controller import Cost, Positions, Setpoint
 from mlx_lqr.errors import InputError
 from mlx_lqr.fitting import check_options, fit_baseline
 from mlx_lqr.linearize import Jacobians
@@ -69,7 +69,9 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 @click.option("--r", default=1.0, show_default=True, help="Weight of the control.")
 @click.option("--qf", default=0.1, show_default=True, help="Weight of the last layer's output.")
 @click.option(
-    "--layers", help="Where control may act, such as 20-29; by default every layer (actadd, angular: the middle)."
+    "--layers",
+    help="Where control may act, such as 20-29; by default every layer (actadd, angular: the middle). auto: the layers "
+    "that tell the prompts apart.",
 )
 @click.option(
     "--cost",
@@ -77,6 +79,13 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
     default="state",
     show_default=True,
     help="Penalise any error of the state, or that of the concept's feature alone, which is much cheaper to fit.",
+)
+@click.option(
+    "--setpoint",
+    type=click.Choice(get_args(Setpoint)),
+    default="paper",
+    show_default=True,
+    help="What strength 0 means: none of the feature, or (centred) as much of it as the negative prompts have.",
 )
 @click.option(
     "--positions",
@@ -104,6 +113,7 @@ def fit(
     qf: float,
     layers: str | None,
     cost: Cost,
+    setpoint: Setpoint,
     positions: Positions | None,
     simultaneous: bool,
     source_layer: int | None,
@@ -129,7 +139,7 @@ def fit(
             prompts = positive_prompts, negative_prompts
             options |= {"concept": name, "layers": chosen, "positions": positions, "progress": progress}
             fit_baseline(loaded, known, *prompts, **options).save(output)
-        _say_how_to_use(model, output, "90" if "angular" in method else "1")
+        say_how_to_use(model, output, "90" if "angular" in method else "1")
         return
     stored = Jacobians.load(jacobians) if jacobians else None
     with progress_bars() as progress:
@@ -144,16 +154,17 @@ def fit(
             qf=qf,
             layers=chosen,
             cost=cost,
+            setpoint=setpoint,
             positions=positions or "last",
             jacobian_prompts=jacobian_prompts,
             jacobians=stored,
             progress=progress,
         )
         controller.save(output)
-    _say_how_to_use(model, output, "2")
+    say_how_to_use(model, output, "2")
 
 
-_OF_ALQR = ("q", "r", "qf", "cost", "jacobians", "jacobian_prompts")
+_OF_ALQR = ("q", "r", "qf", "cost", "setpoint", "jacobians", "jacobian_prompts")
 _OF_BASELINES = ("kp", "ki", "kd", "source_layer", "simultaneous")
 
 
@@ -165,9 +176,11 @@ def _refuse_options_of_others(names: tuple[str, ...], method: str) -> None:
             raise InputError(f"{option} is not for the method {method}: leave it out, or choose another --method")
 
 
-def _say_how_to_use(model: str, output: str, strength: str) -> None:
+def say_how_to_use(model: str, output: str, strength: str | None) -> None:
+    """A command to go on with, at a strength worth trying; None for a file that recommends its own."""
+    steering = output if strength is None else f"{output}:{strength}"
     click.echo(f"Wrote {output} ({Path(output).stat().st_size / 1000:.0f} kB). Try it:")
-    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {output}:{strength}")
+    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {steering}")
 
 
 def _prompts(concept: str | None, positive: str | None, negative: str | None) -> tuple[str, list[str], list[str]]:

@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import click
 
@@ -55,7 +55,8 @@ controller_option = click.option(
     "controllers",
     multiple=True,
     metavar="FILE[:STRENGTH]",
-    help="Steer with this controller; repeat it for several concepts. STRENGTH is 1 unless given.",
+    help="Steer with this controller; repeat it for several concepts. STRENGTH is by default what the file "
+    "recommends (see `mlx-lqr tune`), or 1.",
 )
 strengths_option = click.option(
     "--strengths", default="1,2,3", show_default=True, help="At which to run the controller, separated by commas."
@@ -101,17 +102,19 @@ def decoding_options(max_tokens: int) -> Callable[[Callable[..., Any]], Callable
     return decorate
 
 
-def parse_layers(text: str | None) -> list[int] | None:
-    """Layers such as "20-29" or "0,4,8-11"."""
+def parse_layers(text: str | None) -> list[int] | Literal["auto"] | None:
+    """Layers such as "20-29", "0,4,8-11" or "auto"."""
     if text is None:
         return None
+    if text == "auto":
+        return "auto"
     layers: list[int] = []
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
             layers.extend(range(int(first), int(last if dash else first) + 1))
     except ValueError:
-        raise InputError(f"layers must look like 20-29 or 0,4,8-11, not {text!r}") from None
+        raise InputError(f"layers must look like 20-29, 0,4,8-11 or auto, not {text!r}") from None
     return layers
 
 

@@ -7,7 +7,7 @@ import json
 import click
 import numpy as np
 
-from mlx_lqr.baseline import METHODS, Baseline, load_steering
+from mlx_lqr.baseline import METHODS, Baseline, Steering, load_steering
 
 
 @click.command()
@@ -35,6 +35,7 @@ def show(file: str, as_json: bool) -> None:
                     "layers": controller.active_layers,
                     "positions": controller.positions,
                     "cost": controller.cost,
+                    "strength": controller.strength,
                     "prompt_counts": controller.prompt_counts,
                     "jacobian_prompts": controller.jacobian_prompts,
                     "library_version": controller.library_version,
@@ -54,12 +55,20 @@ def show(file: str, as_json: bool) -> None:
     click.echo(f"model      {controller.model_name} ({controller.num_layers} layers of width {controller.hidden_size})")
     click.echo(f"weights    q = {weights.q:g}, r = {weights.r:g}, qf = {weights.qf:g}, {controller.cost} cost")
     click.echo(f"positions  {controller.positions}")
+    if controller.offset.any():
+        click.echo("setpoint   counted from the negative prompts' level (centred)")
+    _show_strength(controller)
     click.echo(f"linearised at {controller.jacobian_prompts} prompts by mlx-lqr {controller.library_version}")
     header = "".join(f"{'setpoint ' + name:>24}{'gain':>9}" for name in controller.concepts)
     click.echo(f"\nlayer{header}")
     for k in range(controller.num_layers):
         row = "".join(f"{mu:24.3f}{g:9.3f}" for mu, g in zip(controller.setpoint[k], gain_norm[k], strict=True))
         click.echo(f"{k:5d}{row}" + ("" if k in controller.active_layers else "   no control"))
+
+
+def _show_strength(steering: Steering) -> None:
+    if steering.strength is not None:
+        click.echo(f"strength   {', '.join(f'{strength:g}' for strength in steering.strength)} (recommended)")
 
 
 def _show_baseline(steering: Baseline, as_json: bool) -> None:
@@ -78,6 +87,7 @@ def _show_baseline(steering: Baseline, as_json: bool) -> None:
             "numbers": dict(steering.numbers),
             "layers": steering.active_layers,
             "positions": steering.positions,
+            "strength": steering.strength,
             "prompt_counts": steering.prompt_counts,
             "library_version": steering.library_version,
         }
@@ -94,6 +104,7 @@ def _show_baseline(steering: Baseline, as_json: bool) -> None:
     if steering.numbers:
         click.echo("gains      " + ", ".join(f"{name} = {number:g}" for name, number in steering.numbers.items()))
     click.echo(f"positions  {steering.positions}")
+    _show_strength(steering)
     click.echo(f"fitted by mlx-lqr {steering.library_version}")
     click.echo("\nlayer" + "".join(f"{'|' + name + '|':>13}" for name in sizes))
     for k in range(steering.num_layers):

@@ -10,6 +10,7 @@ from mlx_lqr.laws.adjustable import AdjustableLaw
 from mlx_lqr.laws.baselines import Ablation, AdaptiveRotation, Addition, BaselineLaw, Proportional, Rotation, Transport
 from mlx_lqr.laws.feedback import LinearFeedback
 from mlx_lqr.laws.spid import SPID, CarryingSPID
+from mlx_lqr.strength import default_strength
 
 _LAWS: Mapping[MethodName, type[BaselineLaw]] = {
     "actadd": Addition,
@@ -24,8 +25,10 @@ _LAWS: Mapping[MethodName, type[BaselineLaw]] = {
 }
 
 
-def law_of(steering: Steering, strength: float | Sequence[float] = 1.0) -> AdjustableLaw:
-    """The law of a controller, or of the steering of any other method, at a strength."""
+def law_of(steering: Steering, strength: float | Sequence[float] | None = None) -> AdjustableLaw:
+    """The law of a controller, or of the steering of any other method, at a strength; by default the recommended one,
+    or 1 where there is none."""
+    strength = default_strength(steering) if strength is None else strength
     if isinstance(steering, Controller):
         return LinearFeedback(steering, strength)
     return (CarryingSPID if steering.carries else _LAWS[steering.method])(steering, strength)
