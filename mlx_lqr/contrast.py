@@ -180,19 +180,22 @@ def read_prompts(path: str | PathLike[str]) -> list[str]:
     return prompts
 
 
+_POSITIVE, _NEGATIVE = ".positive.txt", ".negative.txt"
+
+
 def bundled_concepts() -> list[str]:
     """The names of the contrast sets that come with the library."""
     root = resources.files("mlx_lqr.concepts")
-    return sorted(entry.name for entry in root.iterdir() if entry.joinpath("positive.txt").is_file())
+    return sorted(entry.name.removesuffix(_POSITIVE) for entry in root.iterdir() if entry.name.endswith(_POSITIVE))
 
 
 def bundled_prompts(concept: str) -> tuple[list[str], list[str]]:
     """The positive and negative prompts of a bundled contrast set."""
     if concept not in bundled_concepts():
         raise InputError(f"no bundled concept {concept!r}: choose one of {', '.join(bundled_concepts())}")
-    root = resources.files("mlx_lqr.concepts").joinpath(concept)
+    root = resources.files("mlx_lqr.concepts")
     positive, negative = (
-        root.joinpath(name).read_text("utf-8").splitlines() for name in ("positive.txt", "negative.txt")
+        root.joinpath(concept + ending).read_text("utf-8").splitlines() for ending in (_POSITIVE, _NEGATIVE)
     )
     return positive, negative
 

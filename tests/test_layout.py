@@ -154,7 +154,7 @@ def test_the_package_holds_everything(tmp_path: Path) -> None:
         "runtime/decode.py",
         "convert/sources.py",
         "py.typed",
-        "concepts/dog/positive.txt",
+        "concepts/dog.positive.txt",
         "commands/chat.py",
         "tasks/bundled/words.json",
         "tasks/bundled/capability.jsonl",

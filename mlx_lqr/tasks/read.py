@@ -50,7 +50,7 @@ def spread(rows: Sequence[Row], count: int) -> list[Row]:
 
 def bundled_text(name: str) -> str:
     """A file that comes with the tasks."""
-    return resources.files("mlx_lqr.tasks").joinpath("bundled").joinpath(name).read_text("utf-8")
+    return resources.files("mlx_lqr.tasks.bundled").joinpath(name).read_text("utf-8")
 
 
 def _row(file: Path, number: int, line: str, keys: Mapping[str, Kind]) -> Row:

@@ -1,0 +1,1 @@
+"""The texts, word families and questions that tasks take by default."""
