@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the person at the keyboard can mend."""
+"""Exceptions for mistakes that the person at the keyboard can mend."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints the message and exits with status 2; from Python it is an ordinary `ValueError`.
     """
+
+
+class OverflowingError(InputError):
+    """Activations that overflow: the strength is too high for this model and controller."""

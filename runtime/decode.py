@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from mlx_lqr.backends.base import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace
 from mlx_lqr.contrast import Prompt, tokenise
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, OverflowingError
 
 Overflow = Literal["error", "roll"]
 """What happens when prompt and answer do not fit the model's context."""
@@ -94,7 +94,7 @@ def _decode(
         following = decoder.sample(decoder.step(tokens)) if count < max_tokens else None
         values = tokens.tolist()
         if OVERFLOWED in values:
-            raise InputError(_overflowed(decoder, before))
+            raise OverflowingError(_overflowed(decoder, before))
         for i, value in zip(running, values, strict=True):
             if value in end_tokens:
                 ended.add(i)

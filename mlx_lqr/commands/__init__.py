@@ -18,6 +18,7 @@ from mlx_lqr.commands.fit import fit, linearize
 from mlx_lqr.commands.generate import generate
 from mlx_lqr.commands.linearity import linearity
 from mlx_lqr.commands.show import show
+from mlx_lqr.commands.tune import tuning
 from mlx_lqr.errors import InputError
 
 
@@ -58,6 +59,7 @@ for command in (
     show,
     evaluation,
     comparison,
+    tuning,
     linearity,
     certify,
 ):

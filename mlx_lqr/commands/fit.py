@@ -124,7 +124,7 @@ def fit(
     Weights(q, r, qf)  # mistakes are refused before the model is loaded
     check_writable(output)
     chosen = parse_layers(layers)
-    name, positive_prompts, negative_prompts = _prompts(concept, positive, negative)
+    name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
     known = next((known for known in METHODS if known == method), None)
     _refuse_options_of_others(_OF_BASELINES if known is None else _OF_ALQR, method)
     if known is not None:
@@ -183,7 +183,10 @@ def say_how_to_use(model: str, output: str, strength: str | None) -> None:
     click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {steering}")
 
 
-def _prompts(concept: str | None, positive: str | None, negative: str | None) -> tuple[str, list[str], list[str]]:
+def contrast_prompts(
+    concept: str | None, positive: str | None, negative: str | None
+) -> tuple[str, list[str], list[str]]:
+    """The concept's name and its two sets of prompts, from the options of these names."""
     if positive and negative:
         return concept or Path(positive).stem, read_prompts(positive), read_prompts(negative)
     if positive or negative:

@@ -71,13 +71,15 @@ class _Kind:
     options: tuple[Callable[[Any], Any], ...]
     decoding: Decoding
     make: Callable[..., Task]
-    """make(options, concepts, limit=, decoding=, judge=, damage=)"""
+    """make(options, concepts, openings, limit=, decoding=, judge=, damage=)"""
     help: str
 
 
-def _concept(options: Options, concepts: Sequence[str], limit: int | None, **shared: Any) -> Task:
+def _concept(
+    options: Options, concepts: Sequence[str], openings: Sequence[str], limit: int | None, **shared: Any
+) -> Task:
     words = options["words"].split(",") if options["words"] is not None else _family(concepts)
-    openings = read_prompts(options["openings"]) if options["openings"] is not None else bundled_openings()
+    openings = read_prompts(options["openings"]) if options["openings"] is not None else openings
     ask = _only(concepts) if options["ask"] and shared["judge"].model is not None else None
     return concept_task(words, openings=openings[:limit], ask=ask, **shared)
 
@@ -94,7 +96,7 @@ def _only(concepts: Sequence[str]) -> str:
 
 def _with_data(task: Callable[..., Task]) -> Callable[..., Task]:
     """A task whose own options are those of its function."""
-    return lambda options, concepts, **shared: task(**options, **shared)
+    return lambda options, concepts, openings, **shared: task(**options, **shared)
 
 
 KINDS = {
@@ -137,13 +139,35 @@ KINDS = {
 }
 
 
-def add_tasks(group: click.Group, run: Callable[..., None], own: Sequence[Callable[[Any], Any]]) -> None:
-    """A command for each task, with the options `own`, which calls run(make_request, **values of `own`)."""
+def add_tasks(
+    group: click.Group,
+    run: Callable[..., None],
+    own: Sequence[Callable[[Any], Any]],
+    *,
+    output_help: str = "A folder; interrupted, a run goes on.",
+    openings: Sequence[str] = (),
+) -> None:
+    """A command for each task.
+
+    Args:
+        group: of the commands.
+        run: called as run(make_request, **values of `own`).
+        own: options besides the task's.
+        output_help: what `Request.output` is.
+        openings: of the concept task, where none are given; by default those to evaluate on.
+    """
     for name, kind in KINDS.items():
-        group.add_command(_command(name, kind, run, own))
+        group.add_command(_command(name, kind, run, own, output_help, openings or bundled_openings()))
 
 
-def _command(name: str, kind: _Kind, run: Callable[..., None], own: Sequence[Callable[[Any], Any]]) -> click.Command:
+def _command(
+    name: str,
+    kind: _Kind,
+    run: Callable[..., None],
+    own: Sequence[Callable[[Any], Any]],
+    output_help: str,
+    openings: Sequence[str],
+) -> click.Command:
     own_names = [parameter.name for parameter in _parameters(kind.options)]
     run_names = [parameter.name for parameter in _parameters(own)]
 
@@ -166,19 +190,19 @@ def _command(name: str, kind: _Kind, run: Callable[..., None], own: Sequence[Cal
         def make(judge: Judge, concepts: Sequence[str]) -> Task:
             questions = Capability.bundled() if capability is None else Capability.read(capability)
             damage: tuple[Part, ...] = (NeutralText(), questions)
-            return kind.make(options, concepts, limit=limit, decoding=decoding, judge=judge, damage=damage)
+            return kind.make(options, concepts, openings, limit=limit, decoding=decoding, judge=judge, damage=damage)
 
         run(functools.partial(Request, name, model, loading, judge, Path(output), as_json, make=make), **values)
 
     command: Any = loading_options(callback)
-    for option in reversed((model_argument, *own, *kind.options, *_shared(kind.decoding))):
+    for option in reversed((model_argument, *own, *kind.options, *_shared(kind.decoding, output_help))):
         command = option(command)
     return click.command(name, help=kind.help)(command)
 
 
-def _shared(decoding: Decoding) -> tuple[Callable[[Any], Any], ...]:
+def _shared(decoding: Decoding, output_help: str) -> tuple[Callable[[Any], Any], ...]:
     return (
-        click.option("-o", "--output", required=True, type=click.Path(), help="A folder; interrupted, a run goes on."),
+        click.option("-o", "--output", required=True, type=click.Path(), help=output_help),
         click.option("--limit", type=click.IntRange(min=1), help="Take only so many rows, spread over the data."),
         click.option("--samples", default=decoding.samples, show_default=True, help="Texts for each prompt."),
         click.option("-n", "--max-tokens", default=decoding.max_tokens, show_default=True, help="Of each, at most."),

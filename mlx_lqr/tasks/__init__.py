@@ -12,11 +12,14 @@ from mlx_lqr.tasks.damage import Capability, NeutralText
 from mlx_lqr.tasks.generations import Decoding, Judge
 from mlx_lqr.tasks.refusal import refusal, refuses
 from mlx_lqr.tasks.run import Evaluation, Result, Task, evaluate
+from mlx_lqr.tasks.spaces import alqr_space, baseline_space
 from mlx_lqr.tasks.steering import Steered, Steering, load_steering
 from mlx_lqr.tasks.toxicity import toxicity
 from mlx_lqr.tasks.truthfulness import truthfulness
+from mlx_lqr.tasks.tuning import Candidate, Space, Trial, Tuned, tune
 
 __all__ = [
+    "Candidate",
     "Capability",
     "Decoding",
     "Estimate",
@@ -25,9 +28,14 @@ __all__ = [
     "Metric",
     "NeutralText",
     "Result",
+    "Space",
     "Steered",
     "Steering",
     "Task",
+    "Trial",
+    "Tuned",
+    "alqr_space",
+    "baseline_space",
     "concept",
     "difference",
     "estimate",
@@ -37,5 +45,6 @@ __all__ = [
     "refuses",
     "toxicity",
     "truthfulness",
+    "tune",
     "word_family",
 ]

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mlx_lqr.backends.base import Model
 from mlx_lqr.errors import InputError
@@ -91,9 +92,9 @@ def word_family(concept: str) -> list[str]:
     return str(families[concept]).split()
 
 
-def bundled_openings() -> list[str]:
-    """Beginnings of texts that could be about anything."""
-    return bundled_text("openings.txt").splitlines()
+def bundled_openings(purpose: Literal["evaluation", "tuning"] = "evaluation") -> list[str]:
+    """Beginnings of texts that could be about anything; those to tune on are others than those to report."""
+    return bundled_text("openings.txt" if purpose == "evaluation" else "tuning_openings.txt").splitlines()
 
 
 def concept(

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_lqr.backends.base import Model
 from mlx_lqr.contrast import tokenise
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.metrics import kl_divergence
 from mlx_lqr.tasks.read import bundled_text, read_rows
@@ -60,7 +60,7 @@ class NeutralText:
         rows = []
         for i, (sentence, count) in enumerate(zip(sentences, counts, strict=True)):
             if not np.all(np.isfinite(divergence[:count, i])):
-                raise InputError(f"the activations overflow at strength {steered.strength:g}: lower the strength")
+                raise OverflowingError(f"the activations overflow at strength {steered.strength:g}: lower the strength")
             rows.append({"sentence": sentence, "kl": float(divergence[:count, i].mean()), "positions": count})
         return rows
 
@@ -132,7 +132,7 @@ class Capability:
         answers = (question.answer, *question.others)
         scores = [float(steered.log_probability(question.prompt, f" {answer}").sum()) for answer in answers]
         if not np.all(np.isfinite(scores)):
-            raise InputError(f"the activations overflow at strength {steered.strength:g}: lower the strength")
+            raise OverflowingError(f"the activations overflow at strength {steered.strength:g}: lower the strength")
         given = int(np.argmax(scores))
         return {"prompt": question.prompt, "given": answers[given], "correct": given == 0, "log_probability": scores}
 

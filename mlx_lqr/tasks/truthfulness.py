@@ -18,7 +18,7 @@ from os import PathLike
 import numpy as np
 
 from mlx_lqr.backends.base import Model
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.generations import Decoding, Generations, Judge
 from mlx_lqr.tasks.metrics import multiple_choice, unigram_f1
@@ -96,7 +96,7 @@ class Choices:
             for answers in (question.true, question.false)
         )
         if not np.all(np.isfinite([*true, *false])):
-            raise InputError(f"the activations overflow at strength {steered.strength:g}: lower the strength")
+            raise OverflowingError(f"the activations overflow at strength {steered.strength:g}: lower the strength")
         mc1, mc2 = multiple_choice(true, false, true[question.true.index(question.best)])
         return {"question": question.question, "mc1": mc1, "mc2": mc2, "true": true, "false": false}
 

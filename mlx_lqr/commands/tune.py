@@ -1,0 +1,230 @@
+"""mlx-lqr tune"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_lqr.analysis.results import as_json
+from mlx_lqr.atomic import check_writable
+from mlx_lqr.backends.base import Model, Progress
+from mlx_lqr.baseline import METHODS, MethodName
+from mlx_lqr.commands.evaluate import going_on_later
+from mlx_lqr.commands.fit import contrast_prompts, say_how_to_use
+from mlx_lqr.commands.options import parse_strengths, progress_bars
+from mlx_lqr.commands.tables import cell, show_table
+from mlx_lqr.commands.task_options import Request, add_tasks
+from mlx_lqr.contrast import contrast
+from mlx_lqr.controller import Positions
+from mlx_lqr.errors import InputError
+from mlx_lqr.linearize import Jacobians, linearize
+from mlx_lqr.tasks.concept import bundled_openings
+from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.spaces import STRENGTHS, alqr_space, baseline_space
+from mlx_lqr.tasks.tuning import DAMAGE, Space, Trial, Tuned, check_limit, tune
+
+
+@click.group("tune")
+def tuning() -> None:
+    """Find the options and the strength that control most within a limit on damage.
+
+    A handful of evaluations, not a grid. What is found is written as a controller file with its strength, which chat
+    and generate then take; every evaluation is kept in a folder beside it. Interrupted, the same command goes on.
+
+    Tune on other rows than those you report: the concept task has openings of its own for it.
+    """
+
+
+def _run(
+    request: Callable[..., Request],
+    method: str,
+    concept: str | None,
+    positive: str | None,
+    negative: str | None,
+    jacobians: str | None,
+    jacobian_prompts: int,
+    positions: Positions | None,
+    strengths: str | None,
+    control: str | None,
+    damage: str,
+    at_most: float | None,
+    evaluations: int,
+) -> None:
+    name, *prompts = contrast_prompts(concept, positive, negative)
+    wanted: Request = request(concepts=[name])
+    unjudged = wanted.check()
+    limit = check_limit(unjudged, control or unjudged.control, damage, at_most)
+    between = _between(strengths)
+    known = next((known for known in METHODS if known == method), None)
+    if known is not None and jacobians is not None:
+        raise InputError(f"--jacobians is not for the method {method}: leave it out")
+    if jacobian_prompts < 1:
+        raise InputError("--jacobian-prompts must be at least 1")
+    stored = Jacobians.load(jacobians) if jacobians is not None else None
+    check_writable(wanted.output)
+    folder = wanted.output.with_name(f"{wanted.output.stem}-tuning")
+    with going_on_later(), progress_bars() as progress:
+        model, task = wanted.load(progress)
+        if known is not None:
+            space = _baseline_space(model, known, prompts, name, positions, between)
+        else:
+            found = contrast(model, *prompts, progress=progress)
+            stored = stored or _jacobians(model, prompts[0][:jacobian_prompts], folder, progress)
+            space = alqr_space(
+                model, found, stored, concept=name, positions=positions or "last", strengths=between or STRENGTHS
+            )
+        tuned = tune(
+            model,
+            task,
+            space,
+            control=control,
+            damage=damage,
+            limit=limit,
+            evaluations=evaluations,
+            folder=folder,
+            loading=wanted.recorded_loading,
+            progress=progress,
+        )
+    if tuned.steering is not None:
+        tuned.steering.save(wanted.output)
+    _report(tuned, wanted, folder)
+    if tuned.best is None:
+        raise InputError(_nothing_found(tuned, folder))
+
+
+def _between(strengths: str | None) -> tuple[float, float] | None:
+    if strengths is None:
+        return None
+    found = parse_strengths(strengths)
+    if len(found) != 2 or found[0] == found[1]:
+        raise InputError(f"--strengths must be two different numbers such as 0,6, not {strengths!r}")
+    return found[0], found[1]
+
+
+def _baseline_space(
+    model: Model,
+    method: MethodName,
+    prompts: list[list[str]],
+    concept: str,
+    positions: Positions | None,
+    strengths: tuple[float, float] | None,
+) -> Space:
+    return baseline_space(model, method, *prompts, concept=concept, positions=positions, strengths=strengths)
+
+
+def _jacobians(model: Model, prompts: list[str], folder: Path, progress: Progress) -> Jacobians:
+    """Those at these prompts, computed once and kept in the folder."""
+    file = folder / f"jacobians-{digest([model.fingerprint, prompts])}.safetensors"
+    if file.is_file():
+        return Jacobians.load(file)
+    return linearize(model, prompts, store=file, progress=progress)
+
+
+def _report(tuned: Tuned, wanted: Request, folder: Path) -> None:
+    if wanted.as_json:
+        found = {
+            "task": wanted.task_name,
+            "control": tuned.control,
+            "damage": tuned.damage,
+            "limit": tuned.limit,
+            "judge": wanted.judge_name,
+            "unsteered": tuned.unsteered.metrics,
+            "trials": tuned.trials,
+            "best": tuned.best,
+            "file": str(wanted.output) if tuned.best is not None else None,
+        }
+        click.echo(json.dumps(as_json(found)))
+        return
+    _table(tuned)
+    kind = "times" if DAMAGE[tuned.damage].ratio else "worse by"
+    click.echo(
+        f"relative: {tuned.damage} {kind} the unsteered model's, at most {tuned.limit:g} allowed (* within). 95 % "
+        f"bootstrap intervals; perplexity under {wanted.judge_name}"
+    )
+    click.echo(f"All evaluations are in {folder}")
+    if tuned.best is not None:
+        click.echo(f"Recommended: {tuned.best.candidate}, strength {tuned.best.strength:g}")
+        say_how_to_use(wanted.model, str(wanted.output), None)
+
+
+def _table(tuned: Tuned) -> None:
+    names = list(tuned.trials[0].options)
+    control, damage = (cell(tuned.unsteered.metrics[metric]) for metric in (tuned.control, tuned.damage))
+    unsteered = ["unsteered", *[""] * len(names), "0", control, damage, "", ""]
+    show_table(
+        ["trial", *names, "strength", tuned.control, tuned.damage, "relative", ""],
+        [unsteered, *(_row(tuned, number, trial) for number, trial in enumerate(tuned.trials, 1))],
+    )
+
+
+def _row(tuned: Tuned, number: int, trial: Trial) -> list[str]:
+    values = [f"{value:g}" if isinstance(value, float) else str(value) for value in trial.options.values()]
+    mark = "best" if trial is tuned.best else "*" if trial.within else ""
+    found = [cell(trial.control), cell(trial.damage), f"{trial.relative:.2f}"]
+    return [str(number), *values, f"{trial.strength:g}", *found, mark]
+
+
+def _nothing_found(tuned: Tuned, folder: Path) -> str:
+    return (
+        f"no trial was within the limit ({tuned.damage}, {tuned.limit:g}), so that nothing is recommended or written: "
+        f"allow more with --at-most, or more --evaluations (what was measured is in {folder})"
+    )
+
+
+def _options() -> tuple[Callable[[Any], Any], ...]:
+    limits = ", ".join(f"{name} {damage.limit:g}" for name, damage in DAMAGE.items())
+    return (
+        click.option(
+            "--method",
+            type=click.Choice(["alqr", *METHODS]),
+            default="alqr",
+            show_default=True,
+            help="Activation LQR, or a method that it is compared with.",
+        ),
+        click.option("--concept", help="A bundled contrast set (see `mlx-lqr concepts`), or the name of your own."),
+        click.option("--positive", type=click.Path(), help="Prompts with the concept, as for `mlx-lqr fit`."),
+        click.option("--negative", type=click.Path(), help="Prompts without it."),
+        click.option("--jacobians", type=click.Path(), help="Jacobians stored by `mlx-lqr linearize`."),
+        click.option(
+            "--jacobian-prompts",
+            default=8,
+            show_default=True,
+            help="Positive prompts to linearise at, where not stored.",
+        ),
+        click.option("--positions", type=click.Choice(["last", "all"]), help="As for `mlx-lqr fit`; not searched."),
+        click.option(
+            "--strengths",
+            metavar="MILD,STRONG",
+            help="From no steering to the strongest to try; 0,-6 for the opposite of the concept. By default 0,6 for "
+            "alqr, and what is sensible for the others.",
+        ),
+        click.option("--control", metavar="METRIC", help="What is to be high; by default what the task is about."),
+        click.option("--damage", type=click.Choice(list(DAMAGE)), default="perplexity", show_default=True),
+        click.option(
+            "--at-most",
+            type=float,
+            metavar="LIMIT",
+            help="Of the damage: perplexity, this many times the unsteered model's; the others, so much worse than it. "
+            f"By default {limits}.",
+        ),
+        click.option(
+            "--evaluations",
+            type=click.IntRange(min=1),
+            default=16,
+            show_default=True,
+            help="How many settings to run, besides the unsteered model.",
+        ),
+    )
+
+
+add_tasks(
+    tuning,
+    _run,
+    _options(),
+    output_help="The controller file to write; a folder FILE-tuning beside it keeps all that was measured.",
+    openings=bundled_openings("tuning"),
+)
