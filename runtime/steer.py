@@ -21,9 +21,10 @@ def steer(model: Any, controller: Steering, strength: Strength = None) -> Abstra
         strength: as in `generate`, by default what the controller recommends, or 1.
 
     Steered are `mlx_lm.generate`, `stream_generate` (with a `draft_model` too), `batch_generate` and mlx_lm's server,
-    at the prompt's last token and at every generated token, in whatever chunks the prompt is read. Of a direct call
-    `model(tokens)` the last position is steered. A controller for the positions "all" steers every position of every
-    call. Several models may be steered at once, and one model from several threads.
+    at the prompt's last token and at every generated token, in whatever chunks the prompt is read. So is mlx_lm's
+    evaluator (`mlx_lm.evaluate.MLXLM`, imported before the block), at a context's last token and at every token that is
+    scored after it. Of a direct call `model(tokens)` the last position is steered. A controller for the positions "all"
+    steers every position of every call. Several models may be steered at once, and one model from several threads.
 
     Of a transformers model, `generate` is steered in the same way, with padding on the left, a cache of any kind,
     chunked prefill and assisted decoding; inside the block it does not compile its steps.

@@ -1,4 +1,4 @@
-"""Which positions to steer when mlx_lm's own generation functions, and not ours, call the model.
+"""Which positions to steer when mlx_lm's own generation functions and evaluator, and not ours, call the model.
 
 mlx_lm fills its cache in chunks. The last position of a chunk is not the last token of the prompt, and the model cannot
 tell from a call which it sees; so while a model is steered, the places where mlx_lm works through a prompt announce it.
@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -69,7 +69,7 @@ _put_back: Callable[[], None]
 
 @contextmanager
 def announcing_prompts(module: nn.Module, positions: Positions) -> Iterator[None]:
-    """Inside this context, mlx_lm's generation functions announce `module`'s prompts to `positions`.
+    """Inside this context, mlx_lm's generation functions and evaluator announce `module`'s prompts to `positions`.
 
     Raises:
         InputError: the model is steered already.
@@ -113,22 +113,56 @@ def _wrap_generation() -> Callable[[], None]:
 
     @functools.wraps(process)
     def prompt(self: Any, tokens: Any) -> None:
-        positions = _steered.get(id(self.model))
-        if positions is None:
-            return process(self, tokens)
-        with positions.working_through(Prompt(float("inf"))):  # the last tokens are left to the first generation step
+        with _working_through(self.model, float("inf")):  # the last tokens are left to the first generation step
             process(self, tokens)
 
     _exchange(step, generate_step)
     _exchange(speculative, speculative_generate_step)
     batch.prompt = prompt
 
+    unwrap_evaluator = _wrap_evaluator()
+
     def put_back() -> None:
         _exchange(generate_step, step)
         _exchange(speculative_generate_step, speculative)
         batch.prompt = process
+        unwrap_evaluator()
 
     return put_back
+
+
+def _wrap_evaluator() -> Callable[[], None]:
+    """The same for the scores of mlx_lm's evaluator, where it has been imported (which needs lm-eval).
+
+    It runs a context and what it scores after it in calls of their own, the latter in one call of many positions.
+    """
+    evaluator: Any = getattr(sys.modules.get("mlx_lm.evaluate"), "MLXLM", None)
+    if evaluator is None:
+        return lambda: None
+    read, score = evaluator._process_prompt, evaluator._score_fn
+
+    @functools.wraps(read)
+    def process_prompt(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        with _working_through(self._model, len(prompt) - 1):
+            return read(self, prompt, *args, **kwargs)
+
+    @functools.wraps(score)
+    def score_fn(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with _working_through(self._model, 0):  # without a context, the first token is taken for one
+            return score(self, inputs, *args, **kwargs)
+
+    evaluator._process_prompt, evaluator._score_fn = process_prompt, score_fn
+
+    def put_back() -> None:
+        evaluator._process_prompt, evaluator._score_fn = read, score
+
+    return put_back
+
+
+def _working_through(module: nn.Module, before_last: float) -> AbstractContextManager[None]:
+    """Announce a prompt of `before_last` tokens and one to the model, if it is steered."""
+    positions = _steered.get(id(module))
+    return positions.working_through(Prompt(before_last)) if positions is not None else nullcontext()
 
 
 def _announced(steps: Generator[Any, None, None], before_last: Mapping[int, int]) -> Iterator[Any]:

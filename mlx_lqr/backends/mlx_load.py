@@ -48,8 +48,7 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
         if isinstance(error, InputError):
             raise
         raise InputError(f"the weights in {folder} do not fit its config.json: {_first_line(error)}") from error
-    if dtype is not None or mx.default_device() == mx.cpu:
-        module.set_dtype(DTYPES[dtype or "float32"])
+    cast(module, dtype)
     try:
         mx.eval(module.parameters())
     except RuntimeError as error:
@@ -57,6 +56,12 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
     if mx.default_device() == mx.cpu and sys.platform == "linux":
         _lay_out_for_single_tokens(module)
     return module
+
+
+def cast(module: nn.Module, dtype: str | None) -> None:
+    """Give everything that is not packed this dtype; None keeps it on a GPU and takes float32 on the CPU."""
+    if dtype is not None or mx.default_device() == mx.cpu:
+        module.set_dtype(DTYPES[dtype or "float32"])
 
 
 def _lay_out_for_single_tokens(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from mlx_lqr.commands.evaluate import evaluation
 from mlx_lqr.commands.fit import fit, linearize
 from mlx_lqr.commands.generate import generate
 from mlx_lqr.commands.linearity import linearity
+from mlx_lqr.commands.lm_eval import lm_eval
 from mlx_lqr.commands.show import show
 from mlx_lqr.commands.tune import tuning
 from mlx_lqr.errors import InputError
@@ -64,3 +65,4 @@ for command in (
     certify,
 ):
     main.add_command(command)
+evaluation.add_command(lm_eval)

@@ -18,13 +18,26 @@ from mlx_lqr.runtime.arguments import parse_strength, split_file
 from mlx_lqr.tasks import Evaluation, Steering, evaluate, load_steering
 from mlx_lqr.tasks.compare import output_name
 
+steering_options = (
+    click.option(
+        "-c",
+        "--controller",
+        "controllers",
+        multiple=True,
+        metavar="FILE[:SHARE]",
+        help="Steer with this; repeat it to steer with several at once, each at SHARE (1) times the strength. "
+        "Without any, the unsteered model alone is measured.",
+    ),
+    click.option("--strengths", default="1,2,3", show_default=True, help="At which to steer, besides 0."),
+)
+
 
 @click.group("eval")
 def evaluation() -> None:
     """Measure what a controller does on a task, and what it costs, at several strengths.
 
     Strength 0 is the unsteered model and is always included. Perplexity of the texts, distinct-n, repetition, KL on
-    neutral text and a capability set are measured with every task. Interrupted, the same command goes on.
+    neutral text and a capability set are measured with every task but lm-eval's. Interrupted, the same command goes on.
     """
 
 
@@ -38,7 +51,7 @@ def going_on_later() -> Iterator[None]:
         raise
 
 
-def _steering(controllers: tuple[str, ...]) -> Steering | None:
+def parse_steering(controllers: tuple[str, ...]) -> Steering | None:
     """All the -c options, FILE[:SHARE], as one."""
     parts = [split_file(text) for text in controllers]
     if not parts:
@@ -48,7 +61,7 @@ def _steering(controllers: tuple[str, ...]) -> Steering | None:
 
 def _run(request: Callable[..., Request], controllers: tuple[str, ...], strengths: str) -> None:
     chosen = parse_strengths(strengths)
-    steering = _steering(controllers)
+    steering = parse_steering(controllers)
     wanted: Request = request(concepts=steering.controller.concepts if steering is not None else ())
     wanted.check()
     if steering is None:
@@ -82,19 +95,4 @@ def _summary(found: Evaluation) -> dict[str, Any]:
     return {"method": found.method, "control": found.task.control, **found.header, "strengths": found.results()}
 
 
-add_tasks(
-    evaluation,
-    _run,
-    (
-        click.option(
-            "-c",
-            "--controller",
-            "controllers",
-            multiple=True,
-            metavar="FILE[:SHARE]",
-            help="Steer with this; repeat it to steer with several at once, each at SHARE (1) times the strength. "
-            "Without any, the unsteered model alone is measured.",
-        ),
-        click.option("--strengths", default="1,2,3", show_default=True, help="At which to steer, besides 0."),
-    ),
-)
+add_tasks(evaluation, _run, steering_options)

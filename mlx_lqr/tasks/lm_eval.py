@@ -1,0 +1,250 @@
+"""The tasks of lm-eval (EleutherAI's lm-evaluation-harness) on a steered model, through mlx-lm's own evaluator.
+
+    chosen = lm_eval.load_tasks(["arc_easy", "hellaswag"])
+    found = lm_eval.evaluate(lm_eval.load_evaluator("demo"), chosen, steering, strengths=[0, 1, 2])
+    found.results[2.0]["arc_easy"]["acc,none"]
+
+Steered are the last token of a context and everything after it, so that log-likelihoods are those of
+`Steered.log_probability`. lm-eval reads the task, makes the prompts and computes the metrics; nothing of that is ours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_lqr.backends.base import Progress
+from mlx_lqr.errors import InputError
+from mlx_lqr.loading import resolve
+from mlx_lqr.runtime import steer
+from mlx_lqr.tasks.records import Records, Row
+from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.steering import Steering
+
+if TYPE_CHECKING:
+    from mlx_lqr.backends.mlx_lm_eval import Evaluator
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How lm-eval runs its tasks; the defaults are those of `mlx_lm.evaluate`."""
+
+    limit: int | None = None
+    """Only so many documents of each task"""
+    num_shots: int | None = None
+    """Solved examples before each question; None leaves it to the task"""
+    seed: int = 123
+    confirm_run_unsafe_code: bool = False
+    """Allow tasks that run the code that the model writes"""
+
+
+@dataclass(frozen=True, eq=False)
+class Tasks:
+    """Tasks that lm-eval has loaded."""
+
+    manager: Any
+    """Its `TaskManager`"""
+    loaded: dict[str, Any]
+    """By the names asked for: what `TaskManager.load` returned"""
+
+
+@dataclass(frozen=True, eq=False)
+class LMEvaluation:
+    """What lm-eval found, at every strength asked for."""
+
+    method: str
+    """The steering's name"""
+    header: Row
+    results: dict[float, dict[str, Row]]
+    """By strength and by task, a group's parts included: lm-eval's own entries, such as {"acc,none": 0.5, ...}"""
+
+
+def evaluate(
+    evaluator: Evaluator,
+    tasks: Tasks,
+    steering: Steering | None = None,
+    strengths: Sequence[float] = (0.0,),
+    *,
+    settings: Settings | None = None,
+    output: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> LMEvaluation:
+    """Run lm-eval's tasks at every strength.
+
+    Args:
+        evaluator: what `load_evaluator` returned.
+        tasks: what `load_tasks` returned.
+        steering: what steers; None for the unsteered model, which has strength 0 alone.
+        strengths: 0 is the unsteered model.
+        settings: by default those of `mlx_lm.evaluate`.
+        output: a file of JSON lines that gets a task's results as soon as it is done. Where it exists, what is in it is
+            not run again; more strengths may be added to it.
+        progress: called as progress(f"Strength {s:g}: {task}", tasks done, tasks in all).
+
+    Raises:
+        InputError: a controller of another model or that `steer` refuses, a strength other than 0 without steering, a
+            task that lm-eval refuses, an output of other settings, or a strength at which activations overflow.
+    """
+    settings = settings or Settings()
+    wanted = list(dict.fromkeys(float(strength) for strength in strengths))
+    if steering is None and any(wanted):
+        raise InputError("there is nothing to steer with: give a controller, or strength 0 alone")
+    if steering is not None:
+        steering.controller.check_model(evaluator.model)
+    records = Records(_describe(evaluator, tasks, steering, settings), output)
+    runs = [(strength, name) for strength in wanted for name in tasks.loaded]
+    for done, (strength, name) in enumerate(runs):
+        if progress:
+            progress(f"Strength {strength:g}: {name}", done, len(runs))
+        if not records.of(strength, name):
+            with _steered(evaluator, steering, strength):
+                results = _run(evaluator, tasks, name, settings)
+            records.append(strength, name, [{"results": results}])
+    found: dict[float, dict[str, Row]] = {strength: {} for strength in wanted}
+    for strength, name in runs:
+        found[strength].update(records.of(strength, name)[0]["results"])
+    return LMEvaluation(steering.name if steering is not None else "unsteered", records.header, found)
+
+
+def load_tasks(names: Sequence[str], include_path: str | PathLike[str] | None = None) -> Tasks:
+    """Have lm-eval load tasks, with their data.
+
+    Args:
+        names: of lm-eval's tasks, groups or tags.
+        include_path: a folder of tasks of your own (YAML files). lm-eval runs the Python functions that they name.
+
+    Raises:
+        InputError: lm-eval is not installed, an unknown name, or a task that cannot be loaded.
+    """
+    _check_installed()
+    if not names:
+        raise InputError("name at least one of lm-eval's tasks, such as arc_easy")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise InputError(f"{include_path} is not a folder: give the one that holds your tasks' YAML files")
+    manager = _manager(names, include_path)
+    loaded = {}
+    for name in dict.fromkeys(names):
+        if name not in manager.task_index:
+            raise InputError(f"lm-eval has no task {name}: `lm_eval ls tasks` lists them, --include-path adds your own")
+        try:
+            loaded[name] = manager.load([name])
+        except Exception as error:  # of the hub, of a data file, or of a task's own code
+            raise InputError(f"lm-eval cannot load the task {name}: {_first_line(error)}") from error
+    return Tasks(manager, loaded)
+
+
+def load_evaluator(
+    source: str | PathLike[str],
+    *,
+    dtype: str | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    apply_chat_template: bool | None = None,
+    progress: Progress | None = None,
+) -> Evaluator:
+    """Load a model as mlx-lm does, for its evaluator. It runs on MLX.
+
+    Args:
+        source, dtype, progress: see `mlx_lqr.load`.
+        batch_size: texts that are written, or scored without a context, side by side.
+        max_tokens: of each text, at most; None leaves it to the task.
+        apply_chat_template: None for where the model has one.
+
+    Raises:
+        InputError: lm-eval is not installed, no such source, or a model that mlx-lm cannot load or we cannot steer.
+    """
+    _check_installed()
+    folder, name = resolve(source, progress=progress)
+    from mlx_lqr.backends.mlx_lm_eval import Evaluator
+
+    options = {"batch_size": batch_size, "max_tokens": max_tokens, "use_chat_template": apply_chat_template}
+    return Evaluator(folder, name, dtype, **options)
+
+
+def _check_installed() -> None:
+    for package in ("lm_eval", "mlx_lm"):
+        if importlib.util.find_spec(package) is None:
+            name = package.replace("_", "-")
+            raise InputError(f"lm-eval's tasks need {name}, which is not installed: pip install 'mlx-lqr[lm-eval]'")
+
+
+def _manager(names: Sequence[str], include_path: str | PathLike[str] | None) -> Any:
+    """lm-eval's index of the tasks; without its own, which take it ten seconds to read, where they are not needed."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is None:
+        return TaskManager()
+    try:
+        own = TaskManager(include_path=str(include_path), include_defaults=False)
+        return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include_path))
+    except Exception as error:  # whatever a YAML file brings about
+        raise InputError(f"lm-eval cannot read the tasks in {include_path}: {_first_line(error)}") from error
+
+
+def _steered(evaluator: Evaluator, steering: Steering | None, strength: float) -> AbstractContextManager[None]:
+    if steering is None or strength == 0:
+        return nullcontext()
+    return steer(evaluator.model, steering.controller, steering.strength(strength))
+
+
+def _run(evaluator: Evaluator, tasks: Tasks, name: str, settings: Settings) -> Row:
+    """lm-eval's results for one task, or for a group and its parts."""
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import handle_non_serializable
+
+    loaded = tasks.loaded[name]
+    try:
+        with redirect_stdout(sys.stderr):  # mlx-lm prints how far it is
+            found = simple_evaluate(
+                evaluator,
+                tasks=[loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values()),
+                task_manager=tasks.manager,
+                num_fewshot=settings.num_shots,
+                limit=settings.limit,
+                log_samples=False,
+                apply_chat_template=evaluator.use_chat_template,
+                fewshot_as_multiturn=False,
+                random_seed=settings.seed,
+                numpy_random_seed=settings.seed,
+                torch_random_seed=settings.seed,
+                fewshot_random_seed=settings.seed,
+                confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
+            )
+    except ValueError as error:
+        raise InputError(f"lm-eval refuses the task {name}: {_first_line(error)}") from error
+    entries = {**found["results"], **found.get("groups", {})}
+    return json.loads(json.dumps(entries, default=handle_non_serializable), parse_constant=lambda _: None)
+
+
+def _describe(evaluator: Evaluator, tasks: Tasks, steering: Steering | None, settings: Settings) -> Row:
+    """All that the results depend on but the strength."""
+    return {
+        "task": "lm-eval",
+        "model": {"name": evaluator.model.name, "fingerprint": evaluator.model.fingerprint, **evaluator.options},
+        "steering": steering.settings if steering is not None else None,
+        "parts": {name: {"rows": 1, "digest": _content(loaded)} for name, loaded in tasks.loaded.items()},
+        "settings": asdict(settings),
+        "versions": {package: metadata.version(package) for package in ("mlx-lqr", "lm-eval", "mlx-lm")},
+    }
+
+
+def _content(loaded: Any) -> str:
+    """Tells tasks and their documents from what they were before someone edited them."""
+    content = {}
+    for name, task in loaded["tasks"].items():
+        # functions without a source are told by their address, which is another one every time
+        config = {key: value for key, value in task.dump_config().items() if " at 0x" not in str(value)}
+        content[name] = [config, list(task.eval_docs)]
+    return digest(json.loads(json.dumps(content, default=str)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error.args[0] if error.args else error).strip().splitlines() or [type(error).__name__])[0]
