@@ -101,14 +101,14 @@ def of_certificate(certificate: Certificate) -> dict[str, Figure]:
     return {"tracking": tracking(certificate), "error-and-bound": error_and_bound(certificate)}
 
 
-def save_all(figures: Mapping[str, Figure], folder: str | PathLike[str]) -> None:
-    """Write every figure as NAME.png and NAME.svg.
+def save_all(figures: Mapping[str, Figure], folder: str | PathLike[str], kinds: Sequence[str] = ("png", "svg")) -> None:
+    """Write every figure as NAME.png and NAME.svg, or in those of the two that are named.
 
     Raises:
         InputError: a folder that cannot be written.
     """
     for name, figure in figures.items():
-        for kind in ("png", "svg"):
+        for kind in kinds:
             with writing(Path(folder) / f"{name}.{kind}") as temporary, style():
                 metadata = {"Date": None} if kind == "svg" else None  # the same numbers make the same file
                 figure.savefig(temporary, format=kind, metadata=metadata)

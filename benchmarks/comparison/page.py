@@ -1,0 +1,230 @@
+"""docs/comparison.md: tables, pictures and every sentence with a number in it, from the results alone.
+
+Between the two marks of `FINDINGS` stands what a person has found out, which is kept as it is. The rest is written
+anew; how it was measured is told by the template method.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.comparison.experiments import EXPERIMENTS, Experiment
+from benchmarks.comparison.measure import load_results
+from benchmarks.comparison.methods import PAPER
+from mlx_lqr.atomic import writing
+from mlx_lqr.errors import InputError
+
+PAGE = "comparison.md"
+FINDINGS = ("<!-- findings: written by hand, kept by the script -->", "<!-- end of findings -->")
+DAMAGE = ("perplexity", "distinct_2", "repetition", "kl", "capability")
+NAMES = {
+    "prevalence": "prevalence",
+    "harmless": "not toxic",
+    "mean_toxicity": "mean toxicity",
+    "mc1": "MC1",
+    "mc2": "MC2",
+    "closer_to_true": "closer to true",
+    "discernment": "unsafe - safe",
+    "refused_unsafe": "refused, unsafe",
+    "refused_safe": "refused, safe",
+    "answered_safe": "answered, safe",
+    "distinct_2": "distinct-2",
+    "kl": "KL",
+}
+TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M"}
+Found = dict[str, Any]
+"""One experiment's result on one model, as measure.py writes it."""
+
+
+def write_page(output: Path, docs: Path) -> Path:
+    """Write the page and its pictures; return its path.
+
+    Raises:
+        InputError: no results in the output folder.
+    """
+    results = load_results(output)
+    if not results:
+        raise InputError(f"there are no results in {output}: measure first (python -m benchmarks.comparison run)")
+    path = docs / PAGE
+    findings = _findings(path)
+    sections = [_head(results)]
+    for experiment in EXPERIMENTS:
+        own = [found for found in results if found["experiment"] == experiment.name]
+        if own:
+            sections.append(_experiment(experiment, own, docs))
+    sections += [f"## Findings\n\n{FINDINGS[0]}\n{findings}\n{FINDINGS[1]}", _budget(results)]
+    with writing(path) as temporary:
+        temporary.write_text("\n\n".join(sections) + "\n", "utf-8")
+    return path
+
+
+def _findings(path: Path) -> str:
+    """What stands between the marks."""
+    if not path.exists():
+        return ""
+    between = re.search(f"{re.escape(FINDINGS[0])}\n(.*)\n{re.escape(FINDINGS[1])}", path.read_text("utf-8"), re.S)
+    return between[1] if between else ""
+
+
+def _head(results: Sequence[Found]) -> str:
+    first = results[0]
+    sizes, decoding = first["sizes"], first["decoding"]
+    judged = "; ".join(f"where {_model(key)} is steered {_judge(key)} judges" for key in TITLES)
+    values = {
+        "version": first["version"],
+        "limit": first["limit"],
+        "judged": judged,
+        "tune": decoding["tune"],
+        "report": decoding["report"],
+        **sizes,
+    }
+    return Path(__file__).with_name("method.md").read_text("utf-8").format_map(values).strip()
+
+
+def _experiment(experiment: Experiment, results: Sequence[Found], docs: Path) -> str:
+    parts = [f"## {experiment.title}", f"Fitted on {experiment.origin}."]
+    for found in results:
+        parts += [f"### {_model(found['key'])}", _rows(found), _table(experiment, found), _verdict(found)]
+        if experiment.curve:
+            parts.append(_curve(experiment, found, docs))
+    return "\n\n".join(parts)
+
+
+def _rows(found: Found) -> str:
+    def count(rows: dict[str, int]) -> str:
+        return ", ".join(f"{number} {name}" for name, number in rows.items())
+
+    return f"Rows: {count(found['rows'])}; while tuning {count(found['tuning_rows'])}."
+
+
+def _table(experiment: Experiment, found: Found) -> str:
+    columns = [found["control"], *(name for name in experiment.columns if name != found["control"]), *DAMAGE]
+    lines = [
+        f"| method | strength | {' | '.join(NAMES.get(name, name) for name in columns)} | A-LQR leads by |",
+        "|---" * (len(columns) + 3) + "|",
+        f"| unsteered | | {' | '.join(_number(found['unsteered'][name]) for name in columns)} | |",
+    ]
+    for one in _by_control(found):
+        cells = [_number(one["metrics"][name]) for name in columns]
+        lead = one.get("against_alqr", {}).get(found["control"])
+        against = _number([-lead[0], -lead[2], -lead[1]]) if lead else ""
+        name = f"**{one['method']}**" if one["method"] == "alqr" else one["method"]
+        lines.append(f"| {name} | {one['best']['strength']:g} | {' | '.join(cells)} | {against} |")
+    return "\n".join(lines)
+
+
+def _by_control(found: Found) -> list[Found]:
+    """The methods that have something to report, the one with the most control first."""
+    reported = [one for one in found["methods"] if one["best"]]
+    return sorted(reported, key=lambda one: -one["metrics"][found["control"]][0])
+
+
+def _verdict(found: Found) -> str:
+    """What the paired differences say, in sentences."""
+    control, limit = found["control"], found["limit"]
+    sentences = []
+    reported = _by_control(found)
+    rivals = [one for one in reported if "against_alqr" in one]
+    above = [one["method"] for one in rivals if one["against_alqr"][control][1] > 0]
+    below = [one["method"] for one in rivals if one["against_alqr"][control][2] < 0]
+    alike = [one["method"] for one in rivals if one["method"] not in (*above, *below)]
+    for methods, words in (
+        (below, "A-LQR controls more than"),
+        (alike, "It cannot be told apart from"),
+        (above, "It controls less than"),
+    ):
+        if methods:
+            sentences.append(f"{words} {_listed(methods)}.")
+    unsteered = found["unsteered"]["perplexity"][0]
+    over = {one["method"]: one["metrics"]["perplexity"][0] / unsteered for one in reported}
+    beyond = [f"{name} ({ratio:.2f})" for name, ratio in over.items() if ratio > limit]
+    if beyond:
+        sentences.append(
+            f"On the reported rows the perplexity is more than {limit:g} times the unsteered one's under "
+            f"{_listed(beyond)}."
+        )
+    missing = [one["method"] for one in found["methods"] if not one["best"]]
+    if missing:
+        sentences.append(f"No trial within the limit: {_listed(missing)}.")
+    return " ".join(sentences)
+
+
+def _curve(experiment: Experiment, found: Found, docs: Path) -> str:
+    from mlx_lqr.analysis import plots
+
+    points = [
+        plots.Tradeoff(
+            one["method"],
+            at["strength"],
+            at["metrics"][found["control"]][0],
+            at["metrics"]["perplexity"][0],
+            tuple(at["metrics"][found["control"]][1:]),
+            tuple(at["metrics"]["perplexity"][1:]),
+        )
+        for one in found["methods"]
+        if one["best"] and (len(one["curve"]) > 1 or one["method"] == PAPER)
+        for at in one["curve"]
+    ]
+    name = f"comparison-{experiment.name}-{found['key']}"
+    figure = plots.control_against_damage(points, found["control_label"], f"perplexity under {_judge(found['key'])}")
+    plots.save_all({name: figure}, docs, kinds=("svg",))
+    return f"![{experiment.title}, {_model(found['key'])}: control against perplexity]({name}.svg)"
+
+
+def _budget(results: Sequence[Found]) -> str:
+    """Every method's number of evaluations, and what they led to."""
+    lines = [
+        "## What the budget was spent on",
+        "",
+        "`within` counts the trials within the limit on perplexity; options are those of `mlx-lqr fit`.",
+        "",
+        "| experiment | model | method | evaluations | within | recommended | control while tuning |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for found in results:
+        for one in found["methods"]:
+            within = [trial for trial in one["trials"] if trial["within"]]
+            best, control = "", ""
+            if one["best"]:
+                best = f"{_options(one['best']['options'])} at {one['best']['strength']:g}"
+                control = f"{max(trial['control'][0] for trial in within):.2f}"
+            cells = [
+                found["experiment"],
+                _model(found["key"]),
+                one["method"],
+                str(len(one["trials"])),
+                str(len(within)),
+            ]
+            lines.append(f"| {' | '.join([*cells, best, control])} |")
+    return "\n".join(lines)
+
+
+def _options(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_range(value) if isinstance(value, list) else value}" for name, value in options.items())
+
+
+def _range(layers: list[int]) -> str:
+    unbroken = layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1
+    return f"{layers[0]}-{layers[-1]}" if unbroken else ",".join(map(str, layers))
+
+
+def _model(key: str) -> str:
+    return TITLES[key]
+
+
+def _judge(key: str) -> str:
+    """The other model."""
+    return next(title for other, title in TITLES.items() if other != key)
+
+
+def _number(interval: Sequence[float | None]) -> str:
+    value, low, high = (float("nan") if end is None else end for end in interval)
+    digits = 1 if abs(value) >= 9.95 else 2
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
