@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.experiments import Experiment, Setting
 from benchmarks.comparison.methods import METHODS, PAPER, REMOVES, Fitter, space
-from benchmarks.comparison.tuning import Trial, tune
+from benchmarks.comparison.tuning import Trial, Tuned, tune
 from mlx_lqr import tasks
 from mlx_lqr.analysis import write_json
 from mlx_lqr.backends.base import Progress
@@ -25,15 +25,6 @@ CURVE = (0.6, 1.5)
 """Besides the recommended strength, multiples of it"""
 RIVALS = 3
 """That get a curve beside A-LQR's: those with the most control while tuning"""
-
-
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """What tuning recommends of a method; None where no trial stayed within the limit."""
-
-    method: str
-    trials: list[Trial]
-    best: Trial | None
 
 
 def measure(
@@ -56,36 +47,34 @@ def measure(
     positive, negative = experiment.contrast(setting)
     fitter = Fitter(setting.model, positive, negative, experiment.name, folder / "fitted")
     tuning, report = experiment.task(setting, "tune"), experiment.task(setting, "report")
-    chosen = []
+    tuned: dict[str, Tuned] = {}
     for method in methods:
         if method in REMOVES and not experiment.removes:
             continue
         if progress:
             progress(f"{experiment.name}: {method}", 0, 0)
-        candidates = space(fitter, method)
-        found = tune(
+        tuned[method] = tune(
             setting.model,
             tuning,
-            candidates,
+            space(fitter, method),
             limit=LIMIT,
             evaluations=setting.sizes.evaluations,
             folder=folder / "tune" / _safe(method),
             **options,
         )
-        chosen.append(Chosen(method, found.trials, found.best))
     unsteered = tasks.evaluate(setting.model, report, output=folder / "report" / "unsteered.jsonl", **options)
     runs: dict[str, tasks.Evaluation] = {}
-    for one in chosen:
-        if one.best is None:
+    for method, found in tuned.items():
+        if found.best is None or found.steering is None:
             continue
         if progress:
-            progress(f"{experiment.name}: report of {one.method}", 0, 0)
-        steering = tasks.Steering(one.best.candidate.name, one.best.candidate.fit())
-        strengths = [one.best.strength]
-        if experiment.curve and one.method in _with_curve(chosen):
-            strengths += [float(f"{factor * one.best.strength:.3g}") for factor in CURVE]
-        output = folder / "report" / f"{_safe(one.method)}.jsonl"
-        runs[one.method] = tasks.evaluate(setting.model, report, steering, strengths, output=output, **options)
+            progress(f"{experiment.name}: report of {method}", 0, 0)
+        strengths = [found.best.strength]
+        if experiment.curve and method in _with_curve(tuned):
+            strengths += [float(f"{factor * found.best.strength:.3g}") for factor in CURVE]
+        steering = tasks.Steering(method, found.steering)
+        output = folder / "report" / f"{_safe(method)}.jsonl"
+        runs[method] = tasks.evaluate(setting.model, report, steering, strengths, output=output, **options)
     result = {
         "experiment": experiment.name,
         "model": setting.model.name,
@@ -100,51 +89,55 @@ def measure(
         "control": report.control,
         "control_label": report.control_label,
         "unsteered": _plain(unsteered.results()[0].metrics),
-        "methods": [_method(one, runs, unsteered) for one in chosen],
+        "methods": [_method(method, found, runs, unsteered) for method, found in tuned.items()],
     }
     path = folder / "result.json"
     write_json(path, result)
     return path
 
 
-def _with_curve(chosen: Sequence[Chosen]) -> set[str]:
+def _with_curve(tuned: Mapping[str, Tuned]) -> set[str]:
     """A-LQR, and the rivals with the most control while tuning."""
-    rivals = [one for one in chosen if one.method not in ("alqr", PAPER) and one.best is not None]
-    rivals.sort(key=lambda one: one.best.control.value if one.best else 0.0, reverse=True)
-    return {"alqr", *(one.method for one in rivals[:RIVALS])}
+    control = {
+        method: found.best.control.value
+        for method, found in tuned.items()
+        if found.best is not None and method not in ("alqr", PAPER, "angular")  # whose strength is an angle
+    }
+    return {"alqr", *sorted(control, key=lambda method: -control[method])[:RIVALS]}
 
 
-def _method(one: Chosen, runs: Mapping[str, tasks.Evaluation], unsteered: tasks.Evaluation) -> dict[str, Any]:
+def _method(
+    method: str, found: Tuned, runs: Mapping[str, tasks.Evaluation], unsteered: tasks.Evaluation
+) -> dict[str, Any]:
     """All there is to say about a method: its trials, what was recommended, and its results beside the others'."""
-    trials = [
-        {
-            "options": dict(trial.candidate.options),
-            "strength": trial.strength,
-            "control": _interval(trial.control),
-            "damage": _interval(trial.damage),
-            "ratio": trial.ratio,
-            "within": trial.allowed,
-        }
-        for trial in one.trials
-    ]
-    found: dict[str, Any] = {"method": one.method, "trials": trials, "best": None}
-    if one.best is None:
-        return found
-    results = runs[one.method].results(unsteered)
-    recommended = next(result for result in results if result.strength == one.best.strength)
-    found |= {
-        "best": {"options": dict(one.best.candidate.options), "strength": one.best.strength},
+    told: dict[str, Any] = {"method": method, "trials": [_trial(trial) for trial in found.trials], "best": None}
+    if found.best is None:
+        return told
+    strength = found.best.strength
+    results = runs[method].results(unsteered)
+    recommended = next(result for result in results if result.strength == strength)
+    told |= {
+        "best": _trial(found.best),
         "metrics": _plain(recommended.metrics),
         "change": _plain(recommended.change),
         "curve": [{"strength": result.strength, "metrics": _plain(result.metrics)} for result in results],
     }
-    if "alqr" in runs and one.method != "alqr":
-        own = runs[one.method]
-        alqr = runs["alqr"]
-        first = replace(alqr, rows={0.0: next(iter(alqr.rows.values()))})
-        only = replace(own, rows={one.best.strength: own.rows[one.best.strength]})
-        found["against_alqr"] = _plain(only.results(first)[0].change)
-    return found
+    if "alqr" in runs and method != "alqr":
+        own = replace(runs[method], rows={strength: runs[method].rows[strength]})
+        alqr = replace(runs["alqr"], rows={0.0: next(iter(runs["alqr"].rows.values()))})
+        told["against_alqr"] = _plain(own.results(alqr)[0].change)
+    return told
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "setting": trial.candidate,
+        "strength": trial.strength,
+        "control": _interval(trial.control),
+        "damage": _interval(trial.damage),
+        "ratio": trial.relative,
+        "within": trial.within,
+    }
 
 
 def _decoding(task: tasks.Task) -> dict[str, Any]:

@@ -1,21 +1,20 @@
 """What is tuned of each method: the candidates, as many for each, and the strengths that make sense for them.
 
 All act where steering does the least damage to these models, in the last third or half of the blocks; methods that act
-at one block get two places for it. Ranges of strength are wide, from hardly anything to too much.
+at one block get two places for it. A method's own strengths are searched from nothing to too much.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx_lqr
-from benchmarks.comparison.tuning import Candidate
+from benchmarks.comparison.tuning import Candidate, Space
 from mlx_lqr import baseline
 from mlx_lqr.backends.base import Model
 from mlx_lqr.contrast import Prompt
@@ -39,6 +38,19 @@ METHODS = (
     *(name for name in ("iti",) if name in mlx_lqr.METHODS),
 )
 JACOBIAN_PROMPTS = 4
+STRENGTHS: Mapping[str, tuple[float, float]] = {
+    "alqr": (0.0, 6.0),
+    "proportional": (0.0, 8.0),
+    "spid": (0.0, 8.0),
+    "actadd": (0.0, 8.0),
+    "mean-act": (0.0, 4.0),
+    "linear-act": (0.0, 3.0),
+    "pid-act": (0.0, 4.0),
+    "ablation": (0.0, 1.0),
+    "angular": (110.0, 5.0),
+    "iti": (0.0, 40.0),
+}
+"""From no steering to too much."""
 TRANSPORT_LAYERS = 4
 """AcT is fitted block after block, a pass over the prompts for each, and so acts at this many of the last blocks."""
 
@@ -54,7 +66,7 @@ class Fitter:
     folder: Path
 
     def __call__(self, method: str, options: Options) -> baseline.Steering:
-        path = self.folder / f"{method}-{self._digest(options)}.safetensors"
+        path = self.folder / f"{method}-{self.digest(options)}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fit(method, options).save(path)
@@ -69,41 +81,55 @@ class Fitter:
         return mlx_lqr.fit_baseline(self.model, method, *sets, concept=self.concept, numbers=numbers, **others)
 
     def _jacobians(self) -> mlx_lqr.Jacobians:
-        store = self.folder / f"jacobians-{self._digest({})}.safetensors"
+        store = self.folder / f"jacobians-{self.digest({})}.safetensors"
         return mlx_lqr.linearize(self.model, self.positive[:JACOBIAN_PROMPTS], store=store)
 
-    def _digest(self, options: Options) -> str:
+    def digest(self, options: Options) -> str:
+        """Tells what is fitted with these options on these prompts from all else."""
         made_of = [dict(options), list(self.positive), list(self.negative)]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
 
 
-def space(fitter: Fitter, method: str) -> list[Candidate]:
-    """The candidates of one method; the paper's own defaults are the one candidate of theirs."""
+def space(fitter: Fitter, method: str) -> Space:
+    """The candidates of one method, under the names of their settings."""
     law = "alqr" if method == PAPER else method
-    return [
-        Candidate(law, options, functools.partial(fitter, law, options), strengths)
-        for options, strengths in _choices(method, fitter.model.num_layers)
-    ]
+    settings = _settings(method, fitter.model.num_layers)
+
+    def candidate(chosen: Options) -> Candidate:
+        options = settings[chosen["setting"]]
+        return Candidate(chosen["setting"], chosen, lambda: fitter(law, options), STRENGTHS[law])
+
+    return Space({"setting": list(settings)}, candidate, {"method": method, "prompts": fitter.digest({})})
 
 
-def _choices(method: str, T: int) -> Sequence[tuple[dict[str, Any], tuple[float, float]]]:
-    third, half = {"layers": list(range(2 * T // 3, T))}, {"layers": list(range(T // 2, T))}
-    middle, later = {"layers": [T // 2]}, {"layers": [2 * T // 3]}
-    few = {"layers": list(range(max(0, T - TRANSPORT_LAYERS), T))}
-    spread = {"layers": list(range(T // 2, T, max(1, (T - T // 2) // TRANSPORT_LAYERS)))[:TRANSPORT_LAYERS]}
-    setpoint, share = (0.5, 10.0), (0.2, 6.0)
-    pairs: dict[str, tuple[Callable[[], Any], tuple[float, float]]] = {
-        "alqr": (lambda: ({**third, "q": 1.0, "qf": 1.0}, {**half, "q": 0.3, "qf": 0.3}), setpoint),
-        PAPER: (lambda: ({"q": 0.1, "qf": 0.1},), setpoint),
-        "proportional": (lambda: ({**third, "kp": 0.4}, {**half, "kp": 0.15}), setpoint),
-        "spid": (lambda: (third, {**half, "kp": 0.15, "ki": 0.02}), setpoint),
-        "actadd": (lambda: (later, third), (0.25, 16.0)),
-        "mean-act": (lambda: (few, spread), share),
-        "linear-act": (lambda: (few, spread), share),
-        "pid-act": (lambda: (few, spread), share),
-        "ablation": (lambda: ({"source_layer": 3 * T // 5}, {**half, "source_layer": 2 * T // 3}), (0.1, 1.0)),
-        "angular": (lambda: (middle, later), (100.0, 10.0)),
-        "iti": (lambda: ({}, {"positions": "all"}), (1.0, 60.0)),
-    }
-    candidates, strengths = pairs[method]
-    return [(options, strengths) for options in candidates()]
+def _settings(method: str, T: int) -> dict[str, dict[str, Any]]:
+    """The options of fitting behind each setting's name."""
+    third, half = list(range(2 * T // 3, T)), list(range(T // 2, T))
+    last = list(range(max(0, T - TRANSPORT_LAYERS), T))
+    spread = half[:: max(1, len(half) // TRANSPORT_LAYERS)][:TRANSPORT_LAYERS]
+    if method == "alqr":
+        return {
+            "last third, q/r 1": {"layers": third, "q": 1.0, "qf": 1.0},
+            "last half, q/r 0.3": {"layers": half, "q": 0.3, "qf": 0.3},
+        }
+    if method == PAPER:
+        return {"all layers, q/r 0.1": {"q": 0.1, "qf": 0.1}}
+    if method == "proportional":
+        return {"last third, kp 0.4": {"layers": third, "kp": 0.4}, "last half, kp 0.15": {"layers": half, "kp": 0.15}}
+    if method == "spid":
+        return {
+            "last third, kp 0.5, ki 0.05": {"layers": third},
+            "last half, kp 0.15, ki 0.02": {"layers": half, "kp": 0.15, "ki": 0.02},
+        }
+    if method == "actadd":
+        return {"layer at two thirds": {"layers": [2 * T // 3]}, "last third": {"layers": third}}
+    if method == "ablation":
+        return {
+            "all layers, direction of three fifths": {"source_layer": 3 * T // 5},
+            "last half, direction of two thirds": {"layers": half, "source_layer": 2 * T // 3},
+        }
+    if method == "angular":
+        return {"middle layer": {"layers": [T // 2]}, "layer at two thirds": {"layers": [2 * T // 3]}}
+    if method == "iti":
+        return {"last": {}, "all": {"positions": "all"}}
+    return {f"last {len(last)} layers": {"layers": last}, f"{len(spread)} layers of the last half": {"layers": spread}}

@@ -179,7 +179,7 @@ def _budget(results: Sequence[Found]) -> str:
     lines = [
         "## What the budget was spent on",
         "",
-        "`within` counts the trials within the limit on perplexity; options are those of `mlx-lqr fit`.",
+        "`within` counts the trials within the limit on perplexity.",
         "",
         "| experiment | model | method | evaluations | within | recommended | control while tuning |",
         "|---|---|---|---|---|---|---|",
@@ -189,8 +189,8 @@ def _budget(results: Sequence[Found]) -> str:
             within = [trial for trial in one["trials"] if trial["within"]]
             best, control = "", ""
             if one["best"]:
-                best = f"{_options(one['best']['options'])} at {one['best']['strength']:g}"
-                control = f"{max(trial['control'][0] for trial in within):.2f}"
+                best = f"{one['best']['setting']}, at {one['best']['strength']:g}"
+                control = f"{one['best']['control'][0]:.2f}"
             cells = [
                 found["experiment"],
                 _model(found["key"]),
@@ -200,15 +200,6 @@ def _budget(results: Sequence[Found]) -> str:
             ]
             lines.append(f"| {' | '.join([*cells, best, control])} |")
     return "\n".join(lines)
-
-
-def _options(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_range(value) if isinstance(value, list) else value}" for name, value in options.items())
-
-
-def _range(layers: list[int]) -> str:
-    unbroken = layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1
-    return f"{layers[0]}-{layers[-1]}" if unbroken else ",".join(map(str, layers))
 
 
 def _model(key: str) -> str:

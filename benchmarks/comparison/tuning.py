@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,75 +11,97 @@ from mlx_lqr import baseline, tasks
 from mlx_lqr.backends.base import Model, Progress
 from mlx_lqr.tasks.bootstrap import Estimate
 
+Options = dict[str, Any]
+FIRST_DOSE = 0.4
+
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One way to fit a method, to be tried at strengths."""
+    """One way to fit, to be tried at several strengths."""
 
     name: str
     options: Mapping[str, Any]
-    """JSON-able; what tells this candidate from the others"""
     fit: Callable[[], baseline.Steering]
     strengths: tuple[float, float]
-    """The weakest and the strongest that make sense, of one sign, neither of them 0"""
+    """From no steering to the strongest that is sensible"""
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
-    """A candidate at one strength."""
+class Space:
+    """What to search through."""
 
-    candidate: Candidate
+    factors: Mapping[str, Sequence[Any]]
+    """The values of one option"""
+    candidate: Callable[[Options], Candidate]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What all candidates depend on, as JSON"""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluation."""
+
+    candidate: str
+    options: Mapping[str, Any]
     strength: float
     control: Estimate
     damage: Estimate
-    ratio: float
-    """Of the damage to that of the unsteered model"""
-    allowed: bool
+    relative: float
+    """The damage over that of the unsteered model, which the limit is on"""
+    within: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """Every trial in its order, and the best within the limit."""
+    """What was found."""
 
-    trials: list[Trial]
+    trials: tuple[Trial, ...]
     best: Trial | None
-    """None where no trial is within the limit"""
+    """The most control within the limit; None where no trial is within it"""
+    steering: baseline.Steering | None
+    """What was fitted there, with the recommended strength"""
 
 
 def tune(
     model: Model,
     task: tasks.Task,
-    space: Sequence[Candidate],
+    space: Space,
     *,
-    damage: str = "perplexity",
-    limit: float = 1.3,
-    evaluations: int = 8,
+    limit: float,
+    evaluations: int,
     folder: Path,
     loading: Mapping[str, str | None] | None = None,
     progress: Progress | None = None,
 ) -> Tuned:
-    """Bisect each candidate's strength, on a log scale, for the largest damage within the limit.
+    """Bisect each candidate's strength for the largest perplexity within the limit.
 
     Args:
-        space: the evaluations are dealt out evenly among these.
-        limit: the largest ratio of a trial's damage to that of the unsteered model.
+        space: of one factor; the evaluations are dealt out evenly among its values.
+        limit: the largest ratio of a trial's perplexity to that of the unsteered model.
         folder: where rows go; what is there of the same settings is not run again.
     """
     options: Any = {"loading": loading, "progress": progress}
     reference = tasks.evaluate(model, task, output=folder / "unsteered.jsonl", **options)
-    unsteered = reference.results()[0].metrics[damage].value
+    unsteered = reference.results()[0].metrics["perplexity"].value
     trials = []
-    for number, candidate in enumerate(space):
+    ((factor, values),) = space.factors.items()
+    candidates = [space.candidate({factor: value}) for value in values]
+    for number, candidate in enumerate(candidates):
         steering = tasks.Steering(candidate.name, candidate.fit())
-        weak, strong = candidate.strengths
-        for _ in range(evaluations // len(space) + (number < evaluations % len(space))):
-            strength = float(f"{math.sqrt(weak * strong):.3g}")
-            output = folder / f"{candidate.name}-{number}.jsonl"
+        mild, strong = candidate.strengths
+        low, high, dose = 0.0, 1.0, FIRST_DOSE
+        for _ in range(evaluations // len(candidates) + (number < evaluations % len(candidates))):
+            strength = float(f"{mild + dose * (strong - mild):.3g}")
+            output = folder / f"candidate-{number}.jsonl"
             found = tasks.evaluate(model, task, steering, [strength], output=output, **options).results(reference)[0]
-            control, harm = found.metrics[task.control], found.metrics[damage]
-            allowed = harm.value <= limit * unsteered
-            trials.append(Trial(candidate, strength, control, harm, harm.value / unsteered, allowed))
-            weak, strong = (strength, strong) if allowed else (weak, strength)
-    within = [trial for trial in trials if trial.allowed]
-    best = max(within, key=lambda trial: (trial.control.value, -trial.ratio), default=None)
-    return Tuned(trials, best)
+            control, damage = found.metrics[task.control], found.metrics["perplexity"]
+            relative = damage.value / unsteered
+            within = relative <= limit
+            trials.append(Trial(candidate.name, candidate.options, strength, control, damage, relative, within))
+            low, high = (dose, high) if within else (low, dose)
+            dose = (low + high) / 2
+    best = max((t for t in trials if t.within), key=lambda trial: (trial.control.value, -trial.relative), default=None)
+    if best is None:
+        return Tuned(tuple(trials), None, None)
+    fitted = space.candidate(dict(best.options)).fit()
+    return Tuned(tuple(trials), best, replace(fitted, strength=(best.strength,)))
