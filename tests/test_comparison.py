@@ -16,7 +16,6 @@ sys.path.append(str(ROOT))
 
 from benchmarks.comparison import split  # noqa: E402
 from benchmarks.comparison.__main__ import main  # noqa: E402
-from benchmarks.comparison.page import FINDINGS  # noqa: E402
 
 
 def test_every_row_is_in_one_part_and_stays_there(tmp_path: Path) -> None:
@@ -81,9 +80,5 @@ def test_the_script_measures_writes_and_goes_on(folders: list[Path], tmp_path: P
     page = docs / "comparison.md"
     line = next(line for line in page.read_text().split("## Truthfulness")[1].splitlines() if "**alqr**" in line)
     assert f"| {sum(row['mc2'] for row in choices) / len(choices):.2f} (" in line
+    assert (ROOT / "benchmarks" / "comparison" / "findings.md").read_text().strip() in page.read_text()
     assert (docs / "comparison-concept-dog-smollm2.svg").stat().st_size > 1000
-
-    page.write_text(page.read_text().replace(FINDINGS[0], f"{FINDINGS[0]}\nDogs bark."))
-    run("page", "-o", str(output), "--docs", str(docs))
-    assert "Dogs bark." in page.read_text()
-    assert page.read_text().count(FINDINGS[0]) == 1

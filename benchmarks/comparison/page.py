@@ -1,12 +1,10 @@
 """docs/comparison.md: tables, pictures and every sentence with a number in it, from the results alone.
 
-Between the two marks of `FINDINGS` stands what a person has found out, which is kept as it is. The rest is written
-anew; how it was measured is told by the template method.md.
+How it was measured is told by the template method.md, and what a person has found out by findings.md, as it is.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from mlx_lqr.atomic import writing
 from mlx_lqr.errors import InputError
 
 PAGE = "comparison.md"
-FINDINGS = ("<!-- findings: written by hand, kept by the script -->", "<!-- end of findings -->")
 DAMAGE = ("perplexity", "distinct_2", "repetition", "kl", "capability")
 NAMES = {
     "prevalence": "prevalence",
@@ -49,24 +46,15 @@ def write_page(output: Path, docs: Path) -> Path:
     if not results:
         raise InputError(f"there are no results in {output}: measure first (python -m benchmarks.comparison run)")
     path = docs / PAGE
-    findings = _findings(path)
     sections = [_head(results)]
     for experiment in EXPERIMENTS:
         own = [found for found in results if found["experiment"] == experiment.name]
         if own:
             sections.append(_experiment(experiment, own, docs))
-    sections += [f"## Findings\n\n{FINDINGS[0]}\n{findings}\n{FINDINGS[1]}", _budget(results)]
+    sections += [_text("findings.md"), _budget(results)]
     with writing(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", "utf-8")
     return path
-
-
-def _findings(path: Path) -> str:
-    """What stands between the marks."""
-    if not path.exists():
-        return ""
-    between = re.search(f"{re.escape(FINDINGS[0])}\n(.*)\n{re.escape(FINDINGS[1])}", path.read_text("utf-8"), re.S)
-    return between[1] if between else ""
 
 
 def _head(results: Sequence[Found]) -> str:
@@ -81,7 +69,11 @@ def _head(results: Sequence[Found]) -> str:
         "report": decoding["report"],
         **sizes,
     }
-    return Path(__file__).with_name("method.md").read_text("utf-8").format_map(values).strip()
+    return _text("method.md").format_map(values)
+
+
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text("utf-8").strip()
 
 
 def _experiment(experiment: Experiment, results: Sequence[Found], docs: Path) -> str:
