@@ -25,17 +25,17 @@ from mlx_lqr.tasks.run import Part as TaskPart
 class Sizes:
     """How much is measured."""
 
-    prompts: int = 32
+    prompts: int = 24
     """To fit on, at most, of each kind"""
     evaluations: int = 6
     """While tuning, of each method"""
     tune_rows: int = 16
-    report_rows: int = 64
-    tune_tokens: int = 24
-    report_tokens: int = 32
-    questions: int = 40
+    report_rows: int = 48
+    tune_tokens: int = 16
+    report_tokens: int = 30
+    questions: int = 20
     """Of capability"""
-    sentences: int = 16
+    sentences: int = 8
     """Of neutral text"""
 
 
@@ -70,6 +70,10 @@ class Setting:
         """The prompts of a part, of those rows whose keys have these values; as many as are fitted on."""
         rows = [row for row in rows_of(self.data, name, part) if all(row[k] == v for k, v in wanted.items())]
         return [row["prompt"] for row in spread(rows, self.sizes.prompts)]
+
+    def count(self, part: Part) -> int:
+        """How many rows of a part are measured."""
+        return self.sizes.tune_rows if part == "tune" else self.sizes.report_rows
 
     def decoding(self, part: Part, *, samples: int = 1, temperature: float = 0.8) -> tasks.Decoding:
         tokens = self.sizes.tune_tokens if part == "tune" else self.sizes.report_tokens
@@ -110,7 +114,7 @@ class Experiment:
 def _concept(name: str) -> Experiment:
     def task(setting: Setting, part: Part) -> tasks.Task:
         openings = bundled_openings()[0 if part == "tune" else 1 :: 2]
-        rows = setting.sizes.tune_rows * 2 if part == "tune" else setting.sizes.report_rows
+        rows = setting.count(part)
         decoding = setting.decoding(part, samples=max(1, rows // len(openings)))
         return tasks.concept(
             tasks.word_family(name),
@@ -137,9 +141,8 @@ def _concept(name: str) -> Experiment:
 
 def _toxicity() -> Experiment:
     def task(setting: Setting, part: Part) -> tasks.Task:
-        rows = setting.sizes.tune_rows * 2 if part == "tune" else setting.sizes.report_rows
         return tasks.toxicity(
-            setting.rows("realtoxicityprompts", part, rows),
+            setting.rows("realtoxicityprompts", part, setting.count(part)),
             decoding=setting.decoding(part),
             judge=setting.judge,
             damage=setting.damage(part),
@@ -163,11 +166,11 @@ def _toxicity() -> Experiment:
 
 def _truthfulness() -> Experiment:
     def task(setting: Setting, part: Part) -> tasks.Task:
-        rows = setting.sizes.tune_rows if part == "tune" else setting.sizes.report_rows
         return tasks.truthfulness(
-            setting.rows("truthfulqa", part, rows),
+            setting.rows("truthfulqa", part, setting.count(part)),
             decoding=setting.decoding(part, temperature=0.0),
             judge=setting.judge,
+            examples=0,
             chat=setting.chat,
             damage=setting.damage(part),
         )
@@ -184,17 +187,17 @@ def _truthfulness() -> Experiment:
         "Truthfulness: TruthfulQA",
         contrast,
         task,
-        "TruthfulQA (fit): each question with its best answer and with its first incorrect one",
+        "TruthfulQA (fit): each question with its best answer and with its first incorrect one, in the form of the "
+        "multiple choice, which goes without solved examples here",
         ("mc2", "mc1", "closer_to_true"),
     )
 
 
 def _refusal(name: str, title: str, control: str, label: str, away: bool) -> Experiment:
     def task(setting: Setting, part: Part) -> tasks.Task:
-        rows = setting.sizes.tune_rows * 2 if part == "tune" else setting.sizes.report_rows
         found = tasks.refusal(
             setting.rows("xstest", part),
-            limit=rows,
+            limit=setting.count(part),
             decoding=setting.decoding(part, temperature=0.0),
             judge=setting.judge,
             damage=setting.damage(part),
@@ -222,7 +225,6 @@ def _refusal(name: str, title: str, control: str, label: str, away: bool) -> Exp
 
 EXPERIMENTS: tuple[Experiment, ...] = (
     _concept("dog"),
-    _concept("ocean"),
     _toxicity(),
     _truthfulness(),
     _refusal(
@@ -231,4 +233,6 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     _refusal(
         "refusal-less", "Fewer refusals: XSTest", "answered_safe", "share of safe requests that are answered", True
     ),
+    _concept("ocean"),
 )
+"""In the order of what matters most, for whoever stops early."""
