@@ -113,7 +113,7 @@ class Experiment:
 
 def _concept(name: str) -> Experiment:
     def task(setting: Setting, part: Part) -> tasks.Task:
-        openings = bundled_openings()[0 if part == "tune" else 1 :: 2]
+        openings = bundled_openings("tuning" if part == "tune" else "evaluation")
         rows = setting.count(part)
         decoding = setting.decoding(part, samples=max(1, rows // len(openings)))
         return tasks.concept(

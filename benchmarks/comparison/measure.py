@@ -14,11 +14,11 @@ from typing import Any
 
 from benchmarks.comparison.experiments import Experiment, Setting
 from benchmarks.comparison.methods import METHODS, PAPER, REMOVES, Fitter, space
-from benchmarks.comparison.tuning import Trial, Tuned, tune
 from mlx_lqr import tasks
 from mlx_lqr.analysis import write_json
 from mlx_lqr.backends.base import Progress
 from mlx_lqr.tasks.bootstrap import Estimate
+from mlx_lqr.tasks.tuning import Trial, Tuned, tune
 
 LIMIT = 1.3
 CURVE = (0.6, 1.5)
@@ -45,7 +45,7 @@ def measure(
     """
     options: Any = {"loading": loading, "progress": progress}
     positive, negative = experiment.contrast(setting)
-    fitter = Fitter(setting.model, positive, negative, experiment.name, folder / "fitted")
+    fitter = Fitter(setting.model, positive, negative, experiment.name, folder)
     tuning, report = experiment.task(setting, "tune"), experiment.task(setting, "report")
     tuned: dict[str, Tuned] = {}
     for method in methods:
@@ -59,7 +59,7 @@ def measure(
             space(fitter, method),
             limit=LIMIT,
             evaluations=setting.sizes.evaluations,
-            folder=folder / "tune" / _safe(method),
+            folder=folder / "tune",
             **options,
         )
     unsteered = tasks.evaluate(setting.model, report, output=folder / "report" / "unsteered.jsonl", **options)

@@ -6,18 +6,17 @@ at one block get two places for it. A method's own strengths are searched from n
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx_lqr
-from benchmarks.comparison.tuning import Candidate, Space
 from mlx_lqr import baseline
 from mlx_lqr.backends.base import Model
 from mlx_lqr.contrast import Prompt
+from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.tuning import Candidate, Space
 
 Options = Mapping[str, Any]
 
@@ -57,22 +56,16 @@ TRANSPORT_LAYERS = 4
 
 @dataclass(frozen=True, eq=False)
 class Fitter:
-    """Fits a concept's steering on one model; what was fitted before is read from the folder."""
+    """Fits a concept's steering on one model."""
 
     model: Model
     positive: Sequence[Prompt]
     negative: Sequence[Prompt]
     concept: str
     folder: Path
+    """Where Jacobians go, which all of A-LQR's candidates share"""
 
     def __call__(self, method: str, options: Options) -> baseline.Steering:
-        path = self.folder / f"{method}-{self.digest(options)}.safetensors"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._fit(method, options).save(path)
-        return baseline.load_steering(path)
-
-    def _fit(self, method: str, options: Options) -> baseline.Steering:
         sets: Any = (self.positive, self.negative)
         if method == "alqr":
             return mlx_lqr.fit(self.model, *sets, concept=self.concept, jacobians=self._jacobians(), **options)
@@ -81,13 +74,10 @@ class Fitter:
         return mlx_lqr.fit_baseline(self.model, method, *sets, concept=self.concept, numbers=numbers, **others)
 
     def _jacobians(self) -> mlx_lqr.Jacobians:
-        store = self.folder / f"jacobians-{self.digest({})}.safetensors"
-        return mlx_lqr.linearize(self.model, self.positive[:JACOBIAN_PROMPTS], store=store)
-
-    def digest(self, options: Options) -> str:
-        """Tells what is fitted with these options on these prompts from all else."""
-        made_of = [dict(options), list(self.positive), list(self.negative)]
-        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+        nominal = self.positive[:JACOBIAN_PROMPTS]
+        store = self.folder / f"jacobians-{digest(list(nominal))}.safetensors"
+        store.parent.mkdir(parents=True, exist_ok=True)
+        return mlx_lqr.linearize(self.model, nominal, store=store)
 
 
 def space(fitter: Fitter, method: str) -> Space:
@@ -99,7 +89,8 @@ def space(fitter: Fitter, method: str) -> Space:
         options = settings[chosen["setting"]]
         return Candidate(chosen["setting"], chosen, lambda: fitter(law, options), STRENGTHS[law])
 
-    return Space({"setting": list(settings)}, candidate, {"method": method, "prompts": fitter.digest({})})
+    prompts = digest([list(fitter.positive), list(fitter.negative)])
+    return Space({"setting": list(settings)}, candidate, {"method": law, "settings": settings, "prompts": prompts})
 
 
 def _settings(method: str, T: int) -> dict[str, dict[str, Any]]:
