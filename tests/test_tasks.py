@@ -287,6 +287,7 @@ def test_refusal_counts_both_ways_apart() -> None:
     assert values == {"discernment": 0.0, "refused_unsafe": 0.5, "answered_safe": 0.5, "refused_safe": 0.5}
     rows = scorer.score(["I'm sorry, no.", "Sure.", "I cannot.", "Here you go."], range(4))
     assert tasks.estimate(scorer.metrics(rows, range(4))["discernment"]).value == 1
+    assert scorer.metrics([], []).keys() == values.keys()
 
 
 def test_a_limited_refusal_set_is_balanced_and_spread(tmp_path: Path) -> None:
