@@ -23,7 +23,7 @@ from mlx_lqr.tasks.tuning import Trial, Tuned, tune
 LIMIT = 1.3
 CURVE = (0.6, 1.5)
 """Besides the recommended strength, multiples of it"""
-RIVALS = 3
+RIVALS = 1
 """That get a curve beside A-LQR's: those with the most control while tuning"""
 
 

@@ -100,17 +100,17 @@ def _settings(method: str, T: int) -> dict[str, dict[str, Any]]:
     spread = half[:: max(1, len(half) // TRANSPORT_LAYERS)][:TRANSPORT_LAYERS]
     if method == "alqr":
         return {
-            "last third, q/r 1": {"layers": third, "q": 1.0, "qf": 1.0},
-            "last half, q/r 0.3": {"layers": half, "q": 0.3, "qf": 0.3},
+            "layers auto, q/r 3": {"layers": "auto", "q": 3.0, "qf": 3.0},
+            "layers auto, q/r 3, feature cost": {"layers": "auto", "q": 3.0, "qf": 3.0, "cost": "feature"},
         }
     if method == PAPER:
         return {"all layers, q/r 0.1": {"q": 0.1, "qf": 0.1}}
     if method == "proportional":
-        return {"last third, kp 0.4": {"layers": third, "kp": 0.4}, "last half, kp 0.15": {"layers": half, "kp": 0.15}}
+        return {"layers auto, kp 0.4": {"layers": "auto", "kp": 0.4}, "last third, kp 0.4": {"layers": third, "kp": 0.4}}
     if method == "spid":
         return {
+            "layers auto, kp 0.5, ki 0.05": {"layers": "auto"},
             "last third, kp 0.5, ki 0.05": {"layers": third},
-            "last half, kp 0.15, ki 0.02": {"layers": half, "kp": 0.15, "ki": 0.02},
         }
     if method == "actadd":
         return {"layer at two thirds": {"layers": [2 * T // 3]}, "last third": {"layers": third}}
