@@ -33,11 +33,11 @@ def certified(model: Model, controller: Controller, **options: Any) -> Certifica
 
 
 @pytest.mark.parametrize("linearised", ["prompt", "average"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_the_prediction_is_the_linear_loop(family: str, linearised: Any) -> None:
+@pytest.mark.parametrize(("family", "setpoint"), [("llama", "paper"), ("llama", "centred"), ("gemma3_text", "paper")])
+def test_the_prediction_is_the_linear_loop(family: str, setpoint: str, linearised: Any) -> None:
     """Step by step with dense matrices, from the unsteered residual stream alone."""
     model = tiny(family, num_hidden_layers=4)
-    controller = fitted(model, layers=[1, 2, 3])
+    controller = fitted(model, layers=[1, 2, 3], setpoint=setpoint)
     found = certified(model, controller, strengths=(1.0, 2.5), linearised=linearised)
     v, g = controller.direction[:, :, 0].astype(np.float64), controller.gain[:, :, 0].astype(np.float64)
     for n, prompt in enumerate(HELD_OUT):
@@ -50,6 +50,9 @@ def test_the_prediction_is_the_linear_loop(family: str, linearised: Any) -> None
                 p = A[k] @ p + u
                 if k < 3:
                     assert found.predicted[n, s, k + 1] == pytest.approx(v[k + 1] @ (z0[k + 1] + p), abs=2e-3)
+    wanted = controller.offset[:, 0] + np.array([[1.0], [2.5]]) * controller.setpoint[:, 0]
+    assert found.setpoint[:, :-1] == pytest.approx(wanted, rel=1e-6)
+    assert np.all(np.isnan(found.setpoint[:, -1])) == (setpoint == "centred")
     assert found.first == 1
     assert found.feature[:, :, 1] == pytest.approx(found.predicted[:, :, 1], abs=1e-4)  # nothing is displaced yet
     assert found.feature_posterior[..., :2].max() < 1e-4  # but for rounding

@@ -4,6 +4,10 @@ task = tasks.concept(tasks.word_family("dog"), damage=[tasks.NeutralText(), task
 steering = tasks.load_steering([("dog.safetensors", 1.0)])
 found = tasks.evaluate(model, task, steering, strengths=[0, 1, 2, 3], output="dog.jsonl")
 for result in found.results(): result.strength, result.metrics["prevalence"], result.change["perplexity"]
+
+space = tasks.alqr_space(model, contrast, jacobians, concept="dog")
+tuned = tasks.tune(model, task, space, damage="perplexity", limit=1.3, folder="dog-tuning")
+tuned.steering.save("dog.safetensors")  # with the recommended strength; tuned.trials has every evaluation
 """
 
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, difference, estimate

@@ -23,12 +23,12 @@ Options = dict[str, Any]
 FIRST_DOSE = 0.4
 AIM = 0.9
 """Share of the allowed excess that doses aim at: beyond it a candidate's dose is not worth another measurement."""
-SLACK = 0.6
+SLACK = 0.8
 """A candidate below this share is measured again: at a higher dose it may control more."""
 GROWTH = 1.75
 NARROW = 0.04
 """Doses closer than this share of themselves are not told apart."""
-START_TRIES, TRIES, REFINING = 4, 2, 2
+START_TRIES, TRIES, REFINING = 3, 2, 2
 """Measurements at the start, of every other candidate, and those kept for the dose of the best."""
 
 

@@ -1,7 +1,8 @@
 """What `tune` searches through: the options of A-LQR, and of each method that it is compared with.
 
 The first value of an option is a good start, and the order of the options that in which they have mattered on SmolLM2:
-where to steer, then how hard, then the rest.
+where to steer, then how hard, then the rest. Gains made anew for every prompt (adaptive) are no option here: they
+belong to decoding, and no file holds them.
 """
 
 from __future__ import annotations
