@@ -80,9 +80,9 @@ def _experiment(experiment: Experiment, results: Sequence[Found], docs: Path) ->
     parts = [f"## {experiment.title}", f"Fitted on {experiment.origin}."]
     for found in results:
         parts += [f"### {_model(found['key'])}", _rows(found), _table(experiment, found), _verdict(found)]
-        if experiment.curve:
+        if experiment.curve and _by_control(found):
             parts.append(_curve(experiment, found, docs))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _rows(found: Found) -> str:
