@@ -156,7 +156,7 @@ def test_chunks_of_the_prompt_change_nothing(backend: str, steer_all: bool, monk
     model = tiny_on(backend, "gemma3_text")
     law = law_for(model)
     whole = model.logits(PROMPT, law=law, steer_all=steer_all)
-    for chunk in (1, 3, 11, 50):
+    for chunk in (1, 3, 4, 11, 12, 50):
         prefill_chunks(backend, chunk, monkeypatch)
         assert np.abs(model.logits(PROMPT, law=law, steer_all=steer_all) - whole).max() < 1e-4
 
@@ -178,6 +178,13 @@ def test_a_batch_goes_on_without_those_that_have_ended(backend: str) -> None:
     sampling = Sampling(seed=7, **filters)  # type: ignore[arg-type]
     assert decoded_together(model, BATCH, sampling=sampling, max_tokens=12) == expected
     assert len(expected[0]) <= 3
+    found: list[list[int]] = [[] for _ in BATCH]
+    ended: set[int] = set()  # where the caller says which sequences are done
+    for i, token in decode(model, BATCH, sampling=sampling, max_tokens=12, ended=ended):
+        found[i].append(token)
+        if i == 1 and len(found[i]) == 5:
+            ended.add(i)
+    assert found == [tokens[:5] if i == 1 else tokens for i, tokens in enumerate(expected)]
 
 
 @every_backend
@@ -210,14 +217,18 @@ def test_frequencies_follow_the_probabilities(backend: str) -> None:
 
 
 @every_backend
-def test_the_context_may_roll(backend: str) -> None:
+def test_what_does_not_fit_the_context_is_an_error_or_rolls(backend: str) -> None:
     model, wide = tiny_on(backend, "llama", max_position_embeddings=16), tiny_on(backend, "llama")
-    fits = decoded(model, PROMPT, max_tokens=5)
+    fits = decoded(model, PROMPT, max_tokens=5)  # the last token needs no place in the cache
+    with pytest.raises(InputError, match="ask for at most 5"):
+        decode(model, [PROMPT], max_tokens=6)
     rolled = decoded(model, PROMPT, max_tokens=60, overflow="roll")
     assert len(rolled) == 60
     assert rolled[:5] == fits == decoded(wide, PROMPT, max_tokens=5)
     assert rolled != decoded(wide, PROMPT, max_tokens=60), "nothing was forgotten"
     assert len(decoded(model, PROMPT * 3, law=law_for(model), max_tokens=3, overflow="roll")) == 3
+    with pytest.raises(InputError, match="overflow"):
+        decode(model, [PROMPT], overflow="wrap")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="one prompt at a time"):
         list(decode(model, [PROMPT, PROMPT], overflow="roll"))
 
@@ -280,7 +291,9 @@ def test_a_suspended_stream_leaves_the_model_alone(backend: str) -> None:
 def test_the_repetition_penalty_is_that_of_its_definition(backend: str) -> None:
     model = tiny_on(backend, "llama")
     tokens = list(PROMPT)
-    for token in decoded(model, PROMPT, sampling=Sampling(repetition_penalty=1.8), max_tokens=10):
+    penalised = decoded(model, PROMPT, sampling=Sampling(repetition_penalty=1.8), max_tokens=10)
+    assert penalised != decoded(model, PROMPT, max_tokens=10)
+    for token in penalised:
         logits = model.logits(tokens)
         seen = np.unique(tokens)
         logits[seen] = np.where(logits[seen] > 0, logits[seen] / 1.8, logits[seen] * 1.8)
@@ -299,13 +312,19 @@ def test_activations_that_overflow_end_with_the_layer_and_the_strength(backend: 
         decoded(model, PROMPT, law=law, max_tokens=10)
     with pytest.raises(InputError, match="overflow at layer"):
         list(decode(model, BATCH, law=law, max_tokens=10))
+    law = law_for(model)
+    decoding = decode(model, [PROMPT], law=law, max_tokens=10)
+    next(decoding)
+    law.strength = 1e25
+    with pytest.raises(InputError, match="overflow at layer"):
+        list(decoding)
 
 
 @every_backend
 def test_adaptive_generation_linearises_during_prefill(backend: str) -> None:
     model = tiny_on(backend, "gemma3_text")
     controller = controller_for(model)
-    prompt = PROMPT * 2
+    prompt = PROMPT * 2  # longer than the sliding window
     law = LinearFeedback(mlx_lqr.adapt(model, controller, prompt), 2.0)
     expected = decoded(model, prompt, law=law, max_tokens=8)
     adapt = partial(readapted, model, controller)
