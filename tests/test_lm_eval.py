@@ -81,7 +81,7 @@ def chosen(own: Path) -> lm_eval.Tasks:
 
 @pytest.fixture(scope="module")
 def demo() -> Evaluator:
-    return lm_eval.load_evaluator("demo", apply_chat_template=False)
+    return lm_eval.load_evaluator("demo", apply_chat_template=False, max_tokens=12)
 
 
 def tiny_evaluator(family: str) -> tuple[Evaluator, Model]:
@@ -108,7 +108,7 @@ def test_unsteered_results_are_those_of_mlx_lms_evaluator(
     demo: Evaluator, chosen: lm_eval.Tasks, dog: Path, own: Path
 ) -> None:
     found = lm_eval.evaluate(demo, chosen, tasks.load_steering([(str(dog), 1.0)]), [0.0]).results[0.0]
-    theirs = MLXLM(str(demo_model()), use_chat_template=False)
+    theirs = MLXLM(str(demo_model()), **{name: demo.options[name] for name in demo.options if name != "dtype"})
     manager = lm_eval.load_tasks(list(chosen.loaded), own).manager
     expected = simple_evaluate(theirs, tasks=list(chosen.loaded), task_manager=manager)["results"]
     assert found == json.loads(json.dumps(expected))
@@ -182,7 +182,7 @@ def test_log_likelihoods_are_steered_as_ours_in_any_steps(
 def test_written_texts_are_steered_as_ours(demo: Evaluator, dog: Path, smollm2: Model) -> None:
     steering = tasks.load_steering([(str(dog), 1.0)])
     prompts = ["Once upon a time,", "My neighbor told me that"]
-    arguments = [(prompt, {"until": ["."], "max_gen_toks": 12}) for prompt in prompts]
+    arguments = [(prompt, {"until": ["."]}) for prompt in prompts]
     with mlx_lqr.steer(demo.model, steering.controller, 3.0):
         found = demo.generate_until(requests("generate_until", *arguments))
     expected = tasks.Steered(smollm2, steering, 3.0).texts(prompts, {"max_tokens": 12})
@@ -232,6 +232,7 @@ def test_the_command_reports_writes_and_goes_on(dog: Path, here: Path, monkeypat
     assert all(entry["results"]["our_choice"]["sample_len"] == 2 for entry in found["strengths"])
     assert found["model"]["use_chat_template"] is True
     assert found["settings"]["num_shots"] == 1
+    assert "Generation: 12 tokens" in result.stderr, "two texts of the task's own length"
     assert found["steering"]["concepts"] == ["dog"]
     monkeypatch.setattr(lm_eval, "_run", None)  # nothing is run a second time
     lines = run(*command).stdout.splitlines()

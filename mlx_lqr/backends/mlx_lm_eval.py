@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.evaluate import MLXLM
+from mlx_lm.evaluate import DEFAULT_MAX_TOKENS, MLXLM
 
 from mlx_lqr.backends.mlx import MLXModel
 from mlx_lqr.backends.mlx_lm_models import model_classes
 from mlx_lqr.backends.mlx_load import cast, flattened
 from mlx_lqr.backends.model_folder import check_dtype, read_config
 from mlx_lqr.errors import InputError
+
+_OLD = tuple(int(number) for number in metadata.version("mlx-lm").split(".")[:2]) < (0, 32)
+"""Whether it is the last mlx-lm for Python 3.10, whose evaluator has mistakes that newer ones have not"""
 
 
 class Evaluator(MLXLM):
@@ -34,6 +38,8 @@ class Evaluator(MLXLM):
         config = read_config(folder)
         model_classes(str(config["model_type"]))
         _check_rope(folder, config)
+        if _OLD:
+            options["batch_size"] = 1  # in a batch, it adds a score of the padding after the shorter texts
         try:
             super().__init__(str(folder), **options)
         except (OSError, RuntimeError, ValueError) as error:
@@ -53,6 +59,13 @@ class Evaluator(MLXLM):
         found: list[float] = super().loglikelihood_rolling(requests)
         _check_finite(found)
         return found
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        if _OLD:
+            for request in requests:  # it looks for lm-eval's cap under another name, and misses it
+                options = request.args[1]
+                options.setdefault("max_gen_tokens", options.get("max_gen_toks", DEFAULT_MAX_TOKENS))
+        return super().generate_until(requests)
 
 
 def _check_rope(folder: Path, config: dict[str, Any]) -> None:
