@@ -210,3 +210,18 @@ def test_pieces_of_a_stream_make_the_text(smollm2: Model) -> None:
     assert "".join(piece.text for piece in pieces) == mlx_lqr.generate(
         smollm2, "The capital of France is", max_tokens=12
     )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.97])
+def test_the_nucleus_is_the_likeliest_tokens_with_the_mass_asked_for(flat: bool, top_p: float) -> None:
+    """Against float64, for rows whose nucleus is among the tokens looked at first, and for rows where it is not."""
+    logits = np.random.default_rng(0).normal(size=(3, 20 * LIKELIEST)) * (0.5 if flat else 6.0)
+    probability = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probability /= probability.sum(axis=1, keepdims=True)
+    kept = np.isfinite(np.asarray(nucleus(mx.array(np.log(probability), mx.float32), top_p)))
+    assert (kept.sum(axis=1) > LIKELIEST).all() == flat
+    for own, chosen in zip(probability, kept, strict=True):
+        assert own[chosen].min() >= own[~chosen].max()
+        assert own[chosen].sum() == pytest.approx(top_p, abs=own[chosen].min() + 1e-4)
+        assert own[chosen].sum() >= top_p - 1e-4

@@ -100,15 +100,16 @@ class Search:
             self._follow(options, self._left, FIRST_DOSE)
 
     def _vary(self, best: Options) -> Options:
-        """The other values of every factor, one factor after the other; returns the best there is now."""
-        for name, values in self._factors.items():
-            for value in values:
-                other = {**best, name: value}
-                kept = REFINING if self._next(best) is not None else 0
-                if self._left > kept and not self._points(other):
-                    self._follow(other, TRIES, self._dose(best), rival=best)
-                    if self._rank(other) > self._rank(best):
-                        best = other
+        """The other values of every factor, one after the other, those first that nothing has had yet; returns the best
+        there is now."""
+        values = [(name, value) for name, values in self._factors.items() for value in values]
+        for name, value in sorted(values, key=lambda pair: any(tried[pair[0]] == pair[1] for tried, _ in self._tried)):
+            other = {**best, name: value}
+            kept = REFINING if self._next(best) is not None else 0
+            if self._left > kept and not self._points(other):
+                self._follow(other, TRIES, self._dose(best), rival=best)
+                if self._rank(other) > self._rank(best):
+                    best = other
         return best
 
     def _follow(self, options: Options, times: int, first: float, rival: Options | None = None) -> None:
