@@ -15,6 +15,7 @@ import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.base import Model, Sampling
 from mlx_lqr.backends.mlx import MLXModel
+from mlx_lqr.backends.mlx_sampling import LIKELIEST, nucleus
 from mlx_lqr.laws import LinearFeedback
 from mlx_lqr.runtime.decode import decode
 from mlx_lqr.runtime.stopping import StopStrings

@@ -106,7 +106,10 @@ def _settings(method: str, T: int) -> dict[str, dict[str, Any]]:
     if method == PAPER:
         return {"all layers, q/r 0.1": {"q": 0.1, "qf": 0.1}}
     if method == "proportional":
-        return {"layers auto, kp 0.4": {"layers": "auto", "kp": 0.4}, "last third, kp 0.4": {"layers": third, "kp": 0.4}}
+        return {
+            "layers auto, kp 0.4": {"layers": "auto", "kp": 0.4},
+            "last third, kp 0.4": {"layers": third, "kp": 0.4},
+        }
     if method == "spid":
         return {
             "layers auto, kp 0.5, ki 0.05": {"layers": "auto"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, Hook, Law, Sampling, restart
 from mlx_lqr.backends.mlx_blocks import BlockHooks, FrozenCache, hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
+from mlx_lqr.backends.mlx_sampling import Sampler
 from mlx_lqr.backends.mlx_step import CompiledStep, FixedCache, energy, in_order
 from mlx_lqr.errors import InputError
 
@@ -110,13 +110,11 @@ class MLXDecoder:
 
     @property
     def sampling(self) -> Sampling:
-        return self._sampling
+        return self._sampler.sampling
 
     @sampling.setter
     def sampling(self, sampling: Sampling) -> None:
-        self._sampling = sampling
-        self._keys: mx.array | None = None  # (B, 2), made when the number of sequences is known
-        self._seed = sampling.seed if sampling.seed is not None else secrets.randbits(32)
+        self._sampler = Sampler(sampling)
 
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         self._settle()
@@ -150,9 +148,9 @@ class MLXDecoder:
 
     def sample(self, logits: mx.array) -> mx.array:
         if self._seen is not None:
-            penalty = self._sampling.repetition_penalty
+            penalty = self.sampling.repetition_penalty
             logits = mx.where(self._seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
-        tokens = self._draw(logits)
+        tokens = self._sampler.draw(logits)
         if self._energy is not None:
             tokens = mx.where(self._energy < math.inf, tokens.astype(mx.int32), OVERFLOWED)  # false for NaN too
         mx.async_eval(tokens)
@@ -165,8 +163,7 @@ class MLXDecoder:
             layer.filter(chosen)
         if isinstance(self._law, CarryingLaw):
             self._law.keep(chosen)
-        if self._keys is not None:
-            self._keys = self._keys[chosen]
+        self._sampler.keep(chosen)
         if self._seen is not None:
             self._seen = self._seen[chosen]
         return tokens[chosen]
@@ -263,7 +260,7 @@ class MLXDecoder:
             if hasattr(attention, "attn_logit_softcapping") and getattr(attention, "repeats", 1) > 1:
                 for layer in self._cache:
                     layer.make_mask = _for_grouped_heads(layer.make_mask)
-        if self._sampling.repetition_penalty != 1:
+        if self.sampling.repetition_penalty != 1:
             self._seen = mx.zeros((len(padding), int(self._module.args.vocab_size)), mx.bool_)
 
     def _run(self, tokens: mx.array, *, steered: bool) -> mx.array:
@@ -272,26 +269,6 @@ class MLXDecoder:
         self._energy = None
         with self._hooks.placed() if steered and self._hooks is not None else nullcontext():
             return self._module(tokens, cache=self._cache)
-
-    def _draw(self, logits: mx.array) -> mx.array:
-        """A token (B,) from each row of logits (B, V), each row with a random state of its own."""
-        sampling = self._sampling
-        if sampling.temperature == 0:
-            return mx.argmax(logits, axis=-1)
-        library = import_mlx_lm("sample_utils")
-        logprobs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.float32)
-        if sampling.top_p < 1:
-            logprobs = library.apply_top_p(logprobs, sampling.top_p)
-        if sampling.min_p > 0:
-            logprobs = library.apply_min_p(logprobs, sampling.min_p)
-        if 0 < sampling.top_k < int(self._module.args.vocab_size):
-            logprobs = library.apply_top_k(logprobs, sampling.top_k)
-        if self._keys is None:
-            self._keys = mx.stack([mx.random.key(self._seed + row) for row in range(len(logits))])
-        split = mx.vmap(mx.random.split)(self._keys)  # (B, 2, 2)
-        self._keys = split[:, 0]
-        draw: Callable[[mx.array, mx.array], mx.array] = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))
-        return draw(logprobs / sampling.temperature, split[:, 1])
 
 
 def _for_grouped_heads(make_mask: Callable[..., mx.array]) -> Callable[..., mx.array]:
