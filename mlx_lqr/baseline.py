@@ -1,7 +1,7 @@
 """Fitted steering of the methods that A-LQR is compared with, in one kind of file: a few vectors per layer.
 
 What a method keeps is a row of the table `METHODS`; fitting.py makes it and laws/baselines.py acts upon it. Layer k of
-a tensor belongs to block k, and what is added there goes to the block's output z_{k+1}.
+a tensor belongs to block k, and what is added there goes to the block's output z_{k+1} (ITI's to its attention's).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ MethodName = Literal[
     "mean-act",
     "linear-act",
     "pid-act",
+    "iti",
     "angular",
     "adaptive-angular",
 ]
@@ -43,7 +44,7 @@ class Method:
 
     title: str
     tensors: Mapping[str, str]
-    """Their axes: T layers, width d, m concepts."""
+    """Their axes: T layers, width d, m concepts, H attention heads a layer."""
     numbers: Mapping[str, float]
     """The method's own numbers and what they are where nothing is said."""
     positions: Positions
@@ -52,10 +53,11 @@ class Method:
     @property
     def additive(self) -> bool:
         """Whether it does nothing but add vectors, so that several concepts are a sum."""
-        return set(self.tensors) == {"shift"}
+        return all("m" in axes for axes in self.tensors.values())
 
 
 _SHIFT = {"shift": "Tdm"}
+_HEADS = {"attention_shift": "Tdm", "head_accuracy": "THm", "head_spread": "THm"}
 _SETPOINT = {"direction": "Td", "setpoint": "T"}
 _PID = {"kp": 0.5, "ki": 0.05, "kd": 0.01}
 
@@ -67,6 +69,7 @@ METHODS: Mapping[MethodName, Method] = {
     "mean-act": Method("Mean-AcT", _SHIFT, {}, "all"),
     "linear-act": Method("Linear-AcT", {"scale": "Td", "shift": "Td"}, {}, "all"),
     "pid-act": Method("PID-AcT", _SHIFT, {"kp": 1.0, "ki": 0.05, "kd": 0.01}, "all"),
+    "iti": Method("ITI", _HEADS, {}, "last"),
     "angular": Method("angular steering", {"plane": "d2"}, {}, "all"),
     "adaptive-angular": Method("adaptive angular steering", {"plane": "d2"}, {}, "all"),
 }
@@ -85,7 +88,7 @@ class Baseline:
     """What the method keeps (see `METHODS`), zero at layers where it does nothing."""
     numbers: Mapping[str, float]
     active_layers: tuple[int, ...]
-    """The blocks whose output it changes."""
+    """The blocks whose output, or whose attention's, it changes."""
     concepts: tuple[str, ...]
     positions: Positions
     model_name: str
@@ -158,6 +161,7 @@ class Baseline:
                 raise ValueError("its numbers or layers are not those of its method and model")
             if not concepts or (len(concepts) > 1 and not method.additive):
                 raise ValueError(f"{len(concepts)} concepts")
+            sizes["H"] = tensors["head_accuracy"].shape[-2] if "head_accuracy" in method.tensors else 0
             for tensor, axes in method.tensors.items():
                 check_shape(tensor, tensors[tensor], axes, sizes)
                 check_finite(tensor, tensors[tensor])
@@ -176,7 +180,7 @@ class Baseline:
                 library_version=metadata["library_version"],
                 strength=read_strength(metadata, len(concepts)),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path} is a damaged file of a baseline method ({error}): fit it again") from error
 
     def check_model(self, model: Model) -> None:
@@ -243,7 +247,9 @@ def combine(steerings: Sequence[Steering]) -> Steering:
         raise InputError(f"a concept appears twice among {', '.join(concepts)}: give each once, with one strength")
     return replace(
         one,
-        tensors={"shift": np.concatenate([baseline.tensors["shift"] for baseline in baselines], axis=2)},
+        tensors={
+            name: np.concatenate([baseline.tensors[name] for baseline in baselines], axis=-1) for name in one.tensors
+        },
         active_layers=tuple(sorted({k for baseline in baselines for k in baseline.active_layers})),
         concepts=concepts,
         prompt_counts=tuple(count for baseline in baselines for count in baseline.prompt_counts),

@@ -100,14 +100,12 @@ def contrast(
         InputError: a set is empty, both sets are the same, a prompt has no tokens or exceeds the model's context, or
             the activations do not tell the sets apart.
     """
-    token_sets = [_tokenise_set(model, positive, "positive"), _tokenise_set(model, negative, "negative")]
-    if sorted(token_sets[0]) == sorted(token_sets[1]):
-        raise InputError("the positive and the negative prompts are the same: there is nothing to tell apart")
-    residuals = model.residuals([*token_sets[0], *token_sets[1]], progress=progress)
+    positive_tokens, negative_tokens = tokenise_sets(model, positive, negative)
+    residuals = model.residuals([*positive_tokens, *negative_tokens], progress=progress)
     if not np.all(np.isfinite(residuals)):
         layer = int(np.argwhere(~np.isfinite(residuals))[:, 1].min())
         raise InputError(f"the activations at layer {layer} are not finite: load the model with dtype float32")
-    count = len(token_sets[0])
+    count = len(positive_tokens)
     mean_positive = residuals[:count].mean(axis=0, dtype=np.float64)
     mean_negative = residuals[count:].mean(axis=0, dtype=np.float64)
     difference = np.where(_same_multiset(residuals[:count], residuals[count:]), 0.0, mean_positive - mean_negative)
@@ -118,7 +116,7 @@ def contrast(
         mean_negative[:-1].astype(np.float32),
         difference[:-1].astype(np.float32),
         difference[-1].astype(np.float32),
-        (count, len(token_sets[1])),
+        (count, len(negative_tokens)),
         model.fingerprint,
         model.name,
         _spread(residuals[:count], residuals[count:], difference),
@@ -153,6 +151,16 @@ def tokenise(model: Model, prompt: Prompt, *, any_length: bool = False) -> list[
             f"the prompt has {len(tokens)} tokens and the model's context {model.context_length}: shorten the prompt"
         )
     return tokens
+
+
+def tokenise_sets(
+    model: Model, positive: Sequence[Prompt], negative: Sequence[Prompt]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of two sets of prompts, checked: each prompt as in `tokenise`, no set empty, the two not the same."""
+    sets = _tokenise_set(model, positive, "positive"), _tokenise_set(model, negative, "negative")
+    if sorted(sets[0]) == sorted(sets[1]):
+        raise InputError("the positive and the negative prompts are the same: there is nothing to tell apart")
+    return sets
 
 
 def read_prompts(path: str | PathLike[str]) -> list[str]:

@@ -13,6 +13,7 @@ like A-LQR.)
 | mean-act: Rodriguez et al. 2024 (2410.23054) | b_k = mean+ - mean-, the negative prompts steered before block k |
 | linear-act: the same | least squares of the sorted activations of each neuron, steered likewise |
 | pid-act: Nguyen et al. 2025 (2510.04309) | b_k = kp r_k + ki sum_{j<k} r_j + kd (r_k - r_{k-1}), r_k as in mean-act |
+| iti: Li et al. 2023 (2306.03341) | b_k = O_k [sigma_h theta_h], the heads h those that a probe tells apart best |
 | angular: Vu and Nguyen 2025 (2510.26243) | the plane of a concept's direction and the main axis of all layers' |
 """
 
@@ -25,9 +26,10 @@ import numpy as np
 
 from mlx_lqr.backends.base import Float32, Model, Progress
 from mlx_lqr.baseline import METHODS, Baseline, MethodName
-from mlx_lqr.contrast import Contrast, Layers, Prompt, contrast, separating, tokenise
+from mlx_lqr.contrast import Contrast, Layers, Prompt, contrast, separating, tokenise_sets
 from mlx_lqr.controller import Positions
 from mlx_lqr.errors import InputError
+from mlx_lqr.intervention import intervention
 from mlx_lqr.laws import law_of
 from mlx_lqr.riccati import check_layers
 
@@ -49,6 +51,7 @@ def fit_baseline(
     positions: Positions | None = None,
     source_layer: int | None = None,
     incremental: bool = True,
+    heads: int | None = None,
     numbers: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> Baseline:
@@ -57,16 +60,17 @@ def fit_baseline(
     What the strength is: for actadd, mean-act, pid-act and linear-act the share of the way from the negative to the
     positive prompts (1 is all of it, 0 no change); for proportional and spid the setpoint in multiples of mu_k, as for
     a controller; for ablation the share that is taken away; for the angular methods the angle in degrees between the
-    activation's part in the plane and the concept's direction.
+    activation's part in the plane and the concept's direction; for iti by how many standard deviations a head's output
+    is moved (the paper's alpha, 15 for a LLaMA of 7B).
 
     Args:
         model: what `load` returned.
         method: one of `METHODS`.
         positive, negative: prompts with and without the concept; strings or token ids.
         concept: the name under which the steering goes.
-        layers: the blocks whose output is changed; by default all, and for `MIDDLE_ALONE` the middle one. "auto": those
-            where what the method measures tells the prompts apart (`contrast.choose_layers`); of these, for
-            `MIDDLE_ALONE`, the best.
+        layers: the blocks whose output is changed, or from whose heads iti may choose; by default all, and for
+            `MIDDLE_ALONE` the middle one. "auto": those where what the method measures tells the prompts apart
+            (`contrast.choose_layers`); of these, for `MIDDLE_ALONE`, the best; for iti, whose probes choose, all.
         positions: "last" steers the last prompt token and every generated one, "all" every prompt token too; by default
             what the method's paper does.
         source_layer: for ablation, the one layer l whose direction v_l is ablated everywhere; by default the one at
@@ -74,6 +78,7 @@ def fit_baseline(
             its own takes so much that no text is left.)
         incremental: for mean-act, linear-act and pid-act, whether a layer is fitted with those before it steered (the
             papers' way, a pass over the negative prompts for each layer), or all at once on the unsteered model.
+        heads: for iti, how many attention heads of the model are moved; by default the share `HEADS` of them.
         numbers: those of the method, by name: kp of proportional; kp, ki, kd of spid and pid-act.
         progress: called as progress(stage, done, total).
 
@@ -83,7 +88,9 @@ def fit_baseline(
     if method not in METHODS:
         raise InputError(f"there is no method {method!r}: choose one of {', '.join(METHODS)}")
     known = METHODS[method]
-    chosen_numbers = check_options(method, numbers or {}, source_layer=source_layer, incremental=incremental)
+    chosen_numbers = check_options(
+        method, numbers or {}, source_layer=source_layer, incremental=incremental, heads=heads
+    )
     T = model.num_layers
     if layers != "auto":
         layers = check_layers([T // 2] if method in MIDDLE_ALONE and layers is None else layers, T)
@@ -102,11 +109,14 @@ def fit_baseline(
         hidden_size=model.hidden_size,
         prompt_counts=((len(positive), len(negative)),),
     )
-    found = contrast(model, positive, negative, progress=progress)
+    token_sets = tokenise_sets(model, positive, negative)
+    if method == "iti":
+        blocks = check_layers(None if layers == "auto" else layers, T)
+        return intervention(model, blank, blocks, *token_sets, heads, progress)
+    found = contrast(model, *token_sets, progress=progress)
     chosen = _separating(method, found) if layers == "auto" else check_layers(layers, T)
     if method in ("mean-act", "linear-act", "pid-act"):
-        token_sets = [[tokenise(model, prompt) for prompt in prompts] for prompts in (positive, negative)]
-        return _transport(model, blank, chosen, token_sets[0], token_sets[1], incremental, progress)
+        return _transport(model, blank, chosen, *token_sets, incremental, progress)
     before, after = _directions(found)
     active = np.zeros((T, 1), np.float32)
     active[list(chosen)] = 1
@@ -130,12 +140,17 @@ def fit_baseline(
 
 
 def check_options(
-    method: MethodName, numbers: Mapping[str, float], *, source_layer: int | None = None, incremental: bool = True
+    method: MethodName,
+    numbers: Mapping[str, float],
+    *,
+    source_layer: int | None = None,
+    incremental: bool = True,
+    heads: int | None = None,
 ) -> dict[str, float]:
     """The method's numbers, with its own where nothing is given.
 
     Raises:
-        InputError: an option that the method does not have.
+        InputError: an option that the method does not have, or a number of heads that is none.
     """
     known = METHODS[method]
     for name in numbers:
@@ -146,6 +161,10 @@ def check_options(
         raise InputError(f"{method} has no source layer: it belongs to ablation")
     if not incremental and method not in ("mean-act", "linear-act", "pid-act"):
         raise InputError(f"{method} is fitted in one pass anyway: leave that option out")
+    if heads is not None and method != "iti":
+        raise InputError(f"{method} chooses no heads: that belongs to iti")
+    if heads is not None and heads < 1:
+        raise InputError(f"heads must be at least 1, not {heads}")
     return {**known.numbers, **numbers}
 
 

@@ -70,6 +70,8 @@ def test_joint_law_equals_the_full_gain_law_and_meets_both_setpoints(random: np.
 class FullGainLaw:
     """u_k = -K_k dz_k with dz_k = -V_k (V_k'V_k)^-1 (wanted_k - V_k' z_k) and the whole gains, for comparison."""
 
+    site = "block"
+
     def __init__(self, K: Any, V: Any, pseudoinverse: Any, wanted: Any, layers: Any) -> None:
         self.layers = layers
         self._parts = K, V, pseudoinverse, wanted

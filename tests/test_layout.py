@@ -19,10 +19,10 @@ TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 LAYERS = [
     {"errors", "cache", "atomic", "concepts", "algebra", "strength"},
     {"backends.base", "backends.tokenizer", "backends.model_folder", "backends.blas", "tensors", "jacobian_file"},
-    {"backends", "contrast", "riccati"},
+    {"backends", "contrast", "probes", "riccati"},
     {"controller", "linearize"},
     {"baseline"},
-    {"laws", "synthesis"},
+    {"laws", "synthesis", "intervention"},
     {"fitting"},
     {"convert"},
     {"loading"},

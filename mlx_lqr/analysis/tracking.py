@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from mlx_lqr.backends.base import AddProduct, Array, Float32, Law, Model, Renew
+from mlx_lqr.backends.base import AddProduct, Array, Float32, Law, Model, Renew, Site
 from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.controller import Controller
 from mlx_lqr.laws import LinearFeedback, check_strength
@@ -117,6 +117,7 @@ class _Watch:
 
     def __init__(self, law: Law | None, num_layers: int) -> None:
         self.layers: Sequence[int] = range(num_layers)
+        self.site: Site = "block"
         self.replayable = False
         self._law = law
         self._passed: dict[int, Array] = {}  # shared with those placed from it

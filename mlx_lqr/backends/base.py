@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ Renew = Callable[[Array, np.ndarray], Array]
 """(array, values) -> an array of these values, maybe the same one with its values exchanged."""
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): how the library reports long work; it prints nothing itself."""
+Site = Literal["block", "attention"]
+"""What a law changes: a block's output, or that of its attention's output projection, before a norm or the sum with the
+residual stream."""
 
 
 class Law(Protocol):
@@ -36,6 +39,8 @@ class Law(Protocol):
 
     layers: Sequence[int]
     """The layers where the law acts."""
+    site: Site
+    """What it acts upon there."""
     replayable: bool
     """Whether a call does nothing but compute, so that its operations may be recorded once and replayed."""
 
@@ -52,7 +57,11 @@ class Law(Protocol):
         """Take over what has been set since the last call; for backends that replay the operations of a call."""
 
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
-        """output + u_k (..., d) for the residual stream z_k (..., d) at the input of block k = `layer`."""
+        """output + u_k (..., d) for the residual stream z_k (..., d) at the input of block k = `layer`.
+
+        At the site "attention", z is what its heads put out side by side, (..., heads * head_dim), and output (..., d)
+        their projection.
+        """
 
 
 @runtime_checkable
@@ -192,6 +201,13 @@ class Model(Protocol):
     ) -> Float32:
         """z_0..z_T at the last token of each prompt: (n, T + 1, d)."""
 
+    def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
+        """What each attention head of each block puts out at the last token of each prompt, before the projection:
+        (n, T, heads, head_dim)."""
+
+    def projected(self, layer: int, heads: Float32) -> Float32:
+        """Block `layer`'s output projection, without its bias, of rows of `heads` (n, heads * head_dim): (n, d)."""
+
     def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
         """Next-token logits (V,) after `tokens`, steered at the last position or at all of them."""
 
@@ -235,7 +251,34 @@ class BlockCall:
 
 
 Hook = Callable[[int, Array, BlockCall], Array]
-"""hook(k, z, call) -> output: stands in for block k, whose own output is call(z)."""
+"""hook(k, z, call) -> output: stands in for block k, or for a part of it, whose own output is call(z)."""
+
+
+class LawHooks:
+    """A law as hooks, one for blocks and one for their attention's output projections; it acts in one of them.
+
+    Args:
+        law: placed; None where nothing steers.
+        act: (k, z, output) -> output as it is to be, where not all positions are steered; by default the law itself.
+    """
+
+    def __init__(self, law: Law | None, act: Callable[[int, Array, Array], Array] | None = None) -> None:
+        layers = tuple(law.layers) if law is not None else ()
+        inside = law is not None and law.site == "attention"
+        self._act: Any = act or law
+        self._blocks = frozenset(() if inside else layers)
+        self.projections: Sequence[int] = layers if inside else ()
+        """The layers whose output projection needs its hook."""
+
+    def block(self, k: int, z: Array, call: BlockCall) -> Array:
+        output = call(z)
+        return self._act(k, z, output) if k in self._blocks else output
+
+    def projection(self, k: int, heads: Array, call: BlockCall) -> Array:
+        return self._act(k, heads, call(heads))
+
+
+UNSTEERED = LawHooks(None)
 
 
 def fingerprint_of(model: Model, norms: Iterable[tuple[str, bytes]]) -> str:
@@ -250,17 +293,19 @@ def fingerprint_of(model: Model, norms: Iterable[tuple[str, bytes]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def residuals_in_batches(
-    model: Model,
+def in_batches(
     prompts: Sequence[Sequence[int]],
     of_batch: Callable[[list[Sequence[int]]], Float32],
     progress: Progress | None,
 ) -> Float32:
-    """`Model.residuals` (n, T + 1, d) from those of batches of prompts of similar length."""
-    result = np.empty((len(prompts), model.num_layers + 1, model.hidden_size), np.float32)
+    """Activations (n, ...) of n prompts from those of batches of prompts of similar length."""
+    result = np.empty(0, np.float32)
     done = 0
     for batch in batches([len(prompt) for prompt in prompts]):
-        result[batch] = of_batch([prompts[i] for i in batch])
+        found = of_batch([prompts[i] for i in batch])
+        if not done:
+            result = np.empty((len(prompts), *found.shape[1:]), np.float32)
+        result[batch] = found
         done += len(batch)
         if progress:
             progress("Activations", done, len(prompts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +20,15 @@ from mlx_lqr.backends.base import (
     CarryingLaw,
     Float32,
     Law,
+    LawHooks,
     Progress,
     Sampling,
     fingerprint_of,
-    residuals_in_batches,
+    in_batches,
     restart,
     stepwise_log_probability,
 )
-from mlx_lqr.backends.mlx_blocks import TANGENTS, differentiable, hooked, refuse_hooked
+from mlx_lqr.backends.mlx_blocks import TANGENTS, differentiable, hooked, output_projection, refuse_hooked
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx_expansion import block_jacobian
 from mlx_lqr.backends.mlx_load import load_module
@@ -88,34 +89,57 @@ class MLXModel:
         progress: Progress | None = None,
     ) -> Float32:
         placed = self.place(law)
-        return residuals_in_batches(
-            self, prompts, lambda batch: self._residuals_of_batch(batch, placed, steer_all), progress
-        )
+        return in_batches(prompts, lambda batch: self._residuals_of_batch(batch, placed, steer_all), progress)
 
     def _residuals_of_batch(self, prompts: list[Sequence[int]], law: Law | None, steer_all: bool) -> Float32:
-        """(B, T + 1, d). Prompts are padded on the right, where causal attention keeps the padding away from every real
-        token and each real token keeps its position."""
+        """(B, T + 1, d)"""
         restart(law)
-        lengths = mx.array([len(prompt) for prompt in prompts])
-        width = max(len(prompt) for prompt in prompts)
-        tokens = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-        rows, last = mx.arange(len(prompts)), lengths - 1
-        steered = (mx.arange(width)[None] >= (0 if steer_all else last[:, None]))[..., None]
+        tokens, rows, last = _padded(prompts)
+        steered = (mx.arange(tokens.shape[1])[None] >= (0 if steer_all else last[:, None]))[..., None]
         recorded: list[mx.array] = []
 
+        def act(k: int, z: mx.array, output: mx.array) -> mx.array:
+            assert law is not None
+            return mx.where(steered, law(k, z, output), output)
+
+        steering = LawHooks(law, act)
+
         def record(k: int, z: mx.array, call: BlockCall) -> mx.array:
-            output = call(z)
-            if law is not None and k in law.layers:
-                output = mx.where(steered, law(k, z, output), output)
+            output = steering.block(k, z, call)
             recorded.append(z[rows, last])
             if k == self.num_layers - 1:
                 recorded.append(output[rows, last])
             mx.eval(output, recorded)  # block by block, or the intermediates of all blocks are held at once
             return output
 
-        with hooked(self.blocks, record, range(self.num_layers)):
+        with hooked(self.blocks, record, range(self.num_layers), steering):
             self.module(tokens)
         return np.asarray(mx.stack(recorded, axis=1).astype(mx.float32))
+
+    def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
+        return in_batches(prompts, self._head_outputs_of_batch, progress)
+
+    def _head_outputs_of_batch(self, prompts: list[Sequence[int]]) -> Float32:
+        """(B, T, heads, head_dim)"""
+        tokens, rows, last = _padded(prompts)
+        recorded: list[mx.array] = []
+
+        def record(k: int, heads: mx.array, call: BlockCall) -> mx.array:
+            recorded.append(heads[rows, last])
+            output = call(heads)
+            mx.eval(output, recorded)  # block by block, as above
+            return output
+
+        with hooked([output_projection(block) for block in self.blocks], record, range(self.num_layers)):
+            self.module(tokens)
+        stacked = np.asarray(mx.stack(recorded, axis=1).astype(mx.float32))
+        return stacked.reshape(*stacked.shape[:2], int(self.module.args.num_attention_heads), -1)
+
+    def projected(self, layer: int, heads: Float32) -> Float32:
+        projection = output_projection(self.blocks[layer])
+        rows = self._array(np.vstack([heads, np.zeros_like(heads[:1])]))  # zero gives the bias, whatever the module
+        outputs = np.asarray(projection(rows).astype(mx.float32))
+        return outputs[:-1] - outputs[-1]
 
     def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
         decoder = self.decoder(law)
@@ -134,11 +158,8 @@ class MLXModel:
         unsteered = 0 if steer_all else len(prompt) - 1
         placed = self.place(law)
 
-        def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
-            assert placed is not None
-            return _steered(placed, k, z, call(z), unsteered)
-
-        with hooked(self.blocks, hook, placed.layers if placed is not None else ()):
+        steering = _from_position(placed, lambda: unsteered)
+        with hooked(self.blocks, steering.block, placed.layers if placed is not None else (), steering):
             logits = self.module(tokens[:, :-1])[0, len(prompt) - 1 :].astype(mx.float32)
         chosen = mx.take_along_axis(logits, mx.array(continuation)[:, None], axis=-1)[:, 0]
         return np.asarray(chosen - mx.logsumexp(logits, axis=-1))
@@ -198,13 +219,15 @@ class MLXModel:
         placed = law.place(evaluated, mx.addmm)
         positions = mlx_lm_calls.Positions(steer_all)
 
+        steering = _from_position(placed, lambda: positions.unsteered)
+
         def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
             if k == 0:
                 positions.begin(z.shape[1])
-            return _steered(placed, k, z, call(z), positions.unsteered)
+            return steering.block(k, z, call)
 
         layers = sorted({0, *placed.layers})
-        with mlx_lm_calls.announcing_prompts(self.module, positions), hooked(self.blocks, hook, layers):
+        with mlx_lm_calls.announcing_prompts(self.module, positions), hooked(self.blocks, hook, layers, steering):
             yield
 
     def place(self, law: Law | None) -> Law | None:
@@ -226,10 +249,27 @@ class MLXModel:
         return next(weight.dtype for name, weight in parameters if name.endswith("norm.weight"))
 
 
-def _steered(law: Law, k: int, z: mx.array, output: mx.array, unsteered: int) -> mx.array:
-    """The block's output plus u_k, from position `unsteered` on."""
-    if k not in law.layers or unsteered >= z.shape[1]:
-        return output
-    if unsteered == 0:
-        return law(k, z, output)
-    return mx.concatenate([output[:, :unsteered], law(k, z[:, unsteered:], output[:, unsteered:])], axis=1)
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[mx.array, mx.array, mx.array]:
+    """Tokens (B, L), the rows' numbers (B,) and where each prompt's last token is (B,).
+
+    Prompts are padded on the right, where causal attention keeps the padding away from every real token and each real
+    token keeps its position.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    tokens = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+    return tokens, mx.arange(len(prompts)), mx.array([len(prompt) - 1 for prompt in prompts])
+
+
+def _from_position(law: Law | None, first: Callable[[], int]) -> LawHooks:
+    """The law from position `first()` of a call on."""
+
+    def act(k: int, z: mx.array, output: mx.array) -> mx.array:
+        assert law is not None
+        unsteered = first()
+        if unsteered >= z.shape[1]:
+            return output
+        if unsteered == 0:
+            return law(k, z, output)
+        return mx.concatenate([output[:, :unsteered], law(k, z[:, unsteered:], output[:, unsteered:])], axis=1)
+
+    return LawHooks(law, act)

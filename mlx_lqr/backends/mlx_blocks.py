@@ -1,4 +1,5 @@
-"""A hook on the blocks of an mlx-lm module: the one mechanism for recording, linearising and steering.
+"""A hook on the blocks of an mlx-lm module, or on parts of them: the one mechanism for recording, linearising and
+steering.
 
 Every block's class is exchanged for a subclass of itself whose call passes through the hook, and put back afterwards.
 The module tree, its parameters and attributes are untouched, so this works for every family, inside the model's own
@@ -15,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lqr.backends.base import BlockCall, Hook
+from mlx_lqr.backends.base import UNSTEERED, BlockCall, Hook, LawHooks
 from mlx_lqr.errors import InputError
 
 TANGENTS = 576
@@ -23,29 +24,32 @@ TANGENTS = 576
 
 
 class BlockHooks:
-    """A hook for the blocks at `layers`, which is placed and taken off at every pass: so its classes are made once."""
+    """A hook for the blocks at `layers`, which is placed and taken off at every pass: so its classes are made once.
 
-    def __init__(self, blocks: list[nn.Module], hook: Hook, layers: Iterable[int]) -> None:
-        self._hook = hook
-        self._blocks = [(k, blocks[k]) for k in layers]
+    Args:
+        law: where it acts inside blocks, its hook is placed there too.
+    """
+
+    def __init__(self, blocks: list[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED) -> None:
+        self._hooked = [(k, blocks[k], hook) for k in layers]
+        self._hooked += [(k, output_projection(blocks[k]), law.projection) for k in law.projections]
         self._classes: dict[tuple[int, type[nn.Module]], type[nn.Module]] = {}
 
     @contextmanager
     def placed(self) -> Iterator[None]:
         """Inside this context every call of the blocks goes through the hook."""
-        original = [(block, type(block)) for _, block in self._blocks]
+        original = [(module, type(module)) for _, module, _ in self._hooked]
         try:
-            for k, block in self._blocks:
-                object.__setattr__(block, "__class__", self._class(k, type(block)))
+            for k, module, hook in self._hooked:
+                object.__setattr__(module, "__class__", self._class(k, type(module), hook))
             yield
         finally:
-            for block, kind in original:
-                object.__setattr__(block, "__class__", kind)
+            for module, kind in original:
+                object.__setattr__(module, "__class__", kind)
 
-    def _class(self, k: int, kind: type[nn.Module]) -> type[nn.Module]:
+    def _class(self, k: int, kind: type[nn.Module], hook: Hook) -> type[nn.Module]:
         refuse_hooked(kind)
         if (k, kind) not in self._classes:
-            hook = self._hook
 
             def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
                 return hook(k, x, BlockCall(kind.__call__.__get__(self), args, kwargs))
@@ -63,9 +67,17 @@ def refuse_hooked(kind: type[nn.Module]) -> None:
         )
 
 
-def hooked(blocks: list[nn.Module], hook: Hook, layers: Iterable[int]) -> AbstractContextManager[None]:
-    """Inside this context every call of the blocks at `layers` goes through `hook`."""
-    return BlockHooks(blocks, hook, layers).placed()
+def hooked(
+    blocks: list[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED
+) -> AbstractContextManager[None]:
+    """Inside this context every call of the blocks at `layers` goes through `hook` (see `BlockHooks`)."""
+    return BlockHooks(blocks, hook, layers, law).placed()
+
+
+def output_projection(block: nn.Module) -> nn.Module:
+    """What the block's attention puts its heads through; every supported family has it under this name."""
+    projection: nn.Module = block.self_attn.o_proj
+    return projection
 
 
 class FrozenCache:

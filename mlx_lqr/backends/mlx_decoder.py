@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, Hook, Law, Sampling, restart
+from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, Hook, Law, LawHooks, Sampling, restart
 from mlx_lqr.backends.mlx_blocks import BlockHooks, FrozenCache, hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 from mlx_lqr.backends.mlx_sampling import Sampler
@@ -98,15 +98,15 @@ class MLXDecoder:
         self._hooks: BlockHooks | None = None
         if placed is None or not placed.layers:
             return
-        last = max(placed.layers)
+        steering, last = LawHooks(placed), max(placed.layers)
 
         def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
-            output = placed(k, z, call(z))
+            output = steering.block(k, z, call)
             if k == last:
                 self._energy = energy(output)
             return output
 
-        self._hooks = BlockHooks(self._blocks, hook, placed.layers)
+        self._hooks = BlockHooks(self._blocks, hook, placed.layers, steering)
 
     @property
     def sampling(self) -> Sampling:
@@ -211,17 +211,16 @@ class MLXDecoder:
 
     def overflowing_layer(self, tokens: mx.array | Sequence[int]) -> int | None:
         self._settle()
+        steering = LawHooks(self._law)
         energies: list[mx.array] = []
 
         def record(k: int, z: mx.array, call: BlockCall) -> mx.array:
-            output = call(z)
-            if self._law is not None and k in self._law.layers:
-                output = self._law(k, z, output)
+            output = steering.block(k, z, call)
             energies.append(energy(output).sum())
             return output
 
         self.position += 1
-        with hooked(self._blocks, record, range(len(self._blocks))):
+        with hooked(self._blocks, record, range(len(self._blocks)), steering):
             self._module(mx.array(tokens, mx.uint32)[:, None], cache=self._cache)
         finite = mx.isfinite(mx.stack(energies)).tolist()
         return finite.index(False) if False in finite else None

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lqr.backends.base import BlockCall, Law
+from mlx_lqr.backends.base import BlockCall, Law, LawHooks
 from mlx_lqr.backends.mlx_blocks import hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 
@@ -131,19 +131,18 @@ class CompiledStep:
             tokens: mx.array, position: mx.array, buffers: Buffers, arrays: list[mx.array]
         ) -> tuple[mx.array, mx.array | None, Buffers]:
             given = iter(arrays)
-            steering = law.place(lambda _: next(given), mx.addmm) if law is not None else None
-            layers = list(steering.layers) if steering is not None else []
+            placed = law.place(lambda _: next(given), mx.addmm) if law is not None else None
+            steering, layers = LawHooks(placed), list(placed.layers) if placed is not None else []
             caches = [_Slots(*parts, position, kept) for parts, kept in zip(buffers, keep, strict=True)]
             energies: list[mx.array] = []
 
             def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
-                assert steering is not None
-                output = steering(k, z, call(z))
+                output = steering.block(k, z, call)
                 if k == max(layers):
                     energies.append(energy(output))
                 return output
 
-            with hooked(self._blocks, hook, layers):
+            with hooked(self._blocks, hook, layers, steering):
                 logits = self._module(tokens[:, None], cache=caches)[:, -1]
             return logits, energies[0] if energies else None, [(cache.keys, cache.values) for cache in caches]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,11 @@ from mlx_lqr.backends.base import (
     CarryingLaw,
     Float32,
     Law,
+    LawHooks,
     Progress,
     Sampling,
     fingerprint_of,
-    residuals_in_batches,
+    in_batches,
     restart,
     stepwise_log_probability,
 )
@@ -29,7 +30,7 @@ from mlx_lqr.backends.model_folder import read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.backends.torch_algebra import TorchAlgebra
 from mlx_lqr.backends.torch_attention import WholePrompts, attending
-from mlx_lqr.backends.torch_blocks import hooked, refuse_hooked
+from mlx_lqr.backends.torch_blocks import hooked, output_projection, refuse_hooked
 from mlx_lqr.backends.torch_decoder import TorchDecoder, TorchTrace
 from mlx_lqr.backends.torch_generate import Positions, announcing_prompts
 from mlx_lqr.backends.torch_load import check_family, chosen_device, load_module, memory_for
@@ -97,34 +98,59 @@ class TorchModel:
         progress: Progress | None = None,
     ) -> Float32:
         placed = self.place(law)
-        return residuals_in_batches(
-            self, prompts, lambda batch: self._residuals_of_batch(batch, placed, steer_all), progress
-        )
+        return in_batches(prompts, lambda batch: self._residuals_of_batch(batch, placed, steer_all), progress)
 
     @torch.no_grad()
     @memory_for("the activations", _SHORTER)
     def _residuals_of_batch(self, prompts: list[Sequence[int]], law: Law | None, steer_all: bool) -> Float32:
-        """(B, T + 1, d). Prompts are padded on the right, where causal attention keeps the padding away from every real
-        token and each real token keeps its position."""
+        """(B, T + 1, d)"""
         restart(law)
-        width = max(len(prompt) for prompt in prompts)
-        last = self._tensor([len(prompt) - 1 for prompt in prompts])
-        rows = torch.arange(len(prompts), device=self._device)
-        steered = torch.arange(width, device=self._device)[None] >= (0 if steer_all else last[:, None])
+        padded, rows, last = self._padded(prompts)
+        steered = torch.arange(len(padded[0]), device=self._device)[None] >= (0 if steer_all else last[:, None])
         recorded: list[torch.Tensor] = []
 
+        def act(k: int, z: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+            assert law is not None
+            return torch.where(steered[..., None], law(k, z, output), output)
+
+        steering = LawHooks(law, act)
+
         def record(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            output = call(z)
-            if law is not None and k in law.layers:
-                output = torch.where(steered[..., None], law(k, z, output), output)
+            output = steering.block(k, z, call)
             recorded.append(z[rows, last])
             if k == self.num_layers - 1:
                 recorded.append(output[rows, last])
             return output
 
-        with hooked(self.blocks, record, range(self.num_layers)):
-            self._whole([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
+        with hooked(self.blocks, record, range(self.num_layers), steering):
+            self._whole(padded)
         return torch.stack(recorded, dim=1).float().cpu().numpy()
+
+    def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
+        return in_batches(prompts, self._head_outputs_of_batch, progress)
+
+    @torch.no_grad()
+    @memory_for("the activations", _SHORTER)
+    def _head_outputs_of_batch(self, prompts: list[Sequence[int]]) -> Float32:
+        """(B, T, heads, head_dim)"""
+        padded, rows, last = self._padded(prompts)
+        recorded: list[torch.Tensor] = []
+
+        def record(k: int, heads: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            recorded.append(heads[rows, last])
+            return call(heads)
+
+        with hooked([output_projection(block) for block in self.blocks], record, range(self.num_layers)):
+            self._whole(padded)
+        stacked = torch.stack(recorded, dim=1).float().cpu().numpy()
+        return stacked.reshape(*stacked.shape[:2], int(self.module.config.num_attention_heads), -1)
+
+    @torch.no_grad()
+    def projected(self, layer: int, heads: Float32) -> Float32:
+        projection = output_projection(self.blocks[layer])
+        rows = self._array(np.vstack([heads, np.zeros_like(heads[:1])]))  # zero gives the bias, whatever the module
+        outputs: np.ndarray = projection(rows).float().cpu().numpy()
+        return outputs[:-1] - outputs[-1]
 
     def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
         decoder = self.decoder(law)
@@ -142,11 +168,8 @@ class TorchModel:
         unsteered = 0 if steer_all else len(prompt) - 1
         placed = self.place(law)
 
-        def hook(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            assert placed is not None
-            return _steered(placed, k, z, call(z), unsteered)
-
-        with hooked(self.blocks, hook, placed.layers if placed is not None else ()):
+        steering = _from_position(placed, lambda: unsteered)
+        with hooked(self.blocks, steering.block, placed.layers if placed is not None else (), steering):
             logits = self._whole([[*prompt, *continuation][:-1]], len(continuation))[0]
         chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, self._tensor(list(continuation))[:, None])
         return chosen[:, 0].cpu().numpy()
@@ -211,11 +234,9 @@ class TorchModel:
         assert placed is not None
         positions = Positions(steer_all)
 
-        def hook(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            return _steered(placed, k, z, call(z), positions.unsteered)
-
+        steering = _from_position(placed, lambda: positions.unsteered)
         layers = sorted({0, *placed.layers})  # the first one too, which tells our own functions
-        with announcing_prompts(self.module, positions), hooked(self.blocks, hook, layers):
+        with announcing_prompts(self.module, positions), hooked(self.blocks, steering.block, layers, steering):
             yield
 
     def place(self, law: Law | None) -> Law | None:
@@ -226,6 +247,17 @@ class TorchModel:
 
     def _array(self, values: np.ndarray) -> torch.Tensor:
         return torch.tensor(values, device=self._device).to(self._dtype)
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
+        """Prompts of one length, the rows' numbers (B,) and where each prompt's last token is (B,).
+
+        They are padded on the right, where causal attention keeps the padding away from every real token and each real
+        token keeps its position.
+        """
+        width = max(len(prompt) for prompt in prompts)
+        last = self._tensor([len(prompt) - 1 for prompt in prompts])
+        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+        return padded, torch.arange(len(prompts), device=self._device), last
 
     def _tensor(self, numbers: Any) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self._device)
@@ -247,10 +279,16 @@ def _add_product(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
     return product.view(*a.shape[:-1], b.shape[-1])
 
 
-def _steered(law: Law, k: int, z: torch.Tensor, output: torch.Tensor, unsteered: int) -> torch.Tensor:
-    """The block's output plus u_k, from position `unsteered` on."""
-    if k not in law.layers or unsteered >= z.shape[1]:
-        return output
-    if unsteered == 0:
-        return law(k, z, output)
-    return torch.cat([output[:, :unsteered], law(k, z[:, unsteered:], output[:, unsteered:])], dim=1)
+def _from_position(law: Law | None, first: Callable[[], int]) -> LawHooks:
+    """The law from position `first()` of a call on."""
+
+    def act(k: int, z: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        assert law is not None
+        unsteered = first()
+        if unsteered >= z.shape[1]:
+            return output
+        if unsteered == 0:
+            return law(k, z, output)
+        return torch.cat([output[:, :unsteered], law(k, z[:, unsteered:], output[:, unsteered:])], dim=1)
+
+    return LawHooks(law, act)

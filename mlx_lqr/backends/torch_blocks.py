@@ -1,4 +1,5 @@
-"""A hook on the blocks of a transformers model: the one mechanism for recording, linearising and steering.
+"""A hook on the blocks of a transformers model, or on parts of them: the one mechanism for recording, linearising and
+steering.
 
 Every block gets a `forward` of its own, which passes through the hook, and loses it afterwards. Module tree, parameters
 and classes are untouched, so this works for every family, inside the model's own forward pass.
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from mlx_lqr.backends.base import BlockCall, Hook
+from mlx_lqr.backends.base import UNSTEERED, BlockCall, Hook, LawHooks
 from mlx_lqr.backends.torch_attention import attending
 from mlx_lqr.backends.torch_cache import FrozenCache
 from mlx_lqr.errors import InputError
@@ -25,31 +26,39 @@ TANGENTS = 512
 
 
 class BlockHooks:
-    """A hook for the blocks at `layers`, which is placed and taken off at every pass."""
+    """A hook for the blocks at `layers`, which is placed and taken off at every pass.
 
-    def __init__(self, blocks: Sequence[nn.Module], hook: Hook, layers: Iterable[int]) -> None:
-        self._blocks = [(blocks[k], self._hooked(k, blocks[k], hook)) for k in layers]
+    Args:
+        law: where it acts inside blocks, its hook is placed there too.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED
+    ) -> None:
+        found = [(k, blocks[k], hook) for k in layers]
+        found += [(k, output_projection(blocks[k]), law.projection) for k in law.projections]
+        self._modules = [(module, self._hooked(k, module, hook)) for k, module, hook in found]
 
     @contextmanager
     def placed(self) -> Iterator[None]:
         """Inside this context every call of the blocks goes through the hook."""
-        before = [(block, block.__dict__.get("forward")) for block, _ in self._blocks]
+        before = [(module, module.__dict__.get("forward")) for module, _ in self._modules]
         try:
-            for block, forward in self._blocks:
-                refuse_hooked(block)
-                block.__dict__["forward"] = forward
+            for module, forward in self._modules:
+                refuse_hooked(module)
+                module.__dict__["forward"] = forward
             yield
         finally:
-            for block, forward in before:
+            for module, forward in before:
                 if forward is None:
-                    block.__dict__.pop("forward", None)
+                    module.__dict__.pop("forward", None)
                 else:
-                    block.__dict__["forward"] = forward
+                    module.__dict__["forward"] = forward
 
     @staticmethod
-    def _hooked(k: int, block: nn.Module, hook: Hook) -> Callable[..., torch.Tensor]:
-        refuse_hooked(block)
-        original = block.forward
+    def _hooked(k: int, module: nn.Module, hook: Hook) -> Callable[..., torch.Tensor]:
+        refuse_hooked(module)
+        original = module.forward
 
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             return hook(k, hidden_states, BlockCall(original, args, kwargs))
@@ -67,9 +76,17 @@ def refuse_hooked(block: nn.Module) -> None:
         )
 
 
-def hooked(blocks: Sequence[nn.Module], hook: Hook, layers: Iterable[int]) -> AbstractContextManager[None]:
-    """Inside this context every call of the blocks at `layers` goes through `hook`."""
-    return BlockHooks(blocks, hook, layers).placed()
+def hooked(
+    blocks: Sequence[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED
+) -> AbstractContextManager[None]:
+    """Inside this context every call of the blocks at `layers` goes through `hook` (see `BlockHooks`)."""
+    return BlockHooks(blocks, hook, layers, law).placed()
+
+
+def output_projection(block: Any) -> nn.Module:
+    """What the block's attention puts its heads through; every supported family has it under this name."""
+    projection: nn.Module = block.self_attn.o_proj
+    return projection
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, Law, Sampling, restart
+from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, Law, LawHooks, Sampling, restart
 from mlx_lqr.backends.torch_attention import attending
 from mlx_lqr.backends.torch_blocks import BlockHooks, FrozenBlock, hooked
 from mlx_lqr.backends.torch_cache import KeyValueCache
@@ -87,15 +87,15 @@ class TorchDecoder:
         self._hooks: BlockHooks | None = None
         if placed is None or not placed.layers:
             return
-        last = max(placed.layers)
+        steering, last = LawHooks(placed), max(placed.layers)
 
         def hook(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            output = placed(k, z, call(z))
+            output = steering.block(k, z, call)
             if k == last:
                 self._energy = _energy(output)
             return output
 
-        self._hooks = BlockHooks(self._blocks, hook, placed.layers)
+        self._hooks = BlockHooks(self._blocks, hook, placed.layers, steering)
 
     @property
     def sampling(self) -> Sampling:
@@ -194,17 +194,16 @@ class TorchDecoder:
 
     @torch.no_grad()
     def overflowing_layer(self, tokens: torch.Tensor | Sequence[int]) -> int | None:
+        steering = LawHooks(self._law)
         energies: list[torch.Tensor] = []
 
         def record(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            output = call(z)
-            if self._law is not None and k in self._law.layers:
-                output = self._law(k, z, output)
+            output = steering.block(k, z, call)
             energies.append(_energy(output).sum())
             return output
 
         tokens = tokens if isinstance(tokens, torch.Tensor) else self._tokens(tokens)
-        with hooked(self._blocks, record, range(len(self._blocks))):
+        with hooked(self._blocks, record, range(len(self._blocks)), steering):
             self._run(tokens[:, None], steered=False, head=False)
         finite = torch.isfinite(torch.stack(energies)).tolist()
         return finite.index(False) if False in finite else None

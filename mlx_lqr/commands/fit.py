@@ -96,6 +96,7 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 @click.option("--kp", type=float, help="Proportional gain (proportional, spid, pid-act).")
 @click.option("--ki", type=float, help="Integral gain (spid, pid-act).")
 @click.option("--kd", type=float, help="Derivative gain (spid, pid-act).")
+@click.option("--heads", type=int, help="How many attention heads are moved (iti); by default 48 of every 1024.")
 @click.option("--source-layer", type=int, help="Whose direction is ablated at every layer (ablation).")
 @click.option("--simultaneous", is_flag=True, help="Fit all layers at once, not one after the other (the AcT family).")
 @loading_options
@@ -117,6 +118,7 @@ def fit(
     positions: Positions | None,
     simultaneous: bool,
     source_layer: int | None,
+    heads: int | None,
     loading: Loading,
     **gains: float | None,
 ) -> None:
@@ -132,6 +134,7 @@ def fit(
             "numbers": {number: value for number, value in gains.items() if value is not None},
             "source_layer": source_layer,
             "incremental": not simultaneous,
+            "heads": heads,
         }
         check_options(known, **options)
         with progress_bars() as progress:
@@ -139,7 +142,7 @@ def fit(
             prompts = positive_prompts, negative_prompts
             options |= {"concept": name, "layers": chosen, "positions": positions, "progress": progress}
             fit_baseline(loaded, known, *prompts, **options).save(output)
-        say_how_to_use(model, output, "90" if "angular" in method else "1")
+        say_how_to_use(model, output, {"angular": "90", "adaptive-angular": "90", "iti": "5"}.get(method, "1"))
         return
     stored = Jacobians.load(jacobians) if jacobians else None
     with progress_bars() as progress:
@@ -165,7 +168,7 @@ def fit(
 
 
 _OF_ALQR = ("q", "r", "qf", "cost", "setpoint", "jacobians", "jacobian_prompts")
-_OF_BASELINES = ("kp", "ki", "kd", "source_layer", "simultaneous")
+_OF_BASELINES = ("kp", "ki", "kd", "source_layer", "simultaneous", "heads")
 
 
 def _refuse_options_of_others(names: tuple[str, ...], method: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 import numpy as np
@@ -72,9 +73,9 @@ def _show_strength(steering: Steering) -> None:
 
 
 def _show_baseline(steering: Baseline, as_json: bool) -> None:
-    layered = {
-        name: part for name, part in steering.tensors.items() if METHODS[steering.method].tensors[name][0] == "T"
-    }
+    axes = METHODS[steering.method].tensors
+    layered = {name: part for name, part in steering.tensors.items() if axes[name][0] == "T" and "H" not in axes[name]}
+    heads = _heads(steering) if "head_spread" in axes else []
     sizes = {name: np.linalg.norm(part.reshape(len(part), -1), axis=1) for name, part in layered.items()}
     if as_json:
         fields = {
@@ -92,6 +93,8 @@ def _show_baseline(steering: Baseline, as_json: bool) -> None:
             "library_version": steering.library_version,
         }
         fields["norms"] = {name: size.tolist() for name, size in sizes.items()}
+        if heads:
+            fields["heads"] = heads
         click.echo(json.dumps(fields))
         return
     counts = ", ".join(
@@ -106,7 +109,27 @@ def _show_baseline(steering: Baseline, as_json: bool) -> None:
     click.echo(f"positions  {steering.positions}")
     _show_strength(steering)
     click.echo(f"fitted by mlx-lqr {steering.library_version}")
-    click.echo("\nlayer" + "".join(f"{'|' + name + '|':>13}" for name in sizes))
+    widths = {name: max(13, len(name) + 4) for name in sizes}
+    click.echo("\nlayer" + "".join(f"{'|' + name + '|':>{widths[name]}}" for name in sizes))
     for k in range(steering.num_layers):
-        row = "".join(f"{size[k]:13.3f}" for size in sizes.values())
+        row = "".join(f"{size[k]:{widths[name]}.3f}" for name, size in sizes.items())
         click.echo(f"{k:5d}{row}" + ("" if k in steering.active_layers else "   no control"))
+    if heads:
+        click.echo("\nlayer  head  accuracy  spread  concept")
+    for head in heads:
+        click.echo("{layer:5d}{head:6d}{accuracy:10.3f}{spread:8.3f}  {concept}".format(**head))
+
+
+def _heads(steering: Baseline) -> list[dict[str, Any]]:
+    """The attention heads that ITI moves: how well their probes did, and the standard deviation they are moved by."""
+    accuracy, spread = steering.tensors["head_accuracy"], steering.tensors["head_spread"]
+    return [
+        {
+            "layer": int(k),
+            "head": int(h),
+            "concept": steering.concepts[i],
+            "accuracy": float(accuracy[k, h, i]),
+            "spread": float(spread[k, h, i]),
+        }
+        for k, h, i in np.argwhere(spread > 0)
+    ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_lqr.backends.base import AddProduct, Array, Renew
+from mlx_lqr.backends.base import AddProduct, Array, Renew, Site
 from mlx_lqr.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class AdjustableLaw:
         concepts: how many concepts there are.
         strength: one number for all of them, or one for each. It may be set again at any time, also between two tokens.
     """
+
+    site: Site = "block"
 
     def __init__(self, layers: Sequence[int], concepts: int, strength: float | Sequence[float]) -> None:
         self.layers: Sequence[int] = tuple(layers)

@@ -6,6 +6,7 @@
 | proportional | y + kp (s mu_k - v_k . y) v_k |
 | directional ablation | y - s (v_k . y) v_k |
 | Linear-AcT | y + s ((scale_k - 1) o y + shift_k) |
+| ITI | y as it is; s b_k is added to the output of its attention's projection |
 | angular steering | y rotated in a fixed plane until its part there stands at s degrees from the concept's direction |
 
 The vectors of block k belong to the place they act upon, z_{k+1}; but ablation has one for all blocks, and S-PID's are
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.base import Array
+from mlx_lqr.backends.base import Array, Site
 from mlx_lqr.baseline import METHODS, Baseline
 from mlx_lqr.errors import InputError
 from mlx_lqr.laws.adjustable import AdjustableLaw
@@ -54,6 +55,18 @@ class Addition(BaselineLaw):
 
     def _aimed(self, strength: np.ndarray) -> Any:
         return self._tensors["shift"] @ strength
+
+
+class AttentionAddition(Addition):
+    """sum_i s_i b_ki added to what the attention's projection puts out, b_k = O_k [sigma_h theta_h] over its heads h.
+
+    The projection O_k is linear, so that this moves every head's output x_h to x_h + s sigma_h theta_h.
+    """
+
+    site: Site = "attention"
+
+    def _aimed(self, strength: np.ndarray) -> Any:
+        return self._tensors["attention_shift"] @ strength
 
 
 class Proportional(BaselineLaw):

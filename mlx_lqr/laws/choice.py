@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from mlx_lqr.baseline import MethodName, Steering
 from mlx_lqr.controller import Controller
 from mlx_lqr.laws.adjustable import AdjustableLaw
-from mlx_lqr.laws.baselines import Ablation, AdaptiveRotation, Addition, BaselineLaw, Proportional, Rotation, Transport
+from mlx_lqr.laws.baselines import (
+    Ablation,
+    AdaptiveRotation,
+    Addition,
+    AttentionAddition,
+    BaselineLaw,
+    Proportional,
+    Rotation,
+    Transport,
+)
 from mlx_lqr.laws.feedback import LinearFeedback
 from mlx_lqr.laws.spid import SPID, CarryingSPID
 from mlx_lqr.strength import default_strength
@@ -20,6 +29,7 @@ _LAWS: Mapping[MethodName, type[BaselineLaw]] = {
     "mean-act": Addition,
     "linear-act": Transport,
     "pid-act": Addition,
+    "iti": AttentionAddition,
     "angular": Rotation,
     "adaptive-angular": AdaptiveRotation,
 }

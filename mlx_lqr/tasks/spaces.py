@@ -35,6 +35,7 @@ _STRENGTHS: Mapping[MethodName, tuple[float, float]] = {
     "mean-act": (0.0, 4.0),
     "linear-act": (0.0, 2.0),
     "pid-act": (0.0, 4.0),
+    "iti": (0.0, 15.0),
     "angular": (110.0, 5.0),
     "adaptive-angular": (110.0, 5.0),
 }
@@ -153,6 +154,8 @@ def _baseline_factors(method: MethodName, T: int) -> tuple[dict[str, list[Any]],
         return {"layers": [*_distinct(single), "auto"]}, single
     if method == "ablation":
         return {"source_layer": list(dict.fromkeys([3 * T // 5, T // 2, 2 * T // 5, 4 * T // 5]))}, {}
+    if method == "iti":
+        return {"layers": list(reversed(_distinct(several)))}, several
     if method in ("proportional", "spid"):
         factors: dict[str, list[Any]] = {"layers": ["auto", *_distinct(several)]}
         if method == "proportional":
