@@ -36,13 +36,13 @@ def samples(model: Model, controller: mlx_lqr.Controller | None, strength: float
 
 
 def perplexity(model: Model, texts: Sequence[str]) -> float:
-    losses = []
+    pairs = []
     for i, text in enumerate(texts):
         continuation = model.tokenizer.encode(text, add_special_tokens=False)
         if continuation:
             opening = model.tokenizer.encode(OPENINGS[i % len(OPENINGS)])
-            losses.append(model.log_probability(opening, continuation))
-    return float(np.exp(-np.concatenate(losses).mean()))
+            pairs.append((opening, continuation))
+    return float(np.exp(-np.concatenate(model.log_probabilities(pairs)).mean()))
 
 
 def distinct_2(model: Model, texts: Sequence[str]) -> float:

@@ -65,7 +65,7 @@ def test_numbers_agree(backend: str, family: str, random: np.random.Generator) -
     for steering in ({}, {"law": law}, {"law": law, "steer_all": True}):
         assert relative(found.residuals(BATCH, **steering), expected.residuals(BATCH, **steering)) < 1e-5
         assert np.abs(found.logits(PROMPT, **steering) - expected.logits(PROMPT, **steering)).max() < 1e-4
-        logprobs = [model.log_probability(PROMPT[:5], PROMPT[5:], **steering) for model in (found, expected)]
+        logprobs = [model.log_probabilities([(PROMPT[:5], PROMPT[5:])], **steering)[0] for model in (found, expected)]
         assert np.abs(logprobs[0] - logprobs[1]).max() < 1e-4
     traces = found.trace(PROMPT), expected.trace(PROMPT)
     w = random.standard_normal((2, 32)).astype(np.float32)
@@ -78,6 +78,27 @@ def test_numbers_agree(backend: str, family: str, random: np.random.Generator) -
         outputs = expected.block(traces[1], k, z)
         assert relative(outputs[0], traces[1].residual[k + 1]) < 1e-5
         assert relative(found.block(traces[0], k, z), outputs) < 1e-4
+
+
+@every_backend
+@families
+@pytest.mark.parametrize("steer_all", [False, True])
+def test_logits_and_probabilities_along_texts_are_those_of_the_steps(
+    backend: str, family: str, steer_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_lqr.backends.base.BATCH_TOKENS", 20)  # two batches
+    model = tiny_on(backend, family)
+    pairs = [([5], [6, 7, 8, 9]), (PROMPT[:5], PROMPT[5:]), ([1, 2, 3], [4]), ([3, 1], [4, 1, 5])]
+    for law in (None, law_for(model)):
+        logits = model.logits_along(pairs, law=law, steer_all=steer_all)
+        scores = model.log_probabilities(pairs, law=law, steer_all=steer_all)
+        for (prompt, continuation), found, scored in zip(pairs, logits, scores, strict=True):
+            decoder = model.decoder(law)
+            decoder.fill([prompt[:-1]], steered=steer_all)
+            steps = [decoder.step([token]).tolist()[0] for token in (prompt[-1], *continuation)]
+            assert np.allclose(found, steps, atol=1e-4)
+            expected = [row[token] - np.log(np.exp(row).sum()) for row, token in zip(steps, continuation, strict=False)]
+            assert np.allclose(scored, expected, atol=1e-4)
 
 
 @other_backends

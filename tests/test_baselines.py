@@ -76,8 +76,8 @@ def test_only_the_last_token_is_steered_or_all_of_them(backend: str) -> None:
         decoder.fill([PROMPT[:-1]], steered=steer_all)
         stepwise = np.array(decoder.step(PROMPT[-1:])[0].tolist())
         assert np.allclose(model.logits(PROMPT, law=law, steer_all=steer_all), stepwise, atol=1e-4)
-        inside = model.log_probability(PROMPT[:4], PROMPT[4:], law=law, steer_all=steer_all)
-        outside = model.log_probability(PROMPT[:4], PROMPT[4:])
+        inside = model.log_probabilities([(PROMPT[:4], PROMPT[4:])], law=law, steer_all=steer_all)[0]
+        outside = model.log_probabilities([(PROMPT[:4], PROMPT[4:])])[0]
         assert np.abs(inside - outside).max() > 1e-3
     logits = [model.logits(PROMPT, law=law, steer_all=steer_all) for steer_all in (False, True)]
     assert np.abs(logits[0] - logits[1]).max() > 1e-3
@@ -246,7 +246,7 @@ def test_spid_starts_anew_at_every_prompt(backend: str) -> None:
     one, two = model.residuals([PROMPT], law=law)[0], model.residuals(BATCH, law=law)[0]
     assert np.allclose(one, two, atol=1e-4)
     following = first[:4]
-    scores = model.log_probability(PROMPT, following, law=law)
+    scores = model.log_probabilities([(PROMPT, following)], law=law)[0]
     assert scores[0] == pytest.approx(log_softmax(model.logits(PROMPT, law=law))[following[0]], abs=1e-4)
     assert (scores > np.log(1 / 64)).all()  # the likeliest of 64 tokens, each time: as decoded
 

@@ -168,7 +168,7 @@ def test_the_law_is_a_forward_pass_whose_heads_are_moved_before_their_projection
     assert np.abs(streams[0][first + 1] - streams[1][first + 1]).max() > 1e-3
     token = int(expected.argmax())
     expected_score = expected[token] - np.log(np.exp(expected - expected.max()).sum()) - expected.max()
-    assert model.log_probability(PROMPT, [token], law=law)[0] == pytest.approx(expected_score, abs=1e-3)
+    assert model.log_probabilities([(PROMPT, [token])], law=law)[0][0] == pytest.approx(expected_score, abs=1e-3)
 
 
 @every_backend
@@ -196,7 +196,9 @@ def test_strength_zero_is_the_model_itself_bit_for_bit(backend: str) -> None:
     law = law_of(fitted(model), 0.0)
     assert np.array_equal(model.logits(PROMPT, law=law), model.logits(PROMPT))
     assert np.array_equal(model.residuals([PROMPT], law=law), model.residuals([PROMPT]))
-    assert np.array_equal(model.log_probability(PROMPT, [1, 2, 3], law=law), model.log_probability(PROMPT, [1, 2, 3]))
+    assert np.array_equal(
+        model.log_probabilities([(PROMPT, [1, 2, 3])], law=law)[0], model.log_probabilities([(PROMPT, [1, 2, 3])])[0]
+    )
 
 
 # Every way through a model.
@@ -210,7 +212,9 @@ def test_prompts_are_steered_alike_in_chunks_and_as_a_whole(
     model = tiny_on(backend, "gemma3_text")
     law, steer_all = law_of(fitted(model, positions=positions), 3.0), positions == "all"
     whole = model.logits(PROMPT, law=law, steer_all=steer_all)
-    continued = model.log_probability(PROMPT[:1] if steer_all else PROMPT, PROMPT[1:], law=law, steer_all=steer_all)
+    continued = model.log_probabilities(
+        [(PROMPT[:1] if steer_all else PROMPT, PROMPT[1:])], law=law, steer_all=steer_all
+    )[0]
     prefill_chunks(backend, 3, monkeypatch)
     assert np.allclose(model.logits(PROMPT, law=law, steer_all=steer_all), whole, atol=1e-4)
     decoder, found = model.decoder(law), []

@@ -123,17 +123,16 @@ def test_steered_results_are_those_of_our_own_scores(
     found = lm_eval.evaluate(demo, chosen, steering, [0.0, 6.0]).results
     for strength, results in found.items():
         steered = tasks.Steered(smollm2, steering, strength)
-        scores = [
-            [float(steered.log_probability(row["question"], f" {choice}").sum()) for choice in row["choices"]]
-            for row in ROWS
-        ]
+        scores = steered.scores([(row["question"], row["choices"]) for row in ROWS])
         right = [int(np.argmax(of)) == row["answer"] for of, row in zip(scores, ROWS, strict=True)]
         assert results["our_choice"]["acc,none"] == np.mean(right)
         answers = [of[row["answer"]] for of, row in zip(scores, ROWS, strict=True)]
         assert results["our_scored"]["perplexity,none"] == pytest.approx(np.exp(-np.mean(answers)), rel=1e-4)
         texts = [smollm2.tokenizer.encode(row["question"]) for row in ROWS]
         whole = sum(
-            float(smollm2.log_probability(text[:1], text[1:], law=steered.law, steer_all=steered.steer_all).sum())
+            float(
+                smollm2.log_probabilities([(text[:1], text[1:])], law=steered.law, steer_all=steered.steer_all)[0].sum()
+            )
             for text in texts
         )
         words = sum(len(row["question"].split()) for row in ROWS)
@@ -161,14 +160,11 @@ def test_log_likelihoods_are_steered_as_ours_in_any_steps(
     with mlx_lqr.steer(evaluator.model, controller, 2.0):
         found = evaluator.loglikelihood(requests("loglikelihood", *pairs))
         whole = evaluator.loglikelihood_rolling(requests("loglikelihood_rolling", ("w9 w8 w7 w6",), ("w4 w3 w2 w1",)))
-    expected = [float(steered.log_probability(*pair).sum()) for pair in pairs]
+    expected = [float(found.sum()) for found in steered.log_probabilities(pairs)]
     assert [score for score, _ in found] == pytest.approx(expected, abs=1e-4)
     assert np.abs(np.subtract(expected, [score for score, _ in plain])).min() > 1e-2
     assert whole == pytest.approx(
-        [
-            float(steered.log_probability("w9", "w8 w7 w6").sum()),
-            float(steered.log_probability("w4", "w3 w2 w1").sum()),
-        ],
+        [float(found.sum()) for found in steered.log_probabilities([("w9", "w8 w7 w6"), ("w4", "w3 w2 w1")])],
         abs=1e-4,
     )
     greedy = mlx_lqr.generate(model, "w1", controller=controller, strength=2.0, max_tokens=3)

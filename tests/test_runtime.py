@@ -87,17 +87,6 @@ def test_residuals_under_a_law_are_those_of_the_decoder() -> None:
         assert np.abs(np.array(logits) - model.logits(PROMPT, law=law, steer_all=steer_all)).max() < 1e-4
 
 
-def test_log_probabilities_are_those_of_the_steps() -> None:
-    model = tiny("qwen3")
-    for law in (None, law_for(model)):
-        found = model.log_probability(PROMPT[:5], PROMPT[5:], law=law)
-        decoder = model.decoder(law)
-        decoder.fill([PROMPT[:4]], steered=False)
-        logits = [decoder.step([token])[0] for token in PROMPT[4:-1]]
-        expected = [float((row - mx.logsumexp(row))[token]) for row, token in zip(logits, PROMPT[5:], strict=True)]
-        assert np.allclose(found, expected, atol=1e-4)
-
-
 def test_sampling_leaves_the_callers_random_state_alone() -> None:
     model = with_tokenizer()  # whose weights are drawn from it
     before = np.array(mx.random.state[0])

@@ -154,7 +154,7 @@ def test_every_text_is_what_its_prompt_and_seed_make_alone(
             assert row["prompt"] == prompt
             assert row["text"] == mlx_lqr.generate(model, prompt, seed=3 + row["index"], **options)
             tokens = model.tokenizer.encode(row["text"])
-            surprise = -model.log_probability(model.tokenizer.encode(prompt), tokens).sum()  # unsteered
+            surprise = -model.log_probabilities([(model.tokenizer.encode(prompt), tokens)])[0].sum()  # unsteered
             assert row["nats"] == pytest.approx(surprise, rel=1e-5)
             assert row["judged_tokens"] == len(tokens)
     texts = [[row["text"] for row in found.rows[strength]["generations"]] for strength in (0.0, 2.0)]
@@ -378,7 +378,7 @@ def test_a_model_that_is_asked_says_yes_by_its_own_probabilities(smollm2: Model)
     logits = smollm2.logits(smollm2.tokenizer.encode(asked)).astype(np.float64)
     (yes,), (no,) = (smollm2.tokenizer.encode(word) for word in (" Yes", " No"))
     expected = np.exp(logits[yes]) / (np.exp(logits[yes]) + np.exp(logits[no]))
-    assert mentions(tasks.Steered(smollm2), "dog", f" {text}\n") == pytest.approx(expected, rel=1e-4)
+    assert mentions(tasks.Steered(smollm2), "dog", ["The sun.", f" {text}\n"])[1] == pytest.approx(expected, rel=1e-4)
     task = tasks.concept(["dog"], judge=tasks.Judge(smollm2), ask="dog")
     (part,) = task.parts
     assert isinstance(part, Generations)

@@ -358,7 +358,7 @@ def test_running_out_of_memory_is_one_line_and_loses_nothing(tmp_path: Path, mon
     calls: dict[str, Callable[[], Any]] = {
         "dtype bfloat16": lambda: model.residuals([PROMPT]),
         "fewer or shorter prompts": lambda: model.logits(PROMPT),
-        "shorter prompts": lambda: model.log_probability(PROMPT, [1]),
+        "shorter prompts": lambda: model.log_probabilities([(PROMPT, [1])])[0],
     }
     for advice, call in calls.items():
         with monkeypatch.context() as patch:

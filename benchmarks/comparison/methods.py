@@ -34,7 +34,7 @@ METHODS = (
     "pid-act",
     "ablation",
     "angular",
-    *(name for name in ("iti",) if name in mlx_lqr.METHODS),
+    "iti",
 )
 JACOBIAN_PROMPTS = 4
 STRENGTHS: Mapping[str, tuple[float, float]] = {
@@ -47,7 +47,7 @@ STRENGTHS: Mapping[str, tuple[float, float]] = {
     "pid-act": (0.0, 4.0),
     "ablation": (0.0, 1.0),
     "angular": (110.0, 5.0),
-    "iti": (0.0, 40.0),
+    "iti": (0.0, 12.0),
 }
 """From no steering to too much."""
 TRANSPORT_LAYERS = 4
@@ -67,6 +67,7 @@ class Fitter:
 
     def __call__(self, method: str, options: Options) -> baseline.Steering:
         sets: Any = (self.positive, self.negative)
+        method, options = options.get("method", method), {k: value for k, value in options.items() if k != "method"}
         if method == "alqr":
             return mlx_lqr.fit(self.model, *sets, concept=self.concept, jacobians=self._jacobians(), **options)
         numbers = {name: value for name, value in options.items() if name in mlx_lqr.METHODS[method].numbers}
@@ -123,7 +124,10 @@ def _settings(method: str, T: int) -> dict[str, dict[str, Any]]:
             "last half, direction of two thirds": {"layers": half, "source_layer": 2 * T // 3},
         }
     if method == "angular":
-        return {"middle layer": {"layers": [T // 2]}, "layer at two thirds": {"layers": [2 * T // 3]}}
+        return {
+            "middle layer": {"layers": [T // 2]},
+            "middle layer, adaptive": {"layers": [T // 2], "method": "adaptive-angular"},
+        }
     if method == "iti":
-        return {"last": {}, "all": {"positions": "all"}}
+        return {"heads of all layers": {}, "heads of the last half": {"layers": half}}
     return {f"last {len(last)} layers": {"layers": last}, f"{len(spread)} layers of the last half": {"layers": spread}}

@@ -25,6 +25,8 @@ Array = Any
 Float32 = NDArray[np.float32]
 AddProduct = Callable[[Array, Array, Array], Array]
 """(c, a, b) -> c + a @ b, in one operation where the backend has one."""
+Continued = tuple[Sequence[int], Sequence[int]]
+"""Token ids: a prompt, and what follows it."""
 Renew = Callable[[Array, np.ndarray], Array]
 """(array, values) -> an array of these values, maybe the same one with its values exchanged."""
 Progress = Callable[[str, int, int], None]
@@ -169,6 +171,8 @@ class Decoder(Protocol):
 OVERFLOWED = -1
 BATCH_TOKENS = 512
 """Tokens, padding included, per forward pass over many prompts."""
+BATCH_LOGITS = 1 << 26
+"""Numbers of logits at once, 256 MB of them: a large vocabulary makes smaller batches."""
 
 
 class Model(Protocol):
@@ -211,10 +215,15 @@ class Model(Protocol):
     def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
         """Next-token logits (V,) after `tokens`, steered at the last position or at all of them."""
 
-    def log_probability(
-        self, prompt: Sequence[int], continuation: Sequence[int], *, law: Law | None = None, steer_all: bool = False
-    ) -> Float32:
-        """log p of each token of `continuation` after `prompt` and the tokens before it: (len(continuation),)."""
+    def log_probabilities(
+        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+    ) -> list[Float32]:
+        """log p of each token of a continuation after its prompt and the tokens before it: (n,) for n tokens each."""
+
+    def logits_along(
+        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+    ) -> list[Float32]:
+        """Next-token logits at a prompt's last token and at each of its continuation's n tokens: (1 + n, V) each."""
 
     def trace(self, tokens: Sequence[int]) -> Trace:
         """Run a prompt and keep what the Jacobians at its last token need."""
@@ -312,30 +321,46 @@ def in_batches(
     return result
 
 
-def stepwise_log_probability(
-    decoder: Decoder, prompt: Sequence[int], continuation: Sequence[int], numbers: Callable[[Array], np.ndarray]
-) -> Float32:
-    """`Model.log_probability` token by token, for laws that carry something from one to the next.
+@dataclass(frozen=True)
+class Stretches:
+    """What `Model.logits_along` is asked for of some pairs, side by side: where it begins, and every position of it."""
 
-    Args:
-        decoder: a new one, with the law.
-        prompt, continuation: token ids.
-        numbers: logits (1, V) as a NumPy array.
-    """
-    decoder.fill([prompt[:-1]], steered=False)
-    found = []
-    for token, following in zip([prompt[-1], *continuation[:-1]], continuation, strict=True):
-        logits = numbers(decoder.step([token]))[0].astype(np.float64)
-        top = logits.max()
-        found.append(logits[following] - top - np.log(np.exp(logits - top).sum()))
-    return np.array(found, np.float32)
+    pairs: Sequence[Continued]
+
+    @classmethod
+    def batches(cls, model: Model, pairs: Sequence[Continued]) -> Iterator[tuple[list[int], Stretches]]:
+        """The numbers of the pairs of each batch, and the batch."""
+        lengths = [len(prompt) + len(continuation) for prompt, continuation in pairs]
+        for batch in batches(lengths, min(BATCH_TOKENS, BATCH_LOGITS // model.vocab_size)):
+            yield batch, cls([pairs[i] for i in batch])
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        return [[*prompt, *continuation] for prompt, continuation in self.pairs]
+
+    @property
+    def first(self) -> list[int]:
+        """The position of each prompt's last token."""
+        return [len(prompt) - 1 for prompt, _ in self.pairs]
+
+    @property
+    def counts(self) -> list[int]:
+        return [1 + len(continuation) for _, continuation in self.pairs]
+
+    @property
+    def rows(self) -> list[int]:
+        return [row for row, count in enumerate(self.counts) for _ in range(count)]
+
+    @property
+    def positions(self) -> list[int]:
+        return [start + i for start, count in zip(self.first, self.counts, strict=True) for i in range(count)]
 
 
-def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, each within BATCH_TOKENS, padding included."""
+def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, each of `limit` tokens at most, padding included."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > BATCH_TOKENS:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > limit:
             yield batch
             batch = []
         batch.append(index)

@@ -18,15 +18,16 @@ from mlx_lqr.backends.base import (
     GREEDY,
     BlockCall,
     CarryingLaw,
+    Continued,
     Float32,
     Law,
     LawHooks,
     Progress,
     Sampling,
+    Stretches,
     fingerprint_of,
     in_batches,
     restart,
-    stepwise_log_probability,
 )
 from mlx_lqr.backends.mlx_blocks import TANGENTS, differentiable, hooked, output_projection, refuse_hooked
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
@@ -95,14 +96,8 @@ class MLXModel:
         """(B, T + 1, d)"""
         restart(law)
         tokens, rows, last = _padded(prompts)
-        steered = (mx.arange(tokens.shape[1])[None] >= (0 if steer_all else last[:, None]))[..., None]
+        steering = _from_positions(law, 0 if steer_all else last[:, None], tokens)
         recorded: list[mx.array] = []
-
-        def act(k: int, z: mx.array, output: mx.array) -> mx.array:
-            assert law is not None
-            return mx.where(steered, law(k, z, output), output)
-
-        steering = LawHooks(law, act)
 
         def record(k: int, z: mx.array, call: BlockCall) -> mx.array:
             output = steering.block(k, z, call)
@@ -146,23 +141,45 @@ class MLXModel:
         decoder.fill([tokens[:-1]], steered=steer_all)
         return np.asarray(decoder.step(tokens[-1:])[0].astype(mx.float32))
 
-    def log_probability(
-        self, prompt: Sequence[int], continuation: Sequence[int], *, law: Law | None = None, steer_all: bool = False
-    ) -> Float32:
-        if isinstance(law, CarryingLaw):
-            decoder = self.decoder(law)
-            return stepwise_log_probability(
-                decoder, prompt, continuation, lambda logits: np.asarray(logits.astype(mx.float32))
-            )
-        tokens = mx.array([[*prompt, *continuation]])
-        unsteered = 0 if steer_all else len(prompt) - 1
-        placed = self.place(law)
+    def log_probabilities(
+        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+    ) -> list[Float32]:
+        found = [np.empty(0, np.float32)] * len(pairs)
+        for i, logits in self._along([(prompt, tokens[:-1]) for prompt, tokens in pairs], law, steer_all):
+            chosen = mx.take_along_axis(logits, mx.array(list(pairs[i][1]))[:, None], axis=-1)[:, 0]
+            found[i] = np.asarray(chosen - mx.logsumexp(logits, axis=-1))
+        return found
 
-        steering = _from_position(placed, lambda: unsteered)
-        with hooked(self.blocks, steering.block, placed.layers if placed is not None else (), steering):
-            logits = self.module(tokens[:, :-1])[0, len(prompt) - 1 :].astype(mx.float32)
-        chosen = mx.take_along_axis(logits, mx.array(continuation)[:, None], axis=-1)[:, 0]
-        return np.asarray(chosen - mx.logsumexp(logits, axis=-1))
+    def logits_along(
+        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+    ) -> list[Float32]:
+        found = dict(self._along(pairs, law, steer_all))
+        return [np.asarray(found[i]) for i in range(len(pairs))]
+
+    def _along(self, pairs: Sequence[Continued], law: Law | None, steer_all: bool) -> Iterator[tuple[int, mx.array]]:
+        """The number of each pair, and its logits (1 + n, V) in float32."""
+        if isinstance(law, CarryingLaw):  # from one token to the next
+            for i, (prompt, continuation) in enumerate(pairs):
+                decoder = self.decoder(law)
+                decoder.fill([prompt[:-1]], steered=False)
+                steps = [decoder.step([token])[0] for token in (prompt[-1], *continuation)]
+                yield i, mx.stack(steps).astype(mx.float32)
+            return
+        placed = self.place(law)
+        for batch, asked in Stretches.batches(self, pairs):
+            tokens, _, _ = _padded(asked.sequences)
+            rows, positions = mx.array(asked.rows), mx.array(asked.positions)
+            steering = _from_positions(placed, 0 if steer_all else mx.array(asked.first)[:, None], tokens)
+
+            def gather(_: int, z: mx.array, call: BlockCall, at: Any = (rows, positions)) -> mx.array:
+                return call(z[at][None])  # the head is a large matrix, and few positions are asked for
+
+            layers = placed.layers if placed is not None else ()
+            with hooked([self.module.model.norm], gather, [0]), hooked(self.blocks, steering.block, layers, steering):
+                logits = self.module(tokens)[0].astype(mx.float32)
+            mx.eval(logits)
+            starts = np.cumsum(asked.counts)[:-1].tolist()
+            yield from zip(batch, mx.split(logits, starts), strict=True)
 
     def trace(self, tokens: Sequence[int]) -> MLXTrace:
         return self.decoder().trace_prompt(tokens)
@@ -260,11 +277,21 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[mx.array, mx.array, mx.ar
     return tokens, mx.arange(len(prompts)), mx.array([len(prompt) - 1 for prompt in prompts])
 
 
-def _from_position(law: Law | None, first: Callable[[], int]) -> LawHooks:
-    """The law from position `first()` of a call on."""
+def _from_positions(law: Law | None, first: mx.array | int, tokens: mx.array) -> LawHooks:
+    """The law from positions `first` (B, 1) of tokens (B, L) on."""
+    steered = (mx.arange(tokens.shape[1])[None] >= first)[..., None]
 
     def act(k: int, z: mx.array, output: mx.array) -> mx.array:
         assert law is not None
+        return mx.where(steered, law(k, z, output), output)
+
+    return LawHooks(law, act)
+
+
+def _from_position(law: Law, first: Callable[[], int]) -> LawHooks:
+    """The law from position `first()` of a call on."""
+
+    def act(k: int, z: mx.array, output: mx.array) -> mx.array:
         unsteered = first()
         if unsteered >= z.shape[1]:
             return output

@@ -16,15 +16,16 @@ from mlx_lqr.backends.base import (
     GREEDY,
     BlockCall,
     CarryingLaw,
+    Continued,
     Float32,
     Law,
     LawHooks,
     Progress,
     Sampling,
+    Stretches,
     fingerprint_of,
     in_batches,
     restart,
-    stepwise_log_probability,
 )
 from mlx_lqr.backends.model_folder import read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
@@ -106,14 +107,8 @@ class TorchModel:
         """(B, T + 1, d)"""
         restart(law)
         padded, rows, last = self._padded(prompts)
-        steered = torch.arange(len(padded[0]), device=self._device)[None] >= (0 if steer_all else last[:, None])
+        steering = self._from_positions(law, 0 if steer_all else last[:, None], padded)
         recorded: list[torch.Tensor] = []
-
-        def act(k: int, z: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-            assert law is not None
-            return torch.where(steered[..., None], law(k, z, output), output)
-
-        steering = LawHooks(law, act)
 
         def record(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
             output = steering.block(k, z, call)
@@ -123,7 +118,7 @@ class TorchModel:
             return output
 
         with hooked(self.blocks, record, range(self.num_layers), steering):
-            self._whole(padded)
+            self._whole(padded, self.module.base_model)
         return torch.stack(recorded, dim=1).float().cpu().numpy()
 
     def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
@@ -141,7 +136,7 @@ class TorchModel:
             return call(heads)
 
         with hooked([output_projection(block) for block in self.blocks], record, range(self.num_layers)):
-            self._whole(padded)
+            self._whole(padded, self.module.base_model)
         stacked = torch.stack(recorded, dim=1).float().cpu().numpy()
         return stacked.reshape(*stacked.shape[:2], int(self.module.config.num_attention_heads), -1)
 
@@ -159,23 +154,51 @@ class TorchModel:
 
     @torch.no_grad()
     @memory_for("the log-probabilities", _SHORTER)
-    def log_probability(
-        self, prompt: Sequence[int], continuation: Sequence[int], *, law: Law | None = None, steer_all: bool = False
-    ) -> Float32:
-        if isinstance(law, CarryingLaw):
-            decoder = self.decoder(law)
-            return stepwise_log_probability(decoder, prompt, continuation, lambda logits: logits.float().cpu().numpy())
-        unsteered = 0 if steer_all else len(prompt) - 1
+    def log_probabilities(
+        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+    ) -> list[Float32]:
+        found = [np.empty(0, np.float32)] * len(pairs)
+        for i, logits in self._along([(prompt, tokens[:-1]) for prompt, tokens in pairs], law, steer_all):
+            chosen = torch.log_softmax(logits, dim=-1).gather(-1, self._tensor(list(pairs[i][1]))[:, None])
+            found[i] = chosen[:, 0].cpu().numpy()
+        return found
+
+    @torch.no_grad()
+    @memory_for("the logits", _SHORTER)
+    def logits_along(
+        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+    ) -> list[Float32]:
+        found = {i: logits.cpu().numpy() for i, logits in self._along(pairs, law, steer_all)}
+        return [found[i] for i in range(len(pairs))]
+
+    def _along(
+        self, pairs: Sequence[Continued], law: Law | None, steer_all: bool
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The number of each pair, and its logits (1 + n, V) in float32."""
+        if isinstance(law, CarryingLaw):  # from one token to the next
+            for i, (prompt, continuation) in enumerate(pairs):
+                decoder = self.decoder(law)
+                decoder.fill([prompt[:-1]], steered=False)
+                steps = [decoder.step([token])[0].float() for token in (prompt[-1], *continuation)]
+                yield i, torch.stack(steps)
+            return
         placed = self.place(law)
+        for batch, asked in Stretches.batches(self, pairs):
+            padded, _, _ = self._padded(asked.sequences)
+            rows, positions = self._tensor(asked.rows), self._tensor(asked.positions)
+            steering = self._from_positions(placed, 0 if steer_all else self._tensor(asked.first)[:, None], padded)
 
-        steering = _from_position(placed, lambda: unsteered)
-        with hooked(self.blocks, steering.block, placed.layers if placed is not None else (), steering):
-            logits = self._whole([[*prompt, *continuation][:-1]], len(continuation))[0]
-        chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, self._tensor(list(continuation))[:, None])
-        return chosen[:, 0].cpu().numpy()
+            def gather(_: int, z: torch.Tensor, call: BlockCall, at: Any = (rows, positions)) -> torch.Tensor:
+                return call(z[at][None])  # the head is a large matrix, and few positions are asked for
 
-    def _whole(self, prompts: Sequence[Sequence[int]], keep: int | None = None) -> torch.Tensor:
-        """Prompts of one length in one pass without a cache: the last `keep` logits, or the last hidden states."""
+            layers = placed.layers if placed is not None else ()
+            norm = self.module.base_model.norm
+            with hooked([norm], gather, [0]), hooked(self.blocks, steering.block, layers, steering):
+                logits = self._whole(padded, self.module).logits[0].float()
+            yield from zip(batch, logits.split(asked.counts), strict=True)
+
+    def _whole(self, prompts: Sequence[Sequence[int]], module: Any) -> Any:
+        """What the model, or a part of it, makes of prompts of one length in one pass without a cache."""
         tokens = self._tensor(prompts)
         options: dict[str, Any] = {
             "input_ids": tokens,
@@ -184,9 +207,7 @@ class TorchModel:
             "use_cache": False,
         }
         with attending(self.module.config, WholePrompts(tokens.shape[1], self._device)):
-            if keep is None:
-                return self.module.base_model(**options).last_hidden_state
-            return self.module(**options, logits_to_keep=keep).logits
+            return module(**options)
 
     def trace(self, tokens: Sequence[int]) -> TorchTrace:
         decoder = self.decoder()
@@ -259,6 +280,16 @@ class TorchModel:
         padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
         return padded, torch.arange(len(prompts), device=self._device), last
 
+    def _from_positions(self, law: Law | None, first: torch.Tensor | int, padded: Sequence[Sequence[int]]) -> LawHooks:
+        """The law from positions `first` (B, 1) of prompts of one length on."""
+        steered = (torch.arange(len(padded[0]), device=self._device)[None] >= first)[..., None]
+
+        def act(k: int, z: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+            assert law is not None
+            return torch.where(steered, law(k, z, output), output)
+
+        return LawHooks(law, act)
+
     def _tensor(self, numbers: Any) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self._device)
 
@@ -279,11 +310,10 @@ def _add_product(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
     return product.view(*a.shape[:-1], b.shape[-1])
 
 
-def _from_position(law: Law | None, first: Callable[[], int]) -> LawHooks:
+def _from_position(law: Law, first: Callable[[], int]) -> LawHooks:
     """The law from position `first()` of a call on."""
 
     def act(k: int, z: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        assert law is not None
         unsteered = first()
         if unsteered >= z.shape[1]:
             return output

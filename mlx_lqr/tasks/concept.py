@@ -45,19 +45,17 @@ class WordFamily:
         return settings
 
     def score(self, texts: Sequence[str], rows: range) -> list[Row]:
-        return [self._score(text) for text in texts]
+        found: list[Row] = [{"words": [word.lower() for word in self.pattern.findall(text)]} for text in texts]
+        if self.asked is not None:
+            for row, sure in zip(found, mentions(Steered(self.asked), self.concept, texts), strict=True):
+                row["judged"] = sure
+        return found
 
     def metrics(self, rows: Sequence[Row], groups: Sequence[int]) -> dict[str, Metric]:
         found = {"prevalence": mean([bool(row["words"]) for row in rows], groups, share=True)}
         if self.asked is not None:
             found["judged"] = mean([row["judged"] > 0.5 for row in rows], groups, share=True)
         return found
-
-    def _score(self, text: str) -> Row:
-        row: Row = {"words": [word.lower() for word in self.pattern.findall(text)]}
-        if self.asked is not None:
-            row["judged"] = mentions(Steered(self.asked), self.concept, text)
-        return row
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern[str]:

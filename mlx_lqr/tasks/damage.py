@@ -9,7 +9,7 @@ question counts as given; chance is one over the number of answers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_lqr.backends.base import Model
 from mlx_lqr.contrast import tokenise
-from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.metrics import kl_divergence
 from mlx_lqr.tasks.read import bundled_text, read_rows
@@ -51,18 +51,17 @@ class NeutralText:
         for sentence, own in zip(sentences, tokens, strict=True):
             if len(own) <= PREFIX:
                 raise InputError(f"a neutral sentence needs more than {PREFIX} tokens: {sentence!r}")
-        counts = [len(own) - PREFIX for own in tokens]
-        divergence = np.zeros((max(counts), len(tokens)))
+        divergences = [np.zeros(len(own) - PREFIX) for own in tokens]
         if steered.law is not None:
-            pairs = zip(_next_logits(steered, tokens), _next_logits(steered.unsteered, tokens), strict=True)
-            for position, (logits, reference) in enumerate(pairs):
-                divergence[position] = kl_divergence(logits, reference)
-        rows = []
-        for i, (sentence, count) in enumerate(zip(sentences, counts, strict=True)):
-            if not np.all(np.isfinite(divergence[:count, i])):
-                raise OverflowingError(f"the activations overflow at strength {steered.strength:g}: lower the strength")
-            rows.append({"sentence": sentence, "kl": float(divergence[:count, i].mean()), "positions": count})
-        return rows
+            pairs = [(own[: PREFIX + 1], own[PREFIX + 1 :]) for own in tokens]  # the first steered position is PREFIX
+            both = zip(steered.logits_along(pairs), steered.unsteered.logits_along(pairs), strict=True)
+            divergences = [kl_divergence(logits, reference) for logits, reference in both]
+        if not all(np.all(np.isfinite(divergence)) for divergence in divergences):
+            raise steered.overflowing
+        return [
+            {"sentence": sentence, "kl": float(divergence.mean()), "positions": len(divergence)}
+            for sentence, divergence in zip(sentences, divergences, strict=True)
+        ]
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
         sums = np.array([(row["kl"] * row["positions"], row["positions"]) for row in rows], np.float64)
@@ -73,16 +72,6 @@ class NeutralText:
         return self.sentences or bundled_text("neutral.txt").splitlines()
 
 
-def _next_logits(steered: Steered, tokens: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-    """Logits (B, V) after the tokens at PREFIX, then after each following position, in float64, of B sentences side by
-    side; what comes beyond a sentence's end says nothing. The first steered position is PREFIX."""
-    decoder = steered.decoder()
-    decoder.fill([own[:PREFIX] for own in tokens], steered=steered.steer_all)
-    for position in range(PREFIX, max(len(own) for own in tokens)):
-        following = [own[position] if position < len(own) else own[-1] for own in tokens]
-        yield np.array(decoder.step(following).tolist(), np.float64)
-
-
 @dataclass(frozen=True)
 class Question:
     """A text to complete, the right completion, and wrong ones."""
@@ -90,6 +79,10 @@ class Question:
     prompt: str
     answer: str
     others: tuple[str, ...]
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return (self.answer, *self.others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,19 +115,23 @@ class Capability:
         return {"questions": digest([(one.prompt, one.answer, one.others) for one in self.questions])}
 
     def rows(self, steered: Steered, indices: range) -> list[Row]:
-        return [self._row(steered, self.questions[i]) for i in indices]
+        asked = [self.questions[i] for i in indices]
+        return [
+            self._row(question, scores)
+            for question, scores in zip(
+                asked, steered.scores([(one.prompt, one.answers) for one in asked]), strict=True
+            )
+        ]
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
         groups = [row["index"] for row in rows]
         return {"capability": mean([row["correct"] for row in rows], groups, share=True)}
 
-    def _row(self, steered: Steered, question: Question) -> Row:
-        answers = (question.answer, *question.others)
-        scores = [float(steered.log_probability(question.prompt, f" {answer}").sum()) for answer in answers]
-        if not np.all(np.isfinite(scores)):
-            raise OverflowingError(f"the activations overflow at strength {steered.strength:g}: lower the strength")
+    @staticmethod
+    def _row(question: Question, scores: list[float]) -> Row:
         given = int(np.argmax(scores))
-        return {"prompt": question.prompt, "given": answers[given], "correct": given == 0, "log_probability": scores}
+        answer = question.answers[given]
+        return {"prompt": question.prompt, "given": answer, "correct": given == 0, "log_probability": scores}
 
 
 def _question(row: Row) -> Question:

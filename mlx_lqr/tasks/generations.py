@@ -79,13 +79,15 @@ class Judge:
             return "the unsteered model itself"
         return {"name": self.model.name, "fingerprint": self.model.fingerprint}
 
-    def surprise(self, steered: Steered, prompt: str, text: str, *, chat: bool) -> tuple[float, int]:
-        """The negative log-probability of `text` after `prompt` in nats, and its number of tokens."""
+    def surprise(self, steered: Steered, written: Sequence[tuple[str, str]], *, chat: bool) -> list[tuple[float, int]]:
+        """For (prompt, text): the negative log-probability of the text in nats, and its number of tokens."""
         judge = Steered(self.model) if self.model is not None else steered.unsteered
-        found = judge.log_probability(chat_prompt(judge.model, prompt) if chat else prompt, text)
-        if not np.all(np.isfinite(found)):
+        found = judge.log_probabilities(
+            [(chat_prompt(judge.model, prompt) if chat else prompt, text) for prompt, text in written]
+        )
+        if not all(np.all(np.isfinite(text)) for text in found):
             raise InputError(f"the judge {judge.model.name} gives no finite probabilities: load it with dtype float32")
-        return -float(found.sum()), len(found)
+        return [(-float(text.sum()), len(text)) for text in found]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +123,12 @@ class Generations:
         prompts: list[Prompt] = [chat_prompt(steered.model, text) if self.chat else text for text in chosen]
         written = steered.texts(prompts, self.decoding.options(indices.start))
         scored = self.scorer.score([text for text, _ in written], indices)
-        rows = []
-        for prompt, (text, count), found in zip(chosen, written, scored, strict=True):
-            nats, tokens = self.judge.surprise(steered, prompt, text, chat=self.chat)
-            rows.append(
-                {"prompt": prompt, "text": text, "tokens": count, "nats": nats, "judged_tokens": tokens, **found}
-            )
-        return rows
+        texts = [(prompt, text) for prompt, (text, _) in zip(chosen, written, strict=True)]
+        judged = self.judge.surprise(steered, texts, chat=self.chat)
+        return [
+            {"prompt": prompt, "text": text, "tokens": count, "nats": nats, "judged_tokens": tokens, **found}
+            for prompt, (text, count), (nats, tokens), found in zip(chosen, written, judged, scored, strict=True)
+        ]
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
         groups = [int(row["index"]) // self.decoding.samples for row in rows]

@@ -5,7 +5,7 @@
     found.results[2.0]["arc_easy"]["acc,none"]
 
 Steered are the last token of a context and everything after it, so that log-likelihoods are those of
-`Steered.log_probability`. lm-eval reads the task, makes the prompts and computes the metrics; nothing of that is ours.
+`Steered.log_probabilities`. lm-eval reads the task, makes the prompts and computes the metrics; nothing of it is ours.
 """
 
 from __future__ import annotations

@@ -66,9 +66,8 @@ def _checked(name: str, scorer: Any, texts: Sequence[str]) -> list[float]:
     return [float(score) for score in scores]
 
 
-def mentions(judge: Steered, concept: str, text: str) -> float:
-    """How sure a local model is that a text has to do with a concept: p(Yes) over p(Yes) + p(No) for the next word."""
+def mentions(judge: Steered, concept: str, texts: Sequence[str]) -> list[float]:
+    """How sure a local model is that texts have to do with a concept: p(Yes) over p(Yes) + p(No) for the next word."""
     asked = f'Does this text have to do with "{concept}"? Answer Yes or No.'
-    question = f'Text: "{text.strip()}"\nQuestion: {asked}\nAnswer:'
-    yes, no = (float(judge.log_probability(question, answer).sum()) for answer in (" Yes", " No"))
-    return float(1 / (1 + np.exp(np.clip(no - yes, -500, 500))))
+    questions = [(f'Text: "{text.strip()}"\nQuestion: {asked}\nAnswer:', ("Yes", "No")) for text in texts]
+    return [float(1 / (1 + np.exp(np.clip(no - yes, -500, 500)))) for yes, no in judge.scores(questions)]

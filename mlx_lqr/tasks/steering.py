@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from mlx_lqr import baseline
-from mlx_lqr.backends.base import Decoder, Law, Model
+from mlx_lqr.backends.base import Continued, Float32, Law, Model
 from mlx_lqr.contrast import Prompt, tokenise
+from mlx_lqr.errors import OverflowingError
 from mlx_lqr.runtime import Options, batch_stream
 from mlx_lqr.runtime.generate import feedback
 
@@ -113,19 +114,40 @@ class Steered:
             counts[i] += piece.token is not None
         return list(zip(texts, counts, strict=True))
 
-    def log_probability(self, prompt: Prompt, continuation: str) -> np.ndarray:
-        """log p of each token of `continuation`, steered at the prompt's last token and after it: (n,), float64.
+    def log_probabilities(self, pairs: Sequence[tuple[Prompt, str]]) -> list[np.ndarray]:
+        """log p of each token of a continuation, steered at its prompt's last token and after it: (n,), float64, each.
 
         Raises:
             InputError: more tokens than the model's context holds.
         """
-        before = tokenise(self.model, prompt)
-        after = self.model.tokenizer.encode(continuation, add_special_tokens=False)
-        if not after:
-            return np.empty(0)
-        tokenise(self.model, [*before, *after])
-        found = self.model.log_probability(before, after, law=self.law, steer_all=self.steer_all)
-        return np.asarray(found, np.float64)
+        encode = self.model.tokenizer.encode
+        tokens = [(tokenise(self.model, prompt), encode(text, add_special_tokens=False)) for prompt, text in pairs]
+        for before, after in tokens:
+            tokenise(self.model, [*before, *after])
+        some = iter(
+            self.model.log_probabilities([pair for pair in tokens if pair[1]], law=self.law, steer_all=self.steer_all)
+        )
+        return [np.asarray(next(some), np.float64) if after else np.empty(0) for _, after in tokens]
 
-    def decoder(self) -> Decoder:
-        return self.model.decoder(self.law)
+    def scores(self, questions: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[float]]:
+        """For (prompt, answers): the total log p of each answer, a space before it.
+
+        Raises:
+            OverflowingError: activations overflow at this strength.
+        """
+        pairs = [(prompt, f" {answer}") for prompt, answers in questions for answer in answers]
+        totals = iter([float(found.sum()) for found in self.log_probabilities(pairs)])
+        scores = [[next(totals) for _ in answers] for _, answers in questions]
+        if not all(np.all(np.isfinite(some)) for some in scores):
+            raise self.overflowing
+        return scores
+
+    def logits_along(self, pairs: Sequence[Continued]) -> list[Float32]:
+        """`Model.logits_along` as steered here."""
+        return self.model.logits_along(pairs, law=self.law, steer_all=self.steer_all)
+
+    @property
+    def overflowing(self) -> OverflowingError:
+        if self.strength == 0:
+            return OverflowingError(f"the activations of {self.model.name} overflow: load it with dtype float32")
+        return OverflowingError(f"the activations overflow at strength {self.strength:g}: lower the strength")

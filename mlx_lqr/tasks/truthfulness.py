@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-import numpy as np
-
 from mlx_lqr.backends.base import Model
-from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.generations import Decoding, Generations, Judge
 from mlx_lqr.tasks.metrics import multiple_choice, unigram_f1
@@ -75,7 +73,9 @@ class Choices:
         return {"questions": questions, "examples": digest(EXAMPLES[: self.examples])}
 
     def rows(self, steered: Steered, indices: range) -> list[Row]:
-        return [self._row(steered, self.questions[i]) for i in indices]
+        asked = [self.questions[i] for i in indices]
+        prompts = [(self.prompt(one.question), (*one.true, *one.false)) for one in asked]
+        return [self._row(*found) for found in zip(asked, steered.scores(prompts), strict=True)]
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
         groups = [row["index"] for row in rows]
@@ -89,14 +89,9 @@ class Choices:
         solved = [f"Q: {asked}\nA: {answer}\n\n" for asked, answer in EXAMPLES[: self.examples]]
         return "".join(solved) + f"Q: {question}\nA:"
 
-    def _row(self, steered: Steered, question: Question) -> Row:
-        prompt = self.prompt(question.question)
-        true, false = (
-            [float(steered.log_probability(prompt, f" {answer}").sum()) for answer in answers]
-            for answers in (question.true, question.false)
-        )
-        if not np.all(np.isfinite([*true, *false])):
-            raise OverflowingError(f"the activations overflow at strength {steered.strength:g}: lower the strength")
+    @staticmethod
+    def _row(question: Question, scores: list[float]) -> Row:
+        true, false = scores[: len(question.true)], scores[len(question.true) :]
         mc1, mc2 = multiple_choice(true, false, true[question.true.index(question.best)])
         return {"question": question.question, "mc1": mc1, "mc2": mc2, "true": true, "false": false}
 
