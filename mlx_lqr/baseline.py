@@ -33,6 +33,7 @@ MethodName = Literal[
     "linear-act",
     "pid-act",
     "iti",
+    "odesteer",
     "angular",
     "adaptive-angular",
 ]
@@ -44,7 +45,7 @@ class Method:
 
     title: str
     tensors: Mapping[str, str]
-    """Their axes: T layers, width d, m concepts, H attention heads a layer."""
+    """Their axes: T layers, width d, m concepts, H attention heads a layer, n prompts."""
     numbers: Mapping[str, float]
     """The method's own numbers and what they are where nothing is said."""
     positions: Positions
@@ -58,6 +59,7 @@ class Method:
 
 _SHIFT = {"shift": "Tdm"}
 _HEADS = {"attention_shift": "Tdm", "head_accuracy": "THm", "head_spread": "THm"}
+_BARRIER = {"anchors": "nd", "weights": "n", "distance": "T"}
 _SETPOINT = {"direction": "Td", "setpoint": "T"}
 _PID = {"kp": 0.5, "ki": 0.05, "kd": 0.01}
 
@@ -70,6 +72,7 @@ METHODS: Mapping[MethodName, Method] = {
     "linear-act": Method("Linear-AcT", {"scale": "Td", "shift": "Td"}, {}, "all"),
     "pid-act": Method("PID-AcT", _SHIFT, {"kp": 1.0, "ki": 0.05, "kd": 0.01}, "all"),
     "iti": Method("ITI", _HEADS, {}, "last"),
+    "odesteer": Method("ODESteer", _BARRIER, {}, "last"),
     "angular": Method("angular steering", {"plane": "d2"}, {}, "all"),
     "adaptive-angular": Method("adaptive angular steering", {"plane": "d2"}, {}, "all"),
 }
@@ -162,6 +165,7 @@ class Baseline:
             if not concepts or (len(concepts) > 1 and not method.additive):
                 raise ValueError(f"{len(concepts)} concepts")
             sizes["H"] = tensors["head_accuracy"].shape[-2] if "head_accuracy" in method.tensors else 0
+            sizes["n"] = tensors["weights"].shape[0] if "weights" in method.tensors else 0
             for tensor, axes in method.tensors.items():
                 check_shape(tensor, tensors[tensor], axes, sizes)
                 check_finite(tensor, tensors[tensor])

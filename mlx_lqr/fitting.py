@@ -14,6 +14,7 @@ like A-LQR.)
 | linear-act: the same | least squares of the sorted activations of each neuron, steered likewise |
 | pid-act: Nguyen et al. 2025 (2510.04309) | b_k = kp r_k + ki sum_{j<k} r_j + kd (r_k - r_{k-1}), r_k as in mean-act |
 | iti: Li et al. 2023 (2306.03341) | b_k = O_k [sigma_h theta_h], the heads h those that a probe tells apart best |
+| odesteer: Zhao et al. 2026 (2602.17560) | the log-density ratio of the prompts' z_{k+1}, at one block |
 | angular: Vu and Nguyen 2025 (2510.26243) | the plane of a concept's direction and the main axis of all layers' |
 """
 
@@ -28,6 +29,7 @@ from mlx_lqr.backends.base import Float32, Model, Progress
 from mlx_lqr.baseline import METHODS, Baseline, MethodName
 from mlx_lqr.contrast import Contrast, Layers, Prompt, contrast, separating, tokenise_sets
 from mlx_lqr.controller import Positions
+from mlx_lqr.density_ratio import gradient_flow
 from mlx_lqr.errors import InputError
 from mlx_lqr.intervention import intervention
 from mlx_lqr.laws import law_of
@@ -35,9 +37,9 @@ from mlx_lqr.riccati import check_layers
 
 RESET_EVERY = 10
 """Layers after which S-PID's integral starts again from zero."""
-MIDDLE_ALONE = ("actadd", "angular", "adaptive-angular")
-"""Methods that by default act at one layer: ActAdd by its paper; to turn the residual stream itself at every block, and
-not the outputs of norms as the paper does, left no text of SmolLM2."""
+MIDDLE_ALONE = ("actadd", "odesteer", "angular", "adaptive-angular")
+"""Methods that by default act at one layer: ActAdd and ODESteer by their papers; to turn the residual stream itself at
+every block, and not the outputs of norms as the paper does, left no text of SmolLM2."""
 
 
 def fit_baseline(
@@ -61,7 +63,7 @@ def fit_baseline(
     positive prompts (1 is all of it, 0 no change); for proportional and spid the setpoint in multiples of mu_k, as for
     a controller; for ablation the share that is taken away; for the angular methods the angle in degrees between the
     activation's part in the plane and the concept's direction; for iti by how many standard deviations a head's output
-    is moved (the paper's alpha, 15 for a LLaMA of 7B).
+    is moved (the paper's alpha, 15 for a LLaMA of 7B); for odesteer how far it goes, in distances between the means.
 
     Args:
         model: what `load` returned.
@@ -117,6 +119,11 @@ def fit_baseline(
     chosen = _separating(method, found) if layers == "auto" else check_layers(layers, T)
     if method in ("mean-act", "linear-act", "pid-act"):
         return _transport(model, blank, chosen, *token_sets, incremental, progress)
+    if method == "odesteer":
+        if len(chosen) != 1:
+            raise InputError("odesteer acts at one layer: choose one, such as --layers 14")
+        outputs = model.residuals([*token_sets[0], *token_sets[1]])[:, chosen[0] + 1]
+        return gradient_flow(blank, chosen[0], outputs[: len(positive)], outputs[len(positive) :])
     before, after = _directions(found)
     active = np.zeros((T, 1), np.float32)
     active[list(chosen)] = 1

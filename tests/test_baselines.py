@@ -11,14 +11,18 @@ import pytest
 from backends import BACKENDS, smollm2_on, tiny_on
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
+from scipy.integrate import solve_ivp
+from scipy.optimize import minimize
 
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.base import CarryingLaw, Model
 from mlx_lqr.baseline import METHODS, Baseline, combine
 from mlx_lqr.commands import main
+from mlx_lqr.density_ratio import gradient_flow, kernel_logistic_regression
 from mlx_lqr.fitting import linear_map
 from mlx_lqr.laws import law_of
+from mlx_lqr.laws.gradient_flow import OFFSET
 from mlx_lqr.runtime.chat import Chat
 from mlx_lqr.runtime.decode import decode
 
@@ -184,6 +188,66 @@ def test_adaptive_angular_steering_turns_only_what_points_along_the_feature(rand
     assert 5 < aligned.sum() < 35
     assert np.array_equal(law(1, y, y)[~aligned], y[~aligned])
     assert np.allclose(law(1, y, y)[aligned], always(1, y, y)[aligned])
+
+
+def test_the_barrier_of_odesteer_is_the_log_density_ratio_of_a_regression_on_all_products(
+    random: np.random.Generator,
+) -> None:
+    rows = random.standard_normal((14, 4))
+    labels = np.where(np.arange(14) < 8, 1.0, -1.0)
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    weights = kernel_logistic_regression((units @ units.T + OFFSET) ** 2, labels)
+
+    def features(u: np.ndarray) -> np.ndarray:
+        products = np.einsum("...i,...j->...ij", u, u).reshape(*u.shape[:-1], 16)
+        return np.concatenate([products, np.sqrt(2 * OFFSET) * u, np.full((*u.shape[:-1], 1), OFFSET)], axis=-1)
+
+    def loss(solution: np.ndarray) -> float:
+        margin = labels * (features(units) @ solution[:-1] + solution[-1])
+        return float(np.log1p(np.exp(-margin)).sum() + 0.5 * solution[:-1] @ solution[:-1])
+
+    best = minimize(loss, np.zeros(22), tol=1e-12).x
+    elsewhere = random.standard_normal((5, 4))
+    found = (elsewhere @ units.T + OFFSET) ** 2 @ weights
+    assert np.allclose(found - found[0], (features(elsewhere) - features(elsewhere[0])) @ best[:-1], atol=1e-4)
+
+
+@every_backend
+def test_odesteer_goes_up_its_barrier_along_the_differential_equation(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_on(backend, "llama")
+    steering = fitted(model, "odesteer")
+    assert steering.active_layers == (1,)
+    anchors, weights = (steering.tensors[name].astype(np.float64) for name in ("anchors", "weights"))
+    outputs = np.stack([model.residuals([prompt])[0, 2] for prompt in (*POSITIVE, *NEGATIVE)])
+    assert np.allclose(anchors, outputs / np.linalg.norm(outputs, axis=1, keepdims=True), atol=1e-5)
+    between = np.linalg.norm(outputs[:3].mean(axis=0) - outputs[3:].mean(axis=0))
+    assert steering.tensors["distance"].tolist() == pytest.approx([0, between, 0], rel=1e-4)
+
+    def barrier(y: np.ndarray) -> float:
+        return float((anchors @ y / np.linalg.norm(y) + OFFSET) ** 2 @ weights)
+
+    def uphill(_: float, y: np.ndarray) -> np.ndarray:
+        steps = 1e-5 * np.eye(len(y))
+        gradient = np.array([(barrier(y + step) - barrier(y - step)) / 2e-5 for step in steps])
+        return gradient / np.linalg.norm(gradient)
+
+    start = streams(model, None, 0)[2].astype(np.float64)
+    for strength in (1.0, 0.3, -0.5):
+        exact = solve_ivp(
+            lambda t, y, s=strength: np.sign(s) * uphill(t, y), (0, abs(strength) * between), start, rtol=1e-6
+        )
+        for steps, error in ((10, 0.1), (300, 0.004)):
+            monkeypatch.setattr("mlx_lqr.laws.gradient_flow.STEPS", steps)
+            end = streams(model, steering, strength)[2]
+            assert np.linalg.norm(end - exact.y[:, -1]) < error * abs(strength) * between
+            assert (barrier(end) - barrier(start)) * strength > 0
+    assert np.array_equal(streams(model, steering, 0.0), streams(model, None, 0))
+    with pytest.raises(InputError, match="at one layer"):
+        fitted(model, "odesteer", layers=[0, 1])
+    with pytest.raises(InputError, match="does not tell"):
+        gradient_flow(steering, 1, outputs[:3], outputs[:3])
 
 
 # S-PID, whose state is the difficult part.

@@ -22,7 +22,7 @@ LAYERS = [
     {"backends", "contrast", "probes", "riccati"},
     {"controller", "linearize"},
     {"baseline"},
-    {"laws", "synthesis", "intervention"},
+    {"laws", "synthesis", "intervention", "density_ratio"},
     {"fitting"},
     {"convert"},
     {"loading"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from mlx_lqr.atomic import check_writable
-from mlx_lqr.baseline import METHODS
+from mlx_lqr.baseline import METHODS, MethodName
 from mlx_lqr.commands.options import Loading, loading_options, model_argument, parse_layers, progress_bars
 from mlx_lqr.contrast import bundled_prompts, read_prompts
 from mlx_lqr.controller import Cost, Positions, Setpoint
@@ -70,8 +71,8 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 @click.option("--qf", default=0.1, show_default=True, help="Weight of the last layer's output.")
 @click.option(
     "--layers",
-    help="Where control may act, such as 20-29; by default every layer (actadd, angular: the middle). auto: the layers "
-    "that tell the prompts apart.",
+    help="Where control may act, such as 20-29; by default every layer (actadd, odesteer, angular: the middle). "
+    "auto: the layers that tell the prompts apart.",
 )
 @click.option(
     "--cost",
@@ -142,7 +143,7 @@ def fit(
             prompts = positive_prompts, negative_prompts
             options |= {"concept": name, "layers": chosen, "positions": positions, "progress": progress}
             fit_baseline(loaded, known, *prompts, **options).save(output)
-        say_how_to_use(model, output, {"angular": "90", "adaptive-angular": "90", "iti": "5"}.get(method, "1"))
+        say_how_to_use(model, output, _WORTH_TRYING.get(known, "1"))
         return
     stored = Jacobians.load(jacobians) if jacobians else None
     with progress_bars() as progress:
@@ -167,6 +168,7 @@ def fit(
     say_how_to_use(model, output, "2")
 
 
+_WORTH_TRYING: Mapping[MethodName, str] = {"angular": "90", "adaptive-angular": "90", "iti": "5", "odesteer": "2"}
 _OF_ALQR = ("q", "r", "qf", "cost", "setpoint", "jacobians", "jacobian_prompts")
 _OF_BASELINES = ("kp", "ki", "kd", "source_layer", "simultaneous", "heads")
 

@@ -7,6 +7,7 @@
 | directional ablation | y - s (v_k . y) v_k |
 | Linear-AcT | y + s ((scale_k - 1) o y + shift_k) |
 | ITI | y as it is; s b_k is added to the output of its attention's projection |
+| ODESteer | y carried along the gradient of a log-density ratio, for a time of s distance_k (see gradient_flow.py) |
 | angular steering | y rotated in a fixed plane until its part there stands at s degrees from the concept's direction |
 
 The vectors of block k belong to the place they act upon, z_{k+1}; but ablation has one for all blocks, and S-PID's are

@@ -18,6 +18,7 @@ from mlx_lqr.laws.baselines import (
     Transport,
 )
 from mlx_lqr.laws.feedback import LinearFeedback
+from mlx_lqr.laws.gradient_flow import GradientFlow
 from mlx_lqr.laws.spid import SPID, CarryingSPID
 from mlx_lqr.strength import default_strength
 
@@ -30,6 +31,7 @@ _LAWS: Mapping[MethodName, type[BaselineLaw]] = {
     "linear-act": Transport,
     "pid-act": Addition,
     "iti": AttentionAddition,
+    "odesteer": GradientFlow,
     "angular": Rotation,
     "adaptive-angular": AdaptiveRotation,
 }

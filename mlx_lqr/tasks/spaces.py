@@ -36,6 +36,7 @@ _STRENGTHS: Mapping[MethodName, tuple[float, float]] = {
     "linear-act": (0.0, 2.0),
     "pid-act": (0.0, 4.0),
     "iti": (0.0, 15.0),
+    "odesteer": (0.0, 10.0),
     "angular": (110.0, 5.0),
     "adaptive-angular": (110.0, 5.0),
 }
