@@ -270,6 +270,29 @@ def test_overflow_is_a_trial_beyond_the_limit(model: Model, space: tasks.Space) 
     assert 1 < tuned.best.strength <= 1.5
 
 
+def test_texts_that_go_round_in_circles_are_beyond_the_limit_though_their_perplexity_is_low(
+    model: Model, space: tasks.Space
+) -> None:
+    class Circling(Known):
+        def log_ratio(self, steered: Steered) -> float:
+            return -0.1 * steered.strength
+
+        def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
+            shares = [0.02 if row["control"] < 0.3 else 0.5 for row in rows]
+            return {**super().metrics(rows), "repetition": mean(shares, [row["index"] for row in rows])}
+
+    tuned = tasks.tune(model, task_of(Circling()), space)
+    circling = [trial for trial in tuned.trials if trial.control.value >= 0.3]
+    assert circling
+    assert all(trial.repeats and not trial.within and trial.relative < 1 for trial in circling)
+    assert all(trial.within and not trial.repeats for trial in tuned.trials if trial.control.value < 0.3)
+    assert tuned.best is not None
+    assert 0.2 < tuned.best.control.value < 0.3
+    allowed = tasks.tune(model, task_of(Circling()), space, damage="repetition", limit=0.6)
+    assert allowed.best is not None
+    assert allowed.best.control.value > 0.3  # whoever names the metric sets its limit
+
+
 def test_nothing_within_the_limit_recommends_nothing(model: Model, space: tasks.Space) -> None:
     tuned = tasks.tune(model, task_of(Known(overflow_above=0.0)), space, evaluations=6)
     assert tuned.best is tuned.steering is None

@@ -35,6 +35,7 @@ METHODS = (
     "ablation",
     "angular",
     "iti",
+    "odesteer",
 )
 JACOBIAN_PROMPTS = 4
 STRENGTHS: Mapping[str, tuple[float, float]] = {
@@ -48,6 +49,7 @@ STRENGTHS: Mapping[str, tuple[float, float]] = {
     "ablation": (0.0, 1.0),
     "angular": (110.0, 5.0),
     "iti": (0.0, 12.0),
+    "odesteer": (0.0, 8.0),
 }
 """From no steering to too much."""
 TRANSPORT_LAYERS = 4
@@ -116,6 +118,8 @@ def _settings(method: str, T: int) -> dict[str, dict[str, Any]]:
             "layers auto, kp 0.5, ki 0.05": {"layers": "auto"},
             "last third, kp 0.5, ki 0.05": {"layers": third},
         }
+    if method == "odesteer":
+        return {"middle layer": {"layers": [T // 2]}, "layer at two thirds": {"layers": [2 * T // 3]}}
     if method == "actadd":
         return {"layer at two thirds": {"layers": [2 * T // 3]}, "last third": {"layers": third}}
     if method == "ablation":

@@ -163,7 +163,7 @@ def _table(tuned: Tuned) -> None:
 
 def _row(tuned: Tuned, number: int, trial: Trial) -> list[str]:
     values = [f"{value:g}" if isinstance(value, float) else str(value) for value in trial.options.values()]
-    mark = "best" if trial is tuned.best else "*" if trial.within else ""
+    mark = "best" if trial is tuned.best else "*" if trial.within else "repeats" if trial.repeats else ""
     found = [cell(trial.control), cell(trial.damage), f"{trial.relative:.2f}"]
     return [str(number), *values, f"{trial.strength:g}", *found, mark]
 

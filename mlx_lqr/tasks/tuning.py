@@ -6,8 +6,9 @@ the same random numbers; search.py says which. The budget is a number of evaluat
 
 The limit is on the damage relative to the unsteered model: for perplexity their ratio, for every other metric the
 difference in the direction that is worse (kl is 0 without steering, so that its limit is the kl itself). It is held to
-the numbers found, not to the ends of their intervals. The best of several is chosen on the rows it was measured on and
-looks a little better than it is: report it on other rows.
+the numbers found, not to the ends of their intervals. A text that goes round in circles has a low perplexity: trials
+that repeat many more 4-grams than the unsteered model does are never within it. The best of several is chosen on the
+rows it was measured on and looks a little better than it is: report it on other rows.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ DAMAGE: Mapping[str, Damage] = {
     "capability": Damage(0.1, -1),
 }
 
+REPETITION = 0.1
+"""More of it than the unsteered model has counts as beyond any limit."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -96,6 +100,8 @@ class Trial:
     relative: float
     """The damage relative to the unsteered model, which the limit is on"""
     within: bool
+    repeats: bool = False
+    """Whether the texts go round in circles, so that it is not within the limit whatever the damage metric says"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,14 +211,21 @@ class _Run:
             found = self._evaluate(steering, strength, self._key(candidate.options), stage)
             metrics = found.results(self.reference)[0].metrics
             control, damage = metrics[self.control], metrics[self.damage]
+            repeats = self._repeats(metrics)
         except OverflowingError:
-            worst = math.inf * kind.worse
+            worst, repeats = math.inf * kind.worse, False
             control, damage = Estimate(math.nan, math.nan, math.nan, 0), Estimate(worst, worst, worst, 0)
         relative = kind.relative(damage.value, self.unsteered.metrics[self.damage].value)
-        within = relative <= self.limit and math.isfinite(control.value)
-        self.trials.append(Trial(candidate.name, dict(candidate.options), strength, control, damage, relative, within))
+        within = relative <= self.limit and math.isfinite(control.value) and not repeats
+        options = dict(candidate.options)
+        self.trials.append(Trial(candidate.name, options, strength, control, damage, relative, within, repeats))
         self._log()
         return Found(control.value, kind.excess(relative) if within or relative > self.limit else math.inf)
+
+    def _repeats(self, metrics: Mapping[str, Estimate]) -> bool:
+        if self.damage == "repetition" or "repetition" not in metrics:
+            return False
+        return metrics["repetition"].value > self.unsteered.metrics["repetition"].value + REPETITION
 
     def tuned(self) -> Tuned:
         within = [trial for trial in self.trials if trial.within]
