@@ -30,8 +30,9 @@ SMALLEST_ANGLE = 5.0
 _TENSORS = {"direction": "Tdm", "gain": "Tdm", "setpoint": "Tm", "offset": "Tm", "output_direction": "dm"}
 _OPTIONAL = {"checked_error": "Tm", "checked_push": "Tm"}
 
-Cost = Literal["state", "feature"]
-"""What is penalised: any error of the state (Q = qI), or the feature's relative error alone."""
+Cost = Literal["state", "feature", "adaptive"]
+"""What is penalised: any error of the state (Q = qI), or the feature's relative error alone. "adaptive" is the feature
+cost too, but our own decoding makes the gains anew at every prompt; the stored ones are those of the feature cost."""
 Positions = Literal["last", "all"]
 """Where to steer: the last prompt token and every generated one (A-LQR), or every prompt token too (A-LQR+)."""
 Setpoint = Literal["paper", "centred"]
@@ -138,7 +139,7 @@ class Controller:
                 positions="all" if positions == "all" else "last",
                 prompt_counts=tuple((int(p), int(n)) for p, n in json.loads(metadata["prompt_counts"])),
                 jacobian_prompts=int(metadata["jacobian_prompts"]),
-                cost="feature" if cost == "feature" else "state",
+                cost=next(known for known in get_args(Cost) if known == cost),
                 library_version=metadata["library_version"],
                 strength=read_strength(metadata, len(concepts)),
             )
@@ -154,7 +155,8 @@ class Controller:
         """One controller of all the concepts, which meets all setpoints jointly; only the compiled parts are needed.
 
         At each layer the columns K_k v of the active concepts are put together and G_k = K_k V_k (V_k' V_k)^-1 is
-        formed anew. Adding independent feedbacks instead would overshoot where directions overlap.
+        formed anew. Adding independent feedbacks instead would overshoot where directions overlap. It is adaptive where
+        all of them are.
 
         Raises:
             InputError: controllers of different models or positions, a concept twice, or nearly parallel directions.
@@ -184,7 +186,7 @@ class Controller:
             positions=first.positions,
             prompt_counts=tuple(count for controller in controllers for count in controller.prompt_counts),
             jacobian_prompts=min(controller.jacobian_prompts for controller in controllers),
-            cost=first.cost,
+            cost=next((one.cost for one in controllers if one.cost != "adaptive"), "adaptive"),
             checked_error=_checked([controller.checked_error for controller in controllers], controllers),
             checked_push=_checked([controller.checked_push for controller in controllers], controllers),
             strength=combined_strength(controllers),

@@ -45,7 +45,8 @@ def fit(
         q, r, qf: weights of state, control and final state; only q/r and qf/r matter. Larger q/r steers harder.
         layers: where control may act; default everywhere. "auto": where the feature tells the prompts apart
             (`contrast.choose_layers`).
-        cost: "state" penalises any error of the state, "feature" that of the concept's feature alone (much cheaper).
+        cost: "state" penalises any error of the state, "feature" that of the concept's feature alone (much cheaper);
+            "adaptive" does the same, and our own decoding then makes the gains anew at every prompt.
         setpoint: "paper" asks for strength x mu_k, "centred" counts from the level of the negative prompts.
         positions: "last" steers the last prompt token and every generated token, "all" every prompt token too.
         jacobian_prompts: how many of the positive prompts to linearise at.
@@ -78,7 +79,7 @@ def fit(
         )
     chosen = choose_layers(layers, found)
     nominal = positive[:jacobian_prompts]
-    if cost == "feature":
+    if cost != "state":
         feedback = _feature_feedback(
             _pull_back(model, traces(model, nominal)), *_aims(found), weights, chosen, progress
         )
@@ -117,7 +118,7 @@ def solve_controller(
     if jacobians.fingerprint != contrast.fingerprint:
         raise InputError("the Jacobians and the contrast are of different models: make both with the same one")
     chosen = choose_layers(layers, contrast)
-    if cost == "feature":
+    if cost != "state":
         feedback = _feature_feedback(lambda k, X: jacobians[k].T @ X, *_aims(contrast), weights, chosen)
     else:
         descending = ((k, jacobians[k]) for k in reversed(range(chosen[0], len(jacobians))))

@@ -34,8 +34,9 @@ class Options(TypedDict, total=False):
     strength: Strength
     """The setpoint in multiples of the concept's mean; one number, or one for each concept (what the controller's file
     recommends, or 1). What it is for other methods: see `fit_baseline`."""
-    adaptive: bool
-    """Compute the gains anew at the very prompt, during prefill (see `adapt`)."""
+    adaptive: bool | None
+    """Compute the gains anew at the very prompt, during prefill (see `adapt`); None, the default, does so with a
+    controller that was fitted for it."""
     max_tokens: int
     """How many tokens at most (256)."""
     temperature: float
@@ -130,7 +131,8 @@ def batch_stream(
     Args:
         records: one for each prompt, in place of the option `record`.
     """
-    alone = options.get("adaptive") or options.get("overflow") == "roll" or records is not None
+    anew = adapts(options.get("controller"), options.get("adaptive"))
+    alone = anew or options.get("overflow") == "roll" or records is not None
     size, seed = 1 if alone else BATCH, options.get("seed")
     batches = []
     for start in range(0, len(prompts), size):
@@ -165,6 +167,11 @@ def feedback(
     return RecordedFeedback(only_controller(controller, "recorded"), strength, record)
 
 
+def adapts(controller: Steering | None, adaptive: bool | None = None) -> bool:
+    """Whether gains are made anew at every prompt: as asked for, or else as the controller was fitted."""
+    return adaptive if adaptive is not None else isinstance(controller, Controller) and controller.cost == "adaptive"
+
+
 def only_controller(steering: Steering, what: str) -> Controller:
     """`steering`, if it is a controller.
 
@@ -181,7 +188,7 @@ def _stream(
 ) -> Iterator[tuple[int, Piece]]:
     settings: dict[str, Any] = dict(options)
     controller, strength = settings.pop("controller", None), settings.pop("strength", None)
-    adaptive, stop = settings.pop("adaptive", False), settings.pop("stop", ())
+    adaptive, stop = adapts(controller, settings.pop("adaptive", None)), settings.pop("stop", ())
     record = settings.pop("record", None)
     loop = {name: settings.pop(name) for name in ("max_tokens", "overflow") if name in settings}
     unknown = settings.keys() - Sampling.__dataclass_fields__.keys()

@@ -9,7 +9,7 @@ from mlx_lqr.backends.base import CarryingLaw
 from mlx_lqr.baseline import Steering
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import adopt
-from mlx_lqr.runtime.generate import Strength, feedback
+from mlx_lqr.runtime.generate import Strength, adapts, feedback
 
 
 def steer(model: Any, controller: Steering, strength: Strength = None) -> AbstractContextManager[None]:
@@ -35,10 +35,15 @@ def steer(model: Any, controller: Steering, strength: Strength = None) -> Abstra
     `ModelProvider`'s `model` after `load_default()`; steer it while no request is under way.
 
     Raises:
-        InputError: a controller of another model, S-PID with a derivative (the calls of others do not tell where it
-            has to start again), something that is no model, or, on entering the block, a model that
-            is already steered.
+        InputError: a controller of another model, S-PID with a derivative or an adaptive controller (the calls of
+            others do not tell where a prompt begins), something that is no model, or, on entering the block, a model
+            that is already steered.
     """
+    if adapts(controller):
+        raise InputError(
+            "this controller's gains are made anew at every prompt, which these calls do not tell of: use "
+            "mlx_lqr.generate, or fit it at the cost 'feature'"
+        )
     adopted = adopt(model)
     law = feedback(adopted, controller, strength)
     if isinstance(law, CarryingLaw):

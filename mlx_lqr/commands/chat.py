@@ -52,7 +52,7 @@ A message that begins with a slash: put a space before it."""
 def chat(
     model: str,
     controllers: tuple[str, ...],
-    adaptive: bool,
+    adaptive: bool | None,
     system: str | None,
     loading: Loading,
     **decoding: Any,

@@ -76,10 +76,11 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 )
 @click.option(
     "--cost",
-    type=click.Choice(["state", "feature"]),
+    type=click.Choice(get_args(Cost)),
     default="state",
     show_default=True,
-    help="Penalise any error of the state, or that of the concept's feature alone, which is much cheaper to fit.",
+    help="Penalise any error of the state, or that of the concept's feature alone, which is much cheaper to fit; "
+    "adaptive: the same, made anew at every prompt.",
 )
 @click.option(
     "--setpoint",

@@ -30,7 +30,7 @@ from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options, Piece, batch_stream, stream
 from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
 from mlx_lqr.runtime.decode import MAX_TOKENS
-from mlx_lqr.runtime.generate import only_controller
+from mlx_lqr.runtime.generate import adapts, only_controller
 from mlx_lqr.runtime.monitor import largest_excess
 from mlx_lqr.synthesis import adapt
 
@@ -55,7 +55,7 @@ def generate(
     prompt: str | None,
     prompt_file: str | None,
     controllers: tuple[str, ...],
-    adaptive: bool,
+    adaptive: bool | None,
     as_json: bool,
     tracked: bool,
     loading: Loading,
@@ -149,7 +149,7 @@ def _fields(model: Model, answer: _Answer, settings: Options, tracked: bool) -> 
         return found
     found["concepts"] = dict(zip(controller.concepts, strengths, strict=True))
     if tracked and isinstance(controller, Controller):
-        used = adapt(model, controller, answer.prompt) if settings.get("adaptive") else controller
+        used = adapt(model, controller, answer.prompt) if adapts(controller, settings.get("adaptive")) else controller
         found["tracking"] = _tracking(model, answer.prompt, used, strengths)
         found["control"] = _control(model, controller, answer)
     return found

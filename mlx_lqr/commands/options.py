@@ -62,9 +62,9 @@ strengths_option = click.option(
     "--strengths", default="1,2,3", show_default=True, help="At which to run the controller, separated by commas."
 )
 adaptive_option = click.option(
-    "--adaptive",
-    is_flag=True,
-    help="Compute the gains anew at the very prompt, instead of the stored ones.",
+    "--adaptive/--stored",
+    default=None,
+    help="Compute the gains anew at the very prompt, or take the stored ones; by default what the file was fitted for.",
 )
 
 

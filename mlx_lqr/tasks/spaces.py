@@ -1,8 +1,7 @@
 """What `tune` searches through: the options of A-LQR, and of each method that it is compared with.
 
 The first value of an option is a good start, and the order of the options that in which they have mattered on SmolLM2:
-where to steer, then how hard, then the rest. Gains made anew for every prompt (adaptive) are no option here: they
-belong to decoding, and no file holds them.
+where to steer, then how hard, then the rest.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def alqr_space(
         "layers": _distinct(layers),
         "q": [1.0, 0.3, 3.0],
         "setpoint": ["paper", "centred"],
-        "cost": ["state", "feature"],
+        "cost": ["state", "feature", "adaptive"],
         "qf/q": [1.0, 10.0, 0.1],
     }
 

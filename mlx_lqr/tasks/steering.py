@@ -6,8 +6,9 @@ Strength 0 means that nothing steers. (A controller at setpoint 0 would hold the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import numpy as np
 from mlx_lqr import baseline
 from mlx_lqr.backends.base import Continued, Float32, Law, Model
 from mlx_lqr.contrast import Prompt, tokenise
+from mlx_lqr.controller import Controller
 from mlx_lqr.errors import OverflowingError
 from mlx_lqr.runtime import Options, batch_stream
-from mlx_lqr.runtime.generate import feedback
+from mlx_lqr.runtime.generate import adapts, feedback, only_controller
+from mlx_lqr.synthesis import readapted
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +45,15 @@ class Steering:
             "positions": self.controller.positions,
             "shares": list(self._shares),
             "digest": digest.hexdigest()[:16],
+            **self._anew,
         }
+
+    @property
+    def _anew(self) -> dict[str, Any]:
+        """What gains are made from that are made anew at every prompt."""
+        if not (isinstance(self.controller, Controller) and adapts(self.controller)):
+            return {}
+        return {"adaptive": asdict(self.controller.weights), "layers": list(self.controller.active_layers)}
 
     def _numbers(self) -> dict[str, np.ndarray]:
         """All that the law is made of."""
@@ -124,9 +135,7 @@ class Steered:
         tokens = [(tokenise(self.model, prompt), encode(text, add_special_tokens=False)) for prompt, text in pairs]
         for before, after in tokens:
             tokenise(self.model, [*before, *after])
-        some = iter(
-            self.model.log_probabilities([pair for pair in tokens if pair[1]], law=self.law, steer_all=self.steer_all)
-        )
+        some = iter(self._of_each_law([pair for pair in tokens if pair[1]], self.model.log_probabilities))
         return [np.asarray(next(some), np.float64) if after else np.empty(0) for _, after in tokens]
 
     def scores(self, questions: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[float]]:
@@ -144,7 +153,20 @@ class Steered:
 
     def logits_along(self, pairs: Sequence[Continued]) -> list[Float32]:
         """`Model.logits_along` as steered here."""
-        return self.model.logits_along(pairs, law=self.law, steer_all=self.steer_all)
+        return self._of_each_law(pairs, self.model.logits_along)
+
+    def _of_each_law(self, pairs: Sequence[Continued], run: Callable[..., list[Float32]]) -> list[Float32]:
+        """What `run` makes of the pairs side by side; with adaptive control of those of one prompt at a time."""
+        steering = self.steering
+        if steering is None or self.strength == 0 or not adapts(steering.controller):
+            return run(pairs, law=self.law, steer_all=self.steer_all)
+        controller = only_controller(steering.controller, "adaptive")
+        found: list[Float32] = []
+        for prompt, own in groupby(pairs, key=lambda pair: list(pair[0])):
+            anew = readapted(self.model, controller, self.model.trace(prompt))
+            law = feedback(self.model, anew, steering.strength(self.strength))
+            found += run(list(own), law=law, steer_all=self.steer_all)
+        return found
 
     @property
     def overflowing(self) -> OverflowingError:
