@@ -125,8 +125,8 @@ def _verdict(found: Found) -> str:
     alike = [one["method"] for one in rivals if one["method"] not in (*above, *below)]
     for methods, words in (
         (below, "A-LQR controls more than"),
-        (alike, "It cannot be told apart from"),
-        (above, "It controls less than"),
+        (alike, "A-LQR cannot be told apart from"),
+        (above, "A-LQR controls less than"),
     ):
         if methods:
             sentences.append(f"{words} {_listed(methods)}.")
@@ -206,6 +206,7 @@ def _judge(key: str) -> str:
 def _number(interval: Sequence[float | None]) -> str:
     value, low, high = (float("nan") if end is None else end for end in interval)
     digits = 1 if abs(value) >= 9.95 else 2
+    value, low, high = (round(end, digits) + 0.0 for end in (value, low, high))  # no -0.00
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
