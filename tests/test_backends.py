@@ -15,7 +15,7 @@ from tiny import FAMILY
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.base import Model, Sampling
-from mlx_lqr.laws import LinearFeedback
+from mlx_lqr.laws import LinearFeedback, law_of
 from mlx_lqr.runtime.decode import decode
 from mlx_lqr.synthesis import readapted
 
@@ -89,7 +89,11 @@ def test_logits_and_probabilities_along_texts_are_those_of_the_steps(
     monkeypatch.setattr("mlx_lqr.backends.base.BATCH_TOKENS", 20)  # two batches
     model = tiny_on(backend, family)
     pairs = [([5], [6, 7, 8, 9]), (PROMPT[:5], PROMPT[5:]), ([1, 2, 3], [4]), ([3, 1], [4, 1, 5])]
-    for law in (None, law_for(model)):
+    laws = [None, law_for(model)]
+    if not steer_all:  # carried from one token to the next
+        spid = mlx_lqr.fit_baseline(model, "spid", [[1, 2, 3], [4, 5]], [[6, 7], [8]], numbers={"kd": 0.4})
+        laws.append(law_of(spid, 2.0))
+    for law in laws:
         logits = model.logits_along(pairs, law=law, steer_all=steer_all)
         scores = model.log_probabilities(pairs, law=law, steer_all=steer_all)
         for (prompt, continuation), found, scored in zip(pairs, logits, scores, strict=True):

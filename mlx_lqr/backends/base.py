@@ -347,6 +347,18 @@ class Stretches:
     def counts(self) -> list[int]:
         return [1 + len(continuation) for _, continuation in self.pairs]
 
+    def steps(self, decoder: Decoder) -> Iterator[Array]:
+        """The logits (B, V) of one position of all pairs after the other, for laws that carry something from one to the
+        next. What comes beyond a pair's end says nothing.
+
+        Args:
+            decoder: a new one, with the law.
+        """
+        decoder.fill([prompt[:-1] for prompt, _ in self.pairs], steered=False)
+        tokens = [(prompt[-1], *continuation) for prompt, continuation in self.pairs]
+        for step in range(max(self.counts)):
+            yield decoder.step([own[min(step, len(own) - 1)] for own in tokens])
+
     @property
     def rows(self) -> list[int]:
         return [row for row, count in enumerate(self.counts) for _ in range(count)]

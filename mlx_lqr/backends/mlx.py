@@ -158,15 +158,14 @@ class MLXModel:
 
     def _along(self, pairs: Sequence[Continued], law: Law | None, steer_all: bool) -> Iterator[tuple[int, mx.array]]:
         """The number of each pair, and its logits (1 + n, V) in float32."""
-        if isinstance(law, CarryingLaw):  # from one token to the next
-            for i, (prompt, continuation) in enumerate(pairs):
-                decoder = self.decoder(law)
-                decoder.fill([prompt[:-1]], steered=False)
-                steps = [decoder.step([token])[0] for token in (prompt[-1], *continuation)]
-                yield i, mx.stack(steps).astype(mx.float32)
-            return
         placed = self.place(law)
         for batch, asked in Stretches.batches(self, pairs):
+            if isinstance(law, CarryingLaw):
+                steps = mx.stack(list(asked.steps(self.decoder(law))), axis=1).astype(mx.float32)
+                yield from (
+                    (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))
+                )
+                continue
             tokens, _, _ = _padded(asked.sequences)
             rows, positions = mx.array(asked.rows), mx.array(asked.positions)
             steering = _from_positions(placed, 0 if steer_all else mx.array(asked.first)[:, None], tokens)

@@ -175,15 +175,14 @@ class TorchModel:
         self, pairs: Sequence[Continued], law: Law | None, steer_all: bool
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """The number of each pair, and its logits (1 + n, V) in float32."""
-        if isinstance(law, CarryingLaw):  # from one token to the next
-            for i, (prompt, continuation) in enumerate(pairs):
-                decoder = self.decoder(law)
-                decoder.fill([prompt[:-1]], steered=False)
-                steps = [decoder.step([token])[0].float() for token in (prompt[-1], *continuation)]
-                yield i, torch.stack(steps)
-            return
         placed = self.place(law)
         for batch, asked in Stretches.batches(self, pairs):
+            if isinstance(law, CarryingLaw):
+                steps = torch.stack(list(asked.steps(self.decoder(law))), dim=1).float()
+                yield from (
+                    (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))
+                )
+                continue
             padded, _, _ = self._padded(asked.sequences)
             rows, positions = self._tensor(asked.rows), self._tensor(asked.positions)
             steering = self._from_positions(placed, 0 if steer_all else self._tensor(asked.first)[:, None], padded)
