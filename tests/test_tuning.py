@@ -207,7 +207,7 @@ def test_tune_recommends_the_optimum_of_a_synthetic_task(model: Model, space: ta
 
 def test_a_candidate_is_what_fit_makes_of_its_options(model: Model, space: tasks.Space) -> None:
     start = {name: values[0] for name, values in space.factors.items()}
-    for change in ({}, {"layers": "all", "q": 0.3}, {"setpoint": "centred", "qf/q": 10.0}, {"cost": "feature"}):
+    for change in ({}, {"layers": "all", "q": 0.3}, {"setpoint": "centred", "qf/q": 10.0}, {"cost": "adaptive"}):
         options = {**start, **change}
         controller = space.candidate(options).fit()
         given = {
@@ -219,7 +219,7 @@ def test_a_candidate_is_what_fit_makes_of_its_options(model: Model, space: tasks
         assert isinstance(controller, mlx_lqr.Controller)
         for name in ("direction", "gain", "setpoint", "offset"):
             assert np.allclose(getattr(controller, name), getattr(expected, name), rtol=1e-3, atol=1e-5), (change, name)
-        assert controller.weights == expected.weights
+        assert (controller.weights, controller.cost) == (expected.weights, options["cost"])
 
 
 def test_an_interrupted_search_goes_on_and_measures_nothing_again(
