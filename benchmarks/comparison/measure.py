@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.experiments import Experiment, Setting
-from benchmarks.comparison.methods import METHODS, PAPER, REMOVES, Fitter, space
+from benchmarks.comparison.methods import CENTRED, METHODS, PAPER, REMOVES, Fitter, space
 from mlx_lqr import tasks
 from mlx_lqr.analysis import write_json
 from mlx_lqr.backends.base import Progress
@@ -101,7 +101,7 @@ def _with_curve(tuned: Mapping[str, Tuned]) -> set[str]:
     control = {
         method: found.best.control.value
         for method, found in tuned.items()
-        if found.best is not None and method not in ("alqr", PAPER, "angular")  # whose strength is an angle
+        if found.best is not None and method not in ("alqr", PAPER, CENTRED, "angular")  # whose strength is an angle
     }
     return {"alqr", *sorted(control, key=lambda method: -control[method])[:RIVALS]}
 

@@ -21,11 +21,13 @@ from mlx_lqr.tasks.tuning import Candidate, Space
 Options = Mapping[str, Any]
 
 PAPER = "alqr (paper's defaults)"
+CENTRED = "alqr (centred setpoint)"
 REMOVES = ("ablation",)
 """Methods that can only take a concept away."""
 METHODS = (
     "alqr",
     PAPER,
+    CENTRED,
     "proportional",
     "spid",
     "actadd",
@@ -85,7 +87,7 @@ class Fitter:
 
 def space(fitter: Fitter, method: str) -> Space:
     """The candidates of one method, under the names of their settings."""
-    law = "alqr" if method == PAPER else method
+    law = "alqr" if method in (PAPER, CENTRED) else method
     settings = _settings(method, fitter.model.num_layers)
 
     def candidate(chosen: Options) -> Candidate:
@@ -106,6 +108,8 @@ def _settings(method: str, T: int) -> dict[str, dict[str, Any]]:
             "layers auto, q/r 3": {"layers": "auto", "q": 3.0, "qf": 3.0},
             "layers auto, q/r 3, feature cost": {"layers": "auto", "q": 3.0, "qf": 3.0, "cost": "feature"},
         }
+    if method == CENTRED:
+        return {"layers auto, q/r 3": {"layers": "auto", "q": 3.0, "qf": 3.0, "setpoint": "centred"}}
     if method == PAPER:
         return {"all layers, q/r 0.1": {"q": 0.1, "qf": 0.1}}
     if method == "proportional":
