@@ -78,6 +78,11 @@ METHODS: Mapping[MethodName, Method] = {
 }
 
 
+def known_method(name: str) -> MethodName | None:
+    """The method of this name, None where there is none."""
+    return next((known for known in METHODS if known == name), None)
+
+
 @dataclass(frozen=True, eq=False)
 class Baseline:
     """Steering of one of `METHODS`, fitted on a model of T blocks of width d. All tensors are float32.
@@ -152,7 +157,7 @@ class Baseline:
         """
         tensors, metadata = read_tensors(path, FORMAT, "steering of a baseline method")
         try:
-            name = next((known for known in METHODS if known == metadata["method"]), None)
+            name = known_method(metadata["method"])
             if name is None:
                 raise ValueError(f"method {metadata['method']!r}")
             method = METHODS[name]

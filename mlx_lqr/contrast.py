@@ -70,8 +70,7 @@ class Contrast:
     @property
     def unit_direction(self) -> Float32:
         """v_k = e_k / mu_k, zero where mu_k is zero: (T, d)"""
-        magnitude = self.magnitude[:, None]
-        return np.divide(self.direction, magnitude, out=np.zeros_like(self.direction), where=magnitude > 0)
+        return unit(self.direction)
 
     @property
     def separation(self) -> Float32:
@@ -100,15 +99,30 @@ def contrast(
         InputError: a set is empty, both sets are the same, a prompt has no tokens or exceeds the model's context, or
             the activations do not tell the sets apart.
     """
-    positive_tokens, negative_tokens = tokenise_sets(model, positive, negative)
-    residuals = model.residuals([*positive_tokens, *negative_tokens], progress=progress)
-    if not np.all(np.isfinite(residuals)):
-        layer = int(np.argwhere(~np.isfinite(residuals))[:, 1].min())
-        raise InputError(f"the activations at layer {layer} are not finite: load the model with dtype float32")
-    count = len(positive_tokens)
-    mean_positive = residuals[:count].mean(axis=0, dtype=np.float64)
-    mean_negative = residuals[count:].mean(axis=0, dtype=np.float64)
-    difference = np.where(_same_multiset(residuals[:count], residuals[count:]), 0.0, mean_positive - mean_negative)
+    return contrast_of(model, *activations(model, *tokenise_sets(model, positive, negative), progress))
+
+
+def activations(
+    model: Model, positive: Sequence[Sequence[int]], negative: Sequence[Sequence[int]], progress: Progress | None = None
+) -> tuple[Float32, Float32]:
+    """z_0..z_T at the last token of each prompt of two sets, as token ids: (n, T + 1, d) and (m, T + 1, d)
+
+    Raises:
+        InputError: values that are not finite.
+    """
+    found = model.residuals([*positive, *negative], progress=progress)
+    check_finite(found)
+    return found[: len(positive)], found[len(positive) :]
+
+
+def contrast_of(model: Model, positive: Float32, negative: Float32) -> Contrast:
+    """The contrast of two sets of prompts from their `activations`.
+
+    Raises:
+        InputError: the activations do not tell the sets apart.
+    """
+    mean_positive, mean_negative = positive.mean(axis=0, dtype=np.float64), negative.mean(axis=0, dtype=np.float64)
+    difference = np.where(_same_multiset(positive, negative), 0.0, mean_positive - mean_negative)
     if not difference[:-1].any():
         raise InputError("the activations of the positive and the negative prompts do not differ")
     return Contrast(
@@ -116,11 +130,24 @@ def contrast(
         mean_negative[:-1].astype(np.float32),
         difference[:-1].astype(np.float32),
         difference[-1].astype(np.float32),
-        (count, len(negative_tokens)),
+        (len(positive), len(negative)),
         model.fingerprint,
         model.name,
-        _spread(residuals[:count], residuals[count:], difference),
+        _spread(positive, negative, difference),
     )
+
+
+def check_finite(found: Float32, what: str = "activations") -> None:
+    """Refuse activations (n, T, ...) that are not finite, and say at which layer."""
+    if not np.all(np.isfinite(found)):
+        layer = int(np.argwhere(~np.isfinite(found))[:, 1].min())
+        raise InputError(f"the {what} at layer {layer} are not finite: load the model with dtype float32")
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Each row of vectors (..., d) at length 1, or zero where it is zero."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
 
 
 def choose_layers(layers: Layers, contrast: Contrast) -> tuple[int, ...]:
@@ -221,11 +248,10 @@ def _spread(positive: Float32, negative: Float32, difference: np.ndarray) -> Flo
     freedom = len(positive) + len(negative) - 2
     if freedom == 0:
         return None
-    length = np.linalg.norm(difference, axis=-1, keepdims=True)
-    unit = np.divide(difference, length, out=np.zeros_like(difference), where=length > 0)
+    directions = unit(difference)
     squares = sum(
         ((feature - feature.mean(axis=0)) ** 2).sum(axis=0)
-        for feature in (np.einsum("nkd,kd->nk", residuals, unit) for residuals in (positive, negative))
+        for feature in (np.einsum("nkd,kd->nk", found, directions) for found in (positive, negative))
     )
     return np.sqrt(squares / freedom).astype(np.float32)
 

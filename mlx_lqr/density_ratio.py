@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_lqr.backends.base import Float32
 from mlx_lqr.baseline import Baseline
+from mlx_lqr.contrast import unit
 from mlx_lqr.errors import InputError
 from mlx_lqr.laws.gradient_flow import OFFSET
 from mlx_lqr.probes import Float64, logistic_regression
@@ -30,12 +31,9 @@ def gradient_flow(blank: Baseline, layer: int, positive: Float32, negative: Floa
         positive, negative: the block's outputs (n, d) and (m, d) at the prompts' last tokens.
 
     Raises:
-        InputError: activations that are not finite, or that do not tell the sets apart.
+        InputError: the activations do not tell the sets apart.
     """
-    rows = np.concatenate([positive, negative]).astype(np.float64)
-    if not np.all(np.isfinite(rows)):
-        raise InputError(f"the activations at layer {layer + 1} are not finite: load the model with dtype float32")
-    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    units = unit(np.concatenate([positive, negative]).astype(np.float64))
     weights = kernel_logistic_regression(
         (units @ units.T + OFFSET) ** 2, np.repeat([1.0, -1.0], [len(positive), len(negative)])
     )

@@ -20,14 +20,25 @@ like A-LQR.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from mlx_lqr.backends.base import Float32, Model, Progress
 from mlx_lqr.baseline import METHODS, Baseline, MethodName
-from mlx_lqr.contrast import Contrast, Layers, Prompt, contrast, separating, tokenise_sets
+from mlx_lqr.contrast import (
+    Contrast,
+    Layers,
+    Prompt,
+    activations,
+    check_finite,
+    contrast_of,
+    separating,
+    tokenise_sets,
+    unit,
+)
 from mlx_lqr.controller import Positions
 from mlx_lqr.density_ratio import gradient_flow
 from mlx_lqr.errors import InputError
@@ -115,15 +126,16 @@ def fit_baseline(
     if method == "iti":
         blocks = check_layers(None if layers == "auto" else layers, T)
         return intervention(model, blank, blocks, *token_sets, heads, progress)
-    found = contrast(model, *token_sets, progress=progress)
+    residuals = activations(model, *token_sets, progress)
+    found = contrast_of(model, *residuals)
     chosen = _separating(method, found) if layers == "auto" else check_layers(layers, T)
     if method in ("mean-act", "linear-act", "pid-act"):
-        return _transport(model, blank, chosen, *token_sets, incremental, progress)
+        steered = partial(model.residuals, token_sets[1], steer_all=blank.positions == "all")
+        return _transport(blank, chosen, *residuals, steered if incremental else None, progress)
     if method == "odesteer":
         if len(chosen) != 1:
             raise InputError("odesteer acts at one layer: choose one, such as --layers 14")
-        outputs = model.residuals([*token_sets[0], *token_sets[1]])[:, chosen[0] + 1]
-        return gradient_flow(blank, chosen[0], outputs[: len(positive)], outputs[len(positive) :])
+        return gradient_flow(blank, chosen[0], *(found[:, chosen[0] + 1] for found in residuals))
     before, after = _directions(found)
     active = np.zeros((T, 1), np.float32)
     active[list(chosen)] = 1
@@ -132,13 +144,13 @@ def fit_baseline(
         tensors = {"shift": (active * after)[:, :, None]}
     elif method == "ablation":
         source = 3 * T // 5 if source_layer is None else source_layer
-        single = _unit(np.vstack([before, after[-1:]])[source])
+        single = unit(np.vstack([before, after[-1:]])[source])
         if not single.any():
             raise InputError(f"layer {source} does not tell the prompts apart: choose another source layer")
         tensors = {"direction": active * single}
     elif method in ("proportional", "spid"):
         measured = before if method == "spid" else after
-        tensors = {"direction": active * _unit(measured), "setpoint": np.linalg.norm(measured, axis=1) * active[:, 0]}
+        tensors = {"direction": active * unit(measured), "setpoint": np.linalg.norm(measured, axis=1) * active[:, 0]}
         if method == "spid":
             tensors["kept"] = (np.arange(T) % RESET_EVERY > 0).astype(np.float32)
     else:
@@ -186,12 +198,6 @@ def _directions(found: Contrast) -> tuple[Float32, Float32]:
     return found.direction, np.vstack([found.direction[1:], found.output_direction[None]])
 
 
-def _unit(vectors: Float32) -> Float32:
-    """Each row at length 1, or zero where it is zero."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
-
-
 def _plane(directions: Float32) -> Float32:
     """An orthonormal basis of the plane of rotation (d, 2), the same for all layers.
 
@@ -202,10 +208,10 @@ def _plane(directions: Float32) -> Float32:
     Raises:
         InputError: the directions of all layers are one, so that there is no plane.
     """
-    unit = _unit(directions).astype(np.float64)
-    unit = unit[unit.any(axis=1)]
-    first = unit[np.argmax((unit @ unit.T).mean(axis=1))]
-    spread = np.linalg.svd(unit - unit.mean(axis=0), full_matrices=False)
+    units = unit(directions).astype(np.float64)
+    units = units[units.any(axis=1)]
+    first = units[np.argmax((units @ units.T).mean(axis=1))]
+    spread = np.linalg.svd(units - units.mean(axis=0), full_matrices=False)
     second = spread[2][0] - (spread[2][0] @ first) * first
     if spread[1][0] < 1e-6 or np.linalg.norm(second) < 1e-6:
         raise InputError("the directions of all layers are the same: there is no plane to rotate in")
@@ -213,25 +219,28 @@ def _plane(directions: Float32) -> Float32:
 
 
 def _transport(
-    model: Model,
     blank: Baseline,
     layers: Sequence[int],
-    positive: Sequence[Sequence[int]],
-    negative: Sequence[Sequence[int]],
-    incremental: bool,
+    target: Float32,
+    source: Float32,
+    steered: Callable[..., Float32] | None,
     progress: Progress | None,
 ) -> Baseline:
-    """Fit the maps from the negative prompts' activations to the positive ones', from the first layer to the last."""
+    """Fit the maps from `source`, the negative prompts' activations (n, T + 1, d), to `target`, the positive ones'
+    (m, T + 1, d), from the first layer to the last.
+
+    Args:
+        steered: (law=) -> the source under a law, where each layer is fitted with those before it steered.
+    """
     T, d = blank.num_layers, blank.hidden_size
-    steer_all = blank.positions == "all"
-    target, source = model.residuals(positive), model.residuals(negative)  # (n, T + 1, d)
     linear = blank.method == "linear-act"
     tensors = {"scale": np.ones((T, d), np.float32), "shift": np.zeros((T, d), np.float32)}
     total, last = np.zeros(d), np.zeros(d)
     fitted = blank
     for done, k in enumerate(layers):
-        if incremental and done:
-            source = model.residuals(negative, law=law_of(fitted), steer_all=steer_all)
+        if steered is not None and done:
+            source = steered(law=law_of(fitted))
+            check_finite(source)
         if linear:
             tensors["scale"][k], tensors["shift"][k] = linear_map(source[:, k + 1], target[:, k + 1])
         else:
@@ -244,8 +253,6 @@ def _transport(
             tensors["shift"][k] = shift
         kept = dict(tensors) if linear else {"shift": tensors["shift"][:, :, None]}
         fitted = replace(blank, tensors=kept, active_layers=tuple(layers[: done + 1]))
-        if not np.all(np.isfinite(tensors["shift"][k])):
-            raise InputError(f"the activations at layer {k + 1} are not finite: load the model with dtype float32")
         if progress:
             progress("Transport", done + 1, len(layers))
     return fitted

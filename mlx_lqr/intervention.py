@@ -21,6 +21,7 @@ import numpy as np
 
 from mlx_lqr.backends.base import Model, Progress
 from mlx_lqr.baseline import Baseline
+from mlx_lqr.contrast import check_finite
 from mlx_lqr.errors import InputError
 from mlx_lqr.probes import held_out
 
@@ -50,9 +51,7 @@ def intervention(
         InputError: fewer heads than are to be chosen, too few prompts to hold some out, or outputs that are not finite.
     """
     outputs = model.head_outputs([*positive, *negative], progress=progress)  # (n, T, H, head_dim)
-    if not np.all(np.isfinite(outputs)):
-        layer = int(np.argwhere(~np.isfinite(outputs))[:, 1].min())
-        raise InputError(f"the attention's output at layer {layer} is not finite: load the model with dtype float32")
+    check_finite(outputs, "outputs of attention heads")
     _, T, H, _ = outputs.shape
     count = max(1, round(HEADS * T * H)) if heads is None else heads
     if heads is not None and heads > len(layers) * H:

@@ -271,6 +271,30 @@ class LawHooks:
         act: (k, z, output) -> output as it is to be, where not all positions are steered; by default the law itself.
     """
 
+    @classmethod
+    def at(cls, law: Law | None, steered: Array, where: Callable[[Array, Array, Array], Array]) -> LawHooks:
+        """The law at the positions of a call that `steered` (B, L, 1) tells, by the backend's `where`."""
+
+        def act(k: int, z: Array, output: Array) -> Array:
+            assert law is not None
+            return where(steered, law(k, z, output), output)
+
+        return cls(law, act)
+
+    @classmethod
+    def beyond(cls, law: Law, first: Callable[[], int], concatenate: Callable[[list[Array], int], Array]) -> LawHooks:
+        """The law from position `first()` of a call on, by the backend's `concatenate` of arrays along an axis."""
+
+        def act(k: int, z: Array, output: Array) -> Array:
+            unsteered = first()
+            if unsteered >= z.shape[1]:
+                return output
+            if unsteered == 0:
+                return law(k, z, output)
+            return concatenate([output[:, :unsteered], law(k, z[:, unsteered:], output[:, unsteered:])], 1)
+
+        return cls(law, act)
+
     def __init__(self, law: Law | None, act: Callable[[int, Array, Array], Array] | None = None) -> None:
         layers = tuple(law.layers) if law is not None else ()
         inside = law is not None and law.site == "attention"
@@ -300,6 +324,16 @@ def fingerprint_of(model: Model, norms: Iterable[tuple[str, bytes]]) -> str:
     for _, weight in sorted(norms):
         digest.update(weight)
     return digest.hexdigest()[:16]
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
+    """The prompts at one length, and where the last token of each is.
+
+    They are padded on the right, where causal attention keeps the padding away from every real token and each real
+    token keeps its position.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    return [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], [len(prompt) - 1 for prompt in prompts]
 
 
 def in_batches(

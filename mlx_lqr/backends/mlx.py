@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from mlx_lqr.backends.base import (
     Stretches,
     fingerprint_of,
     in_batches,
+    padded,
     restart,
 )
 from mlx_lqr.backends.mlx_blocks import TANGENTS, differentiable, hooked, output_projection, refuse_hooked
@@ -234,8 +235,7 @@ class MLXModel:
 
         placed = law.place(evaluated, mx.addmm)
         positions = mlx_lm_calls.Positions(steer_all)
-
-        steering = _from_position(placed, lambda: positions.unsteered)
+        steering = LawHooks.beyond(placed, lambda: positions.unsteered, mx.concatenate)
 
         def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
             if k == 0:
@@ -266,36 +266,11 @@ class MLXModel:
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[mx.array, mx.array, mx.array]:
-    """Tokens (B, L), the rows' numbers (B,) and where each prompt's last token is (B,).
-
-    Prompts are padded on the right, where causal attention keeps the padding away from every real token and each real
-    token keeps its position.
-    """
-    width = max(len(prompt) for prompt in prompts)
-    tokens = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-    return tokens, mx.arange(len(prompts)), mx.array([len(prompt) - 1 for prompt in prompts])
+    """Tokens (B, L) as `padded` makes them, the rows' numbers (B,) and where each prompt's last token is (B,)."""
+    tokens, last = padded(prompts)
+    return mx.array(tokens), mx.arange(len(prompts)), mx.array(last)
 
 
 def _from_positions(law: Law | None, first: mx.array | int, tokens: mx.array) -> LawHooks:
     """The law from positions `first` (B, 1) of tokens (B, L) on."""
-    steered = (mx.arange(tokens.shape[1])[None] >= first)[..., None]
-
-    def act(k: int, z: mx.array, output: mx.array) -> mx.array:
-        assert law is not None
-        return mx.where(steered, law(k, z, output), output)
-
-    return LawHooks(law, act)
-
-
-def _from_position(law: Law, first: Callable[[], int]) -> LawHooks:
-    """The law from position `first()` of a call on."""
-
-    def act(k: int, z: mx.array, output: mx.array) -> mx.array:
-        unsteered = first()
-        if unsteered >= z.shape[1]:
-            return output
-        if unsteered == 0:
-            return law(k, z, output)
-        return mx.concatenate([output[:, :unsteered], law(k, z[:, unsteered:], output[:, unsteered:])], axis=1)
-
-    return LawHooks(law, act)
+    return LawHooks.at(law, (mx.arange(tokens.shape[1])[None] >= first)[..., None], mx.where)

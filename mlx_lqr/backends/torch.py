@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from mlx_lqr.backends.base import (
     Stretches,
     fingerprint_of,
     in_batches,
+    padded,
     restart,
 )
 from mlx_lqr.backends.model_folder import read_config
@@ -106,8 +107,8 @@ class TorchModel:
     def _residuals_of_batch(self, prompts: list[Sequence[int]], law: Law | None, steer_all: bool) -> Float32:
         """(B, T + 1, d)"""
         restart(law)
-        padded, rows, last = self._padded(prompts)
-        steering = self._from_positions(law, 0 if steer_all else last[:, None], padded)
+        tokens, rows, last = self._padded(prompts)
+        steering = self._from_positions(law, 0 if steer_all else last[:, None], tokens)
         recorded: list[torch.Tensor] = []
 
         def record(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
@@ -118,7 +119,7 @@ class TorchModel:
             return output
 
         with hooked(self.blocks, record, range(self.num_layers), steering):
-            self._whole(padded, self.module.base_model)
+            self._whole(tokens, self.module.base_model)
         return torch.stack(recorded, dim=1).float().cpu().numpy()
 
     def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
@@ -128,7 +129,7 @@ class TorchModel:
     @memory_for("the activations", _SHORTER)
     def _head_outputs_of_batch(self, prompts: list[Sequence[int]]) -> Float32:
         """(B, T, heads, head_dim)"""
-        padded, rows, last = self._padded(prompts)
+        tokens, rows, last = self._padded(prompts)
         recorded: list[torch.Tensor] = []
 
         def record(k: int, heads: torch.Tensor, call: BlockCall) -> torch.Tensor:
@@ -136,7 +137,7 @@ class TorchModel:
             return call(heads)
 
         with hooked([output_projection(block) for block in self.blocks], record, range(self.num_layers)):
-            self._whole(padded, self.module.base_model)
+            self._whole(tokens, self.module.base_model)
         stacked = torch.stack(recorded, dim=1).float().cpu().numpy()
         return stacked.reshape(*stacked.shape[:2], int(self.module.config.num_attention_heads), -1)
 
@@ -183,9 +184,9 @@ class TorchModel:
                     (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))
                 )
                 continue
-            padded, _, _ = self._padded(asked.sequences)
+            tokens, _, _ = self._padded(asked.sequences)
             rows, positions = self._tensor(asked.rows), self._tensor(asked.positions)
-            steering = self._from_positions(placed, 0 if steer_all else self._tensor(asked.first)[:, None], padded)
+            steering = self._from_positions(placed, 0 if steer_all else self._tensor(asked.first)[:, None], tokens)
 
             def gather(_: int, z: torch.Tensor, call: BlockCall, at: Any = (rows, positions)) -> torch.Tensor:
                 return call(z[at][None])  # the head is a large matrix, and few positions are asked for
@@ -193,12 +194,11 @@ class TorchModel:
             layers = placed.layers if placed is not None else ()
             norm = self.module.base_model.norm
             with hooked([norm], gather, [0]), hooked(self.blocks, steering.block, layers, steering):
-                logits = self._whole(padded, self.module).logits[0].float()
+                logits = self._whole(tokens, self.module).logits[0].float()
             yield from zip(batch, logits.split(asked.counts), strict=True)
 
-    def _whole(self, prompts: Sequence[Sequence[int]], module: Any) -> Any:
-        """What the model, or a part of it, makes of prompts of one length in one pass without a cache."""
-        tokens = self._tensor(prompts)
+    def _whole(self, tokens: torch.Tensor, module: Any) -> Any:
+        """What the model, or a part of it, makes of tokens (B, L) in one pass without a cache."""
         options: dict[str, Any] = {
             "input_ids": tokens,
             "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self._device),  # see TorchDecoder
@@ -253,8 +253,7 @@ class TorchModel:
         placed = self.place(law)
         assert placed is not None
         positions = Positions(steer_all)
-
-        steering = _from_position(placed, lambda: positions.unsteered)
+        steering = LawHooks.beyond(placed, lambda: positions.unsteered, torch.cat)
         layers = sorted({0, *placed.layers})  # the first one too, which tells our own functions
         with announcing_prompts(self.module, positions), hooked(self.blocks, steering.block, layers, steering):
             yield
@@ -268,26 +267,15 @@ class TorchModel:
     def _array(self, values: np.ndarray) -> torch.Tensor:
         return torch.tensor(values, device=self._device).to(self._dtype)
 
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
-        """Prompts of one length, the rows' numbers (B,) and where each prompt's last token is (B,).
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens (B, L) as `padded` makes them, the rows' numbers (B,) and where each prompt's last token is (B,)."""
+        tokens, last = padded(prompts)
+        return self._tensor(tokens), torch.arange(len(prompts), device=self._device), self._tensor(last)
 
-        They are padded on the right, where causal attention keeps the padding away from every real token and each real
-        token keeps its position.
-        """
-        width = max(len(prompt) for prompt in prompts)
-        last = self._tensor([len(prompt) - 1 for prompt in prompts])
-        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
-        return padded, torch.arange(len(prompts), device=self._device), last
-
-    def _from_positions(self, law: Law | None, first: torch.Tensor | int, padded: Sequence[Sequence[int]]) -> LawHooks:
-        """The law from positions `first` (B, 1) of prompts of one length on."""
-        steered = (torch.arange(len(padded[0]), device=self._device)[None] >= first)[..., None]
-
-        def act(k: int, z: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-            assert law is not None
-            return torch.where(steered, law(k, z, output), output)
-
-        return LawHooks(law, act)
+    def _from_positions(self, law: Law | None, first: torch.Tensor | int, tokens: torch.Tensor) -> LawHooks:
+        """The law from positions `first` (B, 1) of tokens (B, L) on."""
+        positions = torch.arange(tokens.shape[1], device=self._device)[None]
+        return LawHooks.at(law, (positions >= first)[..., None], torch.where)
 
     def _tensor(self, numbers: Any) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self._device)
@@ -307,17 +295,3 @@ def _add_product(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
     """c + a @ b in one operation, for any number of leading dimensions of a and as many, or none, of c."""
     product = torch.addmm(c.reshape(-1, c.shape[-1]), a.reshape(-1, a.shape[-1]), b)
     return product.view(*a.shape[:-1], b.shape[-1])
-
-
-def _from_position(law: Law, first: Callable[[], int]) -> LawHooks:
-    """The law from position `first()` of a call on."""
-
-    def act(k: int, z: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        unsteered = first()
-        if unsteered >= z.shape[1]:
-            return output
-        if unsteered == 0:
-            return law(k, z, output)
-        return torch.cat([output[:, :unsteered], law(k, z[:, unsteered:], output[:, unsteered:])], dim=1)
-
-    return LawHooks(law, act)

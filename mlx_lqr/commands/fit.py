@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from mlx_lqr.atomic import check_writable
-from mlx_lqr.baseline import METHODS, MethodName
+from mlx_lqr.baseline import METHODS, MethodName, known_method
 from mlx_lqr.commands.options import Loading, loading_options, model_argument, parse_layers, progress_bars
 from mlx_lqr.contrast import bundled_prompts, read_prompts
 from mlx_lqr.controller import Cost, Positions, Setpoint
@@ -129,7 +129,7 @@ def fit(
     check_writable(output)
     chosen = parse_layers(layers)
     name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
-    known = next((known for known in METHODS if known == method), None)
+    known = known_method(method)
     _refuse_options_of_others(_OF_BASELINES if known is None else _OF_ALQR, method)
     if known is not None:
         options: dict[str, Any] = {

@@ -12,7 +12,7 @@ import click
 from mlx_lqr.analysis.results import as_json
 from mlx_lqr.atomic import check_writable
 from mlx_lqr.backends.base import Model, Progress
-from mlx_lqr.baseline import METHODS, MethodName
+from mlx_lqr.baseline import METHODS, known_method
 from mlx_lqr.commands.evaluate import going_on_later
 from mlx_lqr.commands.fit import contrast_prompts, say_how_to_use
 from mlx_lqr.commands.options import parse_strengths, progress_bars
@@ -25,7 +25,7 @@ from mlx_lqr.linearize import Jacobians, linearize
 from mlx_lqr.tasks.concept import bundled_openings
 from mlx_lqr.tasks.run import digest
 from mlx_lqr.tasks.spaces import STRENGTHS, alqr_space, baseline_space
-from mlx_lqr.tasks.tuning import DAMAGE, Space, Trial, Tuned, check_limit, tune
+from mlx_lqr.tasks.tuning import DAMAGE, Trial, Tuned, check_limit, tune
 
 
 @click.group("tune")
@@ -54,12 +54,12 @@ def _run(
     at_most: float | None,
     evaluations: int,
 ) -> None:
-    name, *prompts = contrast_prompts(concept, positive, negative)
+    name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
     wanted: Request = request(concepts=[name])
     unjudged = wanted.check()
     limit = check_limit(unjudged, control or unjudged.control, damage, at_most)
     between = _between(strengths)
-    known = next((known for known in METHODS if known == method), None)
+    known = known_method(method)
     if known is not None and jacobians is not None:
         raise InputError(f"--jacobians is not for the method {method}: leave it out")
     if jacobian_prompts < 1:
@@ -70,10 +70,18 @@ def _run(
     with going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
         if known is not None:
-            space = _baseline_space(model, known, prompts, name, positions, between)
+            space = baseline_space(
+                model,
+                known,
+                positive_prompts,
+                negative_prompts,
+                concept=name,
+                positions=positions,
+                strengths=between,
+            )
         else:
-            found = contrast(model, *prompts, progress=progress)
-            stored = stored or _jacobians(model, prompts[0][:jacobian_prompts], folder, progress)
+            found = contrast(model, positive_prompts, negative_prompts, progress=progress)
+            stored = stored or _jacobians(model, positive_prompts[:jacobian_prompts], folder, progress)
             space = alqr_space(
                 model, found, stored, concept=name, positions=positions or "last", strengths=between or STRENGTHS
             )
@@ -103,17 +111,6 @@ def _between(strengths: str | None) -> tuple[float, float] | None:
     if len(found) != 2 or found[0] == found[1]:
         raise InputError(f"--strengths must be two different numbers such as 0,6, not {strengths!r}")
     return found[0], found[1]
-
-
-def _baseline_space(
-    model: Model,
-    method: MethodName,
-    prompts: list[list[str]],
-    concept: str,
-    positions: Positions | None,
-    strengths: tuple[float, float] | None,
-) -> Space:
-    return baseline_space(model, method, *prompts, concept=concept, positions=positions, strengths=strengths)
 
 
 def _jacobians(model: Model, prompts: list[str], folder: Path, progress: Progress) -> Jacobians:

@@ -116,12 +116,8 @@ class Capability:
 
     def rows(self, steered: Steered, indices: range) -> list[Row]:
         asked = [self.questions[i] for i in indices]
-        return [
-            self._row(question, scores)
-            for question, scores in zip(
-                asked, steered.scores([(one.prompt, one.answers) for one in asked]), strict=True
-            )
-        ]
+        scores = steered.scores([(one.prompt, one.answers) for one in asked])
+        return [self._row(*found) for found in zip(asked, scores, strict=True)]
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
         groups = [row["index"] for row in rows]

@@ -27,7 +27,7 @@ from mlx_lqr.loading import resolve
 from mlx_lqr.runtime import steer
 from mlx_lqr.tasks.records import Records, Row
 from mlx_lqr.tasks.run import digest
-from mlx_lqr.tasks.steering import Steering
+from mlx_lqr.tasks.steering import Steering, check_strengths
 
 if TYPE_CHECKING:
     from mlx_lqr.backends.mlx_lm_eval import Evaluator
@@ -94,11 +94,7 @@ def evaluate(
             task that lm-eval refuses, an output of other settings, or a strength at which activations overflow.
     """
     settings = settings or Settings()
-    wanted = list(dict.fromkeys(float(strength) for strength in strengths))
-    if steering is None and any(wanted):
-        raise InputError("there is nothing to steer with: give a controller, or strength 0 alone")
-    if steering is not None:
-        steering.controller.check_model(evaluator.model)
+    wanted = check_strengths(evaluator.model, steering, strengths)
     records = Records(_describe(evaluator, tasks, steering, settings), output)
     runs = [(strength, name) for strength in wanted for name in tasks.loaded]
     for done, (strength, name) in enumerate(runs):

@@ -16,10 +16,9 @@ from os import PathLike
 from typing import Any, Protocol
 
 from mlx_lqr.backends.base import Model, Progress
-from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, difference, estimate
 from mlx_lqr.tasks.records import CHUNK, Records, Row
-from mlx_lqr.tasks.steering import Steered, Steering
+from mlx_lqr.tasks.steering import Steered, Steering, check_strengths
 
 
 class Part(Protocol):
@@ -124,11 +123,7 @@ def evaluate(
         InputError: a controller of another model, a strength other than 0 without steering, an output of other
             settings, or a strength at which activations overflow (what was measured before is kept).
     """
-    wanted = list(dict.fromkeys(float(strength) for strength in strengths))
-    if steering is None and any(wanted):
-        raise InputError("there is nothing to steer with: give a controller, or strength 0 alone")
-    if steering is not None:
-        steering.controller.check_model(model)
+    wanted = check_strengths(model, steering, strengths)
     records = Records(describe(model, task, steering, loading), output)
     total = sum(len(part) for part in task.parts)
     for strength in wanted:

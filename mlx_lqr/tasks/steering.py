@@ -18,7 +18,7 @@ from mlx_lqr import baseline
 from mlx_lqr.backends.base import Continued, Float32, Law, Model
 from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.controller import Controller
-from mlx_lqr.errors import OverflowingError
+from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.runtime import Options, batch_stream
 from mlx_lqr.runtime.generate import adapts, feedback, only_controller
 from mlx_lqr.synthesis import readapted
@@ -90,6 +90,20 @@ def load_steering(files: Sequence[tuple[str, float]], name: str | None = None) -
     controller = baseline.combine([one for one, _ in loaded])
     shares = tuple(share for one, share in loaded for _ in one.concepts)
     return Steering(name or "+".join(Path(path).stem for path, _ in files), controller, shares)
+
+
+def check_strengths(model: Model, steering: Steering | None, strengths: Sequence[float]) -> list[float]:
+    """Each of the strengths once.
+
+    Raises:
+        InputError: a controller of another model, or a strength other than 0 without steering.
+    """
+    wanted = list(dict.fromkeys(float(strength) for strength in strengths))
+    if steering is None and any(wanted):
+        raise InputError("there is nothing to steer with: give a controller, or strength 0 alone")
+    if steering is not None:
+        steering.controller.check_model(model)
+    return wanted
 
 
 @dataclass(frozen=True, eq=False)
