@@ -185,7 +185,9 @@ def smollm2(device: str, tokens: int, rounds: int) -> None:
     models["torch"] = mlx_lqr.load("demo", backend="torch", device=device, dtype=dtype)
     prompt = models["torch"].tokenizer.encode(PROMPT)
     positive, negative = mlx_lqr.bundled_prompts("ocean")
-    controller = mlx_lqr.fit(models["torch"], positive[:20], negative[:20], cost="feature", jacobian_prompts=1)
+    controller = mlx_lqr.fit(
+        models["torch"], positive[:20], negative[:20], layers="all", cost="feature", jacobian_prompts=1
+    )
     for model in models.values():
         model.tokenizer.end_tokens = frozenset()  # nobody stops early
     decoding(models, prompt, controller, tokens, rounds)
@@ -232,7 +234,7 @@ def eight_billion(device: str, tokens: int, rounds: int) -> None:
     blocks = sum(weight.numel() for block in model.blocks for weight in block.parameters())
     say("weights", weights / 1e9, "GB")
     prompt = np.random.default_rng(0).integers(0, 100_000, 32).tolist()
-    controller = mlx_lqr.fit(model, [prompt], [prompt[::-1]], cost="feature", jacobian_prompts=1)
+    controller = mlx_lqr.fit(model, [prompt], [prompt[::-1]], layers="all", cost="feature", jacobian_prompts=1)
     torch.cuda.reset_peak_memory_stats()
     decoding({"torch": model}, prompt, controller, tokens, rounds)
     say("floor of a token: the weights read once", 1e3 * weights / memory_rate, "ms")

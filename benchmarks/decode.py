@@ -37,7 +37,9 @@ def pace(stream: Iterable[Any]) -> float:
 
 def fitted(model: MLXModel, concept: str) -> mlx_lqr.Controller:
     positive, negative = mlx_lqr.bundled_prompts(concept)
-    return mlx_lqr.fit(model, positive[:20], negative[:20], concept=concept, cost="feature", jacobian_prompts=1)
+    return mlx_lqr.fit(
+        model, positive[:20], negative[:20], concept=concept, layers="all", cost="feature", jacobian_prompts=1
+    )
 
 
 def contenders(model: MLXModel, tokens: int) -> dict[str, Stream]:

@@ -262,11 +262,11 @@ def main(rounds: int, torch: bool, with_scaling: bool) -> None:
 
     unit = 8 * model.hidden_size**2 / 1e6
     caches = sum(point.nbytes for point in traces(model, positive[:8])) / 1e6
-    used = peak_megabytes(lambda: mlx_lqr.fit(model, positive[:8], negative[:8])) - caches
+    used = peak_megabytes(lambda: mlx_lqr.fit(model, positive[:8], negative[:8], layers="all")) - caches
     say("peak memory of fit, 8 + 8 prompts", used, "MB")
     say("  in (d, d) float64 matrices", used / unit, "", f"below 12, beside {caches:.1f} MB of prompts' caches")
 
-    (again,) = in_turn(rounds, lambda: mlx_lqr.fit(model, positive, negative, jacobians=stored))
+    (again,) = in_turn(rounds, lambda: mlx_lqr.fit(model, positive, negative, layers="all", jacobians=stored))
     say("a new concept, 120 prompts, stored Jacobians", statistics.median(again), "s", "below 15")
     prompts = [model.tokenizer.encode(text) for text in positive + negative]
     one_by_one, batched = in_turn(
@@ -275,9 +275,9 @@ def main(rounds: int, torch: bool, with_scaling: bool) -> None:
     say("activations of 120 prompts, one by one / batched", ratio(one_by_one, batched), "x", "at least 2")
 
     contrast = mlx_lqr.contrast(model, positive[:20], negative[:20])
-    (adapting,) = in_turn(2 * rounds, lambda: adapt(model, contrast, positive[0]))
+    (adapting,) = in_turn(2 * rounds, lambda: adapt(model, contrast, positive[0], layers="all"))
     say("feature cost at one prompt, forward included", statistics.median(adapting), "s", "below 0.3")
-    used = peak_megabytes(lambda: adapt(model, contrast, positive[0]))
+    used = peak_megabytes(lambda: adapt(model, contrast, positive[0], layers="all"))
     say("  its memory", used, "MB", f"= {used / unit:.1f} (d, d) float64 matrices")
     if with_scaling:
         scaling()

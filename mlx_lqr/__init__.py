@@ -12,7 +12,14 @@ from mlx_lqr.backends import blas
 blas.preload()  # before anything imports mlx.core
 
 from mlx_lqr.baseline import METHODS, Baseline, load_steering  # noqa: E402
-from mlx_lqr.contrast import Contrast, bundled_concepts, bundled_prompts, contrast, read_prompts  # noqa: E402
+from mlx_lqr.contrast import (  # noqa: E402
+    Contrast,
+    bundled_concepts,
+    bundled_prompts,
+    choose_layers,
+    contrast,
+    read_prompts,
+)
 from mlx_lqr.controller import Controller, compile  # noqa: E402
 from mlx_lqr.errors import InputError  # noqa: E402
 from mlx_lqr.fitting import fit_baseline  # noqa: E402
@@ -39,6 +46,7 @@ __all__ = [
     "batch_stream",
     "bundled_concepts",
     "bundled_prompts",
+    "choose_layers",
     "compile",
     "contrast",
     "fit",

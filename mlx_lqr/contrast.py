@@ -27,8 +27,8 @@ from mlx_lqr.riccati import check_layers
 
 Prompt = str | Sequence[int]
 """Text (tokenised as it is, no chat template) or token ids."""
-Layers = Iterable[int] | Literal["auto"] | None
-"""Where to steer: these layers, those that tell the prompts apart ("auto", see `choose_layers`), or the default."""
+Layers = Iterable[int] | Literal["auto", "all"] | None
+"""Where to steer: these layers, those that tell the prompts apart ("auto", `choose_layers`), all, or the default."""
 
 SEPARATING = 0.8
 """With layers="auto" a layer is controlled whose separation is this share of the best one's. SmolLM2: 24 to 29 of 30
@@ -151,14 +151,21 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def choose_layers(layers: Layers, contrast: Contrast) -> tuple[int, ...]:
-    """The layers to control; "auto": where the separation is at least `SEPARATING` times that of the best layer.
+    """The layers to control.
+
+    Args:
+        layers: "auto": where the separation is at least `SEPARATING` times that of the best layer. None is "auto" too,
+            but for two single prompts, which leave the separation open: the last third, where steering costs least.
 
     Raises:
         InputError: no layers, none of the model's, or sets too small for "auto".
     """
-    if layers != "auto":
-        return check_layers(layers, len(contrast.direction))
-    return separating(contrast.separation[:-1])
+    T = len(contrast.direction)
+    if layers is None and contrast.spread is None:
+        layers = range(2 * T // 3, T)
+    if layers is None or (isinstance(layers, str) and layers == "auto"):
+        return separating(contrast.separation[:-1])
+    return check_layers(layers, T)
 
 
 def separating(separation: Float32) -> tuple[int, ...]:

@@ -228,7 +228,7 @@ def compile(
     concept: str = "concept",
     *,
     positions: Positions = "last",
-    setpoint: Setpoint = "paper",
+    setpoint: Setpoint = "centred",
 ) -> Controller:
     """Reduce gains and a contrast to a controller: v_k, g_k = K_k v_k and the linear feature setpoint (`Setpoint`).
 
@@ -250,7 +250,7 @@ def assemble(
     concept: str,
     positions: Positions,
     cost: Cost = "state",
-    setpoint: Setpoint = "paper",
+    setpoint: Setpoint = "centred",
 ) -> Controller:
     """A controller of one concept from g_k = K_k v_k (T, d) (zero at layers without control)."""
     check_choice("positions", positions, Positions)

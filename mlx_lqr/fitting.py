@@ -81,7 +81,7 @@ def fit_baseline(
         method: one of `METHODS`.
         positive, negative: prompts with and without the concept; strings or token ids.
         concept: the name under which the steering goes.
-        layers: the blocks whose output is changed, or from whose heads iti may choose; by default all, and for
+        layers: the blocks whose output is changed, or from whose heads iti may choose; by default "all", and for
             `MIDDLE_ALONE` the middle one. "auto": those where what the method measures tells the prompts apart
             (`contrast.choose_layers`); of these, for `MIDDLE_ALONE`, the best; for iti, whose probes choose, all.
         positions: "last" steers the last prompt token and every generated one, "all" every prompt token too; by default
@@ -105,8 +105,8 @@ def fit_baseline(
         method, numbers or {}, source_layer=source_layer, incremental=incremental, heads=heads
     )
     T = model.num_layers
-    if layers != "auto":
-        layers = check_layers([T // 2] if method in MIDDLE_ALONE and layers is None else layers, T)
+    automatic = isinstance(layers, str) and layers == "auto"
+    given = () if automatic else check_layers([T // 2] if method in MIDDLE_ALONE and layers is None else layers, T)
     if source_layer is not None and not 0 <= source_layer <= T:
         raise InputError(f"source_layer must be between 0 and {T}, not {source_layer}")
     blank = Baseline(
@@ -124,11 +124,10 @@ def fit_baseline(
     )
     token_sets = tokenise_sets(model, positive, negative)
     if method == "iti":
-        blocks = check_layers(None if layers == "auto" else layers, T)
-        return intervention(model, blank, blocks, *token_sets, heads, progress)
+        return intervention(model, blank, given or check_layers("all", T), *token_sets, heads, progress)
     residuals = activations(model, *token_sets, progress)
     found = contrast_of(model, *residuals)
-    chosen = _separating(method, found) if layers == "auto" else check_layers(layers, T)
+    chosen = _separating(method, found) if automatic else given
     if method in ("mean-act", "linear-act", "pid-act"):
         steered = partial(model.residuals, token_sets[1], steer_all=blank.positions == "all")
         return _transport(blank, chosen, *residuals, steered if incremental else None, progress)

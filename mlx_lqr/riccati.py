@@ -26,14 +26,17 @@ from mlx_lqr.errors import InputError
 
 Product = Callable[[int, Matrix], Matrix]
 
+WEIGHT = 3.0
+"""q/r and qf/r where nothing is said. The paper's 0.1 controls less at the same damage (docs/comparison.md)."""
+
 
 @dataclass(frozen=True)
 class Weights:
     """The weights of the cost: q on the state, r on the control, qf on the final state."""
 
-    q: float = 0.1
+    q: float = WEIGHT
     r: float = 1.0
-    qf: float = 0.1
+    qf: float = WEIGHT
 
     def __post_init__(self) -> None:
         for name, value in (("q", self.q), ("r", self.r), ("qf", self.qf)):
@@ -71,9 +74,9 @@ class Gains(Sequence[Matrix]):
 
 def solve(
     jacobians: Sequence[Matrix],
-    q: float = 0.1,
+    q: float = WEIGHT,
     r: float = 1.0,
-    qf: float = 0.1,
+    qf: float = WEIGHT,
     *,
     layers: Iterable[int] | None = None,
     dtype: DTypeLike = np.float64,
@@ -219,12 +222,12 @@ def _controlled(S: Any, r: float, layer: int, algebra: LinearAlgebra, dtype: DTy
 
 
 def check_layers(layers: Iterable[int] | str | None, T: int) -> tuple[int, ...]:
-    """`layers` as a sorted tuple of distinct indices below T; negative ones count from the end, None means all."""
-    if layers is None:
-        return tuple(range(T))
+    """`layers` as a sorted tuple of distinct indices below T: negative ones count from the end; None, "all": all."""
     if isinstance(layers, str):
+        if layers == "all":
+            return tuple(range(T))
         raise InputError(f"layers must be numbers such as range(20, 30), not {layers!r}")
-    chosen = sorted({k + T if k < 0 else k for k in layers})
+    chosen = sorted({k + T if k < 0 else k for k in (range(T) if layers is None else layers)})
     if not chosen:
         raise InputError("no layers to control: name at least one")
     if chosen[0] < 0 or chosen[-1] >= T:

@@ -13,7 +13,7 @@ from mlx_lqr.contrast import Contrast, Layers, Prompt, choose_layers, contrast, 
 from mlx_lqr.controller import Controller, Cost, Positions, Setpoint, assemble, check_choice
 from mlx_lqr.errors import InputError
 from mlx_lqr.linearize import Jacobians, stream_jacobians, traces
-from mlx_lqr.riccati import Product, Weights, check_layers, feature_sweep, sweep
+from mlx_lqr.riccati import WEIGHT, Product, Weights, check_layers, feature_sweep, sweep
 
 
 def fit(
@@ -22,12 +22,12 @@ def fit(
     negative: Sequence[Prompt],
     *,
     concept: str = "concept",
-    q: float = 0.1,
+    q: float = WEIGHT,
     r: float = 1.0,
-    qf: float = 0.1,
+    qf: float = WEIGHT,
     layers: Layers = None,
     cost: Cost = "state",
-    setpoint: Setpoint = "paper",
+    setpoint: Setpoint = "centred",
     positions: Positions = "last",
     jacobian_prompts: int = 8,
     jacobians: Jacobians | None = None,
@@ -43,11 +43,12 @@ def fit(
         positive, negative: prompts with and without the concept; strings or token ids.
         concept: the name under which the controller goes.
         q, r, qf: weights of state, control and final state; only q/r and qf/r matter. Larger q/r steers harder.
-        layers: where control may act; default everywhere. "auto": where the feature tells the prompts apart
-            (`contrast.choose_layers`).
+        layers: where control may act; by default "auto", where the feature tells the prompts apart, or the last third
+            of the layers for two single prompts, which leave that open (`choose_layers`). "all": every layer.
         cost: "state" penalises any error of the state, "feature" that of the concept's feature alone (much cheaper);
             "adaptive" does the same, and our own decoding then makes the gains anew at every prompt.
-        setpoint: "paper" asks for strength x mu_k, "centred" counts from the level of the negative prompts.
+        setpoint: "centred" counts from the level of the negative prompts (strength 0) to that of the positive ones (1);
+            "paper" asks for strength x mu_k, counted from zero.
         positions: "last" steers the last prompt token and every generated token, "all" every prompt token too.
         jacobian_prompts: how many of the positive prompts to linearise at.
         jacobians: Jacobians of this model made before by `linearize`; then no prompt is linearised at.
@@ -94,12 +95,12 @@ def solve_controller(
     jacobians: Jacobians,
     *,
     concept: str = "concept",
-    q: float = 0.1,
+    q: float = WEIGHT,
     r: float = 1.0,
-    qf: float = 0.1,
+    qf: float = WEIGHT,
     layers: Layers = None,
     cost: Cost = "state",
-    setpoint: Setpoint = "paper",
+    setpoint: Setpoint = "centred",
     positions: Positions = "last",
     algebra: LinearAlgebra | None = None,
 ) -> Controller:
@@ -132,11 +133,11 @@ def adapt(
     prompt: Prompt,
     *,
     name: str = "concept",
-    q: float = 0.1,
+    q: float = WEIGHT,
     r: float = 1.0,
-    qf: float = 0.1,
+    qf: float = WEIGHT,
     layers: Layers = None,
-    setpoint: Setpoint = "paper",
+    setpoint: Setpoint = "centred",
     positions: Positions = "last",
 ) -> Controller:
     """A controller linearised at the last token of the very prompt that it is to steer (feature cost).
@@ -173,7 +174,7 @@ def _check_options(T: int, layers: Layers, cost: Cost, setpoint: Setpoint, posit
     check_choice("cost", cost, Cost)
     check_choice("setpoint", setpoint, Setpoint)
     check_choice("positions", positions, Positions)
-    return layers if layers == "auto" else check_layers(layers, T)
+    return layers if layers is None or (isinstance(layers, str) and layers == "auto") else check_layers(layers, T)
 
 
 def _state_feedback(

@@ -27,7 +27,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 @pytest.fixture(scope="module")
 def adaptive(model: Model) -> Controller:
-    return mlx_lqr.fit(model, POSITIVE, NEGATIVE, concept="one", cost="adaptive", q=3.0, qf=3.0)
+    return mlx_lqr.fit(model, POSITIVE, NEGATIVE, concept="one", cost="adaptive", q=3.0, qf=3.0, layers="all")
 
 
 def tokens(model: Model, prompt: list[int], controller: Controller, **options: bool) -> list[int | None]:
@@ -36,7 +36,7 @@ def tokens(model: Model, prompt: list[int], controller: Controller, **options: b
 
 
 def test_the_stored_gains_are_those_of_the_feature_cost(model: Model, adaptive: Controller, tmp_path: Path) -> None:
-    feature = mlx_lqr.fit(model, POSITIVE, NEGATIVE, concept="one", cost="feature", q=3.0, qf=3.0)
+    feature = mlx_lqr.fit(model, POSITIVE, NEGATIVE, concept="one", cost="feature", q=3.0, qf=3.0, layers="all")
     assert np.array_equal(adaptive.gain, feature.gain)
     adaptive.save(tmp_path / "one")
     assert Controller.load(tmp_path / "one").cost == "adaptive"

@@ -32,7 +32,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def controller_for(model: Model, **options: Any) -> mlx_lqr.Controller:
-    return mlx_lqr.fit(model, POSITIVE, NEGATIVE, q=1.0, **options)
+    return mlx_lqr.fit(model, POSITIVE, NEGATIVE, q=1.0, **{"layers": "all", **options})
 
 
 def law_for(model: Model, strength: float = 2.0) -> LinearFeedback:
@@ -136,8 +136,12 @@ def test_a_controller_of_one_backend_is_that_of_another(backend: str, cost: Any,
 def test_jacobians_of_one_backend_are_stored_for_another(backend: str, tmp_path: Path) -> None:
     model, other = tiny_on("mlx", "qwen3"), tiny_on(backend, "qwen3")
     stored = mlx_lqr.linearize(other, [PROMPT, PROMPT[:3]], store=tmp_path / "jacobians")
-    controller = mlx_lqr.fit(model, POSITIVE, NEGATIVE, jacobians=mlx_lqr.Jacobians.load(tmp_path / "jacobians"))
-    direct = mlx_lqr.fit(model, POSITIVE, NEGATIVE, jacobians=mlx_lqr.linearize(model, [PROMPT, PROMPT[:3]]))
+    controller = mlx_lqr.fit(
+        model, POSITIVE, NEGATIVE, jacobians=mlx_lqr.Jacobians.load(tmp_path / "jacobians"), layers="all"
+    )
+    direct = mlx_lqr.fit(
+        model, POSITIVE, NEGATIVE, jacobians=mlx_lqr.linearize(model, [PROMPT, PROMPT[:3]]), layers="all"
+    )
     assert stored.prompt_count == 2
     assert relative(controller.gain, direct.gain) < 1e-4
 

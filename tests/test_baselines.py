@@ -438,7 +438,7 @@ def test_vectors_are_added_up_and_other_methods_are_refused_by_name() -> None:
     expected = 2 * one.tensors["shift"][0, :, 0] + 0.5 * two.tensors["shift"][0, :, 0]
     assert np.allclose(law(0, y, y)[0, 0], expected, atol=1e-6)
     assert [part.concepts for part in both.split()] == [("a",), ("b",)]
-    controller = mlx_lqr.fit(model, POSITIVE, NEGATIVE, concept="c", cost="feature")
+    controller = mlx_lqr.fit(model, POSITIVE, NEGATIVE, concept="c", cost="feature", layers="all")
     with pytest.raises(InputError, match="actadd, alqr"):
         combine([one, controller])  # type: ignore[list-item]
     with pytest.raises(InputError, match="two files of the method ablation"):

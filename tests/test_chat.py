@@ -69,7 +69,7 @@ def chatting(family: str = "llama", **changes: Any) -> MLXModel:
 
 def fitted(model: Model, concept: str = "a", **options: Any) -> Controller:
     sets = ([[1, 2, 3], [4, 5]], [[6, 7], [8]]) if concept == "a" else ([[9, 10]], [[11, 12, 13]])
-    return mlx_lqr.fit(model, *sets, q=1.0, concept=concept, **options)
+    return mlx_lqr.fit(model, *sets, q=1.0, concept=concept, **{"layers": "all", **options})
 
 
 def tokens(pieces: Iterator[mlx_lqr.Piece]) -> list[int | None]:

@@ -15,6 +15,7 @@ import mlx_lqr
 from mlx_lqr.backends import mlx_decoder, mlx_step
 from mlx_lqr.backends.mlx import MLXModel
 from mlx_lqr.backends.mlx_decoder import MLXDecoder
+from mlx_lqr.contrast import Layers
 from mlx_lqr.controller import Controller
 from mlx_lqr.laws import LinearFeedback
 
@@ -29,7 +30,7 @@ def from_the_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_step, "STEP", 8)
 
 
-def controller_for(model: MLXModel, layers: list[int] | None = None) -> Controller:
+def controller_for(model: MLXModel, layers: Layers = "all") -> Controller:
     return mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, layers=layers)
 
 
@@ -111,7 +112,10 @@ def test_another_strength_or_controller_records_nothing_anew(monkeypatch: pytest
 
     monkeypatch.setattr(mlx_step.CompiledStep, "_step", counted)
     monkeypatch.setattr(mlx_step, "STEP", 64)
-    one, other = controller_for(model), mlx_lqr.fit(model, [[9, 1], [2, 2, 4]], [[33], [40, 41]], cost="feature")
+    one, other = (
+        controller_for(model),
+        mlx_lqr.fit(model, [[9, 1], [2, 2, 4]], [[33], [40, 41]], cost="feature", layers="all"),
+    )
 
     def work(decoder: MLXDecoder) -> np.ndarray:
         law = LinearFeedback(one, 1.0)

@@ -62,7 +62,9 @@ def test_auto_takes_the_layers_that_separate_about_as_well_as_the_best() -> None
     assert choose_layers("auto", found) == (3,)
     closer = replace(found, spread=spread * np.array([1, 1, 0.9, 1, 0.29, 1], np.float32))
     assert choose_layers("auto", closer) == (2, 3, 4)
-    assert choose_layers(None, found) == (0, 1, 2, 3, 4)
+    assert choose_layers("all", found) == (0, 1, 2, 3, 4)
+    assert choose_layers(None, found) == (3,)
+    assert choose_layers(None, replace(found, spread=None)) == (3, 4)  # two single prompts: the last third
     assert choose_layers(iter([-1, 0]), found) == (0, 4)
 
 
@@ -74,6 +76,7 @@ def test_auto_layers_everywhere_layers_are_named() -> None:
     assert 0 < len(chosen) < 3
     jacobians = mlx_lqr.linearize(model, sets[0])
     assert mlx_lqr.fit(model, *sets, layers="auto").active_layers == chosen
+    assert mlx_lqr.fit(model, *sets, layers=np.array([0, 2])).active_layers == (0, 2)
     assert mlx_lqr.fit(model, *sets, layers="auto", cost="feature").active_layers == chosen
     assert mlx_lqr.fit(model, *sets, layers="auto", jacobians=jacobians).active_layers == chosen
     assert mlx_lqr.adapt(model, found, [1, 2], layers="auto").active_layers == chosen
@@ -88,13 +91,29 @@ def test_auto_layers_everywhere_layers_are_named() -> None:
             fit(model, *sets, layers="best")
 
 
+def test_where_nothing_is_said_fit_takes_what_has_been_measured_to_do_best() -> None:
+    model = tiny("llama")
+    sets = [[1, 2, 3], [4, 5], [7, 7]], [[6, 7, 8, 9], [10], [11, 12]]
+    found = mlx_lqr.fit(model, *sets)
+    said = mlx_lqr.fit(model, *sets, layers="auto", q=3.0, r=1.0, qf=3.0, setpoint="centred", cost="state")
+    assert found.active_layers == said.active_layers
+    for name in ("gain", "setpoint", "offset"):
+        assert np.array_equal(getattr(found, name), getattr(said, name))
+    contrast = mlx_lqr.contrast(model, *sets)
+    gains = mlx_lqr.solve(mlx_lqr.linearize(model, sets[0]), layers=mlx_lqr.choose_layers("auto", contrast))
+    step_by_step = mlx_lqr.compile(gains, contrast)
+    assert np.allclose(step_by_step.gain, found.gain, atol=1e-6)
+    assert np.allclose(step_by_step.offset, found.offset, atol=1e-6)
+    assert mlx_lqr.fit(model, [[1]], [[2]]).active_layers == (2,)
+
+
 def test_prompts_that_end_alike_have_no_direction_at_layer_0() -> None:
     model = tiny("llama")
     found = mlx_lqr.contrast(model, [[1, 2, 9], [3, 9], [7, 9]], [[4, 5, 9], [6, 9]])
     assert not found.direction[0].any()
     assert not found.unit_direction[0].any()
     assert found.direction[1:].any(axis=1).all()
-    controller = mlx_lqr.fit(model, [[1, 2, 9], [3, 9]], [[4, 5, 9], [6, 9]])
+    controller = mlx_lqr.fit(model, [[1, 2, 9], [3, 9]], [[4, 5, 9], [6, 9]], layers="all")
     assert 0 not in controller.active_layers
     assert np.isfinite(controller.gain).all()
 

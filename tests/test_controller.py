@@ -38,7 +38,7 @@ def made(random: np.random.Generator, concept: str) -> Controller:
 
 def test_compiled_law_equals_the_full_gain_law(random: np.random.Generator) -> None:
     gains, contrast = made_gains(random), made_contrast(random)
-    law = LinearFeedback(mlx_lqr.compile(gains, contrast), 2.5)
+    law = LinearFeedback(mlx_lqr.compile(gains, contrast, setpoint="paper"), 2.5)
     z = random.standard_normal((3, D)).astype(np.float32)
     for k in range(T):
         v, mu = contrast.unit_direction[k], contrast.magnitude[k]
@@ -51,7 +51,9 @@ def test_joint_law_equals_the_full_gain_law_and_meets_both_setpoints(random: np.
     contrasts = [made_contrast(random), made_contrast(random)]
     # directions that overlap
     contrasts[1] = replace(contrasts[1], direction=(contrasts[1].direction + contrasts[0].direction).astype(np.float32))
-    single = [mlx_lqr.compile(gains, contrast, name) for contrast, name in zip(contrasts, "ab", strict=True)]
+    single = [
+        mlx_lqr.compile(gains, contrast, name, setpoint="paper") for contrast, name in zip(contrasts, "ab", strict=True)
+    ]
     joint = Controller.combine(*single)
     law, strengths = LinearFeedback(joint, [2.0, -1.0]), np.array([2.0, -1.0])
     z = random.standard_normal(D).astype(np.float32)
@@ -90,7 +92,9 @@ def test_on_the_real_model_the_joint_law_is_the_full_gain_law(
 ) -> None:
     gains = mlx_lqr.solve(jacobians, weight, 1.0, weight)
     other = mlx_lqr.contrast(smollm2, golden["positive"][:6], golden["negative"][:6])  # overlaps with the first
-    joint = Controller.combine(mlx_lqr.compile(gains, ocean, "a"), mlx_lqr.compile(gains, other, "b"))
+    joint = Controller.combine(
+        *(mlx_lqr.compile(gains, found, name, setpoint="paper") for found, name in ((ocean, "a"), (other, "b")))
+    )
     strengths = np.array([1.0, -2.0], np.float32)
     pseudoinverse = [np.linalg.pinv(V) for V in joint.direction]
     full = FullGainLaw(list(gains), joint.direction, pseudoinverse, joint.setpoint * strengths, joint.active_layers)
@@ -190,7 +194,7 @@ def test_a_damaged_file_is_refused_in_one_line(damage: str, tmp_path: Path, rand
 def test_a_controller_of_another_model_is_refused(random: np.random.Generator) -> None:
     one, other, larger = tiny("llama"), tiny("llama", seed=1), tiny("llama", num_hidden_layers=4)
     prompts = [[1, 2, 3], [4, 5, 6]], [[7, 8, 9]]
-    controller = mlx_lqr.fit(one, *prompts, concept="a")
+    controller = mlx_lqr.fit(one, *prompts, concept="a", layers="all")
     assert one.fingerprint != other.fingerprint
     for model in (other, larger):
         with pytest.raises(InputError, match="fitted on"):
@@ -243,7 +247,7 @@ def test_stored_jacobians_give_the_same_controller() -> None:
     model = tiny("qwen2")
     prompts = [[1, 2, 3], [9, 8]], [[4, 5, 6]]
     stored = mlx_lqr.linearize(model, prompts[0])
-    fresh = mlx_lqr.fit(model, *prompts)
-    assert np.allclose(mlx_lqr.fit(model, *prompts, jacobians=stored).gain, fresh.gain, atol=1e-7)
+    fresh = mlx_lqr.fit(model, *prompts, layers="all")
+    assert np.allclose(mlx_lqr.fit(model, *prompts, jacobians=stored, layers="all").gain, fresh.gain, atol=1e-7)
     with pytest.raises(InputError, match="Jacobians are of"):
-        mlx_lqr.fit(tiny("qwen2", seed=1), *prompts, jacobians=stored)
+        mlx_lqr.fit(tiny("qwen2", seed=1), *prompts, jacobians=stored, layers="all")

@@ -61,13 +61,13 @@ def test_equals_the_dense_recursion_on_smollm2(
     smollm2: Model, golden: dict[str, Any], jacobians: mlx_lqr.Jacobians
 ) -> None:
     prompts = golden["positive"], golden["negative"]
-    found = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobian_prompts=3)
+    found = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobian_prompts=3, layers="all")
     contrast = mlx_lqr.contrast(smollm2, *prompts)
     V = np.vstack([contrast.unit_direction, contrast.output_direction / contrast.output_magnitude])
     expected = dense(jacobians, V, np.append(contrast.magnitude, contrast.output_magnitude), Weights(), set(range(30)))
     assert golden["positive"][:3] == golden["jacobian_prompts"]
     assert closest(found.gain[:, :, 0], expected) < 1e-5
-    stored = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobians=jacobians)
+    stored = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobians=jacobians, layers="all")
     assert closest(stored.gain[:, :, 0], expected) < 1e-5
     assert found.cost == "feature"
 
@@ -88,8 +88,8 @@ def test_on_quantised_models(bits: int) -> None:
     model = tiny("llama")
     nn.quantize(model.module, group_size=32, bits=bits)
     prompts = [[1, 2, 3], [4, 5, 6]], [[7, 8, 9]]
-    low_rank = mlx_lqr.fit(model, *prompts, cost="feature")
-    stored = mlx_lqr.fit(model, *prompts, cost="feature", jacobians=mlx_lqr.linearize(model, prompts[0]))
+    low_rank = mlx_lqr.fit(model, *prompts, cost="feature", layers="all")
+    stored = mlx_lqr.fit(model, *prompts, cost="feature", jacobians=mlx_lqr.linearize(model, prompts[0]), layers="all")
     assert closest(low_rank.gain[:, :, 0], stored.gain[:, :, 0].astype(np.float64)) < 1e-4
 
 
@@ -103,7 +103,7 @@ def test_no_matrix_of_the_jacobians_size_is_made(monkeypatch: pytest.MonkeyPatch
         return products(product, trace, layer, directions)
 
     monkeypatch.setattr(model, "_differentiate", counted)
-    mlx_lqr.fit(model, [[1, 2, 3]], [[7, 8, 9]], cost="feature")
+    mlx_lqr.fit(model, [[1, 2, 3]], [[7, 8, 9]], cost="feature", layers="all")
     assert max(rows) <= model.num_layers
 
 
@@ -121,12 +121,12 @@ def test_adapting_is_fitting_at_the_prompt() -> None:
 def test_a_saved_controller_adapts_as_its_contrast_does(tmp_path: Any) -> None:
     model = tiny("llama")
     sets = {"a": ([[1, 2, 3], [4, 5, 6]], [[7, 8, 9]]), "b": ([[10, 11]], [[12, 13], [14, 15]])}
-    fitted = [mlx_lqr.fit(model, *prompts, concept=name, q=1.0) for name, prompts in sets.items()]
+    fitted = [mlx_lqr.fit(model, *prompts, concept=name, q=1.0, layers="all") for name, prompts in sets.items()]
     Controller.combine(*fitted).save(tmp_path / "both.safetensors")
     adapted = mlx_lqr.adapt(model, Controller.load(tmp_path / "both.safetensors"), PROMPT)
     expected = Controller.combine(
         *(
-            mlx_lqr.adapt(model, mlx_lqr.contrast(model, *prompts), PROMPT, q=1.0, name=name)
+            mlx_lqr.adapt(model, mlx_lqr.contrast(model, *prompts), PROMPT, q=1.0, layers="all", name=name)
             for name, prompts in sets.items()
         )
     )
@@ -138,7 +138,7 @@ def test_a_saved_controller_adapts_as_its_contrast_does(tmp_path: Any) -> None:
 def test_splitting_undoes_combining() -> None:
     model = tiny("llama")
     fitted = [
-        mlx_lqr.fit(model, [[1, 2, 3]], [[7, 8, 9]], concept="a"),
+        mlx_lqr.fit(model, [[1, 2, 3]], [[7, 8, 9]], concept="a", layers="all"),
         mlx_lqr.fit(model, [[10, 11]], [[12, 13]], concept="b", layers=[1]),
     ]
     for one, back in zip(fitted, Controller.combine(*fitted).split(), strict=True):
@@ -150,8 +150,8 @@ def test_what_does_not_fit_is_refused() -> None:
     model, other = tiny("llama"), tiny("llama", seed=1)
     sets = [[1, 2, 3]], [[7, 8, 9]]
     with pytest.raises(InputError, match="cost must be"):
-        mlx_lqr.fit(model, *sets, cost="both")  # type: ignore[arg-type]
+        mlx_lqr.fit(model, *sets, cost="both", layers="all")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="not of"):
         mlx_lqr.adapt(other, mlx_lqr.contrast(model, *sets), PROMPT)
     with pytest.raises(InputError, match="fitted on"):
-        mlx_lqr.adapt(other, mlx_lqr.fit(model, *sets), PROMPT)
+        mlx_lqr.adapt(other, mlx_lqr.fit(model, *sets, layers="all"), PROMPT)

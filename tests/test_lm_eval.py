@@ -148,7 +148,7 @@ def test_log_likelihoods_are_steered_as_ours_in_any_steps(
     family: str, positions: Any, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluator, model = tiny_evaluator(family)
-    controller = mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, positions=positions)
+    controller = mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, positions=positions, layers="all")
     steered = tasks.Steered(model, tasks.Steering("one", controller), 2.0)
     pairs = [
         ("w5 w17 w3 w42 w8 w29 w11 w60 w2", " w33 w21 w40 w7 w9"),
@@ -203,7 +203,7 @@ def test_only_the_steered_models_evaluator_is_steered(dog: Path, demo: Evaluator
     evaluator, model = tiny_evaluator("llama")
     pair = requests("loglikelihood", ("Once upon a", " time there"))
     before = demo.loglikelihood(pair)
-    controller = mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0)
+    controller = mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, layers="all")
     with mlx_lqr.steer(evaluator.model, controller, 2.0):
         assert demo.loglikelihood(pair) == before
 
@@ -291,7 +291,7 @@ def test_what_cannot_be_steered_is_refused(demo: Evaluator, chosen: lm_eval.Task
     with pytest.raises(InputError, match="nothing to steer with"):
         lm_eval.evaluate(demo, chosen, None, [1.0])
     _, other = tiny_evaluator("llama")
-    controller = mlx_lqr.fit(other, [[1, 2, 3], [4, 5]], [[6, 7], [8]])
+    controller = mlx_lqr.fit(other, [[1, 2, 3], [4, 5]], [[6, 7], [8]], layers="all")
     with pytest.raises(InputError):
         lm_eval.evaluate(demo, chosen, tasks.Steering("other", controller), [1.0])
 

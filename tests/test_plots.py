@@ -23,7 +23,8 @@ def measured() -> Linearity:
 @pytest.fixture(scope="module")
 def certificate() -> Certificate:
     model = tiny("llama", num_hidden_layers=6)
-    return certify(model, fitted(model, layers=[1, 2, 3, 4, 5]), PROMPTS[:2], PROMPTS[2:], strengths=(1.0, 2.0))
+    controller = fitted(model, layers=[1, 2, 3, 4, 5], setpoint="paper")
+    return certify(model, controller, PROMPTS[:2], PROMPTS[2:], strengths=(1.0, 2.0))
 
 
 def test_pictures_of_linearity_show_its_numbers(measured: Linearity) -> None:

@@ -42,7 +42,7 @@ def decoded(model: Model, prompt: list[int], **options: Any) -> list[int]:
 
 
 def law_for(model: Model, strength: float = 2.0) -> LinearFeedback:
-    return LinearFeedback(mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0), strength)
+    return LinearFeedback(mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, layers="all"), strength)
 
 
 def steered_step_by_step(model: MLXModel, law: LinearFeedback, tokens: list[int], first: int) -> list[np.ndarray]:
@@ -120,7 +120,7 @@ def test_memory_does_not_grow_with_the_tokens() -> None:
 
 def test_a_controller_that_is_not_finite_is_refused_before_the_first_token() -> None:
     model = with_tokenizer()
-    controller = mlx_lqr.fit(model, [[1, 2, 3]], [[6, 7]])
+    controller = mlx_lqr.fit(model, [[1, 2, 3]], [[6, 7]], layers="all")
     gain = controller.gain.copy()
     gain[2, 3] = np.nan
     with pytest.raises(InputError, match="gain has values that are not finite"):
@@ -129,7 +129,7 @@ def test_a_controller_that_is_not_finite_is_refused_before_the_first_token() -> 
 
 def test_adaptive_generation_runs_the_prompt_once() -> None:
     model = with_tokenizer("gemma3_text")
-    controller = mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0)
+    controller = mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, layers="all")
     passes: list[int] = []
     original = type(model.module).__call__
 

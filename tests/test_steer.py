@@ -51,7 +51,7 @@ def tokens_of(text: str) -> list[int]:
 
 
 def fitted(model: Model, **options: Any) -> mlx_lqr.Controller:
-    return mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, **options)
+    return mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, **{"layers": "all", **options})
 
 
 def ours(model: MLXModel, prompt: Sequence[int], controller: mlx_lqr.Controller, max_tokens: int = 8) -> list[int]:

@@ -29,14 +29,14 @@ PROMPT = "Once upon a time,"
 
 def made(model: Model, kind: str, concept: str = "one") -> Steering:
     if kind == "alqr":
-        return mlx_lqr.fit(model, *SETS, concept=concept, q=1.0, qf=1.0)
+        return mlx_lqr.fit(model, *SETS, concept=concept, q=1.0, qf=1.0, layers="all")
     return mlx_lqr.fit_baseline(model, "actadd", *SETS, concept=concept)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_centred_strengths_0_and_1_are_the_levels_of_the_sets(backend: str) -> None:
     model = tiny_on(backend, "llama")
-    controller = mlx_lqr.fit(model, *SETS, setpoint="centred")
+    controller = mlx_lqr.fit(model, *SETS, setpoint="centred", layers="all")
     levels = [
         np.mean([track(model, prompt, controller, 0.0, steered=False).feature for prompt in prompts], axis=0)
         for prompts in reversed(SETS)
@@ -45,7 +45,7 @@ def test_centred_strengths_0_and_1_are_the_levels_of_the_sets(backend: str) -> N
         assert track(model, SETS[0][0], controller, float(strength)).setpoint == pytest.approx(
             level, rel=1e-3, abs=1e-4
         )
-    paper = mlx_lqr.fit(model, *SETS)
+    paper = mlx_lqr.fit(model, *SETS, layers="all", setpoint="paper")
     assert not paper.offset.any()
     assert np.array_equal(paper.gain, controller.gain)
 
@@ -57,18 +57,19 @@ def test_centred_everywhere_a_setpoint_is_chosen() -> None:
     expected = np.einsum("kd,kd->k", found.unit_direction, found.mean_negative)[:, None]
     gains = mlx_lqr.solve(jacobians)
     for controller in (
-        mlx_lqr.fit(model, *SETS, setpoint="centred", cost="feature"),
-        mlx_lqr.fit(model, *SETS, setpoint="centred", jacobians=jacobians),
+        mlx_lqr.fit(model, *SETS, setpoint="centred", cost="feature", layers="all"),
+        mlx_lqr.fit(model, *SETS, setpoint="centred", jacobians=jacobians, layers="all"),
         mlx_lqr.compile(gains, found, setpoint="centred"),
         mlx_lqr.adapt(model, found, [1, 2], setpoint="centred"),
         mlx_lqr.adapt(model, mlx_lqr.compile(gains, found, setpoint="centred"), [1, 2]),
     ):
         assert np.allclose(controller.offset, expected, atol=1e-5)
-    joint = Controller.combine(controller, replace(made(model, "alqr"), direction=controller.direction[:, ::-1]))
+    paper = mlx_lqr.fit(model, *SETS, concept="one", layers="all", setpoint="paper")
+    joint = Controller.combine(controller, replace(paper, direction=controller.direction[:, ::-1]))
     assert np.allclose(joint.offset[:, :1], expected, atol=1e-5)
     assert not joint.offset[:, 1].any()
     with pytest.raises(InputError, match="setpoint must be 'paper' or 'centred', not 'middle'"):
-        mlx_lqr.fit(model, *SETS, setpoint="middle")  # type: ignore[arg-type]
+        mlx_lqr.fit(model, *SETS, setpoint="middle", layers="all")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["alqr", "actadd"])

@@ -50,7 +50,7 @@ def model(folder: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def steering(model: Model) -> tasks.Steering:
-    controller = mlx_lqr.fit(model, [[1, 2], [3, 4]], [[5, 6], [7, 8]], q=1.0, qf=1.0, concept="one")
+    controller = mlx_lqr.fit(model, [[1, 2], [3, 4]], [[5, 6], [7, 8]], q=1.0, qf=1.0, concept="one", layers="all")
     return tasks.Steering("one", controller)
 
 
@@ -173,7 +173,9 @@ def test_strengths_draw_the_same_random_numbers(model: Model, task: tasks.Task, 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_divergence_is_that_of_the_models_own_logits(model: Model, positions: Any) -> None:
-    controller = mlx_lqr.fit(model, [[1, 2], [3, 4]], [[5, 6], [7, 8]], q=1.0, qf=1.0, positions=positions)
+    controller = mlx_lqr.fit(
+        model, [[1, 2], [3, 4]], [[5, 6], [7, 8]], q=1.0, qf=1.0, positions=positions, layers="all"
+    )
     found = tasks.evaluate(
         model,
         tasks.Task("kl", (tasks.NeutralText(SENTENCES),), "kl", ""),

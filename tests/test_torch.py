@@ -504,7 +504,7 @@ def test_a_recorded_step_rolls_and_takes_a_new_strength(monkeypatch: pytest.Monk
     expected = decoded(model, PROMPT, **options)
     assert decoded(model, PROMPT, decoder=recording(model, monkeypatch, rolling=True), **options) == expected
     # Two concepts, since this stand-in for a graph takes a tensor of one number for that number.
-    other = mlx_lqr.fit(model, [[9, 10]], [[11, 12]], q=1.0, concept="other")
+    other = mlx_lqr.fit(model, [[9, 10]], [[11, 12]], q=1.0, concept="other", layers="all")
     law = LinearFeedback(mlx_lqr.Controller.combine(controller_for(model), other), 1.0)
     decoder = recording(model, monkeypatch, law=law)
     decoder.fill([PROMPT[:-1]], steered=False)

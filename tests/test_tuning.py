@@ -129,7 +129,7 @@ class Known:
 
     def control(self, steered: Steered) -> float:
         controller = self.controller(steered)
-        return 1 - math.exp(-0.3 * steered.strength * (1.2 if controller.offset.any() else 1))
+        return 1 - math.exp(-0.3 * steered.strength * (1 if controller.offset.any() else 1.2))
 
     def log_ratio(self, steered: Steered) -> float:
         controller = self.controller(steered)
@@ -183,11 +183,11 @@ def test_tune_recommends_the_optimum_of_a_synthetic_task(model: Model, space: ta
     for trial in tuned.trials:
         assert trial.within == (trial.relative <= 1.3)
         assert trial.relative == pytest.approx(trial.damage.value / math.exp(2.0))
-    # the best is at one layer of three, with the centred setpoint and the least of q that were offered
+    # the best is at one layer of three, with the paper's setpoint and the least of q that were offered
     strength = (math.log(1.3) / (0.06 / 3 * 0.3**0.5)) ** (1 / 1.7)
     optimum = 1 - math.exp(-0.3 * 1.2 * min(6.0, strength))
     assert tuned.best.control.value > 0.93 * optimum
-    assert tuned.best.options["setpoint"] == "centred"
+    assert tuned.best.options["setpoint"] == "paper"
     controller = tuned.steering
     assert isinstance(controller, mlx_lqr.Controller)
     assert controller.strength == (tuned.best.strength,)
@@ -207,14 +207,11 @@ def test_tune_recommends_the_optimum_of_a_synthetic_task(model: Model, space: ta
 
 def test_a_candidate_is_what_fit_makes_of_its_options(model: Model, space: tasks.Space) -> None:
     start = {name: values[0] for name, values in space.factors.items()}
-    for change in ({}, {"layers": "all", "q": 0.3}, {"setpoint": "centred", "qf/q": 10.0}, {"cost": "adaptive"}):
+    for change in ({}, {"layers": "all", "q": 0.3}, {"setpoint": "paper", "qf/q": 10.0}, {"cost": "adaptive"}):
         options = {**start, **change}
         controller = space.candidate(options).fit()
-        given = {
-            "layers": None if options["layers"] == "all" else options["layers"],
-            "qf": options["q"] * options["qf/q"],
-        }
-        given |= {name: options[name] for name in ("q", "cost", "setpoint")}
+        given = {name: options[name] for name in ("layers", "q", "cost", "setpoint")}
+        given["qf"] = options["q"] * options["qf/q"]
         expected = mlx_lqr.fit(model, *SETS, concept="one", jacobian_prompts=3, **given)
         assert isinstance(controller, mlx_lqr.Controller)
         for name in ("direction", "gain", "setpoint", "offset"):
@@ -253,7 +250,7 @@ def test_other_prompts_in_the_same_folder_are_other_candidates(model: Model, tmp
     found = []
     for sets in (SETS, SETS[::-1]):
         space = tasks.alqr_space(model, mlx_lqr.contrast(model, *sets), jacobians, concept="one")
-        tuned = tasks.tune(model, task_of(Known()), space, evaluations=1, folder=tmp_path)
+        tuned = tasks.tune(model, task_of(Known()), space, limit=2.0, evaluations=1, folder=tmp_path)
         assert isinstance(tuned.steering, mlx_lqr.Controller)
         found.append(tuned.steering.direction)
     assert np.allclose(found[0], -found[1], atol=1e-5)

@@ -102,16 +102,17 @@ def _settings(method: str, T: int) -> dict[str, dict[str, Any]]:
     """The options of fitting behind each setting's name."""
     third, half = list(range(2 * T // 3, T)), list(range(T // 2, T))
     last = list(range(max(0, T - TRANSPORT_LAYERS), T))
+    auto: dict[str, Any] = {"layers": "auto", "q": 3.0, "qf": 3.0}
     spread = half[:: max(1, len(half) // TRANSPORT_LAYERS)][:TRANSPORT_LAYERS]
     if method == "alqr":
         return {
-            "layers auto, q/r 3": {"layers": "auto", "q": 3.0, "qf": 3.0},
-            "layers auto, q/r 3, feature cost": {"layers": "auto", "q": 3.0, "qf": 3.0, "cost": "feature"},
+            "layers auto, q/r 3": {**auto, "setpoint": "paper"},
+            "layers auto, q/r 3, feature cost": {**auto, "setpoint": "paper", "cost": "feature"},
         }
     if method == CENTRED:
-        return {"layers auto, q/r 3": {"layers": "auto", "q": 3.0, "qf": 3.0, "setpoint": "centred"}}
+        return {"layers auto, q/r 3": {**auto, "setpoint": "centred"}}
     if method == PAPER:
-        return {"all layers, q/r 0.1": {"q": 0.1, "qf": 0.1}}
+        return {"all layers, q/r 0.1": {"layers": "all", "q": 0.1, "qf": 0.1, "setpoint": "paper"}}
     if method == "proportional":
         return {
             "layers auto, kp 0.4": {"layers": "auto", "kp": 0.4},

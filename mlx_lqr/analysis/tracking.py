@@ -25,6 +25,12 @@ class Tracking:
     """beta*_k = offset_k + strength mu_k"""
 
 
+def as_strength(controller: Controller, feature: Float32, concept: int = 0) -> Float32:
+    """The strengths (T,) at which each layer's setpoint is this feature (T,): (feature - offset_k) / mu_k."""
+    mu = controller.setpoint[:, concept]
+    return np.divide(feature - controller.offset[:, concept], mu, out=np.zeros_like(mu), where=mu > 0)
+
+
 @dataclass(frozen=True)
 class TrackedAnswer:
     """The last token of an answer as it was decoded, and the same tokens without steering."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlx_lqr.analysis.tracking import TrackedAnswer
+from mlx_lqr.analysis.tracking import TrackedAnswer, as_strength
 from mlx_lqr.backends.base import Float32
 from mlx_lqr.runtime import Piece
 from mlx_lqr.runtime.monitor import Excess
@@ -49,7 +49,7 @@ def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
     """A table for each concept: in every layer the setpoint, the feature with and without steering, alpha_k, |u_k| and
     a bar; and where the answer was furthest from the region in which the linear model was checked.
 
-    Bars are in multiples of the concept's mean mu_k, because the residual stream grows from layer to layer.
+    Bars are in strengths, because the residual stream grows from layer to layer.
     """
     from rich.table import Column, Table
     from rich.text import Text
@@ -57,10 +57,9 @@ def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
     console = _console()
     width = max(12, console.width - 62)  # what the columns of numbers leave
     for i, concept in enumerate(tracked.controller.concepts):
-        mean = tracked.controller.setpoint[:, i]
         columns = tracked.steered.setpoint[:, i], tracked.steered.feature[:, i], tracked.unsteered.feature[:, i]
-        multiples = [np.divide(column, mean, out=np.zeros_like(mean), where=mean > 0) for column in columns]
-        axis = _Axis.over(multiples[0], multiples[1], width)
+        strengths = [as_strength(tracked.controller, column, i) for column in columns]
+        axis = _Axis.over(strengths[0], strengths[1], width)
         numbers = [
             Column(Text(name), justify="right") for name in ("layer", "setpoint", "feature", "without", "alpha", "|u|")
         ]
@@ -73,7 +72,7 @@ def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
         )
         for k in range(tracked.controller.num_layers):
             acts = bool(np.any(tracked.controller.gain[k, :, i]))
-            setpoint, feature, without = (float(multiple[k]) for multiple in multiples)
+            setpoint, feature, without = (float(strength[k]) for strength in strengths)
             bar = axis.bar(feature, without, setpoint if acts else None)
             cells = [f"{column[k]:.4g}" for column in columns]
             control = [f"{tracked.error[k, i]:.3g}", f"{tracked.push[k]:.3g}"] if acts else ["-", "-"]
@@ -82,7 +81,7 @@ def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
         console.print(table)
         console.print()
     console.print(Text(f"{REACHED} feature  {AIM} setpoint (-: no control here)  {WITHOUT} feature without steering"))
-    console.print("Numbers are in the residual stream's units, bars in multiples of the mean.")
+    console.print("Numbers are in the residual stream's units, bars in strengths.")
     console.print("alpha: setpoint less feature; |u|: length of what all concepts add to the layer.")
     if excess is not None:
         console.print(Text(f"Over the whole answer: {excess}."))

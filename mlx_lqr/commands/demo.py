@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlx_lqr.analysis.tracking import track
+from mlx_lqr.analysis.tracking import as_strength, track
 from mlx_lqr.backends.base import Model
 from mlx_lqr.cache import cache_folder
 from mlx_lqr.commands.options import Loading, loading_options, progress_bars
@@ -18,8 +18,6 @@ from mlx_lqr.runtime import stream
 from mlx_lqr.synthesis import fit
 
 STRENGTHS = (1.0, 2.0, 4.0)
-WEIGHT = 1.0  # q/r and qf/r
-LAYERS = range(20, 30)
 
 
 @click.command()
@@ -54,9 +52,7 @@ def _controller(model: Model, concept: str) -> Controller:
         pass
     positive, negative = bundled_prompts(concept)
     with progress_bars() as progress:
-        controller = fit(
-            model, positive, negative, concept=concept, q=WEIGHT, qf=WEIGHT, layers=LAYERS, progress=progress
-        )
+        controller = fit(model, positive, negative, concept=concept, progress=progress)
     controller.save(file)
     return controller
 
@@ -75,12 +71,11 @@ def _sample(
 
 
 def _tracking_table(model: Model, prompt: str, controller: Controller) -> None:
-    """Feature against setpoint at the prompt's last token, in multiples of mu_k, the concept's mean."""
-    click.echo("Tracking at the prompt's last token: the feature v_k.z_k of layer k over mu_k, wanted -> reached")
+    """Feature against setpoint at the prompt's last token, as strengths."""
+    click.echo("Tracking at the prompt's last token: the strength that the feature v_k.z_k of layer k amounts to")
     click.echo("layer  not steered" + "".join(f"{f'strength {s:g}':>18}" for s in STRENGTHS))
     unsteered = track(model, prompt, controller, 0.0, steered=False).feature
-    runs = [track(model, prompt, controller, s) for s in STRENGTHS]
+    features = [unsteered, *(track(model, prompt, controller, strength).feature for strength in STRENGTHS)]
+    reached = [as_strength(controller, feature[:, 0]) for feature in features]
     for k in controller.active_layers:
-        mu = controller.setpoint[k, 0]
-        cells = "".join(f"{f'{run.setpoint[k, 0] / mu:.2f} -> {run.feature[k, 0] / mu:5.2f}':>18}" for run in runs)
-        click.echo(f"{k:5d}{unsteered[k, 0] / mu:13.2f}{cells}")
+        click.echo(f"{k:5d}{reached[0][k]:13.2f}" + "".join(f"{one[k]:18.2f}" for one in reached[1:]))

@@ -19,7 +19,7 @@ from mlx_lqr.fitting import check_options, fit_baseline
 from mlx_lqr.linearize import Jacobians
 from mlx_lqr.linearize import linearize as linearize_model
 from mlx_lqr.loading import load
-from mlx_lqr.riccati import Weights
+from mlx_lqr.riccati import WEIGHT, Weights
 from mlx_lqr.synthesis import fit as fit_controller
 
 
@@ -65,14 +65,14 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 @click.option("--jacobians", type=click.Path(), help="Jacobians stored by `mlx-lqr linearize`.")
 @click.option("--jacobian-prompts", default=8, show_default=True, help="Positive prompts to linearise at.")
 @click.option(
-    "--q", default=0.1, show_default=True, help="Weight of the state. Only q/r and qf/r matter; more steers harder."
+    "--q", default=WEIGHT, show_default=True, help="Weight of the state. Only q/r and qf/r matter; more steers harder."
 )
 @click.option("--r", default=1.0, show_default=True, help="Weight of the control.")
-@click.option("--qf", default=0.1, show_default=True, help="Weight of the last layer's output.")
+@click.option("--qf", default=WEIGHT, show_default=True, help="Weight of the last layer's output.")
 @click.option(
     "--layers",
-    help="Where control may act, such as 20-29; by default every layer (actadd, odesteer, angular: the middle). "
-    "auto: the layers that tell the prompts apart.",
+    help="Where control may act, such as 20-29 or all; auto, the default of alqr, is the layers that tell the prompts "
+    "apart. By default the other methods act at all (actadd, odesteer, angular: at the middle one).",
 )
 @click.option(
     "--cost",
@@ -85,9 +85,9 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 @click.option(
     "--setpoint",
     type=click.Choice(get_args(Setpoint)),
-    default="paper",
+    default="centred",
     show_default=True,
-    help="What strength 0 means: none of the feature, or (centred) as much of it as the negative prompts have.",
+    help="What strength 0 means: as much of the feature as the negative prompts have, or (the paper's) none of it.",
 )
 @click.option(
     "--positions",

@@ -102,19 +102,21 @@ def decoding_options(max_tokens: int) -> Callable[[Callable[..., Any]], Callable
     return decorate
 
 
-def parse_layers(text: str | None) -> list[int] | Literal["auto"] | None:
-    """Layers such as "20-29", "0,4,8-11" or "auto"."""
+def parse_layers(text: str | None) -> list[int] | Literal["auto", "all"] | None:
+    """Layers such as "20-29", "0,4,8-11", "auto" or "all"."""
     if text is None:
         return None
     if text == "auto":
         return "auto"
+    if text == "all":
+        return "all"
     layers: list[int] = []
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
             layers.extend(range(int(first), int(last if dash else first) + 1))
     except ValueError:
-        raise InputError(f"layers must look like 20-29, 0,4,8-11 or auto, not {text!r}") from None
+        raise InputError(f"layers must look like 20-29, 0,4,8-11, auto or all, not {text!r}") from None
     return layers
 
 

@@ -1,7 +1,7 @@
 """What `tune` searches through: the options of A-LQR, and of each method that it is compared with.
 
-The first value of an option is a good start, and the order of the options that in which they have mattered on SmolLM2:
-where to steer, then how hard, then the rest.
+The first value of an option is a good start (for A-LQR what `fit` takes where nothing is said), and the order of the
+options that in which they have mattered on SmolLM2: where to steer, then how hard, then the rest.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def alqr_space(
         layers = _ranges({"auto": choose_layers("auto", contrast)}, T) | layers
     factors: dict[str, list[Any]] = {
         "layers": _distinct(layers),
-        "q": [1.0, 0.3, 3.0],
-        "setpoint": ["paper", "centred"],
+        "q": [3.0, 1.0, 0.3],
+        "setpoint": ["centred", "paper"],
         "cost": ["state", "feature", "adaptive"],
         "qf/q": [1.0, 10.0, 0.1],
     }
