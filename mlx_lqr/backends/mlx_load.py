@@ -11,17 +11,22 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_lqr.backends.config import ModelConfig
+from mlx_lqr.backends.mlx_family import arguments, complete
 from mlx_lqr.backends.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
 from mlx_lqr.backends.model_folder import check_dtype
+from mlx_lqr.backends.weight_files import Weights, check_shapes, weights_of
 from mlx_lqr.errors import InputError
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
-def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.Module:
+def load_module(folder: Path, config: dict[str, Any], meaning: ModelConfig, dtype: str | None) -> nn.Module:
     """Build the module and load its weights.
 
     Args:
+        config: the folder's config.json.
+        meaning: what it says.
         dtype: "float32", "float16" or "bfloat16" for everything that is not packed; None keeps the checkpoint's dtype
             on a GPU and takes float32 on the CPU, where 16-bit products are 10 to 30 times slower.
 
@@ -29,11 +34,16 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
         InputError: unsupported architecture, or weights that are missing, damaged or not this architecture's.
     """
     check_dtype(dtype)
-    Model, ModelArgs = model_classes(str(config["model_type"]))
-    config = flattened(config)
-    weights = _read_weights(folder)
+    Model, ModelArgs = model_classes(meaning.family)
+    given = arguments(meaning)
+    files = weights_of(folder)
+    check_shapes(folder, meaning, files.shapes)
+    weights = _read_weights(files)
+    if given["tie_word_embeddings"] and "lm_head.weight" in weights:
+        given["tie_word_embeddings"] = _is_tied(meaning.family, weights)
     try:
-        module = Model(ModelArgs.from_dict(config))
+        module = Model(ModelArgs.from_dict(given))
+        complete(module, meaning)
         weights = module.sanitize(weights) if hasattr(module, "sanitize") else weights
         if quantization := config.get("quantization"):
             _quantize(module, quantization, weights)
@@ -133,17 +143,30 @@ def flattened(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _read_weights(folder: Path) -> dict[str, mx.array]:
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} has no model*.safetensors (pickled weights are never read)")
+def _read_weights(files: Weights) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
-    for file in files:
+    for file in files.paths:
         try:
-            weights.update(mx.load(str(file)))
-        except (RuntimeError, ValueError) as error:
+            opened = mx.load(str(file))
+            weights |= {name: opened[name] for name in files.of(file)}
+        except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"{file} is damaged or incomplete: fetch or convert the model again") from error
     return weights
+
+
+def _is_tied(family: str, weights: dict[str, mx.array]) -> bool:
+    """Whether the head is the embeddings once more, which is dropped then. transformers goes by the weights, too."""
+    head, embeddings = weights["lm_head.weight"], weights.get("model.embed_tokens.weight")
+    if embeddings is not None and head.shape == embeddings.shape and mx.array_equal(head, embeddings).item():
+        for part in ("weight", "scales", "biases"):
+            weights.pop(f"lm_head.{part}", None)
+        return True
+    if family in ("gemma", "gemma2"):
+        raise InputError(
+            f"the weights have an lm_head.weight of their own, for all that config.json says tie_word_embeddings true: "
+            f"mlx-lm's {family} has none, use the torch backend"
+        )
+    return False
 
 
 def _quantize(module: nn.Module, quantization: dict[str, Any], weights: dict[str, mx.array]) -> None:
