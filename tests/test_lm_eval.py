@@ -281,10 +281,6 @@ def test_activations_that_overflow_are_no_score(demo: Evaluator, chosen: lm_eval
 def test_what_cannot_be_steered_is_refused(demo: Evaluator, chosen: lm_eval.Tasks, tmp_path: Path) -> None:
     folder = tiny_folder("llama")
     config = json.loads((folder / "config.json").read_text())
-    rope = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
-    with pytest.raises(InputError, match="RoPE: convert it first"):
-        lm_eval.load_evaluator(folder)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     with pytest.raises(InputError, match="'mamba' is not supported"):
         lm_eval.load_evaluator(folder)

@@ -86,13 +86,9 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
     settings = _completed(family, config)
     if family == "gemma" and settings["hidden_act"] == "gelu":
         settings["hidden_act"] = "gelu_pytorch_tanh"  # a slip of Gemma's first configs, which transformers mends
-    layers = settings["num_hidden_layers"]
     rotated = _rotated(settings)
     kinds, window = _sliding(family, config, settings, rotated)
     rotations = _rotations(family, config, settings)
-    context = settings["max_position_embeddings"]
-    if window is not None and window >= context and family != "gemma3_text":  # whose layer types choose RoPE as well
-        kinds, window = [FULL] * layers, None
     for key in ("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern", "layer_types"):
         settings.pop(key, None)  # `layer_types` and `window` say it all
     traditional = config.get("rope_traditional", False)
@@ -111,6 +107,17 @@ def context_of(config: Mapping[str, Any]) -> tuple[int, bool]:
             length = min(length, int(part.get("original_max_position_embeddings") or length))
         rolls = rolls and kind not in ("dynamic", "longrope")
     return length, rolls
+
+
+def explicit(meaning: ModelConfig) -> dict[str, Any]:
+    """The keys of a config.json that leaves nothing to the defaults of whoever reads it, but for its layers' types."""
+    full = meaning.rotations[FULL]
+    found = {**meaning.settings, "rope_theta": full.theta}
+    if SLIDING in meaning.rotations:
+        found["rope_local_base_freq"] = meaning.rotations[SLIDING].theta
+    if "sliding_window" in SETTINGS[meaning.family]:
+        found["sliding_window"] = meaning.window
+    return found
 
 
 def check_rolling(rolls: bool, rolling: bool) -> None:

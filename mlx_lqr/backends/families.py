@@ -250,6 +250,7 @@ OTHERS_COMPUTE: dict[str, Any] = {
     "per_layer_config": None,
     "qk_layernorm": False,
     "qk_norm": False,
+    "quantize_activations": False,
     "query_pre_attn_scalar": None,
     "residual_multiplier": 1,
     "rope_interleaved": False,

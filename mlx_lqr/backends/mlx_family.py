@@ -81,6 +81,7 @@ def arguments(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": rotation.theta,
         "partial_rotary_factor": rotation.parameters.get("partial_rotary_factor", 1.0),
         "sliding_window_pattern": 1,
+        **dict.fromkeys(("layer_types", "rope_parameters", "rope_scaling", "sliding_window")),  # see `complete`
     }
 
 
@@ -95,14 +96,14 @@ def complete(module: nn.Module, config: ModelConfig) -> None:
     for block, rotation in zip(module.layers, config.layer_rotations, strict=True):
         if activation is not built_in:
             _activate(block, activation)
-        if rotation is not None and not (rotation.plain and rotation.theta == plain.theta):
+        if rotation is not None and rotation != Rotation("default", plain.theta, rotation.dims, {}):
             block.self_attn.rope = _rope(rotation, config.rope_traditional)
     if any(window is not None for window in config.windows):
         _slide(module, config.windows)
 
 
 def _rope(rotation: Rotation, traditional: bool) -> nn.Module:
-    if rotation.plain:
+    if rotation.kind == "default":
         return nn.RoPE(rotation.dims, traditional=traditional, base=rotation.theta)
     return ScaledRoPE(rotation, traditional)
 
@@ -113,9 +114,12 @@ class ScaledRoPE(nn.Module):
     def __init__(self, rotation: Rotation, traditional: bool) -> None:
         super().__init__()
         self.dims, self.traditional, self.scale = rotation.dims, traditional, rotation.scale
+        self.limit = rotation.limit
         self._freqs = mx.array(1 / rotation.frequencies, mx.float32)
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        if self.limit is not None and isinstance(offset, int) and offset + x.shape[-2] > self.limit:
+            raise InputError(f"this model's RoPE is another one beyond {self.limit} tokens: give a shorter text")
         turned: mx.array = mx.fast.rope(
             x, self.dims, traditional=self.traditional, base=None, scale=1.0, offset=offset, freqs=self._freqs
         )
@@ -170,7 +174,9 @@ def _with_own_mask(
     kind: type[nn.Module], make_mask: Callable[..., Any], window: int | None, as_array: bool
 ) -> Callable[..., mx.array]:
     def call(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        own = make_mask(x, cache, window_size=window, return_array=as_array)
+        held = getattr(cache, "max_size", None)  # a context that rolls may be shorter than the window
+        seen = window if window is None or held is None or held >= window else None
+        own = make_mask(x, cache, window_size=seen, return_array=as_array)
         output: mx.array = kind.__call__(self, x, own, cache)
         return output
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from mlx_lqr.backends.config import ModelConfig
 from mlx_lqr.backends.mlx_family import arguments, complete
 from mlx_lqr.backends.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
 from mlx_lqr.backends.model_folder import check_dtype
-from mlx_lqr.backends.weight_files import Weights, check_shapes, weights_of
+from mlx_lqr.backends.weight_files import INDEX, Weights, check_shapes, weights_of
 from mlx_lqr.errors import InputError
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -35,12 +39,12 @@ def load_module(folder: Path, config: dict[str, Any], meaning: ModelConfig, dtyp
     """
     check_dtype(dtype)
     Model, ModelArgs = model_classes(meaning.family)
-    given = arguments(meaning)
     files = weights_of(folder)
-    check_shapes(folder, meaning, files.shapes)
+    given = arguments_for(folder, meaning, files)
     weights = _read_weights(files)
-    if given["tie_word_embeddings"] and "lm_head.weight" in weights:
-        given["tie_word_embeddings"] = _is_tied(meaning.family, weights)
+    if given["tie_word_embeddings"]:
+        for part in ("weight", "scales", "biases"):
+            weights.pop(f"lm_head.{part}", None)
     try:
         module = Model(ModelArgs.from_dict(given))
         complete(module, meaning)
@@ -66,6 +70,38 @@ def load_module(folder: Path, config: dict[str, Any], meaning: ModelConfig, dtyp
     if mx.default_device() == mx.cpu and sys.platform == "linux":
         _lay_out_for_single_tokens(module)
     return module
+
+
+def arguments_for(folder: Path, meaning: ModelConfig, files: Weights) -> dict[str, Any]:
+    """What mlx-lm's `ModelArgs` is made of for these weights.
+
+    A head of its own is used, whatever the config says of tied embeddings: so does transformers.
+
+    Raises:
+        InputError: mlx-lm's class cannot compute what the config says, or the weights are of other sizes than it says.
+    """
+    given = arguments(meaning)
+    check_shapes(folder, meaning, files.shapes)
+    if given["tie_word_embeddings"] and "lm_head.weight" in files.files:
+        given["tie_word_embeddings"] = _is_tied(meaning.family, files)
+    return given
+
+
+@contextmanager
+def as_mlx_lm_reads(folder: Path, config: dict[str, Any], files: Weights) -> Iterator[Path]:
+    """The model in `folder` as a folder for mlx-lm's own loader, with this config and nothing but these weight files.
+
+    What is lazily read from it stays readable afterwards.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        view = Path(place)
+        for file in folder.iterdir():
+            if file.name not in ("config.json", INDEX) and file.suffix != ".safetensors":
+                (view / file.name).symlink_to(file.resolve())
+        for number, file in enumerate(files.paths):
+            (view / f"model-{number}.safetensors").symlink_to(file.resolve())
+        (view / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield view
 
 
 def cast(module: nn.Module, dtype: str | None) -> None:
@@ -154,16 +190,18 @@ def _read_weights(files: Weights) -> dict[str, mx.array]:
     return weights
 
 
-def _is_tied(family: str, weights: dict[str, mx.array]) -> bool:
-    """Whether the head is the embeddings once more, which is dropped then. transformers goes by the weights, too."""
-    head, embeddings = weights["lm_head.weight"], weights.get("model.embed_tokens.weight")
-    if embeddings is not None and head.shape == embeddings.shape and mx.array_equal(head, embeddings).item():
-        for part in ("weight", "scales", "biases"):
-            weights.pop(f"lm_head.{part}", None)
+def _is_tied(family: str, files: Weights) -> bool:
+    """Whether the head is the embeddings once more."""
+    parts = []
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        if name not in files.files:
+            return False
+        parts.append(mx.load(str(files.files[name]))[name])
+    if parts[0].shape == parts[1].shape and mx.array_equal(*parts).item():
         return True
     if family in ("gemma", "gemma2"):
         raise InputError(
-            f"the weights have an lm_head.weight of their own, for all that config.json says tie_word_embeddings true: "
+            f"the weights have an lm_head.weight of their own, although config.json says tie_word_embeddings true: "
             f"mlx-lm's {family} has none, use the torch backend"
         )
     return False

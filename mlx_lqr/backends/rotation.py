@@ -58,11 +58,6 @@ class Rotation:
     """Up to how many tokens the frequencies are these; None for any number."""
 
     @property
-    def plain(self) -> bool:
-        """Whether theta alone says everything, up to the limit."""
-        return self.kind in ("default", "dynamic")
-
-    @property
     def frequencies(self) -> NDArray[np.float64]:
         """(dims / 2,)"""
         plain = self.theta ** (-np.arange(0, self.dims, 2) / self.dims)

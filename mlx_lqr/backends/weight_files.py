@@ -108,7 +108,9 @@ def _unindexed(folder: Path) -> list[str]:
             raise InputError(
                 f"{folder} has no model*.safetensors that is the whole model: if {others[0]} is, rename it {SINGLE}"
             )
-        raise InputError(f"{folder} has no model*.safetensors (pickled weights are never read)")
+        raise InputError(
+            f"{folder} has no model*.safetensors: give the folder of a whole model (pickled weights are never read)"
+        )
     totals = sorted({int(match[2]) for match in shards.values()})
     if len(totals) > 1:
         sets = " and ".join(f"of {total}" for total in totals)
@@ -153,12 +155,18 @@ def check_shapes(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int,
             raise InputError(
                 f"the weights in {folder} do not fit its config.json: {name} has {shape[0]} rows, but {keys} is {rows}"
             )
+    for key, part in (("attention_bias", "self_attn"), ("mlp_bias", "mlp")):
+        biased = [name for name in shapes if f".{part}." in name and name.endswith("_proj.bias")]
+        if key in config.settings and value(key) != bool(biased):
+            what = f"have {biased[0]}" if biased else f"have no biases in {part}"
+            stated = json.dumps(value(key))
+            raise InputError(f"the weights in {folder} do not fit its config.json: they {what}, but {key} is {stated}")
     layers = {int(match[1]) for name in shapes if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-    stated = value("num_hidden_layers")
-    if layers and layers != set(range(stated)):
+    count = value("num_hidden_layers")
+    if layers and layers != set(range(count)):
         raise InputError(
             f"the weights in {folder} do not fit its config.json: they have {max(layers) + 1} layers, but "
-            f"num_hidden_layers is {stated}"
+            f"num_hidden_layers is {count}"
         )
     if not value("tie_word_embeddings") and "model.embed_tokens.weight" in shapes and "lm_head.weight" not in shapes:
         raise InputError(
