@@ -163,6 +163,16 @@ def check_shapes(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int,
             raise InputError(f"the weights in {folder} do not fit its config.json: they {what}, but {key} is {stated}")
     layers = {int(match[1]) for name in shapes if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     count = value("num_hidden_layers")
+    if "decoder_sparse_step" in config.settings:
+        step, dense = value("decoder_sparse_step"), value("mlp_only_layers")
+        mixing = {k for k in range(count) if value(experts) and k not in dense and (k + 1) % step == 0}
+        found = {int(name.split(".")[2]) for name in shapes if ".experts." in name or ".switch_mlp." in name}
+        if layers == set(range(count)) and found != mixing:
+            raise InputError(
+                f"the weights in {folder} do not fit its config.json: the layers with experts are {sorted(found)}, but "
+                f"num_experts {value(experts)}, decoder_sparse_step {step} and mlp_only_layers {dense} say "
+                f"{sorted(mixing)}"
+            )
     if layers and layers != set(range(count)):
         raise InputError(
             f"the weights in {folder} do not fit its config.json: they have {max(layers) + 1} layers, but "
