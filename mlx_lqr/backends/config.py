@@ -134,7 +134,7 @@ def _check_keys(family: str, config: Mapping[str, Any]) -> None:
         if key in SETTINGS[family] or key.startswith("_") or key.endswith("_token_id"):
             continue
         if key in OTHERS_COMPUTE and not (family == "gemma3_text" and key == "rope_local_base_freq"):
-            if value not in (None, OTHERS_COMPUTE[key]):
+            if value and value != OTHERS_COMPUTE[key]:
                 raise InputError(
                     f"config.json says {key} {_short(value)}, which models of the type {family!r} do not compute: "
                     "set it to null if the model does without, or use another model"
@@ -268,6 +268,10 @@ def _sliding(
 def _rotations(family: str, config: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Rotation]:
     head_dim, context = settings["head_dim"], settings["max_position_embeddings"]
     theta = config.get("rope_theta", ROPE_THETA.get(family, 1e4))
+    for key in ("rope_theta", "rope_local_base_freq"):
+        stated = config.get(key, theta)
+        if isinstance(stated, bool) or not isinstance(stated, (int, float)) or not 0 < stated < math.inf:
+            raise InputError(f"config.json says {key} {_short(stated)}, which cannot be: download the model again")
     scaling, nested = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
     for key, value in (("rope_scaling", scaling), ("rope_parameters", nested)):
         if not isinstance(value, dict):

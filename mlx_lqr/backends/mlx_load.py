@@ -19,7 +19,8 @@ from mlx_lqr.backends.config import ModelConfig
 from mlx_lqr.backends.mlx_family import arguments, complete
 from mlx_lqr.backends.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
 from mlx_lqr.backends.model_folder import check_dtype
-from mlx_lqr.backends.weight_files import INDEX, Weights, check_shapes, weights_of
+from mlx_lqr.backends.weight_files import INDEX, Weights, weights_of
+from mlx_lqr.backends.weight_shapes import check_shapes
 from mlx_lqr.errors import InputError
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

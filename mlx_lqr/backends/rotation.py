@@ -61,7 +61,7 @@ class Rotation:
     def frequencies(self) -> NDArray[np.float64]:
         """(dims / 2,)"""
         plain = self.theta ** (-np.arange(0, self.dims, 2) / self.dims)
-        get = self.parameters.get
+        get: Any = self.parameters.get
         if self.kind == "linear":
             return plain / get("factor")
         if self.kind == "llama3":
@@ -77,7 +77,7 @@ class Rotation:
         """What queries and keys are multiplied by where they turn."""
         if self.kind not in ("yarn", "longrope"):
             return 1.0
-        get = self.parameters.get
+        get: Any = self.parameters.get
         stated, factor = get("attention_factor"), get("factor")
         if stated is not None:
             return float(stated)

@@ -21,7 +21,8 @@ from mlx_lqr.backends import model_folder
 from mlx_lqr.backends.config import ModelConfig
 from mlx_lqr.backends.families import SETTINGS
 from mlx_lqr.backends.model_folder import FAMILIES, check_dtype
-from mlx_lqr.backends.weight_files import INDEX, SINGLE, Weights, check_shapes, weights_of
+from mlx_lqr.backends.weight_files import INDEX, SINGLE, Weights, weights_of
+from mlx_lqr.backends.weight_shapes import check_shapes
 from mlx_lqr.errors import InputError
 
 _FAMILIES = sorted((*FAMILIES, "ministral"))
@@ -141,7 +142,11 @@ def transformers_config(config: dict[str, Any], meaning: ModelConfig) -> Pretrai
     nested = {kind: turn.parameters for kind, turn in meaning.rotations.items()}
     given["rope_parameters"] = deepcopy(nested if len(nested) > 1 else nested["full_attention"])
     given |= {key: value for key in _KEPT if (value := config.get(key)) is not None}
-    return CONFIG_MAPPING[family](**given)
+    try:
+        return CONFIG_MAPPING[family](**given)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise InputError(f"transformers cannot do what config.json says: {line}") from error
 
 
 _KEPT = ("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id")

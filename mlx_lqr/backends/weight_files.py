@@ -13,7 +13,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mlx_lqr.backends.config import ModelConfig
 from mlx_lqr.errors import InputError
 
 SINGLE = "model.safetensors"
@@ -121,68 +120,6 @@ def _unindexed(folder: Path) -> list[str]:
         which = f"shard {absent[0]} of {totals[0]}" if absent else "a clear set of shards"
         raise InputError(f"{folder} lacks {which}: download it again")
     return sorted(shards)
-
-
-def check_shapes(folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise `InputError` where the weights are of other sizes than the config says, with the names of its keys.
-
-    Rows alone are looked at, since quantisation packs the columns.
-    """
-    value = config.settings.get
-    heads, groups, size = value("num_attention_heads", 0), value("num_key_value_heads", 0), value("head_dim", 0)
-    experts = "num_experts" if "num_experts" in config.settings else "num_local_experts"
-    expected = {
-        "embed_tokens": ("vocab_size", value("vocab_size")),
-        "lm_head": ("vocab_size", value("vocab_size")),
-        "norm": ("hidden_size", value("hidden_size")),
-        "q_proj": ("num_attention_heads x head_dim", heads * size),
-        "k_proj": ("num_key_value_heads x head_dim", groups * size),
-        "qkv_proj": ("(num_attention_heads + 2 num_key_value_heads) x head_dim", (heads + 2 * groups) * size),
-        "mlp.gate_proj": ("intermediate_size", value("intermediate_size")),
-        "gate_up_proj": ("2 intermediate_size", 2 * value("intermediate_size", 0)),
-        "block_sparse_moe.gate": (experts, value(experts)),
-        "mlp.gate": (experts, value(experts)),
-        "w1": ("intermediate_size", value("intermediate_size")),
-    }
-    for name, shape in shapes.items():
-        parts = name.removesuffix(".weight").split(".")
-        keys, rows = expected.get(parts[-1]) or expected.get(".".join(parts[-2:])) or ("", None)
-        if "experts" in parts and parts[-1] == "gate_proj":
-            keys, rows = "moe_intermediate_size", value("moe_intermediate_size")
-        if parts[-1] == "norm" and parts != ["model", "norm"]:
-            continue
-        if name.endswith(".weight") and rows is not None and shape and shape[0] != rows:
-            raise InputError(
-                f"the weights in {folder} do not fit its config.json: {name} has {shape[0]} rows, but {keys} is {rows}"
-            )
-    for key, part in (("attention_bias", "self_attn"), ("mlp_bias", "mlp")):
-        biased = [name for name in shapes if f".{part}." in name and name.endswith("_proj.bias")]
-        if key in config.settings and value(key) != bool(biased):
-            what = f"have {biased[0]}" if biased else f"have no biases in {part}"
-            stated = json.dumps(value(key))
-            raise InputError(f"the weights in {folder} do not fit its config.json: they {what}, but {key} is {stated}")
-    layers = {int(match[1]) for name in shapes if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-    count = value("num_hidden_layers")
-    if "decoder_sparse_step" in config.settings:
-        step, dense = value("decoder_sparse_step"), value("mlp_only_layers")
-        mixing = {k for k in range(count) if value(experts) and k not in dense and (k + 1) % step == 0}
-        found = {int(name.split(".")[2]) for name in shapes if ".experts." in name or ".switch_mlp." in name}
-        if layers == set(range(count)) and found != mixing:
-            raise InputError(
-                f"the weights in {folder} do not fit its config.json: the layers with experts are {sorted(found)}, but "
-                f"num_experts {value(experts)}, decoder_sparse_step {step} and mlp_only_layers {dense} say "
-                f"{sorted(mixing)}"
-            )
-    if layers and layers != set(range(count)):
-        raise InputError(
-            f"the weights in {folder} do not fit its config.json: they have {max(layers) + 1} layers, but "
-            f"num_hidden_layers is {count}"
-        )
-    if not value("tie_word_embeddings") and "model.embed_tokens.weight" in shapes and "lm_head.weight" not in shapes:
-        raise InputError(
-            f"the weights in {folder} do not fit its config.json: tie_word_embeddings is false or left out, but there "
-            "is no lm_head.weight: set it to true if the embeddings are the head"
-        )
 
 
 def _first_line(error: Exception) -> str:
