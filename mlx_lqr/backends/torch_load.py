@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
@@ -155,7 +155,8 @@ _KEPT = ("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id"
 def _from_pretrained(folder: Path, config: PretrainedConfig, files: Weights, dtype: Any) -> Any:
     usual = [folder / SINGLE] if (folder / SINGLE).is_file() else []  # what transformers takes before it looks for more
     found = files.paths == usual or (not usual and (folder / INDEX).is_file())
-    module, report = AutoModelForCausalLM.from_pretrained(
+    kind = AutoModelForCausalLM if found else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    module, report = kind.from_pretrained(
         str(folder) if found else None,
         config=config,
         state_dict=None if found else _tensors(files),
