@@ -52,6 +52,9 @@ def convert_folder(
         meaning = model_config(config)
         given = config | arguments_for(source, meaning, files)
         flat = explicit(meaning) | flat | {"tie_word_embeddings": given["tie_word_embeddings"]}
+        if scaling := flat.get("rope_scaling"):
+            kind = scaling.get("rope_type", scaling.get("type"))
+            flat["rope_scaling"] = scaling | {"type": kind, "rope_type": kind}  # some of mlx-lm's read the old name
     model, loaded = _load(source, given, files)
     config = flat
     if quantize is not None:

@@ -31,6 +31,7 @@ from mlx_lqr.backends.config import model_config
 from mlx_lqr.backends.families import OTHERS_COMPUTE, ROPE_THETA, SETTINGS
 from mlx_lqr.backends.mlx_family import arguments
 from mlx_lqr.backends.torch_load import transformers_config
+from mlx_lqr.convert import convert
 
 CHANGES: dict[str, list[Any]] = {
     "attention_bias": [True],
@@ -67,7 +68,14 @@ CHANGES: dict[str, list[Any]] = {
         {"full_attention": {"rope_theta": 1000.0, **LINEAR}, "sliding_attention": {"rope_theta": 30.0}},
         {},
     ],
-    "rope_scaling": [LLAMA3, YARN | {"attention_factor": 1.7}, LONG, {"rope_type": "mrope"}, {"factor": 2.0}],
+    "rope_scaling": [
+        LLAMA3,
+        YARN | {"attention_factor": 1.7},
+        LONG,
+        {"type": "linear", "factor": 2.0},
+        {"rope_type": "mrope"},
+        {"factor": 2.0},
+    ],
     "rope_theta": [5000.0],
     "sliding_window": [3, 64, None],
     "sliding_window_pattern": [1, 6],
@@ -185,6 +193,18 @@ def test_keys_that_change_nothing_change_nothing(family: str, tmp_path: Path) ->
     config = BASE[family] | {key: value for key, value in NOTHING.items() if key in known_keys(family)}
     folder = with_config(weights_folder(family), config, tmp_path)
     expected = plain_logits(with_config(weights_folder(family), BASE[family], tmp_path / "base"))
+    for backend in BACKENDS:
+        assert relative(our_logits(folder, backend), expected) < 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_converted_folder_says_the_same(family: str, tmp_path: Path) -> None:
+    config = {key: value for key, value in BASE[family].items() if key not in ("rope_theta", "rms_norm_eps")}
+    if family == "phi3":
+        config["rope_scaling"] = LONG
+    source = with_config(weights_folder(family), config, tmp_path / "source")
+    folder = convert(source, tmp_path / "out")
+    expected = plain_logits(source)
     for backend in BACKENDS:
         assert relative(our_logits(folder, backend), expected) < 1e-3
 

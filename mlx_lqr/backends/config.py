@@ -282,6 +282,10 @@ def _rotations(family: str, config: Mapping[str, Any], settings: dict[str, Any])
         if nested and not by_kind:
             raise InputError(f"config.json's rope_parameters must state {FULL} and {SLIDING} apart: convert it again")
         full = {**(nested.get(FULL) or {}), **scaling}
+        if "rope_type" not in full and full.get("type", "default") != "default":
+            raise InputError("config.json's rope_scaling states its type, where Gemma 3 reads rope_type: rename it")
+        if full.get("truncate") is False:
+            raise InputError("config.json's rope_scaling says truncate false, which Gemma 3 does not read: remove it")
         sliding = nested.get(SLIDING) or {}
         local = config.get("rope_local_base_freq", 1e4)
         return {

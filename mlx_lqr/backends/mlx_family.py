@@ -41,9 +41,11 @@ _WITHOUT: dict[str, Any] = {
     "final_logit_softcapping": None,
     "mlp_bias": False,
     "rope_traditional": False,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
 """What a class computes that does not read the key."""
+ALWAYS_TIED = ("gemma", "gemma2")
+"""The families whose class has no head but the embeddings."""
 
 
 def arguments(config: ModelConfig) -> dict[str, Any]:
@@ -54,12 +56,13 @@ def arguments(config: ModelConfig) -> dict[str, Any]:
     """
     _, ModelArgs = model_classes(config.family)
     read = {field.name for field in fields(ModelArgs)}
+    without = _WITHOUT | ({"tie_word_embeddings": True} if config.family in ALWAYS_TIED else {})
     given = {**config.settings, "rope_traditional": config.rope_traditional}
     for key, value in given.items():
         if key in read:
             refused = key.endswith("softcapping") and value is None
         else:
-            refused = key in _WITHOUT and value != _WITHOUT[key]
+            refused = key in without and value != without[key]
         if refused and not (config.family == "gemma3_text" and key == "tie_word_embeddings"):  # it looks at the weights
             raise InputError(
                 f"config.json says {key} {json.dumps(value)}, which mlx-lm's {config.family} cannot do{_INSTEAD}"

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lqr.backends.config import ModelConfig
-from mlx_lqr.backends.mlx_family import arguments, complete
+from mlx_lqr.backends.mlx_family import ALWAYS_TIED, arguments, complete
 from mlx_lqr.backends.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
 from mlx_lqr.backends.model_folder import check_dtype
 from mlx_lqr.backends.weight_files import INDEX, Weights, weights_of
@@ -200,7 +200,7 @@ def _is_tied(family: str, files: Weights) -> bool:
         parts.append(mx.load(str(files.files[name]))[name])
     if parts[0].shape == parts[1].shape and mx.array_equal(*parts).item():
         return True
-    if family in ("gemma", "gemma2"):
+    if family in ALWAYS_TIED:
         raise InputError(
             f"the weights have an lm_head.weight of their own, although config.json says tie_word_embeddings true: "
             f"mlx-lm's {family} has none, use the torch backend"
