@@ -92,6 +92,20 @@ def test_a_whole_set_of_shards_needs_no_index(reader: str, folder: Path) -> None
     np.testing.assert_allclose(READERS[reader](folder), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_that_the_index_does_not_name_are_not_read(backend: str, folder: Path) -> None:
+    expected = logits(folder, "mlx")
+    first, second = shards(folder)
+    index(folder)
+    stale, named = mx.load(str(first)), mx.load(str(second))
+    more = {**named, **{name: value + 1 for name, value in stale.items()}}
+    mx.eval(more)
+    mx.save_safetensors(str(second), more, metadata={"format": "mlx"})
+    np.testing.assert_allclose(logits(folder, backend), expected, atol=1e-4)
+    with pytest.raises(InputError, match="does not name"):
+        converted(folder)
+
+
 def lose_a_file(folder: Path) -> str:
     shards(folder)
     index(folder)

@@ -93,7 +93,13 @@ def as_mlx_lm_reads(folder: Path, config: dict[str, Any], files: Weights) -> Ite
     """The model in `folder` as a folder for mlx-lm's own loader, with this config and nothing but these weight files.
 
     What is lazily read from it stays readable afterwards.
+
+    Raises:
+        InputError: a file holds more than is the model's, which mlx-lm would read too.
     """
+    if files.unnamed is not None:
+        file, tensor = files.unnamed
+        raise InputError(f"{file} holds {tensor}, which {INDEX} does not name: download the model again")
     with tempfile.TemporaryDirectory() as place:
         view = Path(place)
         for file in folder.iterdir():

@@ -154,7 +154,7 @@ _KEPT = ("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id"
 
 def _from_pretrained(folder: Path, config: PretrainedConfig, files: Weights, dtype: Any) -> Any:
     usual = [folder / SINGLE] if (folder / SINGLE).is_file() else []  # what transformers takes before it looks for more
-    found = files.paths == usual or (not usual and (folder / INDEX).is_file())
+    found = files.unnamed is None and (files.paths == usual or (not usual and (folder / INDEX).is_file()))
     kind = AutoModelForCausalLM if found else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     module, report = kind.from_pretrained(
         str(folder) if found else None,

@@ -30,6 +30,8 @@ class Weights:
     files: dict[str, Path]
     shapes: dict[str, tuple[int, ...]]
     formats: frozenset[str | None]
+    unnamed: tuple[Path, str] | None = None
+    """A file of these, and a tensor in it that the index does not name, and that is therefore not read."""
 
     @property
     def paths(self) -> list[Path]:
@@ -51,6 +53,7 @@ def weights_of(folder: Path) -> Weights:
     files: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     formats: set[str | None] = set()
+    unnamed: tuple[Path, str] | None = None
     for file, wanted in named.items():
         try:
             with safe_open(folder / file, framework="np") as opened:
@@ -67,7 +70,9 @@ def weights_of(folder: Path) -> Weights:
             if name in files:
                 raise InputError(f"both {files[name].name} and {file} in {folder} hold {name}: remove the stray file")
             files[name], shapes[name] = folder / file, present[name]
-    return Weights(files, shapes, frozenset(formats))
+        if wanted is not None and (others := present.keys() - set(wanted)):
+            unnamed = (folder / file, min(others))
+    return Weights(files, shapes, frozenset(formats), unnamed)
 
 
 def _indexed(index: Path) -> dict[str, list[str] | None]:
