@@ -31,6 +31,7 @@ _UNSUPPORTED = {
     "residual_scale": 0.0,
     "logit_scale": 0.0,
 }
+_NO_WINDOW = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 0, "layer_types": None}
 _GEMMA2_27B_LAYERS, _GEMMA3_27B_LAYERS = 46, 62
 
 
@@ -108,11 +109,11 @@ def _qwen2(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"{file.path} has heads of {config['head_dim']}: mlx-lm's qwen2 cannot do that, use another model"
         )
-    return {"hidden_act": "silu", "use_sliding_window": False}
+    return {"hidden_act": "silu"} | _NO_WINDOW
 
 
 def _qwen3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
-    return {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False}
+    return {"hidden_act": "silu", "attention_bias": False} | _NO_WINDOW
 
 
 def _gemma2(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:

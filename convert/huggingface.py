@@ -16,15 +16,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
-from safetensors import SafetensorError, safe_open
 
 from mlx_lqr.backends.base import Progress
-from mlx_lqr.backends.mlx_load import DTYPES, flattened, settings_read
+from mlx_lqr.backends.config import explicit, model_config
+from mlx_lqr.backends.mlx_load import DTYPES, arguments_for, as_mlx_lm_reads, flattened, settings_read
+from mlx_lqr.backends.model_folder import FAMILIES
+from mlx_lqr.backends.weight_files import Weights, weights_of
 from mlx_lqr.errors import InputError
 
 from .write import cast, group_for, write_json, write_weights
 
-_INDEX = "model.safetensors.index.json"
 _COPIED = [
     "tokenizer.json",
     "tokenizer.model",
@@ -44,10 +45,17 @@ def convert_folder(
 ) -> None:
     """Write the model in `source` into the existing folder `out`."""
     config = _checked_config(source)
-    _check_weight_files(source)
+    files = _weight_files(source)
     flat = flattened(config)
-    changes = {key: value for key, value in flat.items() if key not in config or config[key] != value}
-    model, loaded = _load(source, changes)
+    given = flat
+    if config["model_type"] in FAMILIES:
+        meaning = model_config(config)
+        given = config | arguments_for(source, meaning, files)
+        flat = explicit(meaning) | flat | {"tie_word_embeddings": given["tie_word_embeddings"]}
+        if scaling := flat.get("rope_scaling"):
+            kind = scaling.get("rope_type", scaling.get("type"))
+            flat["rope_scaling"] = scaling | {"type": kind, "rope_type": kind}  # some of mlx-lm's read the old name
+    model, loaded = _load(source, given, files)
     config = flat
     if quantize is not None:
         if "quantization" in loaded:
@@ -89,38 +97,25 @@ def _is_known(config: dict[str, Any]) -> bool:
     return settings_read(config) is not None
 
 
-def _check_weight_files(source: Path) -> None:
-    files = set(source.glob("model*.safetensors"))
-    if (source / _INDEX).exists():
-        index = _read_json(source / _INDEX, "")
-        missing = sorted({str(name) for name in index.get("weight_map", {}).values()} - {file.name for file in files})
-        if missing:
-            raise InputError(
-                f"{source} lacks {missing[0]} ({len(missing)} of its files are missing): download it again"
-            )
-    if not files:
-        pickled = next((file.name for file in source.iterdir() if file.suffix in (".bin", ".pt", ".pth")), None)
-        if pickled is not None:
-            raise InputError(
-                f"{source} has only pickled weights ({pickled}), which can run code when read: get them as safetensors"
-            )
-        raise InputError(f"{source} has no model*.safetensors: give the folder of a whole model")
-    for file in sorted(files):
-        try:
-            with safe_open(file, framework="np"):
-                pass  # opening it holds the header against the file's length
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is cut short or corrupt ({_line(error)}): download it again") from error
+def _weight_files(source: Path) -> Weights:
+    pickled = next((file.name for file in source.iterdir() if file.suffix in (".bin", ".pt", ".pth")), None)
+    if pickled is not None and not any(source.glob("*.safetensors")):
+        raise InputError(
+            f"{source} has only pickled weights ({pickled}), which can run code when read: get them as safetensors"
+        )
+    return weights_of(source)
 
 
-def _load(source: Path, changes: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _load(source: Path, config: dict[str, Any], files: Weights) -> tuple[nn.Module, dict[str, Any]]:
     from mlx_lm.utils import load_model
 
     try:
-        model, loaded = load_model(source, lazy=True, model_config=changes)
+        with as_mlx_lm_reads(source, config, files) as view:
+            return load_model(view, lazy=True)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{source} does not fit its config.json ({_line(error)}): download it again") from error
-    return model, loaded
 
 
 def _quantize(model: nn.Module, bits: int, group_size: int) -> dict[str, Any]:

@@ -18,7 +18,10 @@ TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
     {"errors", "cache", "atomic", "concepts", "algebra", "strength"},
-    {"backends.base", "backends.tokenizer", "backends.model_folder", "backends.blas", "tensors", "jacobian_file"},
+    {
+        *("backends.base", "backends.blas", "backends.families", "backends.model_folder", "backends.tokenizer"),
+        *("tensors", "jacobian_file"),
+    },
     {"backends", "contrast", "probes", "riccati"},
     {"controller", "linearize"},
     {"baseline"},

@@ -16,6 +16,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from mlx_lm.evaluate import MLXLM
 from test_cli import refused, run
+from tiny_configs import BASE, FACTORS, PROMPT, plain_logits, weights_folder, with_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import mlx_lqr
@@ -278,13 +279,20 @@ def test_activations_that_overflow_are_no_score(demo: Evaluator, chosen: lm_eval
         lm_eval.evaluate(demo, chosen, tasks.load_steering([(str(dog), 1.0)]), [1e38])
 
 
+@pytest.mark.parametrize("family", ["gemma2", "phi3"])
+def test_what_mlx_lm_would_drop_of_a_config_is_computed(family: str, tmp_path: Path) -> None:
+    config = dict(BASE[family])
+    rope = {"rope_type": "longrope", **FACTORS} if family == "phi3" else {"rope_type": "default"}
+    config["rope_parameters"] = rope | {"rope_theta": config.pop("rope_theta")}
+    folder = with_config(weights_folder(family), config, tmp_path)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    found = lm_eval.load_evaluator(folder, dtype="float32").model.logits_along([(PROMPT[:1], PROMPT[1:])])[0]
+    assert np.abs(found - plain_logits(folder)).max() < 1e-3 * np.abs(found).max()
+
+
 def test_what_cannot_be_steered_is_refused(demo: Evaluator, chosen: lm_eval.Tasks, tmp_path: Path) -> None:
     folder = tiny_folder("llama")
     config = json.loads((folder / "config.json").read_text())
-    rope = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
-    with pytest.raises(InputError, match="RoPE: convert it first"):
-        lm_eval.load_evaluator(folder)
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     with pytest.raises(InputError, match="'mamba' is not supported"):
         lm_eval.load_evaluator(folder)

@@ -30,6 +30,7 @@ from mlx_lqr.backends.base import (
     padded,
     restart,
 )
+from mlx_lqr.backends.config import check_rolling, context_of, model_config
 from mlx_lqr.backends.mlx_blocks import TANGENTS, differentiable, hooked, output_projection, refuse_hooked
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx_expansion import block_jacobian
@@ -49,9 +50,9 @@ def load(folder: Path, name: str, dtype: str | None = None) -> MLXModel:
     config = read_config(folder)
     if mx.default_device() == mx.cpu:
         blas.warn_if_slow()
-    model = MLXModel(load_module(folder, config, dtype), name, Tokenizer(folder, config))
-    if length := config.get("max_position_embeddings"):  # some of mlx-lm's models do not read it
-        model.context_length = int(length)
+    meaning = model_config(config)
+    model = MLXModel(load_module(folder, config, meaning, dtype), name, Tokenizer(folder, config))
+    model.context_length, model.rolls = meaning.context_length, meaning.rolls
     return model
 
 
@@ -68,7 +69,7 @@ class MLXModel:
         self.num_layers = len(self.blocks)
         self.hidden_size = int(module.args.hidden_size)
         self.vocab_size = int(module.args.vocab_size)
-        self.context_length = int(getattr(module.args, "max_position_embeddings", None) or 1 << 30)
+        self.context_length, self.rolls = context_of(vars(module.args))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -223,6 +224,7 @@ class MLXModel:
 
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> MLXDecoder:
         refuse_hooked(type(self.blocks[0]))
+        check_rolling(self.rolls, rolling)
         window = self.context_length if rolling else None
         return MLXDecoder(self.module, self._array, law, sampling, window, self._compiled)
 

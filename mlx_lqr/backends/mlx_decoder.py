@@ -245,7 +245,7 @@ class MLXDecoder:
             if len(padding) > 1:
                 raise InputError("a batch cannot roll its context: decode one prompt at a time")
             self._cache = [
-                kinds.RotatingKVCache(self._window, keep=SINKS) if isinstance(layer, kinds.KVCache) else layer
+                layer if _held(layer) < self._window else kinds.RotatingKVCache(self._window, keep=SINKS)
                 for layer in self._cache
             ]
         if len(padding) > 1:
@@ -268,6 +268,12 @@ class MLXDecoder:
         self._energy = None
         with self._hooks.placed() if steered and self._hooks is not None else nullcontext():
             return self._module(tokens, cache=self._cache)
+
+
+def _held(layer: Any) -> float:
+    """How many tokens one of mlx-lm's caches keeps."""
+    size: float = getattr(layer, "max_size", math.inf)
+    return size
 
 
 def _for_grouped_heads(make_mask: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -11,10 +11,12 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.evaluate import DEFAULT_MAX_TOKENS, MLXLM
 
+from mlx_lqr.backends.config import model_config
 from mlx_lqr.backends.mlx import MLXModel
-from mlx_lqr.backends.mlx_lm_models import model_classes
-from mlx_lqr.backends.mlx_load import cast, flattened
+from mlx_lqr.backends.mlx_family import complete
+from mlx_lqr.backends.mlx_load import arguments_for, as_mlx_lm_reads, cast
 from mlx_lqr.backends.model_folder import check_dtype, read_config
+from mlx_lqr.backends.weight_files import weights_of
 from mlx_lqr.errors import InputError
 
 _OLD = tuple(int(number) for number in metadata.version("mlx-lm").split(".")[:2]) < (0, 32)
@@ -36,17 +38,21 @@ class Evaluator(MLXLM):
         """
         check_dtype(dtype)
         config = read_config(folder)
-        model_classes(str(config["model_type"]))
-        _check_rope(folder, config)
+        meaning = model_config(config)
+        files = weights_of(folder)
+        given = config | arguments_for(folder, meaning, files)
         if _OLD:
             options["batch_size"] = 1  # in a batch, it adds a score of the padding after the shorter texts
         try:
-            super().__init__(str(folder), **options)
+            with as_mlx_lm_reads(folder, given, files) as view:
+                super().__init__(str(view), **options)
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"mlx-lm cannot load {folder}: {str(error).partition(chr(10))[0]}") from error
+        complete(self._model, meaning)
         cast(self._model, dtype)
         mx.eval(self._model.parameters())
         self.model = MLXModel(self._model, name)
+        self.model.context_length, self.model.rolls = meaning.context_length, meaning.rolls
         self.options = {**options, "use_chat_template": bool(self.use_chat_template), "dtype": dtype}
         """What its answers depend on"""
 
@@ -66,13 +72,6 @@ class Evaluator(MLXLM):
                 options = request.args[1]
                 options.setdefault("max_gen_tokens", options.get("max_gen_toks", DEFAULT_MAX_TOKENS))
         return super().generate_until(requests)
-
-
-def _check_rope(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse what mlx-lm's loader would silently read with its default RoPE base (see `flattened`)."""
-    given = {key: value for key, value in config.items() if key != "rope_parameters"}
-    if {key: value for key, value in flattened(config).items() if key != "rope_parameters"} != given:
-        raise InputError(f"mlx-lm does not read how {folder} words its RoPE: convert it first (mlx-lqr convert)")
 
 
 def _check_finite(scores: Sequence[float]) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,17 +15,23 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_lqr.backends.config import ModelConfig
+from mlx_lqr.backends.mlx_family import ALWAYS_TIED, arguments, complete
 from mlx_lqr.backends.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
 from mlx_lqr.backends.model_folder import check_dtype
+from mlx_lqr.backends.weight_files import INDEX, Weights, weights_of
+from mlx_lqr.backends.weight_shapes import check_shapes
 from mlx_lqr.errors import InputError
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
-def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.Module:
+def load_module(folder: Path, config: dict[str, Any], meaning: ModelConfig, dtype: str | None) -> nn.Module:
     """Build the module and load its weights.
 
     Args:
+        config: the folder's config.json.
+        meaning: what it says.
         dtype: "float32", "float16" or "bfloat16" for everything that is not packed; None keeps the checkpoint's dtype
             on a GPU and takes float32 on the CPU, where 16-bit products are 10 to 30 times slower.
 
@@ -29,11 +39,16 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
         InputError: unsupported architecture, or weights that are missing, damaged or not this architecture's.
     """
     check_dtype(dtype)
-    Model, ModelArgs = model_classes(str(config["model_type"]))
-    config = flattened(config)
-    weights = _read_weights(folder)
+    Model, ModelArgs = model_classes(meaning.family)
+    files = weights_of(folder)
+    given = arguments_for(folder, meaning, files)
+    weights = _read_weights(files)
+    if given["tie_word_embeddings"]:
+        for part in ("weight", "scales", "biases"):
+            weights.pop(f"lm_head.{part}", None)
     try:
-        module = Model(ModelArgs.from_dict(config))
+        module = Model(ModelArgs.from_dict(given))
+        complete(module, meaning)
         weights = module.sanitize(weights) if hasattr(module, "sanitize") else weights
         if quantization := config.get("quantization"):
             _quantize(module, quantization, weights)
@@ -56,6 +71,44 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None) -> nn.M
     if mx.default_device() == mx.cpu and sys.platform == "linux":
         _lay_out_for_single_tokens(module)
     return module
+
+
+def arguments_for(folder: Path, meaning: ModelConfig, files: Weights) -> dict[str, Any]:
+    """What mlx-lm's `ModelArgs` is made of for these weights.
+
+    A head of its own is used, whatever the config says of tied embeddings: so does transformers.
+
+    Raises:
+        InputError: mlx-lm's class cannot compute what the config says, or the weights are of other sizes than it says.
+    """
+    given = arguments(meaning)
+    check_shapes(folder, meaning, files.shapes)
+    if given["tie_word_embeddings"] and "lm_head.weight" in files.files:
+        given["tie_word_embeddings"] = _is_tied(meaning.family, files)
+    return given
+
+
+@contextmanager
+def as_mlx_lm_reads(folder: Path, config: dict[str, Any], files: Weights) -> Iterator[Path]:
+    """The model in `folder` as a folder for mlx-lm's own loader, with this config and nothing but these weight files.
+
+    What is lazily read from it stays readable afterwards.
+
+    Raises:
+        InputError: a file holds more than is the model's, which mlx-lm would read too.
+    """
+    if files.unnamed is not None:
+        file, tensor = files.unnamed
+        raise InputError(f"{file} holds {tensor}, which {INDEX} does not name: download the model again")
+    with tempfile.TemporaryDirectory() as place:
+        view = Path(place)
+        for file in folder.iterdir():
+            if file.name not in ("config.json", INDEX) and file.suffix != ".safetensors":
+                (view / file.name).symlink_to(file.resolve())
+        for number, file in enumerate(files.paths):
+            (view / f"model-{number}.safetensors").symlink_to(file.resolve())
+        (view / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield view
 
 
 def cast(module: nn.Module, dtype: str | None) -> None:
@@ -133,17 +186,32 @@ def flattened(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _read_weights(folder: Path) -> dict[str, mx.array]:
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} has no model*.safetensors (pickled weights are never read)")
+def _read_weights(files: Weights) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
-    for file in files:
+    for file in files.paths:
         try:
-            weights.update(mx.load(str(file)))
-        except (RuntimeError, ValueError) as error:
+            opened = mx.load(str(file))
+            weights |= {name: opened[name] for name in files.of(file)}
+        except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"{file} is damaged or incomplete: fetch or convert the model again") from error
     return weights
+
+
+def _is_tied(family: str, files: Weights) -> bool:
+    """Whether the head is the embeddings once more."""
+    parts = []
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        if name not in files.files:
+            return False
+        parts.append(mx.load(str(files.files[name]))[name])
+    if parts[0].shape == parts[1].shape and mx.array_equal(*parts).item():
+        return True
+    if family in ALWAYS_TIED:
+        raise InputError(
+            f"the weights have an lm_head.weight of their own, although config.json says tie_word_embeddings true: "
+            f"mlx-lm's {family} has none, use the torch backend"
+        )
+    return False
 
 
 def _quantize(module: nn.Module, quantization: dict[str, Any], weights: dict[str, mx.array]) -> None:

@@ -7,25 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_lqr.backends.families import SETTINGS
 from mlx_lqr.errors import InputError
 
 DTYPES = ("float32", "float16", "bfloat16")
 """What the weights of a model may be loaded as."""
 
-FAMILIES = (
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "llama",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-)
+FAMILIES = tuple(SETTINGS)
 """The model types whose blocks are known to carry one dense residual stream."""
 
 

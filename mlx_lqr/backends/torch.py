@@ -28,6 +28,7 @@ from mlx_lqr.backends.base import (
     padded,
     restart,
 )
+from mlx_lqr.backends.config import check_rolling, context_of, model_config
 from mlx_lqr.backends.model_folder import read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.backends.torch_algebra import TorchAlgebra
@@ -51,9 +52,12 @@ def load(folder: Path, name: str, dtype: str | None = None, device: str | None =
     """
     chosen = chosen_device(device)
     config = read_config(folder)
+    meaning = model_config(config)
     with memory_for("the model", "load it with dtype bfloat16, or on device cpu"):
-        module = load_module(folder, config, dtype, chosen)
-    return TorchModel(module, name, Tokenizer(folder, config))
+        module = load_module(folder, config, meaning, dtype, chosen)
+    model = TorchModel(module, name, Tokenizer(folder, config))
+    model.context_length, model.rolls = meaning.context_length, meaning.rolls
+    return model
 
 
 class TorchModel:
@@ -68,7 +72,7 @@ class TorchModel:
         self.num_layers = len(self.blocks)
         self.hidden_size = int(module.config.hidden_size)
         self.vocab_size = int(module.config.vocab_size)
-        self.context_length = int(getattr(module.config, "max_position_embeddings", None) or 1 << 30)
+        self.context_length, self.rolls = context_of(vars(module.config))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -246,6 +250,7 @@ class TorchModel:
 
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> TorchDecoder:
         refuse_hooked(self.blocks[0])
+        check_rolling(self.rolls, rolling)
         return TorchDecoder(self.module, self.place, law, sampling, self.context_length if rolling else None)
 
     @contextmanager

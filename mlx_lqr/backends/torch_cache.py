@@ -89,7 +89,8 @@ class KeyValueCache:
     def mask(self, window: int | None) -> torch.Tensor:
         if window not in self._masks:
             places = self._places[: self._used]
-            visible = seen(self._at, places, window)
+            shorter = window is not None and (self._window is None or window < self._window)
+            visible = seen(self._at, places, window if shorter else None)
             if self._window is not None:
                 recent = seen(self._at, places, self._window - SINKS)
                 visible &= recent | (places < SINKS)
@@ -161,7 +162,8 @@ class FrozenCache:
         return sum(part.nbytes for parts in self._parts for part in parts)
 
     def mask(self, window: int | None) -> torch.Tensor:
-        visible = seen(self._at, self._places, window)
+        shorter = window is not None and (self._rolling is None or window < self._rolling + SINKS)
+        visible = seen(self._at, self._places, window if shorter else None)
         if self._rolling is not None:
             visible &= seen(self._at, self._places, self._rolling) | (self._places < SINKS)
         return visible[None, None]

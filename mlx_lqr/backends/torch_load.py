@@ -6,17 +6,23 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from mlx_lqr.backends import model_folder
+from mlx_lqr.backends.config import ModelConfig
+from mlx_lqr.backends.families import SETTINGS
 from mlx_lqr.backends.model_folder import FAMILIES, check_dtype
+from mlx_lqr.backends.weight_files import INDEX, SINGLE, Weights, weights_of
+from mlx_lqr.backends.weight_shapes import check_shapes
 from mlx_lqr.errors import InputError
 
 _FAMILIES = sorted((*FAMILIES, "ministral"))
@@ -49,11 +55,14 @@ def chosen_device(device: str | None) -> torch.device:
     return chosen
 
 
-def load_module(folder: Path, config: dict[str, Any], dtype: str | None, device: torch.device) -> nn.Module:
+def load_module(
+    folder: Path, config: dict[str, Any], meaning: ModelConfig, dtype: str | None, device: torch.device
+) -> nn.Module:
     """Build the model and load its weights.
 
     Args:
         config: the folder's config.json.
+        meaning: what it says.
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's dtype on a GPU and takes float32 on the
             CPU.
 
@@ -61,29 +70,29 @@ def load_module(folder: Path, config: dict[str, Any], dtype: str | None, device:
         InputError: unsupported architecture, packed weights, or weights that are missing, damaged or another model's.
     """
     check_dtype(dtype)
-    check_family(str(config["model_type"]))
     if "quantization" in config or "quantization_config" in config:
         whose = "for MLX" if "quantization" in config else "in a format of its own"
         raise InputError(
             f"{folder} is quantised {whose}, which the torch backend cannot run: give the unquantised checkpoint (or "
             "the .gguf file), or use the mlx backend"
         )
-    if config.get("use_bidirectional_attention"):
-        raise InputError(f"{folder} attends in both directions: it is no model that writes from left to right")
-    names, is_mlx = _weight_names(folder)
+    built_from = transformers_config(config, meaning)
+    files = weights_of(folder)
+    check_shapes(folder, meaning, files.shapes)
+    built_from.tie_word_embeddings = built_from.tie_word_embeddings and _is_tied(files)
     wanted: Any = getattr(torch, dtype) if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
     try:
         with _quietly():
-            if any(".switch_mlp." in name for name in names):
-                module = _from_stacked_experts(folder, names, wanted)
+            if any(".switch_mlp." in name for name in files.files):
+                module = _from_stacked_experts(folder, built_from, files, wanted)
             else:
-                module = _from_pretrained(folder, wanted)
+                module = _from_pretrained(folder, built_from, files, wanted)
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, AssertionError) as error:
         if isinstance(error, InputError) or out_of_memory(error):
             raise
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"the weights in {folder} do not fit its config.json: {line}") from error
-    if is_mlx and config["model_type"] == "gemma3_text":
+    if files.formats == {"mlx"} and meaning.family == "gemma3_text":
         # Whoever wrote this folder reckoned with mlx-lm, which rounds the embedding's scale in every dtype.
         scale = torch.tensor(math.sqrt(module.config.hidden_size)).bfloat16()
         module.get_input_embeddings().embed_scale.fill_(scale)
@@ -105,28 +114,91 @@ def _lay_out_for_single_tokens(module: nn.Module) -> None:
             part.weight.data = part.weight.data.t().contiguous().t()
 
 
-def _from_pretrained(folder: Path, dtype: Any) -> Any:
-    module, report = AutoModelForCausalLM.from_pretrained(
-        str(folder),
+def transformers_config(config: dict[str, Any], meaning: ModelConfig) -> PretrainedConfig:
+    """transformers' config with everything that `meaning` says written out, and nothing else of config.json but dtype
+    and tokens.
+
+    Raises:
+        InputError: transformers cannot compute what the config says; the line names the key.
+    """
+    if meaning.rope_traditional:
+        raise InputError("config.json says rope_traditional true, which transformers has not: use the mlx backend")
+    if meaning.activation not in ACT2FN:
+        key = "hidden_activation" if "hidden_activation" in meaning.settings else "hidden_act"
+        raise InputError(
+            f"config.json says {key} {meaning.activation!r}, which transformers does not know: use another model"
+        )
+    family, window, kinds = meaning.family, meaning.window, list(meaning.layer_types)
+    if family == "mistral" and len(set(kinds)) > 1:
+        family = "ministral"
+    given: dict[str, Any] = {**meaning.settings, "pad_token_id": None}
+    for key in SETTINGS[meaning.family]:
+        if key == "layer_types" and family != "mistral":
+            given[key] = kinds
+        elif key == "use_sliding_window":
+            given[key] = window is not None
+        elif key == "sliding_window":
+            given[key] = window
+    nested = {kind: turn.parameters for kind, turn in meaning.rotations.items()}
+    given["rope_parameters"] = deepcopy(nested if len(nested) > 1 else nested["full_attention"])
+    given |= {key: value for key in _KEPT if (value := config.get(key)) is not None}
+    try:
+        return CONFIG_MAPPING[family](**given)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise InputError(f"transformers cannot do what config.json says: {line}") from error
+
+
+_KEPT = ("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id")
+
+
+def _from_pretrained(folder: Path, config: PretrainedConfig, files: Weights, dtype: Any) -> Any:
+    usual = [folder / SINGLE] if (folder / SINGLE).is_file() else []  # what transformers takes before it looks for more
+    found = files.unnamed is None and (files.paths == usual or (not usual and (folder / INDEX).is_file()))
+    kind = AutoModelForCausalLM if found else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    module, report = kind.from_pretrained(
+        str(folder) if found else None,
+        config=config,
+        state_dict=None if found else _tensors(files),
         dtype=dtype,
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
     )
-    for what, found in (("lack", report["missing_keys"]), ("have, in another shape,", report["mismatched_keys"])):
-        if found:
-            raise InputError(f"the weights in {folder} do not fit its config.json: they {what} {sorted(found)[0]}")
+    surplus = [name for name in report["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
+    for what, names in (
+        ("lack", report["missing_keys"]),
+        ("have, in another shape,", report["mismatched_keys"]),
+        ("have, beyond what it has a place for,", surplus),
+    ):
+        if names:
+            raise InputError(f"the weights in {folder} do not fit its config.json: they {what} {sorted(names)[0]}")
     return module
 
 
-def _from_stacked_experts(folder: Path, names: dict[str, Path], dtype: Any) -> Any:
-    """A mixture of experts whose weights mlx-lm has stacked: its names and shapes are not those of transformers."""
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(set(names.values())):
+def _is_tied(files: Weights) -> bool:
+    """Whether the head is the embeddings, or a copy of them: transformers goes by the weights, not by the config."""
+    parts = []
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        if name not in files.files:
+            return True
+        with safe_open(files.files[name], framework="pt") as opened:
+            parts.append(opened.get_tensor(name))
+    return torch.equal(*parts)
+
+
+def _tensors(files: Weights) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files.paths:
         with safe_open(file, framework="pt") as opened:
-            weights |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors |= {name: opened.get_tensor(name) for name in files.of(file)}
+    return tensors
+
+
+def _from_stacked_experts(folder: Path, config: PretrainedConfig, files: Weights, dtype: Any) -> Any:
+    """A mixture of experts whose weights mlx-lm has stacked: its names and shapes are not those of transformers."""
+    weights = _tensors(files)
     renamed: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
         ours = name.replace(".block_sparse_moe.", ".mlp.")
@@ -146,23 +218,6 @@ def _from_stacked_experts(folder: Path, names: dict[str, Path], dtype: Any) -> A
     if wrong := sorted((set(missing) - tied) | set(unexpected)):
         raise InputError(f"the weights in {folder} do not fit its config.json: look at {wrong[0]}")
     return module
-
-
-def _weight_names(folder: Path) -> tuple[dict[str, Path], bool]:
-    """Name -> file of every tensor, and whether the files say that they are MLX's."""
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} has no model*.safetensors (pickled weights are never read)")
-    names: dict[str, Path] = {}
-    formats: set[str | None] = set()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names |= dict.fromkeys(opened.keys(), file)
-                formats.add((opened.metadata() or {}).get("format"))
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is damaged or incomplete: fetch or convert the model again") from error
-    return names, formats == {"mlx"}
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+import mlx_lqr
+from mlx_lqr.backends.families import SETTINGS
 from mlx_lqr.convert import convert
 from mlx_lqr.convert.rope import recover_llama3
 from mlx_lqr.errors import InputError
@@ -92,6 +94,22 @@ def test_sliding_window_matters_to_the_gemma3_test(tmp_path: Path) -> None:
     tiny = write(tmp_path / "tiny.gguf", "gemma3")
     wide = reference_model("gemma3", sliding_window=1000)
     assert np.abs(logits(tiny.reference, PROMPT) - logits(wide, PROMPT)).max() > 0.1
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_converted_config_leaves_nothing_to_defaults(arch: str, tmp_path: Path) -> None:
+    config = json.loads((convert(write(tmp_path / "t.gguf", arch).path, tmp_path / "out") / "config.json").read_text())
+    assert SETTINGS[config["model_type"]].keys() | {"rope_theta", "rope_scaling"} <= config.keys()
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_gemmas_are_right_beyond_their_window(arch: str, backend: Any, tmp_path: Path) -> None:
+    tiny = write(tmp_path / "tiny.gguf", arch, sliding_window=8)
+    model = mlx_lqr.load(convert(tiny.path, tmp_path / "out", dtype="float32"), backend=backend)
+    expected = logits(tiny.reference, PROMPT)
+    np.testing.assert_allclose(model.logits_along([(PROMPT[:1], PROMPT[1:])])[0], expected, atol=1e-3)
+    np.testing.assert_allclose(model.logits(PROMPT), expected[-1], atol=1e-3)
 
 
 @pytest.mark.parametrize("pattern", [2, [True, False, True, False]])
