@@ -18,7 +18,8 @@ TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
     {"errors", "cache", "atomic", "concepts", "algebra", "strength"},
-    {"backends.base", "backends.tokenizer", "backends.model_folder", "backends.blas", "tensors", "jacobian_file"},
+    {"backends.base", "backends.model_folder", "backends.blas", "tensors", "jacobian_file"}
+    | {"backends.tokenizer", "backends.tokenizer_files", "backends.detokenizer", "backends.chat_template"},
     {"backends", "contrast", "probes", "riccati"},
     {"controller", "linearize"},
     {"baseline"},
