@@ -53,6 +53,7 @@ def _sentencepiece(*, prefix: bool, metaspace: bool) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=520, special_tokens=["<unk>", *BYTES], max_token_length=8, show_progress=False
     )
+    learner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no merge reaches into the next word
     learner.train_from_iterator(LATIN, trainer)  # other scripts are left to the byte tokens
     tokenizer = Tokenizer.from_str(learner.to_str().replace('"byte_fallback":false', '"byte_fallback":true'))
     tokenizer = _without_added(tokenizer)

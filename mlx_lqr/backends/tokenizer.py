@@ -124,7 +124,7 @@ class Tokenizer:
         def encoded(text: str) -> list[int]:
             return self.encode(text, add_special_tokens=False)
 
-        for before in (self.decode(prompt, skip_special_tokens=False), "\n"):
+        for before in (self.decode(prompt, skip_special_tokens=False), "\n", ".", "a"):
             own, whole = encoded(before), encoded(before + text)
             if whole[: len(own)] == own:
                 return whole[len(own) :]

@@ -43,12 +43,12 @@ def special_tokens(folder: Path, settings: Mapping[str, Any], tokenizer: tokeniz
         settings: the content of tokenizer_config.json.
     """
     settings, listed = dict(settings), _listed(settings, folder)
+    if settings.get("additional_special_tokens") and not settings.get("extra_special_tokens"):
+        settings["extra_special_tokens"] = settings.pop("additional_special_tokens")  # its older name
     if "added_tokens_decoder" not in settings:
-        settings |= read_json(folder / "special_tokens_map.json")
+        settings |= _mapped_before(folder, settings)
+        listed |= _listed_before(folder, settings) | tokenizer.get_added_tokens_decoder()
     named, others = _named(settings)
-    if "added_tokens_decoder" not in settings:
-        listed |= _listed_before(folder, {token.content for token in [*named.values(), *others]})
-        listed |= tokenizer.get_added_tokens_decoder()
     names = {token.content for token in named.values()}
     wanted = [listed[index] for index in sorted(listed)]
     present = {token.content for token in [*wanted, *tokenizer.get_added_tokens_decoder().values()]}
@@ -91,7 +91,7 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _named(settings: Mapping[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
     """The special tokens that have a name, among them a model's own (image_token), and those that have none."""
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    extra = settings.get("extra_special_tokens", settings.get("additional_special_tokens")) or []
     entries = {name: settings[name] for name in _NAMES if settings.get(name)}
     entries |= {name: value for name, value in settings.items() if name.endswith("_token") and _is_token(value)}
     if isinstance(extra, dict):
@@ -124,8 +124,19 @@ def _listed(settings: Mapping[str, Any], folder: Path) -> dict[int, AddedToken]:
         raise InputError(f"{folder} lists added tokens that cannot be read ({error}): download it again") from error
 
 
-def _listed_before(folder: Path, special: set[str]) -> dict[int, AddedToken]:
+def _mapped_before(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What special_tokens_map.json says, as older models do."""
+    mapped = read_json(folder / "special_tokens_map.json")
+    extra, more = settings.get("extra_special_tokens"), mapped.get("extra_special_tokens")
+    if isinstance(extra, list) and isinstance(more, list):
+        mapped["extra_special_tokens"] = [*extra, *(token for token in more if token not in extra)]
+    return mapped
+
+
+def _listed_before(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
     """What added_tokens.json lists, as older models do."""
+    named = [settings[name] for name in _NAMES if settings.get(name)]
+    special = {_token(value).content for value in [*named, *(settings.get("extra_special_tokens") or [])]}
     return {
         index: AddedToken(text, special=text in special, normalized=text not in special)
         for text, index in read_json(folder / "added_tokens.json").items()
