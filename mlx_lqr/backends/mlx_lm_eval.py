@@ -32,6 +32,8 @@ _OLD = tuple(int(number) for number in metadata.version("mlx-lm").split(".")[:2]
 class Evaluator(MLXLM):
     """mlx-lm's evaluator of a model that it has loaded, and that can be steered."""
 
+    _max_tokens: int | None
+
     def __init__(self, folder: Path, name: str, dtype: str | None = None, **options: Any) -> None:
         """Load the model as mlx-lm does, in the dtype that it has elsewhere in this library.
 
