@@ -45,10 +45,8 @@ _END_OF_TURN = (
     "<|return|>",
     "<|call|>",
 )
-_CONTROL_LOOKING = re.compile(
-    """With a bar, wide as DeepSeek's or not."""
-    "<([|\uff5c])[^\\s<>|\uff5c]+\\1>|<(?:start|end)_of_turn>"
-)  # DeepSeek's bar is a wide one
+# The bar is a wide one in DeepSeek's.
+_CONTROL_LOOKING = re.compile("<([|\uff5c])[^\\s<>|\uff5c]+\\1>|<(?:start|end)_of_turn>")
 
 
 class GGUFTokenizer:

@@ -195,5 +195,5 @@ CONVERSATIONS = [
         {"role": "assistant", "content": "No."},
     ],
     [{"role": "assistant", "content": "I begin."}, {"role": "user", "content": "So?"}],
-    [{"role": "user", "content": None, "name": "Ann"}, {"role": "user", "content": "Hello"}],
+    [{"role": "user", "content": "Hello", "name": "Ann"}, {"role": "user", "content": "Hello"}],
 ]
