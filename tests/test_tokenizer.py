@@ -242,6 +242,31 @@ def test_a_template_cannot_reach_out(escape: str, tmp_path: Path) -> None:
         Tokenizer(folder_with(tmp_path, escape), {}).chat(MESSAGES)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tokenizer_config.json", "[1]", "no JSON object"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
+        ("tokenizer_config.json", '{"bos_token": 3}', "special token must be a text"),
+        ("tokenizer_config.json", '{"extra_special_tokens": [null]}', "special token must be a text"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<y>"}}}', "cannot be read"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": 2}}', "cannot be read"),
+        ("tokenizer_config.json", '{"chat_template": 3}', "is no text"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "rag"}]}', "none is the default"),
+        ("special_tokens_map.json", b"\xff\xfe", "not valid JSON"),
+        ("added_tokens.json", '{"<y>": null}', "cannot be read"),
+        ("generation_config.json", "3", "no JSON object"),
+        ("chat_template.jinja", b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_damaged_files_are_one_line(name: str, content: str | bytes, says: str, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, None)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=says) as refusal:
+        Tokenizer(folder, {}).chat(MESSAGES)
+    assert "\n" not in str(refusal.value)
+
+
 def test_end_tokens_come_from_every_file(tmp_path: Path) -> None:
     folder_with(tmp_path, None)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0]}')

@@ -1,4 +1,9 @@
-"""Text to token ids and back: `tokenizers` for the ids, jinja2 for the chat template. transformers is not needed."""
+"""Text to token ids and back: `tokenizers` for the ids, jinja2 for the chat template. transformers is not needed.
+
+What the files say is read as transformers reads it, with one difference: tokenizer.json is taken as it is, where
+transformers builds the tokenizers of some classes (LlamaTokenizer) anew from its vocabulary. SentencePiece, which these
+models were trained with, gives the ids of the file.
+"""
 
 from __future__ import annotations
 

@@ -72,21 +72,28 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     files = {file.stem: file for file in sorted((folder / _TEMPLATES).glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files = {"default": folder / "chat_template.jinja", **files}
-    found: Any = {name: file.read_text("utf-8") for name, file in files.items()} or settings.get("chat_template")
+    found: Any = {name: _read(file) for name, file in files.items()} or settings.get("chat_template")
     if found is None:
         found = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(found, list):
-        found = {entry["name"]: entry["template"] for entry in found}
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
     if isinstance(found, dict):
         if "default" not in found:
             raise InputError(
-                f"{folder} has several chat templates ({', '.join(sorted(found))}) and none is the default: save the "
-                "one to use as chat_template.jinja"
+                f"{folder} has several chat templates ({', '.join(sorted(map(str, found)))}) and none is the default: "
+                "save the one to use as chat_template.jinja"
             )
         found = found["default"]
     if found is not None and not isinstance(found, str):
         raise InputError(f"the chat template of {folder} is no text: download the model again")
     return found
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not UTF-8 text: download the model again") from None
 
 
 def _named(settings: Mapping[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
@@ -137,10 +144,14 @@ def _listed_before(folder: Path, settings: Mapping[str, Any]) -> dict[int, Added
     """What added_tokens.json lists, as older models do."""
     named = [settings[name] for name in _NAMES if settings.get(name)]
     special = {_token(value).content for value in [*named, *(settings.get("extra_special_tokens") or [])]}
-    return {
-        index: AddedToken(text, special=text in special, normalized=text not in special)
-        for text, index in read_json(folder / "added_tokens.json").items()
-    }
+    file = folder / "added_tokens.json"
+    try:
+        return {
+            int(index): AddedToken(text, special=text in special, normalized=text not in special)
+            for text, index in read_json(file).items()
+        }
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file} lists tokens that cannot be read ({error}): download it again") from error
 
 
 def _special(token: AddedToken) -> AddedToken:
