@@ -242,6 +242,8 @@ def test_contexts_that_end_anywhere_are_scored_as_transformers_reads_the_whole(k
         evaluator.loglikelihood(requests("loglikelihood", ("x", long)))
     written = evaluator.generate_until(requests("generate_until", ("", {"until": "qqq"}), ("x", {})))
     assert len(written) == 2
+    with pytest.raises(InputError, match="fewer solved examples"):
+        evaluator.generate_until(requests("generate_until", (long, {"until": ["."]})))
 
 
 REFUSING = (

@@ -124,15 +124,27 @@ class Evaluator(MLXLM):
         return scores
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """What the model writes after each context; an empty one is the first token."""
+        """What the model writes after each context; an empty one is the first token.
+
+        Raises:
+            InputError: a context that the model's own does not hold, which mlx-lm would run all the same.
+        """
         prepared = []
         for context, options in (request.args for request in requests):
             until = options.get("until") or [_NEVER]
             own = {**options, "until": [until] if isinstance(until, str) else until}
             if _OLD:  # it looks for lm-eval's cap under another name, and misses it
                 own.setdefault("max_gen_tokens", own.get("max_gen_toks", DEFAULT_MAX_TOKENS))
-            if not self._ids(context):
+            length = len(self._ids(context))
+            if length > self.model.context_length:
+                raise InputError(
+                    f"a context has {length} tokens and the model's holds {self.model.context_length}: take fewer "
+                    "solved examples (--num-shots)"
+                )
+            if not length:
                 context = self.tokenizer.bos_token or self.tokenizer.eos_token
+            if context is None:
+                raise InputError("a context is empty, and the model has no token to begin with: leave the task out")
             prepared.append(SimpleNamespace(args=(context, own)))
         return super().generate_until(prepared)
 
