@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,10 +50,13 @@ class NoTokenizer:
 
     end_tokens: frozenset[int] = frozenset()
 
-    def stream(self) -> NoTokenizer:
+    def stream(self, prompt: Sequence[int] = ()) -> NoTokenizer:
         return self
 
     def add(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
         return ""
 
 

@@ -38,9 +38,8 @@ def samples(model: Model, controller: mlx_lqr.Controller | None, strength: float
 def perplexity(model: Model, texts: Sequence[str]) -> float:
     pairs = []
     for i, text in enumerate(texts):
-        continuation = model.tokenizer.encode(text, add_special_tokens=False)
+        opening, (continuation,) = model.tokenizer.continuations(OPENINGS[i % len(OPENINGS)], [text])
         if continuation:
-            opening = model.tokenizer.encode(OPENINGS[i % len(OPENINGS)])
             pairs.append((opening, continuation))
     return float(np.exp(-np.concatenate(model.log_probabilities(pairs)).mean()))
 

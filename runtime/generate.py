@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from mlx_lqr.backends.base import Decoder, Model, Progress, Sampling, Trace
 from mlx_lqr.baseline import Steering
-from mlx_lqr.contrast import Prompt
+from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.laws import AdjustableLaw, RecordedFeedback, Recording, law_of
@@ -61,11 +61,14 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Piece:
-    """One generated token and the text that became certain with it (empty while a character is incomplete)."""
+    """One generated token and the text that became certain with it (empty while a character is incomplete).
+
+    All pieces together are what prompt and answer decode to, less what the prompt alone decodes to.
+    """
 
     text: str
     token: int | None
-    """None for text that was held back as the possible beginning of a stop string, when nothing more comes."""
+    """None for text that was held back, such as the possible beginning of a stop string, when nothing more comes."""
 
 
 def generate(model: Model, prompt: Prompt, **options: Unpack[Options]) -> str:
@@ -204,9 +207,10 @@ def _stream(
     if record is not None and len(prompts) > 1:
         raise InputError("a batch cannot be recorded: decode one prompt at a time, or give batch_stream `records`")
     ended: set[int] = set()
+    own = [tokenise(model, prompt, any_length=True) for prompt in prompts]
     tokens = decode(
         model,
-        prompts,
+        own,
         law=law,
         steer_all=controller is not None and controller.positions == "all",
         sampling=Sampling(**settings),
@@ -215,19 +219,28 @@ def _stream(
         decoder=decoder,
         **loop,
     )
-    return _pieces(model, tokens, len(prompts), StopStrings.check(stop), ended)
+    return _pieces(model, tokens, own, StopStrings.check(stop), ended)
 
 
 def _pieces(
-    model: Model, tokens: Iterator[tuple[int, int]], count: int, stop: tuple[str, ...], ended: set[int]
+    model: Model,
+    tokens: Iterator[tuple[int, int]],
+    prompts: Sequence[Sequence[int]],
+    stop: tuple[str, ...],
+    ended: set[int],
 ) -> Iterator[tuple[int, Piece]]:
-    detokenizers = [model.tokenizer.stream() for _ in range(count)]
-    stops = [StopStrings(stop) for _ in range(count)]
+    detokenizers = [model.tokenizer.stream(prompt) for prompt in prompts]
+    stops = [StopStrings(stop) for _ in prompts]
+    stopped: set[int] = set()
     for i, token in tokens:
         text, found = stops[i].add(detokenizers[i].add(token))
         if found:
             ended.add(i)
+            stopped.add(i)
         yield i, Piece(text, token)
-    for i, held in enumerate(stops):
-        if rest := held.rest():
+    for i, detokenizer in enumerate(detokenizers):
+        if i in stopped:
+            continue
+        text, found = stops[i].add(detokenizer.finish())
+        if rest := text if found else text + stops[i].rest():
             yield i, Piece(rest, None)

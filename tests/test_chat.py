@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -54,11 +54,14 @@ class Letters:
             tokens += [60 + self.roles.index(message["role"]), *(ord(letter) % 59 for letter in message["content"])]
         return [*tokens, 62]
 
-    def stream(self) -> Letters:
+    def stream(self, prompt: Sequence[int] = ()) -> Letters:
         return self
 
     def add(self, token: int) -> str:
         return chr(59 + token) if token < 59 else ""
+
+    def finish(self) -> str:
+        return ""
 
 
 def chatting(family: str = "llama", **changes: Any) -> MLXModel:

@@ -19,8 +19,8 @@ TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 LAYERS = [
     {"errors", "cache", "atomic", "concepts", "algebra", "strength"},
     {
-        *("backends.base", "backends.blas", "backends.families", "backends.model_folder", "backends.tokenizer"),
-        *("tensors", "jacobian_file"),
+        *("backends.base", "backends.blas", "backends.families", "backends.model_folder", "tensors", "jacobian_file"),
+        *("backends.tokenizer", "backends.tokenizer_files", "backends.detokenizer", "backends.chat_template"),
     },
     {"backends", "contrast", "probes", "riccati"},
     {"controller", "linearize"},

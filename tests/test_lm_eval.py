@@ -11,13 +11,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from backends import tiny_folder
+from every_tokenizer import folder_of, tokenizer_of
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from mlx_lm.evaluate import MLXLM
 from test_cli import refused, run
 from tiny_configs import BASE, FACTORS, PROMPT, plain_logits, weights_folder, with_config
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlx_lqr
 from mlx_lqr import InputError, tasks
@@ -99,6 +102,12 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
     return [Instance(kind, {}, values, i) for i, values in enumerate(arguments)]
 
 
+def scores_of(steered: tasks.Steered, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Our own scores of continuations."""
+    encoded = [steered.model.tokenizer.continuations(context, [text]) for context, text in pairs]
+    return [float(found.sum()) for found in steered.log_probabilities([(before, one) for before, (one,) in encoded])]
+
+
 def in_steps_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have mlx-lm's evaluator call the model for so many tokens at once."""
     monkeypatch.setattr(MLXLM._process_prompt, "__defaults__", (size,))
@@ -161,19 +170,116 @@ def test_log_likelihoods_are_steered_as_ours_in_any_steps(
     with mlx_lqr.steer(evaluator.model, controller, 2.0):
         found = evaluator.loglikelihood(requests("loglikelihood", *pairs))
         whole = evaluator.loglikelihood_rolling(requests("loglikelihood_rolling", ("w9 w8 w7 w6",), ("w4 w3 w2 w1",)))
-    expected = [float(found.sum()) for found in steered.log_probabilities(pairs)]
+    expected = scores_of(steered, pairs)
     assert [score for score, _ in found] == pytest.approx(expected, abs=1e-4)
     assert np.abs(np.subtract(expected, [score for score, _ in plain])).min() > 1e-2
-    assert whole == pytest.approx(
-        [float(found.sum()) for found in steered.log_probabilities([("w9", "w8 w7 w6"), ("w4", "w3 w2 w1")])],
-        abs=1e-4,
-    )
+    assert whole == pytest.approx(scores_of(steered, [("w9", " w8 w7 w6"), ("w4", " w3 w2 w1")]), abs=1e-4)
     greedy = mlx_lqr.generate(model, "w1", controller=controller, strength=2.0, max_tokens=3)
     with mlx_lqr.steer(evaluator.model, controller, 2.0):
         (_, likely), (_, unlikely) = evaluator.loglikelihood(
-            requests("loglikelihood", ("w1", f" {greedy}"), ("w1", " w2 w3 w4"))
+            requests("loglikelihood", ("w1", greedy), ("w1", " w2 w3 w4"))
         )
-    assert (likely, unlikely) == (True, greedy == "w2 w3 w4")
+    assert (likely, unlikely) == (True, greedy == " w2 w3 w4")
+
+
+PAIRS = [
+    ("Question: what is 2 + 2? Answer: ", "4"),
+    ("Question: what is 2 + 2? Answer: ", "the dog"),
+    ("Question: what is 2 + 2? Answer:", " the dog"),
+    ("Hello ", " world"),
+    ("Hel", "lo there"),
+    ("", "Once upon"),
+    ("", "x"),
+    (" ", "Hello"),
+    ("Hello", ""),
+]
+
+
+def bare_folder(kind: str, *, bos: bool, size: int = 32) -> Path:
+    """A tiny model with a tokenizer of this kind, with a BOS token or without any."""
+    tokenizer = tokenizer_of(kind)
+    made = tiny_folder("llama", vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=size, seed=4)
+    folder_of(kind, made, chat_template="{{ messages[0].content }}", **({} if bos else {"bos_token": None}))
+    if not bos:
+        tokenizer.post_processor = None  # type: ignore[assignment]
+        tokenizer.save(str(made / "tokenizer.json"))
+    return made
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "metaspace"])
+def test_contexts_that_end_anywhere_are_scored_as_transformers_reads_the_whole(kind: str, bos: bool) -> None:
+    made = bare_folder(kind, bos=bos)
+    evaluator = lm_eval.load_evaluator(made, apply_chat_template=False, max_tokens=2)
+    theirs, network = AutoTokenizer.from_pretrained(made), AutoModelForCausalLM.from_pretrained(made).float()
+    long = " ".join(["Once upon a time, there was a dog"] * 6)
+
+    def score(before: list[int], after: list[int]) -> float:
+        ids = torch.tensor([[*before, *after]])
+        with torch.no_grad():
+            logits = network(ids[:, :-1]).logits[0].double().log_softmax(-1)
+        return sum(float(logits[len(before) - 1 + i, token]) for i, token in enumerate(after))
+
+    found = evaluator.loglikelihood(requests("loglikelihood", *PAIRS, (long, " The sea")))
+    first = theirs.encode("<s>" if bos else "</s>", add_special_tokens=False)[:1]
+    for (context, text), (value, _) in zip([*PAIRS, (long, " The sea")], found, strict=True):
+        own = theirs.encode(context)
+        wholes = [theirs.encode(context + after) for before, after in [*PAIRS, (long, " The sea")] if before == context]
+        common = next((n for n in range(len(own), 0, -1) if all(whole[:n] == own[:n] for whole in wholes)), 0)
+        whole = theirs.encode(context + text)
+        before, after = (own[:common] or first), whole[common:]
+        assert value == pytest.approx(score(before[-(33 - len(after)) :], after) if after else 0.0, abs=1e-3)
+    texts = ["Once upon a time", "x", "", long]
+    whole_scores = evaluator.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in texts)))
+    for text, value in zip(texts[:3], whole_scores, strict=False):
+        ids = theirs.encode(text)
+        assert value == pytest.approx(score(ids[:1], ids[1:]) if len(ids) > 1 else 0.0, abs=1e-3)
+    ids, total = theirs.encode(long), 0.0
+    for end in range(1, len(ids), 32):  # each token once, with as much before it as fits
+        after = ids[end : end + 32]
+        total += score(ids[:end][-(33 - len(after)) :], after)
+    assert whole_scores[3] == pytest.approx(total, abs=1e-2)
+    with pytest.raises(InputError, match="the model's context 32"):
+        evaluator.loglikelihood(requests("loglikelihood", ("x", long)))
+    written = evaluator.generate_until(requests("generate_until", ("", {"until": "qqq"}), ("x", {})))
+    assert len(written) == 2
+    with pytest.raises(InputError, match="fewer solved examples"):
+        evaluator.generate_until(requests("generate_until", (long, {"until": ["."]})))
+
+
+REFUSING = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+)
+
+
+def test_what_a_template_refuses_to_the_system_is_the_users(here: Path) -> None:
+    made = bare_folder("byte-level", bos=True, size=128)
+    (made / "chat_template.jinja").write_text(REFUSING)
+    evaluator = lm_eval.load_evaluator(made)
+    asked = [{"role": "user", "content": "How are you?"}]
+    system = {"role": "system", "content": "Be brief. "}
+    with pytest.warns(UserWarning, match="no system role"):
+        assert evaluator.apply_chat_template([system, *asked]) == "<user>Be brief.\n\nHow are you?<assistant>"
+    with pytest.raises(InputError, match="refuses the conversation: System role not supported"):
+        evaluator.apply_chat_template([system])
+    config = json.loads((here / "own/choice.yaml").read_text()) | {
+        "description": "Choose well. ",
+        "doc_to_text": "{{question}} ",
+        "target_delimiter": "",
+    }
+    (here / "own/choice.yaml").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="no system role"):
+        found = lm_eval.evaluate(evaluator, lm_eval.load_tasks(["our_choice"], here / "own"))
+    asked = [f"<user>Choose well.\n\n{row['question']} <assistant>" for row in ROWS]
+    scores = tasks.Steered(mlx_lqr.load(made, backend="mlx", dtype="float32"))
+    right = []
+    for prompt, row in zip(asked, ROWS, strict=True):
+        ids = scores.model.tokenizer.encode(prompt, add_special_tokens=False)
+        before, each = scores.model.tokenizer.continuations(ids, row["choices"])
+        values = [float(one.sum()) for one in scores.log_probabilities([(before, one) for one in each])]
+        right.append(int(np.argmax(values)) == row["answer"])
+    assert found.results[0.0]["our_choice"]["acc,none"] == pytest.approx(np.mean(right))
 
 
 def test_written_texts_are_steered_as_ours(demo: Evaluator, dog: Path, smollm2: Model) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mlx_lqr.backends.base import Model
+from mlx_lqr.backends.base import Continued, Model
 from mlx_lqr.contrast import Prompt
 from mlx_lqr.errors import InputError
 from mlx_lqr.runtime import Options
@@ -82,9 +82,7 @@ class Judge:
     def surprise(self, steered: Steered, written: Sequence[tuple[str, str]], *, chat: bool) -> list[tuple[float, int]]:
         """For (prompt, text): the negative log-probability of the text in nats, and its number of tokens."""
         judge = Steered(self.model) if self.model is not None else steered.unsteered
-        found = judge.log_probabilities(
-            [(chat_prompt(judge.model, prompt) if chat else prompt, text) for prompt, text in written]
-        )
+        found = judge.log_probabilities([_continued(judge.model, prompt, text, chat) for prompt, text in written])
         if not all(np.all(np.isfinite(text)) for text in found):
             raise InputError(f"the judge {judge.model.name} gives no finite probabilities: load it with dtype float32")
         return [(-float(text.sum()), len(text)) for text in found]
@@ -148,6 +146,16 @@ def chat_prompt(model: Model, message: str) -> Prompt:
     if model.tokenizer.has_chat_template:
         return model.tokenizer.chat([{"role": "user", "content": message}])
     return message + "\n"
+
+
+def _continued(model: Model, prompt: str, text: str, chat: bool) -> Continued:
+    """Token ids of a prompt and of the text that was written after it."""
+    tokenizer = model.tokenizer
+    if chat and tokenizer.has_chat_template:
+        before, (after,) = tokenizer.chat_continuations([{"role": "user", "content": prompt}], [text])
+    else:
+        before, (after,) = tokenizer.continuations(prompt + "\n" if chat else prompt, [text])
+    return before, after
 
 
 def over_prompts(

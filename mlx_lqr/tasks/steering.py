@@ -139,26 +139,28 @@ class Steered:
             counts[i] += piece.token is not None
         return list(zip(texts, counts, strict=True))
 
-    def log_probabilities(self, pairs: Sequence[tuple[Prompt, str]]) -> list[np.ndarray]:
+    def log_probabilities(self, pairs: Sequence[Continued]) -> list[np.ndarray]:
         """log p of each token of a continuation, steered at its prompt's last token and after it: (n,), float64, each.
 
         Raises:
             InputError: more tokens than the model's context holds.
         """
-        encode = self.model.tokenizer.encode
-        tokens = [(tokenise(self.model, prompt), encode(text, add_special_tokens=False)) for prompt, text in pairs]
-        for before, after in tokens:
+        for before, after in pairs:
             tokenise(self.model, [*before, *after])
-        some = iter(self._of_each_law([pair for pair in tokens if pair[1]], self.model.log_probabilities))
-        return [np.asarray(next(some), np.float64) if after else np.empty(0) for _, after in tokens]
+        some = iter(self._of_each_law([pair for pair in pairs if pair[1]], self.model.log_probabilities))
+        return [np.asarray(next(some), np.float64) if after else np.empty(0) for _, after in pairs]
 
     def scores(self, questions: Sequence[tuple[Prompt, Sequence[str]]]) -> list[list[float]]:
-        """For (prompt, answers): the total log p of each answer, a space before it.
+        """For (prompt, answers): the total log p of each answer, a space before it unless the prompt ends in one.
 
         Raises:
             OverflowingError: activations overflow at this strength.
         """
-        pairs = [(prompt, f" {answer}") for prompt, answers in questions for answer in answers]
+        pairs: list[Continued] = []
+        for prompt, answers in questions:
+            space = "" if isinstance(prompt, str) and prompt[-1:].isspace() else " "
+            before, each = self.model.tokenizer.continuations(prompt, [space + answer for answer in answers])
+            pairs += [(before, after) for after in each]
         totals = iter([float(found.sum()) for found in self.log_probabilities(pairs)])
         scores = [[next(totals) for _ in answers] for _, answers in questions]
         if not all(np.all(np.isfinite(some)) for some in scores):

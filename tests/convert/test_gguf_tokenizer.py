@@ -19,6 +19,7 @@ from tiny_gguf import BYTES, CONTROL, TOKENS, VOCABULARY, write
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from mlx_lqr.backends.tokenizer import Tokenizer as ChatTokenizer
 from mlx_lqr.convert import convert
 from mlx_lqr.convert.gguf_file import GGUFFile
 from mlx_lqr.convert.gguf_tokenizer import GGUFTokenizer
@@ -204,6 +205,41 @@ def test_user_defined_tokens_stay_whole_but_are_text(tmp_path: Path) -> None:
     assert [tokens[index] for index in ids] == ["a", "<think>", "b", "   ", "c"]
     assert tokenizer.decode(ids) == "a<think>b   c"
     assert len(BYTES) == 256
+
+
+MARKS = ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<\uff5cUser\uff5c>", "<|eot_id|>"]
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_marks_of_a_chat_are_whole_and_end_answers_whatever_their_type(model: str, kind: int, tmp_path: Path) -> None:
+    template = "{% for m in messages %}" + "{{ m.content }}".join(MARKS) + "{% endfor %}"
+    if model == "gpt2":
+        first, merges = [token for token in TOKENS if token not in CONTROL], {"merges": ["h e"], "pre": "gpt-2"}
+    else:  # the pieces of which a mark could be made, so that a merge would make it
+        pieces = ["<|im", "_start|>", "<|im_end", "|>", "h", "e", "l", "o", "hel", "lo", "hello"]
+        first, merges = ["<unk>", *map(chr, range(33, 127)), *dict.fromkeys(p for p in pieces if len(p) > 1)], {}
+        merges = {"scores": [-float(i) for i in range(len(first) + len(MARKS) + 1)]}
+    tokens = [*first, "<|endoftext|>", *MARKS]
+    types = [1] * len(first) + [3] + [kind] * len(MARKS)
+    special = {"eos_token_id": len(first), "bos_token_id": len(first), "unknown_token_id": 0, "add_bos_token": False}
+    keys = {"model": model, "tokens": tokens, "token_type": types, **special, **merges}
+    write_metadata(tmp_path / "t.gguf", keys)
+    tokenizer = GGUFTokenizer(GGUFFile(tmp_path / "t.gguf"))
+    marks = [tokens.index(mark) for mark in MARKS]
+    ends = {tokens.index(mark) for mark in ("<|endoftext|>", "<|im_end|>", "<end_of_turn>", "<|eot_id|>")}
+    assert set(tokenizer.eos_token_ids) == ends
+    tokenizer.save(tmp_path, 256)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": tokenizer.eos_token_ids}))
+    ours = ChatTokenizer(tmp_path, {"eos_token_id": tokenizer.eos_token_ids})
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.end_tokens == ends
+    messages = [{"role": "user", "content": "hello"}]
+    ids = ours.chat(messages)
+    assert [token for token in ids if token in marks] == marks
+    assert ids == theirs.apply_chat_template(messages, return_dict=False)
+    assert ours.decode(ids).replace(" ", "") == "hello" * (len(MARKS) - 1), "marks are no text of an answer"
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["space-prefix", "no-prefix"])
