@@ -235,7 +235,7 @@ class MLXModel:
 
         placed = law.place(evaluated, mx.addmm)
         positions = mlx_lm_calls.Positions(steer_all)
-        steering = LawHooks.beyond(placed, lambda: positions.unsteered, mx.concatenate)
+        steering = LawHooks.beyond(placed, lambda: positions.unsteered, mx.concatenate, mx.where)
 
         def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
             if k == 0:

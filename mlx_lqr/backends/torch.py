@@ -252,10 +252,12 @@ class TorchModel:
     def steer(self, law: Law, *, steer_all: bool) -> Iterator[None]:
         placed = self.place(law)
         assert placed is not None
-        positions = Positions(steer_all)
-        steering = LawHooks.beyond(placed, lambda: positions.unsteered, torch.cat)
+        refusals: list[InputError] = []
+        positions = Positions(steer_all, refusals)
+        steering = LawHooks.beyond(placed, lambda: positions.first, torch.cat, torch.where)
         layers = sorted({0, *placed.layers})  # the first one too, which tells our own functions
-        with announcing_prompts(self.module, positions), hooked(self.blocks, steering.block, layers, steering):
+        announced = announcing_prompts(self.module, positions, refusals)
+        with announced, hooked(self.blocks, steering.block, layers, steering):
             yield
 
     def place(self, law: Law | None) -> Law | None:

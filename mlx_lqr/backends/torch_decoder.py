@@ -13,6 +13,7 @@ import torch
 from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, Law, LawHooks, Sampling, restart
 from mlx_lqr.backends.torch_attention import attending
 from mlx_lqr.backends.torch_blocks import BlockHooks, FrozenBlock, hooked
+from mlx_lqr.backends.torch_calls import cache_argument
 from mlx_lqr.backends.torch_cache import KeyValueCache
 from mlx_lqr.backends.torch_load import memory_for
 from mlx_lqr.backends.torch_sampling import Sampler, penalised
@@ -57,6 +58,7 @@ class TorchDecoder:
         self._module = module
         self._blocks: Sequence[torch.nn.Module] = module.base_model.layers
         self._device: torch.device = module.device
+        self._cache_argument = cache_argument(module.base_model)
         self._place = place
         self._window = window
         self._cache: KeyValueCache | None = None
@@ -186,8 +188,8 @@ class TorchDecoder:
                 input_ids=self._tokens([[token]]),
                 attention_mask=self._no_mask,
                 position_ids=frozen.position,
-                past_key_values=frozen,
                 use_cache=True,
+                **{self._cache_argument: frozen},
             )
         stacked = torch.stack(residual).float().cpu().numpy()
         return TorchTrace(stacked, blocks, frozen.nbytes + stacked.nbytes)
@@ -243,7 +245,7 @@ class TorchDecoder:
             "input_ids": tokens,
             "attention_mask": self._no_mask,
             "position_ids": self._cache.enter(at, used),
-            "past_key_values": self._cache,
+            self._cache_argument: self._cache,
             "use_cache": True,
         }
         hooks = self._hooks.placed() if steered and self._hooks is not None else nullcontext()
