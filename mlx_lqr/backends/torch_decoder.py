@@ -13,8 +13,8 @@ import torch
 from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, Law, LawHooks, Sampling, restart
 from mlx_lqr.backends.torch_attention import attending
 from mlx_lqr.backends.torch_blocks import BlockHooks, FrozenBlock, hooked
-from mlx_lqr.backends.torch_calls import cache_argument
 from mlx_lqr.backends.torch_cache import KeyValueCache
+from mlx_lqr.backends.torch_calls import cache_argument
 from mlx_lqr.backends.torch_load import memory_for
 from mlx_lqr.backends.torch_sampling import Sampler, penalised
 from mlx_lqr.errors import InputError

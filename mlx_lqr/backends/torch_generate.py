@@ -55,13 +55,13 @@ class Positions(threading.local):
         Raises:
             InputError: it cannot be known which of its positions are to be steered.
         """
-        _resumption.is_refused = False
+        _resumption.refusals = None
         if self._steer_all:
             self.first = 0
         elif self._prompt is not None:
             self.first = self._unsteered(call, self._prompt)
         elif call.is_paged:
-            _resumption.is_refused = True
+            _resumption.refusals = self._refusals
             self.first = self._noted(call.last_of_each_request)
         else:  # called by nobody we know: take each call for a whole prompt, or for one step
             texts = call.last_of_each_text()
@@ -95,9 +95,9 @@ class Positions(threading.local):
 
 
 class _Resumption(threading.local):
-    """Whether this thread runs a batch that is steered at each request's last position."""
+    """In a thread that runs a batch steered at each request's last position, where its refusals go."""
 
-    is_refused = False
+    refusals: list[InputError] | None = None
 
 
 _resumption = _Resumption()
@@ -168,9 +168,9 @@ def _prompt(inputs: Any, options: dict[str, Any]) -> Prompt:
     given = [value for value in given if value is not None]
     if not given:
         return Prompt(1, is_assumed=True)
-    if not isinstance(given[0], torch.Tensor) or given[0].ndim < 2:
+    if not isinstance(given[0], torch.Tensor):
         raise InputError("give generate its prompts as a tensor (prompts, tokens): the model is steered")
-    length = given[0].shape[1]
+    length = given[0].shape[1] if given[0].ndim > 1 else len(given[0])
     # With a cache, the prompt may be given without what the cache holds; the mask is always of the whole.
     mask = options.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and any(map(_holds_tokens, options.values())):
@@ -245,11 +245,13 @@ def _refusing_resumption(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def create_equivalent_initial_request(self: Any) -> Any:
-        if _resumption.is_refused and self.generated_tokens:
-            raise InputError(
+        if _resumption.refusals is not None and self.generated_tokens:
+            refusal = InputError(
                 "generate_batch has no room left for all its requests, and reads answers again as if they were "
                 "prompts: give it fewer requests at once, or more blocks (ContinuousBatchingConfig.num_blocks)"
             )
+            _resumption.refusals.append(refusal)
+            raise refusal
         return original(self)
 
     return create_equivalent_initial_request
