@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_map
 from safetensors import SafetensorError, safe_open
 
 from mlx_lqr.backends.base import Progress
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.mlx_load import DTYPES, flattened, settings_read
 from mlx_lqr.errors import InputError
 
@@ -114,6 +115,7 @@ def _check_weight_files(source: Path) -> None:
 
 
 def _load(source: Path, changes: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    check_borrowed("convert")
     from mlx_lm.utils import load_model
 
     try:

@@ -30,6 +30,7 @@ from mlx_lqr.backends.base import (
     padded,
     restart,
 )
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.mlx_blocks import TANGENTS, differentiable, hooked, output_projection, refuse_hooked
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx_expansion import block_jacobian
@@ -61,6 +62,7 @@ class MLXModel:
     algebra = None  # MLX has no float64 on a GPU
 
     def __init__(self, module: nn.Module, name: str, tokenizer: Tokenizer | None = None) -> None:
+        check_borrowed("mlx")
         self.module = module
         self.name = name
         self._tokenizer = tokenizer

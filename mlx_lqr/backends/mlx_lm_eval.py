@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.evaluate import DEFAULT_MAX_TOKENS, MLXLM
 
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.mlx import MLXModel
 from mlx_lqr.backends.mlx_lm_models import model_classes
 from mlx_lqr.backends.mlx_load import cast, flattened
@@ -34,6 +35,7 @@ class Evaluator(MLXLM):
         Raises:
             InputError: a folder that cannot be evaluated, or an architecture that cannot be steered.
         """
+        check_borrowed("mlx evaluator")
         check_dtype(dtype)
         config = read_config(folder)
         model_classes(str(config["model_type"]))

@@ -28,11 +28,12 @@ from mlx_lqr.backends.base import (
     padded,
     restart,
 )
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.model_folder import read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.backends.torch_algebra import TorchAlgebra
 from mlx_lqr.backends.torch_attention import WholePrompts, attending
-from mlx_lqr.backends.torch_blocks import hooked, output_projection, refuse_hooked
+from mlx_lqr.backends.torch_blocks import check_parts, hooked, output_projection, refuse_hooked
 from mlx_lqr.backends.torch_decoder import TorchDecoder, TorchTrace
 from mlx_lqr.backends.torch_generate import Positions, announcing_prompts
 from mlx_lqr.backends.torch_load import check_family, chosen_device, load_module, memory_for
@@ -60,7 +61,9 @@ class TorchModel:
     """A transformers model for causal language modelling behind the `Model` protocol (see base.py)."""
 
     def __init__(self, module: Any, name: str, tokenizer: Tokenizer | None = None) -> None:
+        check_borrowed("torch")
         check_family(str(module.config.model_type))
+        check_parts(module)
         self.module = module
         self.name = name
         self._tokenizer = tokenizer
@@ -68,7 +71,7 @@ class TorchModel:
         self.num_layers = len(self.blocks)
         self.hidden_size = int(module.config.hidden_size)
         self.vocab_size = int(module.config.vocab_size)
-        self.context_length = int(getattr(module.config, "max_position_embeddings", None) or 1 << 30)
+        self.context_length = int(module.config.max_position_embeddings)
 
     @property
     def tokenizer(self) -> Tokenizer:

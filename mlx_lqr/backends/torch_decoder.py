@@ -175,7 +175,7 @@ class TorchDecoder:
         blocks: list[FrozenBlock] = []
 
         def record(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            kwargs = {**call.kwargs, "position_embeddings": precise.of(call.kwargs.get("position_embeddings"))}
+            kwargs = {**call.kwargs, "position_embeddings": precise.of(call.kwargs["position_embeddings"])}
             blocks.append(FrozenBlock(self._blocks[k], self._module.config, frozen, call.args, kwargs))
             residual.append(z[0, -1])
             output = call(z)
@@ -340,12 +340,11 @@ class _PreciseRotation:
 
 def _can_be_recorded(module: Any) -> bool:
     """Whether a step does the same whatever the numbers: experts are picked, and some rotations grow, by looking."""
-    config = module.config
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+    if any("expert" in name for name, _ in module.named_modules()):
         return False
-    rotation = getattr(config, "rope_parameters", None) or {}
-    kinds = [rotation, *(part for part in rotation.values() if isinstance(part, dict))]
-    return not any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+    rotation = module.base_model.rotary_emb.rope_type  # where layers differ, by the kind of layer
+    kinds = rotation.values() if isinstance(rotation, dict) else [rotation]
+    return not any(kind in ("dynamic", "longrope") for kind in kinds)
 
 
 def _energy(output: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.generation.continuous_batching.requests import RequestState
 
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.torch_calls import Call, unknown_positions
 from mlx_lqr.errors import InputError
 
@@ -104,6 +104,7 @@ _resumption = _Resumption()
 _steered: set[int] = set()
 """The modules steered at present, by id."""
 _lock = threading.Lock()
+_put_back: Callable[[], None]
 
 
 @contextmanager
@@ -116,11 +117,13 @@ def announcing_prompts(module: Any, positions: Positions, refusals: list[InputEr
     Raises:
         InputError: the model is steered already.
     """
+    global _put_back
+    check_borrowed("torch steer")
     with _lock:
         if id(module) in _steered:
             raise InputError("the model is already steered: combine the controllers (Controller.combine)")
-        if not _steered:
-            RequestState.create_equivalent_initial_request = _refusing_resumption(_RESUMED)
+        if not _steered:  # once for all models, or blocks that overlap would put back each other's functions
+            _put_back = _refuse_resumption()
         _steered.add(id(module))
     body = module.base_model
     signature = inspect.signature(body.forward)
@@ -146,7 +149,7 @@ def announcing_prompts(module: Any, positions: Positions, refusals: list[InputEr
         with _lock:
             _steered.discard(id(module))
             if not _steered:
-                RequestState.create_equivalent_initial_request = _RESUMED
+                _put_back()
 
 
 def _announcing(original: Callable[..., Any], positions: Positions) -> Callable[..., Any]:
@@ -237,11 +240,14 @@ def _batching_config() -> Any:
     return ContinuousBatchingConfig()
 
 
-_RESUMED = RequestState.create_equivalent_initial_request
+def _refuse_resumption() -> Callable[[], None]:
+    """Keep requests that have lost their keys and values from going on; returns what allows it again.
 
+    Their answers so far are read with their prompts, and then look alike.
+    """
+    from transformers.generation.continuous_batching.requests import RequestState
 
-def _refusing_resumption(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A request that has lost its cache is read anew, its answer so far with its prompt, which then look alike."""
+    original = RequestState.create_equivalent_initial_request
 
     @functools.wraps(original)
     def create_equivalent_initial_request(self: Any) -> Any:
@@ -254,4 +260,8 @@ def _refusing_resumption(original: Callable[..., Any]) -> Callable[..., Any]:
             raise refusal
         return original(self)
 
-    return create_equivalent_initial_request
+    def put_back() -> None:
+        RequestState.create_equivalent_initial_request = original
+
+    RequestState.create_equivalent_initial_request = create_equivalent_initial_request
+    return put_back
