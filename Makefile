@@ -18,7 +18,7 @@ test: $(VENV)/test
 
 # What other libraries' changes can break, with the oldest versions that pyproject.toml allows.
 test-oldest: $(OLDEST)/test
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m oldest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile $$($(OLDEST)/bin/python tests/oldest.py tests)
 
 # On a machine with a CUDA GPU: the tests that need one, then what the backend does there, measured.
 test-gpu: $(VENV)/test
@@ -48,7 +48,7 @@ $(VENV)/test: $(BIN)/python pyproject.toml
 
 $(OLDEST)/test: pyproject.toml tests/oldest.py
 	$(PYTHON_OLDEST) -m venv $(OLDEST)
-	$(OLDEST)/bin/python tests/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python tests/oldest.py constraints > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --editable '.[torch,test-oldest]' --constraint $(OLDEST)/constraints.txt
 	touch $@
 
