@@ -12,11 +12,11 @@ from typing import Any, get_args
 import pytest
 from backends import tiny_on
 from oldest import PYPROJECT, oldest
-from test_backends import PROMPT, controller_for
+from test_backends import PROMPT, controller_for, families
 
 import mlx_lqr
 from mlx_lqr import InputError, loading
-from mlx_lqr.backends import borrowed
+from mlx_lqr.backends import borrowed, torch_decoder
 from mlx_lqr.backends.borrowed import BORROWED, Borrowed, Moment, check_borrowed
 
 ROOT = PYPROJECT.parent
@@ -108,6 +108,18 @@ def test_a_model_with_a_renamed_part_is_refused(part: str, monkeypatch: pytest.M
         delattr(holder, part)
     with pytest.raises(InputError, match=rf"^transformers .*({part}|in another way)"):
         mlx_lqr.steer(module, controller_for(tiny_on("torch", "llama")))
+
+
+@families
+def test_steps_that_look_at_numbers_are_not_recorded(family: str) -> None:
+    """Told by what the model is made of, not by keys of its config, whose absence would say no."""
+    module = tiny_on("torch", family).module
+    assert torch_decoder._can_be_recorded(module) == (family not in ("mixtral", "qwen3_moe"))
+    if family == "llama":
+        rotary = module.base_model.rotary_emb
+        kind, rotary.rope_type = rotary.rope_type, "dynamic"
+        assert not torch_decoder._can_be_recorded(module)
+        rotary.rope_type = kind
 
 
 def _folder() -> Path:

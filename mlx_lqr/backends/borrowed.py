@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from mlx_lqr.errors import InputError
 
-Moment = Literal["mlx", "mlx steer", "mlx evaluator", "convert", "torch", "torch steer", "lm-eval"]
+Moment = Literal["mlx", "mlx sampling", "mlx steer", "mlx evaluator", "convert", "torch", "torch steer", "lm-eval"]
 """When rows are looked for: a backend loads, a model of its library is steered, something is used for the first time"""
 
 
@@ -80,6 +80,10 @@ BORROWED: tuple[Borrowed, ...] = (
              attributes=("state", "filter", "make_mask")),
     Borrowed("mlx-lm", "mlx_lm.models.cache:BatchRotatingKVCache", _CACHES, "mlx", made=(8, [0, 1]),
              attributes=("state", "filter", "make_mask")),
+    Borrowed("mlx-lm", "mlx_lm.models.gemma2:Attention.__init__", "mlx_lqr.backends.mlx_decoder: masks of its batches",
+             "mlx", sets=("repeats",)),
+    *(Borrowed("mlx-lm", f"mlx_lm.sample_utils:{name}", "mlx_lqr.backends.mlx_sampling: filters", "mlx sampling")
+      for name in ("apply_min_p", "apply_top_k", "apply_top_p")),
     Borrowed("mlx-lm", "mlx_lm.generate:generate_step", _PROMPTS, "mlx steer",
              parameters=("prompt", "model", "input_embeddings")),
     Borrowed("mlx-lm", "mlx_lm.generate:speculative_generate_step", _PROMPTS,
@@ -124,6 +128,8 @@ BORROWED: tuple[Borrowed, ...] = (
              parameters=("self",)),
     Borrowed("lm-eval", "lm_eval:simple_evaluate", "mlx_lqr.tasks.lm_eval: runs the tasks", "lm-eval",
              parameters=("model", "tasks", "num_fewshot", "limit")),
+    Borrowed("lm-eval", "lm_eval.tasks:TaskManager", "mlx_lqr.tasks.lm_eval: chooses tasks", "lm-eval",
+             parameters=("include_path", "include_defaults"), attributes=("all_subtasks",)),
     Borrowed("lm-eval", "lm_eval.utils:handle_non_serializable", "mlx_lqr.tasks.lm_eval: writes results", "lm-eval"),
 )  # fmt: skip
 
@@ -149,7 +155,7 @@ def changed(package: str, what: str) -> InputError:
 
 
 def _module(name: str) -> Any:
-    if name.startswith("mlx_lm.models."):
+    if name.startswith(("mlx_lm.models.", "mlx_lm.sample_utils")):
         from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 
         return import_mlx_lm(name.removeprefix("mlx_lm."))
