@@ -37,9 +37,9 @@ def steer(model: Any, controller: Steering, strength: Strength = None) -> Abstra
     `ModelProvider`'s `model` after `load_default()`; steer it while no request is under way.
 
     Raises:
-        InputError: a controller of another model, a version of mlx-lm or transformers that is not known, S-PID with a derivative or an adaptive controller (the calls of
+        InputError: a controller of another model, S-PID with a derivative or an adaptive controller (the calls of
             others do not tell where a prompt begins), something that is no model, or, on entering the block, a model
-            that is already steered.
+            that is already steered, or a version of its library that lacks what this needs.
     """
     if adapts(controller):
         raise InputError(

@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -332,6 +333,7 @@ def test_a_renamed_cache_is_still_found() -> None:
         ({"cache": None, "position_ids": None}, "with neither a cache nor position_ids"),
         ({"input_ids": None}, "with neither input_ids nor inputs_embeds"),
         ({"another": transformers.DynamicCache()}, "with several caches"),
+        ({"cache": SimpleNamespace(update=print)}, "with a SimpleNamespace"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )

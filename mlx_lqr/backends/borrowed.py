@@ -122,6 +122,8 @@ BORROWED: tuple[Borrowed, ...] = (
              "torch steer", made=(),
              attributes=("allow_block_sharing", "use_cuda_graph", "cuda_graph_booleans", "varlen_compile_config",
                          "decode_compile_config", "default_compile_level")),
+    Borrowed("transformers", "transformers.generation.continuous_batching.cache:PagedAttentionCache", _BATCHING,
+             "torch steer", attributes=("update",)),
     Borrowed("transformers", f"{_REQUESTS}:RequestState", _BATCHING, "torch steer",
              parameters=("request_id", "initial_tokens", "generated_tokens")),
     Borrowed("transformers", f"{_REQUESTS}:RequestState.create_equivalent_initial_request", _BATCHING, "torch steer",

@@ -7,6 +7,7 @@ placed is refused: taken for the beginning of a text, it would be steered at the
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ class Call:
     @property
     def is_paged(self) -> bool:
         """Whether many requests stand in one row, with a cache that does not tell where they do (generate_batch)."""
-        return self.cache is not None and not hasattr(self.cache, "get_seq_length")
+        cache = self.cache
+        return cache is not None and (isinstance(cache, _paged_cache()) or not hasattr(cache, "get_seq_length"))
 
     def before(self) -> int:
         """How many positions stand before those of the call, padding included.
@@ -87,6 +89,8 @@ class Call:
             InputError: nothing tells, or the cache and the position ids contradict each other.
         """
         cache, positions = self.cache, self.arguments.get("position_ids")
+        if self.is_paged:
+            raise unknown_positions(f"calls its models with a {type(cache).__name__}")
         if cache is None and positions is None and self.arguments.get("use_cache") is not False:
             raise unknown_positions("calls its models with neither a cache nor position_ids")
         before = int(cache.get_seq_length()) if cache is not None else 0
@@ -135,6 +139,13 @@ class Call:
         if not starts.any():
             return None
         return torch.nn.functional.pad(starts, (0, 1), value=True)[..., None]
+
+
+@functools.cache
+def _paged_cache() -> Any:
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    return PagedAttentionCache
 
 
 def _is_cache(value: Any) -> bool:
