@@ -3,8 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The compatibility run; `make test-oldest PYTHON_OLDEST=python3.10` runs it with another Python.
+PYTHON_OLDEST ?= $(PYTHON)
+OLDEST := .venv-oldest
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-oldest test-gpu lint clean
 
 demo: $(VENV)/core
 	$(BIN)/mlx-lqr demo
@@ -12,6 +15,10 @@ demo: $(VENV)/core
 # Two processes with a file of tests each, and a core each: BLAS threads of both would only wait for one another.
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What other libraries' changes can break, with the oldest versions that pyproject.toml allows.
+test-oldest: $(OLDEST)/test
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile $$($(OLDEST)/bin/python tests/oldest.py tests)
 
 # On a machine with a CUDA GPU: the tests that need one, then what the backend does there, measured.
 test-gpu: $(VENV)/test
@@ -24,7 +31,7 @@ lint: $(VENV)/lint
 	$(BIN)/python tests/typecheck.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(OLDEST) build *.egg-info
 
 # One stamp for each set of requirements; a changed pyproject.toml installs again.
 $(BIN)/python:
@@ -37,6 +44,12 @@ $(VENV)/core: $(BIN)/python pyproject.toml
 
 $(VENV)/test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(OLDEST)/test: pyproject.toml tests/oldest.py
+	$(PYTHON_OLDEST) -m venv $(OLDEST)
+	$(OLDEST)/bin/python tests/oldest.py constraints > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --editable '.[torch,test-oldest]' --constraint $(OLDEST)/constraints.txt
 	touch $@
 
 $(VENV)/lint: $(BIN)/python pyproject.toml

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_lqr.backends.base import Progress
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.config import explicit, model_config
 from mlx_lqr.backends.mlx_load import DTYPES, arguments_for, as_mlx_lm_reads, flattened, settings_read
 from mlx_lqr.backends.model_folder import FAMILIES
@@ -107,6 +108,7 @@ def _weight_files(source: Path) -> Weights:
 
 
 def _load(source: Path, config: dict[str, Any], files: Weights) -> tuple[nn.Module, dict[str, Any]]:
+    check_borrowed("convert")
     from mlx_lm.utils import load_model
 
     try:

@@ -16,6 +16,8 @@ from mlx_lqr.backends.base import Model, Progress
 from mlx_lqr.errors import InputError
 
 BackendName = Literal["auto", "mlx", "torch"]
+_OLDEST = {"torch": (2, 13), "transformers": (5, 20)}
+"""What the torch backend needs, as in pyproject.toml."""
 
 
 def load(
@@ -77,7 +79,7 @@ def _nvidia_driver() -> bool:
 
 
 def _check_torch() -> None:
-    for package, oldest in (("torch", (2, 6)), ("transformers", (5, 20))):
+    for package, oldest in _OLDEST.items():
         if importlib.util.find_spec(package) is None:
             raise InputError(f'the torch backend needs {package}, which is not installed: pip install "mlx-lqr[torch]"')
         installed = metadata.version(package)

@@ -27,7 +27,9 @@ def steer(model: Any, controller: Steering, strength: Strength = None) -> Abstra
     steers every position of every call. Several models may be steered at once, and one model from several threads.
 
     Of a transformers model, `generate` is steered in the same way, with padding on the left, a cache of any kind,
-    chunked prefill and assisted decoding; inside the block it does not compile its steps.
+    chunked prefill and assisted decoding, and `generate_batch`, whose requests then share no keys and values; inside
+    the block neither compiles its steps. A call whose tokens cannot be placed is refused. Texts packed in one row of a
+    direct call, told apart by their `position_ids`, are steered each at its last position.
 
     A prompt cache keeps what was computed: tokens that were generated steered stay so where a later prompt goes on from
     them, also after the block. `mlx_lm.server` shares its cache between requests in this way; whoever wants an answer
@@ -37,7 +39,7 @@ def steer(model: Any, controller: Steering, strength: Strength = None) -> Abstra
     Raises:
         InputError: a controller of another model, S-PID with a derivative or an adaptive controller (the calls of
             others do not tell where a prompt begins), something that is no model, or, on entering the block, a model
-            that is already steered.
+            that is already steered, or a version of its library that lacks what this needs.
     """
     if adapts(controller):
         raise InputError(

@@ -222,6 +222,16 @@ def test_ctrl_c_during_a_conversion_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_python_runs_the_package() -> None:
+    """`python -m mlx_lqr`, with its exit status."""
+    command = [sys.executable, "-m", "mlx_lqr"]
+    listed = subprocess.run([*command, "concepts"], capture_output=True, text=True)
+    assert (listed.returncode, "ocean" in listed.stdout) == (0, True)
+    refused = subprocess.run([*command, "show", "nowhere"], capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "nowhere" in refused.stderr
+
+
 def test_the_launcher_of_the_checkout(tmp_path: Path) -> None:
     launcher = Path(__file__).parents[1] / "cli.py"
     done = subprocess.run(

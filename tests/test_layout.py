@@ -31,6 +31,7 @@ LAYERS = [
     {"loading"},
     {"runtime", "analysis", "tasks"},
     {"commands"},
+    {"__main__"},
 ]
 """From the bottom to the top: a module may import from its own layer and from those below."""
 

@@ -28,6 +28,7 @@ from mlx_lqr import InputError, loading
 from mlx_lqr.backends import torch_decoder
 from mlx_lqr.backends.torch import TorchModel
 from mlx_lqr.backends.torch_algebra import TorchAlgebra
+from mlx_lqr.backends.torch_calls import cache_argument
 from mlx_lqr.commands import main
 from mlx_lqr.laws import LinearFeedback
 from mlx_lqr.runtime.decode import decode
@@ -107,10 +108,10 @@ def test_generation_goes_on_from_a_cache() -> None:
     controller = controller_for(model)
     cache = transformers.DynamicCache(config=model.module.config)
     with torch.no_grad():
-        model.module(torch.tensor([PROMPT[:7]]), past_key_values=cache)
+        model.module(torch.tensor([PROMPT[:7]]), **{cache_argument(model.module): cache})
     expected = ours(model, PROMPT, controller)
     with mlx_lqr.steer(model, controller, 2.0):
-        assert theirs(model, PROMPT, past_key_values=cache) == expected
+        assert theirs(model, PROMPT, **{cache_argument(model.module): cache}) == expected
 
 
 def test_exactly_the_last_prompt_token_and_the_generated_tokens_are_steered() -> None:
@@ -122,7 +123,7 @@ def test_exactly_the_last_prompt_token_and_the_generated_tokens_are_steered() ->
 
     def keys(tokens: list[int], **options: Any) -> np.ndarray:
         cache = transformers.DynamicCache(config=model.module.config)
-        theirs(model, tokens, past_key_values=cache, **options)
+        theirs(model, tokens, **{cache_argument(model.module): cache}, **options)
         found: np.ndarray = cache.layers[-1].keys[0].numpy()
         return found
 

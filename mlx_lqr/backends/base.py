@@ -282,11 +282,23 @@ class LawHooks:
         return cls(law, act)
 
     @classmethod
-    def beyond(cls, law: Law, first: Callable[[], int], concatenate: Callable[[list[Array], int], Array]) -> LawHooks:
-        """The law from position `first()` of a call on, by the backend's `concatenate` of arrays along an axis."""
+    def beyond(
+        cls,
+        law: Law,
+        first: Callable[[], int | Array],
+        concatenate: Callable[[list[Array], int], Array],
+        where: Callable[[Array, Array, Array], Array],
+    ) -> LawHooks:
+        """The law from position `first()` of a call on, or at the positions (B, L, 1) that it tells.
+
+        Args:
+            concatenate, where: the backend's; the former takes arrays and an axis.
+        """
 
         def act(k: int, z: Array, output: Array) -> Array:
             unsteered = first()
+            if not isinstance(unsteered, int):
+                return where(unsteered, law(k, z, output), output)
             if unsteered >= z.shape[1]:
                 return output
             if unsteered == 0:

@@ -30,6 +30,7 @@ from mlx_lqr.backends.base import (
     padded,
     restart,
 )
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.config import check_rolling, context_of, model_config
 from mlx_lqr.backends.mlx_blocks import TANGENTS, differentiable, hooked, output_projection, refuse_hooked
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
@@ -62,6 +63,7 @@ class MLXModel:
     algebra = None  # MLX has no float64 on a GPU
 
     def __init__(self, module: nn.Module, name: str, tokenizer: Tokenizer | None = None) -> None:
+        check_borrowed("mlx")
         self.module = module
         self.name = name
         self._tokenizer = tokenizer
@@ -237,7 +239,7 @@ class MLXModel:
 
         placed = law.place(evaluated, mx.addmm)
         positions = mlx_lm_calls.Positions(steer_all)
-        steering = LawHooks.beyond(placed, lambda: positions.unsteered, mx.concatenate)
+        steering = LawHooks.beyond(placed, lambda: positions.unsteered, mx.concatenate, mx.where)
 
         def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
             if k == 0:

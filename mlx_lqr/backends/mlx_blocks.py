@@ -169,5 +169,5 @@ def _unpacked(leaf: nn.Module) -> nn.Linear:
 
 def _dequantized(leaf: nn.Module, parts: Any) -> mx.array:
     """The weight that `parts` (weight, scales, biases) packs in the way of `leaf`."""
-    packing = {"group_size": leaf.group_size, "bits": leaf.bits, "mode": getattr(leaf, "mode", "affine")}
+    packing = {"group_size": leaf.group_size, "bits": leaf.bits, "mode": leaf.mode}
     return mx.dequantize(parts["weight"], parts["scales"], parts.get("biases"), **packing)

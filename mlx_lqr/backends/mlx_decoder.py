@@ -255,8 +255,7 @@ class MLXDecoder:
                 else kinds.BatchKVCache(padding)
                 for layer in self._cache
             ]
-            attention = self._blocks[0].get("self_attn")
-            if hasattr(attention, "attn_logit_softcapping") and getattr(attention, "repeats", 1) > 1:
+            if self._module.model_type == "gemma2" and self._blocks[0].self_attn.repeats > 1:
                 for layer in self._cache:
                     layer.make_mask = _for_grouped_heads(layer.make_mask)
         if self.sampling.repetition_penalty != 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 import threading
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.errors import InputError
 
 
@@ -92,13 +94,15 @@ def announcing_prompts(module: nn.Module, positions: Positions) -> Iterator[None
 
 def _wrap_generation() -> Callable[[], None]:
     """Exchange mlx_lm's functions for ones that announce prompts; returns what puts them back."""
+    check_borrowed("mlx steer")
     library: Any = importlib.import_module("mlx_lm.generate")
     batch = library.PromptProcessingBatch
     step, speculative, process = library.generate_step, library.speculative_generate_step, batch.prompt
+    signature = inspect.signature(step)
 
     @functools.wraps(step)
     def generate_step(prompt: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        embeddings = kwargs.get("input_embeddings")
+        embeddings = signature.bind(prompt, model, *args, **kwargs).arguments.get("input_embeddings")
         before_last = len(prompt if embeddings is None else embeddings) - 1
         return _announced(step(prompt, model, *args, **kwargs), {id(model): before_last})
 
@@ -136,9 +140,10 @@ def _wrap_evaluator() -> Callable[[], None]:
 
     It runs a context and what it scores after it in calls of their own, the latter in one call of many positions.
     """
-    evaluator: Any = getattr(sys.modules.get("mlx_lm.evaluate"), "MLXLM", None)
-    if evaluator is None:
+    if "mlx_lm.evaluate" not in sys.modules:
         return lambda: None
+    check_borrowed("mlx evaluator")
+    evaluator: Any = sys.modules["mlx_lm.evaluate"].MLXLM
     read, score = evaluator._process_prompt, evaluator._score_fn
 
     @functools.wraps(read)

@@ -14,6 +14,7 @@ import mlx.core as mx
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_lm.evaluate import DEFAULT_MAX_TOKENS, MLXLM
 
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.config import model_config
 from mlx_lqr.backends.mlx import MLXModel
 from mlx_lqr.backends.mlx_family import complete
@@ -46,6 +47,7 @@ class Evaluator(MLXLM):
         Raises:
             InputError: a folder that cannot be evaluated, or an architecture that cannot be steered.
         """
+        check_borrowed("mlx evaluator")
         check_dtype(dtype)
         config = read_config(folder)
         meaning = model_config(config)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_lqr.backends.base import Sampling
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 
 LIKELIEST = 2048
@@ -28,6 +29,7 @@ class Sampler:
         sampling = self.sampling
         if sampling.temperature == 0:
             return mx.argmax(logits, axis=-1)
+        check_borrowed("mlx sampling")
         library = import_mlx_lm("sample_utils")
         logprobs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.float32)
         if sampling.top_p < 1:

@@ -38,8 +38,8 @@ class FixedCache:
     def __init__(self, layers: Sequence[Any]) -> None:
         self._layers = layers
         self.length = int(layers[0].offset)
-        self.keep = [getattr(layer, "keep", 0) for layer in layers]
-        self._limits = [getattr(layer, "max_size", None) for layer in layers]
+        self.keep = [layer.keep if _rotates(layer) else 0 for layer in layers]
+        self._limits = [layer.max_size if _rotates(layer) else None for layer in layers]
         self.buffers: Buffers = []
         for layer, limit, keep in zip(layers, self._limits, self.keep, strict=True):
             keys, values = in_order(layer)
@@ -65,7 +65,7 @@ class FixedCache:
         """Hand everything back to mlx-lm's caches."""
         for layer, keep, (keys, values) in zip(self._layers, self.keep, self.buffers, strict=True):
             size = keys.shape[-2]
-            if hasattr(layer, "max_size"):
+            if _rotates(layer):
                 if self.length < size:
                     keys, values = keys[..., : self.length, :], values[..., : self.length, :]
                 elif self.length > size:
@@ -176,7 +176,7 @@ def energy(output: mx.array) -> mx.array:
 def in_order(layer: Any) -> tuple[mx.array, mx.array]:
     """Keys and values in one of mlx-lm's caches of one sequence, in the order of time, without what the next token
     sees no more."""
-    if not hasattr(layer, "max_size"):
+    if not _rotates(layer):
         return layer.keys[..., : layer.offset, :], layer.values[..., : layer.offset, :]
     keys, values = layer._temporal_order(layer.keys), layer._temporal_order(layer.values)
     gone = max(0, keys.shape[-2] - (layer.max_size - 1))
@@ -185,6 +185,11 @@ def in_order(layer: Any) -> tuple[mx.array, mx.array]:
         return mx.concatenate([part[..., : layer.keep, :], part[..., layer.keep + gone :, :]], axis=-2)
 
     return (seen(keys), seen(values)) if gone else (keys, values)
+
+
+def _rotates(layer: Any) -> bool:
+    """Whether it keeps a window of the newest tokens."""
+    return isinstance(layer, import_mlx_lm("models.cache").RotatingKVCache)
 
 
 def _grown(part: mx.array, size: int) -> mx.array:

@@ -28,12 +28,13 @@ from mlx_lqr.backends.base import (
     padded,
     restart,
 )
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.config import check_rolling, context_of, model_config
 from mlx_lqr.backends.model_folder import read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.backends.torch_algebra import TorchAlgebra
 from mlx_lqr.backends.torch_attention import WholePrompts, attending
-from mlx_lqr.backends.torch_blocks import hooked, output_projection, refuse_hooked
+from mlx_lqr.backends.torch_blocks import check_parts, hooked, output_projection, refuse_hooked
 from mlx_lqr.backends.torch_decoder import TorchDecoder, TorchTrace
 from mlx_lqr.backends.torch_generate import Positions, announcing_prompts
 from mlx_lqr.backends.torch_load import check_family, chosen_device, load_module, memory_for
@@ -64,7 +65,9 @@ class TorchModel:
     """A transformers model for causal language modelling behind the `Model` protocol (see base.py)."""
 
     def __init__(self, module: Any, name: str, tokenizer: Tokenizer | None = None) -> None:
+        check_borrowed("torch")
         check_family(str(module.config.model_type))
+        check_parts(module)
         self.module = module
         self.name = name
         self._tokenizer = tokenizer
@@ -257,10 +260,12 @@ class TorchModel:
     def steer(self, law: Law, *, steer_all: bool) -> Iterator[None]:
         placed = self.place(law)
         assert placed is not None
-        positions = Positions(steer_all)
-        steering = LawHooks.beyond(placed, lambda: positions.unsteered, torch.cat)
+        refusals: list[InputError] = []
+        positions = Positions(steer_all, refusals)
+        steering = LawHooks.beyond(placed, lambda: positions.first, torch.cat, torch.where)
         layers = sorted({0, *placed.layers})  # the first one too, which tells our own functions
-        with announcing_prompts(self.module, positions), hooked(self.blocks, steering.block, layers, steering):
+        announced = announcing_prompts(self.module, positions, refusals)
+        with announced, hooked(self.blocks, steering.block, layers, steering):
             yield
 
     def place(self, law: Law | None) -> Law | None:

@@ -16,7 +16,13 @@ import torch
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mlx_lqr.backends.borrowed import changed
+
 NAME = "mlx_lqr"
+
+
+_OF_NO_MATTER = frozenset({"position_ids", "use_cache", "output_router_logits"})
+"""Arguments with which transformers' models call attention in our own passes, and which the layout speaks for."""
 
 
 class Layout(Protocol):
@@ -83,7 +89,7 @@ def attend(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention by the current layout, in the form that transformers calls: (B, L, H, D).
 
@@ -93,7 +99,13 @@ def attend(
         query: (B, H, L, D).
         key, value: (B, G, S, D), G a divisor of H.
         attention_mask: the model's own, which is not used.
+        others: what does not change which keys are seen, or how.
+
+    Raises:
+        InputError: an argument that may change just that, as where transformers has renamed one.
     """
+    if unknown := others.keys() - _OF_NO_MATTER:
+        raise changed("transformers", f"gives attention the argument {min(unknown)}")
     layout = _current[-1]
     mask = layout.mask(sliding_window)
     batch, heads, length, width = query.shape

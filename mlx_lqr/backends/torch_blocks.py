@@ -7,9 +7,11 @@ and classes are untouched, so this works for every family, inside the model's ow
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from torch.func import functional_call, jvp, vjp, vmap
 
 from mlx_lqr.backends.base import UNSTEERED, BlockCall, Hook, LawHooks
+from mlx_lqr.backends.borrowed import changed
 from mlx_lqr.backends.torch_attention import attending
 from mlx_lqr.backends.torch_cache import FrozenCache
 from mlx_lqr.errors import InputError
@@ -65,6 +68,27 @@ class BlockHooks:
 
         forward.is_hook = True  # type: ignore[attr-defined]
         return forward
+
+
+_PARTS = ("config.max_position_embeddings", "base_model.layers", "base_model.norm", "base_model.rotary_emb.rope_type")
+
+
+def check_parts(module: Any) -> None:
+    """Look for the parts of a supported family's model, and the arguments of its blocks, that we know by name.
+
+    Raises:
+        InputError: transformers has renamed one of them.
+    """
+    try:
+        for path in _PARTS:
+            attrgetter(path)(module)
+        block = module.base_model.layers[0]
+        output_projection(block)
+    except AttributeError as error:
+        raise changed("transformers", f"makes a {type(module).__name__} without {error.name}") from error
+    first, *others = inspect.signature(type(block).forward).parameters
+    if [first, *others[:1]] != ["self", "hidden_states"] or "position_embeddings" not in others:
+        raise changed("transformers", f"calls a {type(block).__name__} in another way")
 
 
 def refuse_hooked(block: nn.Module) -> None:
@@ -148,7 +172,7 @@ def _affine_mlp(block: nn.Module, run: Callable[[], torch.Tensor]) -> Iterator[N
     For h = f(W_gate x) o W_up x the MLP's Jacobian is W_down (diag(f' o W_up x) W_gate + diag(f) W_up). Forming it
     costs one wide product where d directions through the MLP cost three. MLPs of another make stay.
     """
-    mlp = block._modules.get("mlp")
+    mlp = dict(block.named_children()).get("mlp")
     if mlp is None or not _is_gated(mlp):
         yield
         return
@@ -161,17 +185,18 @@ def _affine_mlp(block: nn.Module, run: Callable[[], torch.Tensor]) -> Iterator[N
     ((x, value),) = seen
     slope = _mlp_jacobian(mlp, x.reshape(-1))
     try:
-        block._modules["mlp"] = _StandIn(lambda z: value + (z - x) @ slope.T)
+        block.mlp = _StandIn(lambda z: value + (z - x) @ slope.T)
         yield
     finally:
-        block._modules["mlp"] = mlp
+        block.mlp = mlp
 
 
 def _is_gated(mlp: nn.Module) -> bool:
     """Whether it is down_proj(act_fn(gate_proj(x)) * up_proj(x)) of dense weights without biases."""
-    parts = [mlp._modules.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
-    dense = all(isinstance(part, nn.Linear) and part.bias is None for part in parts)
-    return dense and set(mlp._modules) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    parts = dict(mlp.named_children())
+    dense = [parts.get(name) for name in ("gate_proj", "up_proj", "down_proj")]
+    are_dense = all(isinstance(part, nn.Linear) and part.bias is None for part in dense)
+    return are_dense and set(parts) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 def _mlp_jacobian(mlp: Any, x: torch.Tensor) -> torch.Tensor:
@@ -204,10 +229,7 @@ def _dense_experts(config: Any) -> Iterator[None]:
 
     transformers' other ways go through the experts one by one, with shapes that depend on the numbers.
     """
-    before = getattr(config, "_experts_implementation_internal", None)
-    if before is None:
-        yield
-        return
+    before = config._experts_implementation_internal
     config._experts_implementation_internal = "batched_mm"
     try:
         yield

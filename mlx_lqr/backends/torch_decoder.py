@@ -14,6 +14,7 @@ from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, L
 from mlx_lqr.backends.torch_attention import attending
 from mlx_lqr.backends.torch_blocks import BlockHooks, FrozenBlock, hooked
 from mlx_lqr.backends.torch_cache import KeyValueCache
+from mlx_lqr.backends.torch_calls import cache_argument
 from mlx_lqr.backends.torch_load import memory_for
 from mlx_lqr.backends.torch_sampling import Sampler, penalised
 from mlx_lqr.errors import InputError
@@ -57,6 +58,7 @@ class TorchDecoder:
         self._module = module
         self._blocks: Sequence[torch.nn.Module] = module.base_model.layers
         self._device: torch.device = module.device
+        self._cache_argument = cache_argument(module.base_model)
         self._place = place
         self._window = window
         self._cache: KeyValueCache | None = None
@@ -173,7 +175,7 @@ class TorchDecoder:
         blocks: list[FrozenBlock] = []
 
         def record(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            kwargs = {**call.kwargs, "position_embeddings": precise.of(call.kwargs.get("position_embeddings"))}
+            kwargs = {**call.kwargs, "position_embeddings": precise.of(call.kwargs["position_embeddings"])}
             blocks.append(FrozenBlock(self._blocks[k], self._module.config, frozen, call.args, kwargs))
             residual.append(z[0, -1])
             output = call(z)
@@ -186,8 +188,8 @@ class TorchDecoder:
                 input_ids=self._tokens([[token]]),
                 attention_mask=self._no_mask,
                 position_ids=frozen.position,
-                past_key_values=frozen,
                 use_cache=True,
+                **{self._cache_argument: frozen},
             )
         stacked = torch.stack(residual).float().cpu().numpy()
         return TorchTrace(stacked, blocks, frozen.nbytes + stacked.nbytes)
@@ -243,7 +245,7 @@ class TorchDecoder:
             "input_ids": tokens,
             "attention_mask": self._no_mask,
             "position_ids": self._cache.enter(at, used),
-            "past_key_values": self._cache,
+            self._cache_argument: self._cache,
             "use_cache": True,
         }
         hooks = self._hooks.placed() if steered and self._hooks is not None else nullcontext()
@@ -338,12 +340,11 @@ class _PreciseRotation:
 
 def _can_be_recorded(module: Any) -> bool:
     """Whether a step does the same whatever the numbers: experts are picked, and some rotations grow, by looking."""
-    config = module.config
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+    if any("expert" in name for name, _ in module.named_modules()):
         return False
-    rotation = getattr(config, "rope_parameters", None) or {}
-    kinds = [rotation, *(part for part in rotation.values() if isinstance(part, dict))]
-    return not any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+    rotation = module.base_model.rotary_emb.rope_type  # where layers differ, by the kind of layer
+    kinds = rotation.values() if isinstance(rotation, dict) else [rotation]
+    return not any(kind in ("dynamic", "longrope") for kind in kinds)
 
 
 def _energy(output: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from mlx_lqr.backends import model_folder
+from mlx_lqr.backends.borrowed import changed
 from mlx_lqr.backends.config import ModelConfig
 from mlx_lqr.backends.families import SETTINGS
 from mlx_lqr.backends.model_folder import FAMILIES, check_dtype
@@ -97,6 +98,8 @@ def load_module(
         scale = torch.tensor(math.sqrt(module.config.hidden_size)).bfloat16()
         module.get_input_embeddings().embed_scale.fill_(scale)
     module = module.to(device).eval().requires_grad_(False)
+    if isinstance(wanted, torch.dtype) and module.dtype != wanted:
+        raise changed("transformers", f"loads weights as {module.dtype} that were to be {wanted}")
     if device.type == "cpu" and module.dtype == torch.float32:
         _lay_out_for_single_tokens(module)
     return module

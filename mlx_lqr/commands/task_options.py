@@ -227,4 +227,4 @@ def _parameters(options: Sequence[Callable[[Any], Any]]) -> list[click.Parameter
 
     for option in options:
         option(nothing)
-    return list(getattr(nothing, "__click_params__", []))
+    return click.command()(nothing).params

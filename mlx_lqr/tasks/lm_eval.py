@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_lqr.backends.base import Progress
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import resolve
 from mlx_lqr.runtime import steer
@@ -193,6 +194,7 @@ def _steered(evaluator: Evaluator, steering: Steering | None, strength: float) -
 
 def _run(evaluator: Evaluator, tasks: Tasks, name: str, settings: Settings) -> Row:
     """lm-eval's results for one task, or for a group and its parts."""
+    check_borrowed("lm-eval")
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable
 
