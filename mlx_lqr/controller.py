@@ -36,8 +36,8 @@ cost too, but our own decoding makes the gains anew at every prompt; the stored 
 Positions = Literal["last", "all"]
 """Where to steer: the last prompt token and every generated one (A-LQR), or every prompt token too (A-LQR+)."""
 Setpoint = Literal["paper", "centred"]
-"""What a strength asks of the feature: strength x mu_k, or v_k . mean-_k + strength x mu_k, which is the level of the
-negative prompts at strength 0 and that of the positive ones at 1."""
+"""What a strength asks of the feature: strength x mu_k, or v_k . mean-_k + strength x mu_k, the level of the positive
+prompts at 1, which goes to that of the negative ones as the strength goes to 0. Strength 0 itself does not steer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Controller:
     setpoint: Float32
     """(T, m): mu_k, the setpoint's slope in the strength"""
     offset: Float32
-    """(T, m): the setpoint at strength 0"""
+    """(T, m): what the setpoint goes to as the strength goes to 0; at 0 itself nothing is steered"""
     output_direction: Float32
     """(d, m): e_T, the unnormalised direction at the last block's output; `adapt` needs it, steering does not"""
     concepts: tuple[str, ...]

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mlx_lqr.analysis.rollout import check_single, roll_out
+from mlx_lqr.analysis.rollout import check_single, check_steering, roll_out
 from mlx_lqr.analysis.spectra import (
     dominant_modes,
     gaussian_modes,
@@ -120,6 +120,7 @@ def linearity(
         raise InputError("linearity compares prompts: give at least two")
     if controller is not None:
         check_single(controller, model)
+        check_steering(strengths)
     random = np.random.default_rng(seed)
     points = traces(model, prompts)
     n, T, d = len(points), model.num_layers, model.hidden_size

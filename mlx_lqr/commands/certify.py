@@ -12,7 +12,7 @@ import numpy as np
 from mlx_lqr.analysis.certificate import TOLERANCE, Certificate, Linearised
 from mlx_lqr.analysis.certificate import certify as bound
 from mlx_lqr.analysis.results import as_json, write_json
-from mlx_lqr.analysis.rollout import default_prompts
+from mlx_lqr.analysis.rollout import check_steering, default_prompts
 from mlx_lqr.atomic import check_writable
 from mlx_lqr.commands.options import (
     Loading,
@@ -69,6 +69,7 @@ def certify(
 ) -> None:
     """Bound a controller's tracking error on MODEL, from estimated constants, and check it on held-out prompts."""
     chosen = parse_strengths(strengths)
+    check_steering(chosen)
     steering = Controller.load(controller)
     stored = Jacobians.load(jacobians) if jacobians else None
     plots = plots_or_refusal() if output is not None else None

@@ -207,7 +207,8 @@ def _text(typed: str) -> str:
 def _state(session: Chat) -> str:
     if not session.strengths:
         return "Not steered."
-    return "Steered: " + ", ".join(f"{name} {strength:g}" for name, strength in session.strengths.items()) + "."
+    named = ", ".join(f"{name} {strength:g}" for name, strength in session.strengths.items())
+    return f"Steered: {named}." if any(session.strengths.values()) else f"Not steered: {named}."
 
 
 def _piped_lines() -> str | None:

@@ -87,7 +87,8 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
     type=click.Choice(get_args(Setpoint)),
     default="centred",
     show_default=True,
-    help="What strength 0 means: as much of the feature as the negative prompts have, or (the paper's) none of it.",
+    help="What strengths count from: as much of the feature as the negative prompts have, or (the paper's) none of it. "
+    "Strength 0 itself does not steer.",
 )
 @click.option(
     "--positions",

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
+import numpy as np
 
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.base import Model
@@ -176,7 +177,13 @@ def _control(model: Model, controller: Controller, answer: _Answer) -> dict[str,
     excess = largest_excess(controller, error, push)
     return {
         "layers": layers,
-        "alpha": {name: error[:, layers, i].tolist() for i, name in enumerate(controller.concepts)},
+        "alpha": {name: _or_null(error[:, layers, i]) for i, name in enumerate(controller.concepts)},
         "push": push[:, layers].tolist(),
         "excess": asdict(excess) if excess is not None else None,
     }
+
+
+def _or_null(values: np.ndarray) -> list[Any]:
+    """As nested lists, None for NaN, which JSON does not have."""
+    found: list[Any] = np.where(np.isnan(values), None, values).tolist()
+    return found

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lqr.analysis.linearity import Linearity, monitored
 from mlx_lqr.analysis.linearity import linearity as measure
 from mlx_lqr.analysis.results import as_json, write_json
-from mlx_lqr.analysis.rollout import default_prompts
+from mlx_lqr.analysis.rollout import check_steering, default_prompts
 from mlx_lqr.atomic import check_writable
 from mlx_lqr.commands.options import (
     Loading,
@@ -59,6 +59,8 @@ def linearity(
     if modes < 1:
         raise InputError(f"--modes must be at least 1, not {modes}")
     chosen = parse_strengths(strengths)
+    if controller is not None:
+        check_steering(chosen)
     steering = Controller.load(controller) if controller is not None else None
     plots = plots_or_refusal() if output is not None else None
     if output is not None:

@@ -21,6 +21,10 @@ class AdjustableLaw:
     A subclass says what these arrays are and how a layer's output is changed with them. No other number may enter the
     call: a backend that records its operations replays them with the arrays of another law of the same class.
 
+    Strength 0 means not steered, for every law: at strength 0 of all concepts a call returns the output as it is, and a
+    concept at strength 0 is as one that is not there. A law need not come near that as the strength goes to 0: feedback
+    that aims at offset_k + s mu_k takes the feature to offset_k for any small s.
+
     Args:
         layers: where the law acts.
         concepts: how many concepts there are.
@@ -57,6 +61,11 @@ class AdjustableLaw:
     def strength(self, value: float | Sequence[float]) -> None:
         self._shared[0] = check_strength(value, self._concepts)
 
+    @property
+    def acts(self) -> bool:
+        """Whether anything is steered: False where every strength is 0."""
+        return any(self._shared[0])
+
     def aim(self) -> None:
         """Take over a strength that has been set since the last call."""
         if self._aimed_at is self._shared[0]:
@@ -66,6 +75,13 @@ class AdjustableLaw:
             self._target[k] = self._renew(self._target[k], targets[k])
 
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
+        if not self.acts:
+            return output
+        self.aim()
+        return self._steered(layer, z, output)
+
+    def _steered(self, layer: int, z: Array, output: Array) -> Array:
+        """output + u_k, with the arrays as `aim` has left them."""
         raise NotImplementedError
 
     def _fixed(self, layer: int) -> tuple[np.ndarray, ...]:
@@ -102,4 +118,4 @@ def check_strength(value: float | Sequence[float], concepts: int) -> tuple[float
         raise InputError(f"strength must be a finite number, not {value!r}")
     if numbers.ndim != 1 or numbers.size not in (1, concepts):
         raise InputError(f"{numbers.size} strengths for {concepts} concepts: give one for all, or one for each")
-    return tuple(float(x) for x in np.broadcast_to(numbers, (concepts,)))
+    return tuple(float(x) + 0.0 for x in np.broadcast_to(numbers, (concepts,)))  # which takes the sign off zero
