@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from mlx_lqr.baseline import Steering, combine
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.laws import AdjustableLaw, LinearFeedback, RecordedFeedback, Recording, check_strength
+from mlx_lqr.prompts import read_text
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
 from mlx_lqr.runtime.generate import Options, Piece, Strength, only_controller, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
@@ -337,9 +337,9 @@ class _Turn:
 def _read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], list[Message]]:
     """Model, strengths and messages of a transcript, checked."""
     try:
-        transcript = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        transcript = json.loads(read_text(path))
+    except InputError:
+        raise
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON: name a transcript that /save wrote") from None
     try:

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
-    {"errors", "cache", "atomic", "concepts", "algebra", "strength"},
-    {"backends.base", "backends.tokenizer", "backends.model_folder", "backends.blas", "tensors", "jacobian_file"},
+    {"errors", "cache", "atomic", "tensors", "prompts", "concepts", "algebra", "strength"},
+    {"backends.base", "backends.tokenizer", "backends.model_folder", "backends.blas", "jacobian_file"},
     {"backends", "contrast", "probes", "riccati"},
     {"controller", "linearize"},
     {"baseline"},

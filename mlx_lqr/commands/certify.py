@@ -23,11 +23,11 @@ from mlx_lqr.commands.options import (
     progress_bars,
     strengths_option,
 )
-from mlx_lqr.contrast import read_prompts
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.linearize import Jacobians
 from mlx_lqr.loading import load
+from mlx_lqr.prompts import read_prompts
 
 PROMPTS = 16
 

@@ -12,13 +12,14 @@ from click.core import ParameterSource
 from mlx_lqr.atomic import check_writable
 from mlx_lqr.baseline import METHODS, MethodName, known_method
 from mlx_lqr.commands.options import Loading, loading_options, model_argument, parse_layers, progress_bars
-from mlx_lqr.contrast import bundled_prompts, read_prompts
+from mlx_lqr.contrast import bundled_prompts
 from mlx_lqr.controller import Cost, Positions, Setpoint
 from mlx_lqr.errors import InputError
 from mlx_lqr.fitting import check_options, fit_baseline
 from mlx_lqr.linearize import Jacobians
 from mlx_lqr.linearize import linearize as linearize_model
 from mlx_lqr.loading import load
+from mlx_lqr.prompts import read_prompts
 from mlx_lqr.riccati import WEIGHT, Weights
 from mlx_lqr.synthesis import fit as fit_controller
 

@@ -23,11 +23,12 @@ from mlx_lqr.commands.options import (
     model_argument,
     progress_bars,
 )
-from mlx_lqr.contrast import read_prompts, tokenise
+from mlx_lqr.contrast import tokenise
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.laws import Recording
 from mlx_lqr.loading import load
+from mlx_lqr.prompts import read_prompts
 from mlx_lqr.runtime import Options, Piece, batch_stream, stream
 from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
 from mlx_lqr.runtime.decode import MAX_TOKENS
