@@ -92,7 +92,7 @@ def _prompt(path: str | PathLike[str], number: int, found: dict[str, Any] | None
         raise InputError(f'{path}, line {number}: expected a JSON object with a "prompt" key')
     prompt = found["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f'{path}, line {number}: "prompt" must be text')
+        raise InputError(f'{path}, line {number}: "prompt" must be text that is not empty')
     if not is_unicode(prompt):
         raise InputError(f'{path}, line {number}: "prompt" has half a surrogate pair, which is no character')
     return prompt

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlx_lqr.baseline import Steering, combine, load_steering
 from mlx_lqr.errors import InputError
+from mlx_lqr.prompts import is_unicode
 from mlx_lqr.strength import Strengths, default_strength
 
 
@@ -46,18 +47,25 @@ def parse_controllers(texts: Sequence[str]) -> tuple[Steering | None, list[float
 def given_or_piped(prompt: str | None) -> str:
     """The prompt of the command line, or where there is none the text that comes through a pipe.
 
+    One newline at the end of what is piped is not part of it: `echo` and editors put it there.
+
     Raises:
-        InputError: neither is there, or it is not UTF-8 text.
+        InputError: neither is there, it is blank, or it is not UTF-8 text.
     """
     if prompt is None:
-        if sys.stdin is None or sys.stdin.isatty():
-            raise InputError("give the text to continue: -p TEXT, or through a pipe")
-        try:
-            return sys.stdin.read()
-        except UnicodeDecodeError:
-            raise InputError("what comes through the pipe is not UTF-8 text") from None
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:  # bytes of the command line that Python could not decode
-        raise InputError("the prompt is not UTF-8 text") from None
+        prompt = _piped()
+    elif not is_unicode(prompt):  # bytes of the command line that Python could not decode
+        raise InputError("the prompt is not UTF-8 text")
+    if not prompt.strip():
+        raise InputError("the prompt is empty, or nothing but spaces: give the text to continue, -p TEXT")
     return prompt
+
+
+def _piped() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError("give the text to continue: -p TEXT, or through a pipe")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")  # whatever encoding the terminal has
+    except UnicodeDecodeError:
+        raise InputError("what comes through the pipe is not UTF-8 text") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")

@@ -15,12 +15,14 @@ from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.analysis.rollout import check_steering, default_prompts
 from mlx_lqr.atomic import check_writable
 from mlx_lqr.commands.options import (
+    NOTHING_WRITTEN,
     Loading,
     loading_options,
     model_argument,
     parse_strengths,
     plots_or_refusal,
     progress_bars,
+    stopping,
     strengths_option,
 )
 from mlx_lqr.controller import Controller
@@ -78,7 +80,7 @@ def certify(
     texts = read_prompts(prompts) if prompts else default_prompts(PROMPTS, steering.concepts)
     if len(texts) < 2:
         raise InputError(f"{prompts} has one prompt: certify needs one to calibrate with and another to check on")
-    with progress_bars() as progress:
+    with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         found = bound(
             loaded,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options
 from mlx_lqr.runtime.arguments import parse_controller
 from mlx_lqr.runtime.chat import Chat
+from mlx_lqr.runtime.streams import keys_unseen
 
 HELP = """\
 /strength 2         set the strength of every concept; /strength dog 2 sets one, /strength shows them
@@ -80,11 +82,12 @@ def chat(
         click.echo(f"{loaded.name}. {_state(session)} /help lists the commands.", err=True)
     while (line := read()) is not None:
         try:
-            if line.startswith("/"):
-                if _command(session, line[1:].strip()):
-                    break
-            elif line.strip():
-                _answer(session, line.strip())
+            with keys_unseen() if interactive else nullcontext():  # those typed meanwhile come to the next prompt
+                if line.startswith("/"):
+                    if _command(session, line[1:].strip()):
+                        break
+                elif line.strip():
+                    _answer(session, line.strip())
         except KeyboardInterrupt:
             click.echo("[stopped]", err=True)
         except InputError as error:
@@ -216,7 +219,7 @@ def _piped_lines() -> str | None:
     lines: list[str] = []
     while raw := sys.stdin.buffer.readline():
         try:
-            line = raw.decode("utf-8").rstrip("\r\n")
+            line = raw.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
         except UnicodeDecodeError:
             raise InputError("what comes through the pipe is not UTF-8 text") from None
         if not line.endswith("\\"):

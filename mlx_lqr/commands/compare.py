@@ -11,8 +11,7 @@ import click
 
 from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.atomic import check_writable
-from mlx_lqr.commands.evaluate import going_on_later
-from mlx_lqr.commands.options import parse_strengths, progress_bars
+from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.errors import InputError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mlx_lqr.commands.options import progress_bars
+from mlx_lqr.commands.options import NOTHING_WRITTEN, progress_bars, stopping
 
 
 @click.command()
@@ -19,6 +19,6 @@ def convert(source: str, out: str, dtype: str | None, quantize: int | None) -> N
     """
     from mlx_lqr.convert import convert as convert_model
 
-    with progress_bars() as progress:
+    with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         folder = convert_model(source, out, dtype=dtype, quantize=quantize, progress=progress)
     click.echo(f"Wrote {folder}")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.atomic import check_writable
-from mlx_lqr.commands.options import parse_strengths, progress_bars
+from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.runtime.arguments import parse_strength, split_file
@@ -39,16 +38,6 @@ def evaluation() -> None:
     Strength 0 is the unsteered model and is always included. Perplexity of the texts, distinct-n, repetition, KL on
     neutral text and a capability set are measured with every task but lm-eval's. Interrupted, the same command goes on.
     """
-
-
-@contextmanager
-def going_on_later() -> Iterator[None]:
-    """Say, when Ctrl-C ends it, that nothing that was finished is lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo("Stopped. The same command goes on from here.", err=True)
-        raise
 
 
 def parse_steering(controllers: tuple[str, ...]) -> Steering | None:

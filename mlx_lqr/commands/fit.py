@@ -11,7 +11,16 @@ from click.core import ParameterSource
 
 from mlx_lqr.atomic import check_writable
 from mlx_lqr.baseline import METHODS, MethodName, known_method
-from mlx_lqr.commands.options import Loading, loading_options, model_argument, parse_layers, progress_bars
+from mlx_lqr.commands.options import (
+    NOTHING_WRITTEN,
+    Loading,
+    going_on_later,
+    loading_options,
+    model_argument,
+    parse_layers,
+    progress_bars,
+    stopping,
+)
 from mlx_lqr.contrast import bundled_prompts
 from mlx_lqr.controller import Cost, Positions, Setpoint
 from mlx_lqr.errors import InputError
@@ -42,7 +51,7 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
     if prompts and nominal:
         raise InputError("give --prompts FILE or --nominal TEXT, not both")
     chosen = [nominal] if nominal else read_prompts(prompts) if prompts else bundled_prompts("dog")[1][:8]
-    with progress_bars() as progress:
+    with going_on_later(), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         jacobians = linearize_model(loaded, chosen, store=output, dtype=store, progress=progress)
     click.echo(f"Wrote {output}: {len(jacobians)} Jacobians averaged over {jacobians.prompt_count} prompts")
@@ -141,7 +150,7 @@ def fit(
             "heads": heads,
         }
         check_options(known, **options)
-        with progress_bars() as progress:
+        with stopping(NOTHING_WRITTEN), progress_bars() as progress:
             loaded = load(model, **loading, progress=progress)
             prompts = positive_prompts, negative_prompts
             options |= {"concept": name, "layers": chosen, "positions": positions, "progress": progress}
@@ -149,7 +158,7 @@ def fit(
         say_how_to_use(model, output, _WORTH_TRYING.get(known, "1"))
         return
     stored = Jacobians.load(jacobians) if jacobians else None
-    with progress_bars() as progress:
+    with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         controller = fit_controller(
             loaded,

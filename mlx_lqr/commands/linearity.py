@@ -14,12 +14,14 @@ from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.analysis.rollout import check_steering, default_prompts
 from mlx_lqr.atomic import check_writable
 from mlx_lqr.commands.options import (
+    NOTHING_WRITTEN,
     Loading,
     loading_options,
     model_argument,
     parse_strengths,
     plots_or_refusal,
     progress_bars,
+    stopping,
     strengths_option,
 )
 from mlx_lqr.controller import Controller
@@ -66,7 +68,7 @@ def linearity(
     if output is not None:
         check_writable(Path(output) / "linearity.json")
     texts = read_prompts(prompts) if prompts else default_prompts(PROMPTS, steering.concepts if steering else ())
-    with progress_bars() as progress:
+    with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         found = measure(loaded, texts, steering, strengths=chosen, modes=modes, seed=seed, progress=progress)
     if steering is not None and controller is not None and write:

@@ -11,8 +11,15 @@ import click
 
 from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.atomic import check_writable
-from mlx_lqr.commands.evaluate import going_on_later, parse_steering, steering_options
-from mlx_lqr.commands.options import Loading, loading_options, model_argument, parse_strengths, progress_bars
+from mlx_lqr.commands.evaluate import parse_steering, steering_options
+from mlx_lqr.commands.options import (
+    Loading,
+    going_on_later,
+    loading_options,
+    model_argument,
+    parse_strengths,
+    progress_bars,
+)
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.lm_eval import LMEvaluation, Settings, evaluate, load_evaluator, load_tasks

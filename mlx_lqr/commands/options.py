@@ -17,6 +17,7 @@ from mlx_lqr.loading import BackendName
 from mlx_lqr.runtime.decode import Overflow
 
 model_argument = click.argument("model")
+NOTHING_WRITTEN = "Nothing was written."
 
 
 class Loading(TypedDict):
@@ -138,6 +139,20 @@ def plots_or_refusal() -> Any:
     from mlx_lqr.analysis import plots
 
     return plots
+
+
+@contextmanager
+def stopping(left: str) -> Iterator[None]:
+    """Say, when Ctrl-C ends it, what is left of the work."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Stopped. {left}") from None
+
+
+def going_on_later() -> AbstractContextManager[None]:
+    """Say, when Ctrl-C ends it, that nothing that was finished is lost."""
+    return stopping("The same command goes on from here.")
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from mlx_lqr.analysis.results import as_json
 from mlx_lqr.atomic import check_writable
 from mlx_lqr.backends.base import Model, Progress
 from mlx_lqr.baseline import METHODS, known_method
-from mlx_lqr.commands.evaluate import going_on_later
 from mlx_lqr.commands.fit import contrast_prompts, say_how_to_use
-from mlx_lqr.commands.options import parse_strengths, progress_bars
+from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.contrast import contrast
