@@ -84,8 +84,8 @@ class Controller:
         """The layers where this controller does something."""
         return tuple(int(k) for k in np.flatnonzero(np.abs(self.gain).max(axis=(1, 2)) > 0))
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file, atomically."""
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Write one safetensors file, atomically; with `force` in place of a file of any kind."""
         tensors = {name: getattr(self, name) for name in (*_TENSORS, *_OPTIONAL) if getattr(self, name) is not None}
         metadata = {
             "format": FORMAT,
@@ -105,7 +105,7 @@ class Controller:
             "library_version": self.library_version,
             **strength_metadata(self.strength),
         }
-        with writing(path) as temporary:
+        with writing(path, kind="controller", force=force) as temporary:
             write_tensors(temporary, tensors, metadata)
 
     @classmethod

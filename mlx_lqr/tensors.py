@@ -40,7 +40,8 @@ def read_tensors(
                     raise InputError(
                         f"{file} has the format {found!r}, this version reads {expected_format!r}: make it again"
                     )
-                raise InputError(f"{file} is not {what} of mlx-lqr")
+                holds = f", but {found!r}" if found.startswith("mlx-lqr") else ""
+                raise InputError(f"{file} is not {what} of mlx-lqr{holds}")
             return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, InputError):

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _generate(given: argparse.Namespace) -> None:
     text = given_or_piped(given.prompt)
-    controller, strengths = parse_controllers(given.controllers)
+    controller, strengths = parse_controllers(given.controllers, given.model)
     model = load(given.model, dtype=given.dtype)
     options: Options = {name: getattr(given, name) for name in Options.__annotations__ if hasattr(given, name)}  # type: ignore[assignment]
     if controller is not None:

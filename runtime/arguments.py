@@ -12,11 +12,11 @@ from mlx_lqr.prompts import is_unicode
 from mlx_lqr.strength import Strengths, default_strength
 
 
-def parse_controller(text: str) -> tuple[Steering, Strengths]:
+def parse_controller(text: str, model: str = "MODEL") -> tuple[Steering, Strengths]:
     """FILE[:STRENGTH] and the strength of each concept, which is by default what the file recommends, or 1."""
     file, number = split_file(text)
     strength = parse_strength(number) if number is not None else None
-    steering = load_steering(file)
+    steering = load_steering(file, model)
     return steering, default_strength(steering) if strength is None else (strength,) * len(steering.concepts)
 
 
@@ -35,9 +35,9 @@ def parse_strength(number: str) -> float:
         raise InputError(f"strength must be a number, not {number!r} (write -c FILE:STRENGTH)") from None
 
 
-def parse_controllers(texts: Sequence[str]) -> tuple[Steering | None, list[float]]:
+def parse_controllers(texts: Sequence[str], model: str = "MODEL") -> tuple[Steering | None, list[float]]:
     """All the -c options as one steering and a strength for each of its concepts."""
-    loaded = [parse_controller(text) for text in texts]
+    loaded = [parse_controller(text, model) for text in texts]
     if not loaded:
         return None, []
     strengths = [strength for _, own in loaded for strength in own]

@@ -34,7 +34,7 @@ HELP = """\
 /off                steer no more; /off dog drops one concept
 /compare            the last answer with and without steering, side by side
 /track              for the last answer: feature against setpoint and the control, layer by layer
-/save FILE          write the transcript (JSON); /load FILE goes on with one
+/save FILE          write the transcript (JSON); /load FILE goes on with one; /save --force FILE replaces any file
 /new                forget the conversation, but for the system prompt
 /help               this
 /quit               leave (or Ctrl-D)
@@ -60,7 +60,7 @@ def chat(
     **decoding: Any,
 ) -> None:
     """Talk to MODEL, steered or not, in its own chat template. Type /help for the commands."""
-    parsed = [parse_controller(text) for text in controllers]
+    parsed = [parse_controller(text, model) for text in controllers]
     with progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
     if not loaded.tokenizer.has_chat_template:
@@ -163,8 +163,10 @@ def _track(session: Chat, rest: str) -> None:
 
 
 def _save(session: Chat, rest: str) -> None:
-    file = _file(rest, "/save chat.json")
-    session.save(file)
+    words = rest.split()
+    force = "--force" in (words[:1] + words[-1:])
+    file = _file(rest.removeprefix("--force").removesuffix("--force").strip() if force else rest, "/save chat.json")
+    session.save(file, force=force)
     click.echo(f"Wrote {file}", err=True)
 
 

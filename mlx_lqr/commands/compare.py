@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import click
 
@@ -54,21 +53,22 @@ def _run(
     if control is not None and control not in names:
         raise InputError(f"{wanted.task_name} does not measure {control}: choose one of {', '.join(names)}")
     name = f"{wanted.task_name}-comparison"
-    check_writable(wanted.output / f"{name}.json")
+    check_writable(wanted.output / f"{name}.json", "results", force=wanted.force)
     with going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
         found = compare_methods(
             model, task, methods, folder=wanted.output, loading=wanted.recorded_loading, progress=progress
         )
     control = control or task.control
-    write_json(wanted.output / f"{name}.json", {**as_json(found), "budget": found.budget, "judge": wanted.judge_name})
+    numbers = {**as_json(found), "budget": found.budget, "judge": wanted.judge_name}
+    write_json(wanted.output / f"{name}.json", numbers, force=wanted.force)
     if importlib.util.find_spec("matplotlib") is None:
         click.echo("Note: the plot needs matplotlib: pip install 'mlx-lqr[plots]', then run this again", err=True)
     else:
         label = task.control_label if control == task.control else control.replace("_", " ")
-        _plot(found, control, label, damage, DAMAGE[damage].format(judge=wanted.judge_name), wanted.output / name)
+        _plot(found, control, label, damage, DAMAGE[damage].format(judge=wanted.judge_name), wanted)
     if wanted.as_json:
-        click.echo(json.dumps({**as_json(found), "budget": found.budget, "judge": wanted.judge_name}))
+        click.echo(json.dumps(numbers))
         return
     _table(found, task, control)
     click.echo(f"with 95 % bootstrap intervals over prompts; perplexity under {wanted.judge_name}")
@@ -89,7 +89,7 @@ def _table(found: Comparison, task: Task, control: str) -> None:
     )
 
 
-def _plot(found: Comparison, control: str, control_label: str, damage: str, damage_label: str, path: Path) -> None:
+def _plot(found: Comparison, control: str, control_label: str, damage: str, damage_label: str, wanted: Request) -> None:
     from mlx_lqr.analysis import plots
 
     points = []
@@ -99,7 +99,7 @@ def _plot(found: Comparison, control: str, control_label: str, damage: str, dama
             intervals = (good.low, good.high), (bad.low, bad.high)
             points.append(plots.Tradeoff(method, result.strength, good.value, bad.value, *intervals))
     figure = plots.control_against_damage(points, control_label, damage_label)
-    plots.save_all({path.name: figure}, path.parent)
+    plots.save_all({f"{wanted.task_name}-comparison": figure}, wanted.output, force=wanted.force)
 
 
 add_tasks(

@@ -55,7 +55,8 @@ def _run(request: Callable[..., Request], controllers: tuple[str, ...], strength
     wanted.check()
     if steering is None:
         chosen = [0.0]
-    check_writable(wanted.output / "summary.json")
+    summary_file = (wanted.output / output_name(wanted.check(), steering)).with_suffix(".summary.json")
+    check_writable(summary_file, "results", force=wanted.force)
     with going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
         file = wanted.output / output_name(task, steering)
@@ -69,7 +70,7 @@ def _run(request: Callable[..., Request], controllers: tuple[str, ...], strength
             progress=progress,
         )
     summary = _summary(found)
-    write_json(file.with_suffix(".summary.json"), summary)
+    write_json(summary_file, summary, force=wanted.force)
     if wanted.as_json:
         click.echo(json.dumps(as_json(summary)))
         return
@@ -77,7 +78,7 @@ def _run(request: Callable[..., Request], controllers: tuple[str, ...], strength
     head = [task.name, *(f"strength {result.strength:g}" if result.strength else "unsteered" for result in results)]
     show_table(head, [[name, *(cell(result.metrics[name]) for result in results)] for name in results[0].metrics])
     click.echo(f"with 95 % bootstrap intervals over prompts; perplexity under {wanted.judge_name}")
-    click.echo(f"Wrote {file} and {file.with_suffix('.summary.json').name}")
+    click.echo(f"Wrote {file} and {summary_file.name}")
 
 
 def _summary(found: Evaluation) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def generate(
     if tracked and not controllers:
         raise InputError("--track compares a controller's features with their setpoints: add -c FILE")
     prompts = read_prompts(prompt_file) if prompt_file is not None else [given_or_piped(prompt)]
-    controller, strengths = parse_controllers(controllers)
+    controller, strengths = parse_controllers(controllers, model)
     if tracked and controller is not None:
         only_controller(controller, "tracked")
     with progress_bars() as progress:
@@ -186,5 +186,7 @@ def _control(model: Model, controller: Controller, answer: _Answer) -> dict[str,
 
 def _or_null(values: np.ndarray) -> list[Any]:
     """As nested lists, None for NaN, which JSON does not have."""
-    found: list[Any] = np.where(np.isnan(values), None, values).tolist()
-    return found
+    found = values.astype(object)
+    found[np.isnan(values)] = None
+    nested: list[Any] = found.tolist()
+    return nested

@@ -13,9 +13,11 @@ from mlx_lqr.analysis.linearity import linearity as measure
 from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.analysis.rollout import check_steering, default_prompts
 from mlx_lqr.atomic import check_writable
+from mlx_lqr.baseline import load_steering
 from mlx_lqr.commands.options import (
     NOTHING_WRITTEN,
     Loading,
+    force_option,
     loading_options,
     model_argument,
     parse_strengths,
@@ -24,12 +26,13 @@ from mlx_lqr.commands.options import (
     stopping,
     strengths_option,
 )
-from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.prompts import read_prompts
+from mlx_lqr.runtime.generate import only_controller
 
 PROMPTS = 8
+FEW_PROMPTS = 4
 
 
 @click.command()
@@ -41,6 +44,7 @@ PROMPTS = 8
 @click.option("--seed", default=0, show_default=True, help="Of the random directions.")
 @click.option("--write", is_flag=True, help="Store the region found in the controller, for chat to warn beyond it.")
 @click.option("-o", "--output", type=click.Path(), help="A folder for the plots (PNG and SVG) and the numbers (JSON).")
+@force_option
 @click.option("--json", "as_numbers", is_flag=True, help="All numbers to stdout, for scripts.")
 @loading_options
 def linearity(
@@ -53,6 +57,7 @@ def linearity(
     write: bool,
     output: str | None,
     as_numbers: bool,
+    force: bool,
     loading: Loading,
 ) -> None:
     """Measure how linear the blocks of MODEL are: the Jacobians' spectra and alignment, and the linearisation error."""
@@ -63,10 +68,10 @@ def linearity(
     chosen = parse_strengths(strengths)
     if controller is not None:
         check_steering(chosen)
-    steering = Controller.load(controller) if controller is not None else None
+    steering = only_controller(load_steering(controller, model), "looked at here") if controller is not None else None
     plots = plots_or_refusal() if output is not None else None
     if output is not None:
-        check_writable(Path(output) / "linearity.json")
+        check_writable(Path(output) / "linearity.json", "results", force=force)
     texts = read_prompts(prompts) if prompts else default_prompts(PROMPTS, steering.concepts if steering else ())
     with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
@@ -74,8 +79,10 @@ def linearity(
     if steering is not None and controller is not None and write:
         monitored(steering, found).save(controller)
     if output is not None and plots is not None:
-        write_json(Path(output) / "linearity.json", found)
-        plots.save_all(plots.of_linearity(found), output)
+        write_json(Path(output) / "linearity.json", found, force=force)
+        plots.save_all(plots.of_linearity(found), output, force=force)
+    if found.prompt_count < FEW_PROMPTS:
+        click.echo(f"Note: medians over {found.prompt_count} prompts say little: give {PROMPTS} or more", err=True)
     if as_numbers:
         click.echo(json.dumps(as_json(found)))
     else:

@@ -14,6 +14,7 @@ from mlx_lqr.atomic import check_writable
 from mlx_lqr.commands.evaluate import parse_steering, steering_options
 from mlx_lqr.commands.options import (
     Loading,
+    force_option,
     going_on_later,
     loading_options,
     model_argument,
@@ -45,6 +46,7 @@ _controller, _strengths = steering_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), help="Of each text, at most, if not the task's.")
 @click.option("--seed", default=Settings.seed, show_default=True, help="For the choice of solved examples.")
 @click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run the code that the model writes.")
+@force_option
 @click.option("--json", "as_json_text", is_flag=True, help="All numbers to stdout, for scripts.")
 @loading_options
 def lm_eval(
@@ -58,6 +60,7 @@ def lm_eval(
     batch_size: int,
     max_tokens: int | None,
     as_json_text: bool,
+    force: bool,
     loading: Loading,
     **settings: Any,
 ) -> None:
@@ -71,7 +74,7 @@ def lm_eval(
     steering = parse_steering(controllers)
     file = Path(output) / f"lm-eval-{steering.name if steering is not None else 'unsteered'}.jsonl"
     tasks = load_tasks([name.strip() for name in names.split(",") if name.strip()], include_path)
-    check_writable(file)
+    check_writable(file.with_suffix(".summary.json"), "results", force=force)
     with progress_bars() as progress:
         evaluator = load_evaluator(
             model,
@@ -92,7 +95,7 @@ def lm_eval(
             progress=_announce,
         )
     summary = _summary(found)
-    write_json(file.with_suffix(".summary.json"), summary)
+    write_json(file.with_suffix(".summary.json"), summary, force=force)
     if as_json_text:
         click.echo(json.dumps(as_json(summary)))
         return

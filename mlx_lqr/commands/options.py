@@ -62,6 +62,7 @@ controller_option = click.option(
 strengths_option = click.option(
     "--strengths", default="1,2,3", show_default=True, help="At which to run the controller, separated by commas."
 )
+force_option = click.option("--force", is_flag=True, help="Replace a file of another kind, too, at the output.")
 adaptive_option = click.option(
     "--adaptive/--stored",
     default=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ class AdjustableLaw:
     """
 
     site: Site = "block"
+    beyond_use = 100.0
+    """Strengths above it, of either sign, are warned of: useful ones are mostly below 10."""
 
     def __init__(self, layers: Sequence[int], concepts: int, strength: float | Sequence[float]) -> None:
         self.layers: Sequence[int] = tuple(layers)
@@ -40,7 +43,7 @@ class AdjustableLaw:
         self._add_product: AddProduct = lambda c, a, b: c + a @ b
         self._renew: Renew = lambda _, values: values
         self._concepts = concepts
-        self._shared = [check_strength(strength, concepts)]
+        self._shared = [self._checked(strength)]
         """The strength, in a list that this law and those placed from it have in common."""
         self._arrange()
 
@@ -59,12 +62,22 @@ class AdjustableLaw:
 
     @strength.setter
     def strength(self, value: float | Sequence[float]) -> None:
-        self._shared[0] = check_strength(value, self._concepts)
+        self._shared[0] = self._checked(value)
 
     @property
     def acts(self) -> bool:
         """Whether anything is steered: False where every strength is 0."""
         return any(self._shared[0])
+
+    def _checked(self, strength: float | Sequence[float]) -> tuple[float, ...]:
+        numbers = check_strength(strength, self._concepts)
+        largest = max(numbers, key=abs)
+        if abs(largest) > self.beyond_use:
+            warnings.warn(f"strength {largest:g} is beyond any use: {self._use(largest)}", stacklevel=1)
+        return numbers
+
+    def _use(self, strength: float) -> str:
+        return "useful ones are mostly below 10, and what is far above them leaves no language"
 
     def aim(self) -> None:
         """Take over a strength that has been set since the last call."""

@@ -117,6 +117,11 @@ class Transport(BaselineLaw):
 class Rotation(BaselineLaw):
     """y + (|p| [cos s, sin s] - p) B' with p = y B, for an orthonormal basis B (d, 2): |y| stays what it is."""
 
+    beyond_use = 360.0
+
+    def _use(self, strength: float) -> str:
+        return f"it is an angle in degrees, the same as {strength % 360:g}"
+
     def _steered(self, layer: int, z: Array, output: Array) -> Array:
         basis, basis_transposed = self._constant[layer]
         return self._add_product(output, self._turn(layer, output @ basis), basis_transposed)

@@ -33,6 +33,7 @@ class LinearFeedback(AdjustableLaw):
         self._controller = controller
         self._gains: dict[tuple[bool, ...], Float32] = {(True,) * len(controller.concepts): controller.gain}
         """By which concepts are on; shared with the laws placed from this one."""
+        self._gain_for: tuple[bool, ...] = ()
         super().__init__(controller.active_layers, len(controller.concepts), strength)
 
     @property
@@ -58,11 +59,11 @@ class LinearFeedback(AdjustableLaw):
         return self._gains[on]
 
     def aim(self) -> None:
-        before = self._aimed_at
+        before, on = self._aimed_at, self.on
         super().aim()
-        if before is self._aimed_at or self._gain_for == self.on:
+        if before is self._aimed_at or self._gain_for == on:
             return
-        self._gain_for, gain = self.on, self.gain
+        self._gain_for, gain = on, self.gain
         for k in self.layers:
             self._gain[k] = self._renew(self._gain[k], np.ascontiguousarray(gain[k].T))
 
