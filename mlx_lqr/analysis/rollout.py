@@ -88,7 +88,7 @@ def _trace_after_steered_prefix(model: Model, tokens: list[int], controller: Con
 def check_steering(strengths: Sequence[float]) -> None:
     """Raise `InputError` unless every strength is finite and one at which something is steered."""
     if not len(strengths) or not np.all(np.isfinite(strengths)):
-        raise InputError("give at least one strength, and finite ones")
+        raise InputError("at least one finite strength is needed")
     if not np.all(strengths):
         raise InputError("strength 0 is not steered, so that there is nothing to look at: leave it out")
 
