@@ -29,7 +29,7 @@ def read_tensors(
     """
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"there is no file {file}")
+        raise InputError(f"{file} is a folder: name a file" if file.is_dir() else f"there is no file {file}")
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata = dict(opened.metadata() or {})

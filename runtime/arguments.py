@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,9 +31,12 @@ def split_file(text: str) -> tuple[str, str | None]:
 
 def parse_strength(number: str) -> float:
     try:
-        return float(number)
+        strength = float(number)
     except ValueError:
         raise InputError(f"strength must be a number, not {number!r} (write -c FILE:STRENGTH)") from None
+    if not math.isfinite(strength):
+        raise InputError(f"strength must be a finite number, not {number!r} (write -c FILE:STRENGTH)")
+    return strength
 
 
 def parse_controllers(texts: Sequence[str], model: str = "MODEL") -> tuple[Steering | None, list[float]]:

@@ -93,6 +93,12 @@ def check_steering(strengths: Sequence[float]) -> None:
         raise InputError("strength 0 is not steered, so that there is nothing to look at: leave it out")
 
 
+def check_seed(seed: int) -> None:
+    """Raise `InputError` for a seed of which no random numbers can be made."""
+    if seed < 0:
+        raise InputError(f"seed must be zero or above, not {seed}")
+
+
 def check_single(controller: Controller, model: Model) -> None:
     """Raise `InputError` unless the controller is of this model and of one concept."""
     controller.check_model(model)

@@ -79,11 +79,11 @@ def certify(
     chosen = parse_strengths(strengths)
     check_steering(chosen)
     steering = only_controller(load_steering(controller, model), "certified")
-    stored = Jacobians.load(jacobians) if jacobians else None
+    stored = Jacobians.load(jacobians) if jacobians is not None else None
     plots = plots_or_refusal() if output is not None else None
     if output is not None:
         check_writable(Path(output) / "certificate.json", "results", force=force)
-    texts = read_prompts(prompts) if prompts else default_prompts(PROMPTS, steering.concepts)
+    texts = read_prompts(prompts) if prompts is not None else default_prompts(PROMPTS, steering.concepts)
     if len(texts) < 2:
         raise InputError(f"{prompts} has one prompt: certify needs one to calibrate with and another to check on")
     with stopping(NOTHING_WRITTEN), progress_bars() as progress:

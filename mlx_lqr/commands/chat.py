@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from mlx_lqr.baseline import combine
 from mlx_lqr.cache import cache_folder
 from mlx_lqr.commands.chat_view import draw_comparison, draw_tracking
 from mlx_lqr.commands.options import (
@@ -61,6 +62,8 @@ def chat(
 ) -> None:
     """Talk to MODEL, steered or not, in its own chat template. Type /help for the commands."""
     parsed = [parse_controller(text, model) for text in controllers]
+    if parsed:
+        combine([controller for controller, _ in parsed])  # what cannot be is refused before the model is loaded
     with progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
     if not loaded.tokenizer.has_chat_template:

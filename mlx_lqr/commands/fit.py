@@ -52,9 +52,11 @@ def linearize(
     Interrupted, the same command goes on where it stopped.
     """
     check_writable(output, "Jacobians", force=force)
-    if prompts and nominal:
+    if prompts is not None and nominal is not None:
         raise InputError("give --prompts FILE or --nominal TEXT, not both")
-    chosen = [nominal] if nominal else read_prompts(prompts) if prompts else bundled_prompts("dog")[1][:8]
+    chosen = bundled_prompts("dog")[1][:8] if nominal is None else [nominal]
+    if prompts is not None:
+        chosen = read_prompts(prompts)
     with going_on_later(), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         jacobians = linearize_model(loaded, chosen, store=output, dtype=store, force=force, progress=progress)
@@ -164,7 +166,7 @@ def fit(
         note_few_prompts(positive_prompts, negative_prompts)
         say_how_to_use(model, output, _WORTH_TRYING.get(known, "1"))
         return
-    stored = Jacobians.load(jacobians) if jacobians else None
+    stored = Jacobians.load(jacobians) if jacobians is not None else None
     with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         controller = fit_controller(
@@ -226,9 +228,9 @@ def contrast_prompts(
     concept: str | None, positive: str | None, negative: str | None
 ) -> tuple[str, list[str], list[str]]:
     """The concept's name and its two sets of prompts, from the options of these names."""
-    if positive and negative:
+    if positive is not None and negative is not None:
         return concept or Path(positive).stem, read_prompts(positive), read_prompts(negative)
-    if positive or negative:
+    if positive is not None or negative is not None:
         raise InputError("give both --positive and --negative")
     if not concept:
         raise InputError(

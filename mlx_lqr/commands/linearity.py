@@ -72,7 +72,8 @@ def linearity(
     plots = plots_or_refusal() if output is not None else None
     if output is not None:
         check_writable(Path(output) / "linearity.json", "results", force=force)
-    texts = read_prompts(prompts) if prompts else default_prompts(PROMPTS, steering.concepts if steering else ())
+    default = default_prompts(PROMPTS, steering.concepts if steering else ())
+    texts = read_prompts(prompts) if prompts is not None else default
     with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         found = measure(loaded, texts, steering, strengths=chosen, modes=modes, seed=seed, progress=progress)

@@ -104,6 +104,10 @@ def decoding_options(max_tokens: int) -> Callable[[Callable[..., Any]], Callable
     return decorate
 
 
+MOST_LAYERS = 10_000
+"""More than any model has, and few enough to list."""
+
+
 def parse_layers(text: str | None) -> list[int] | Literal["auto", "all"] | None:
     """Layers such as "20-29", "0,4,8-11", "auto" or "all"."""
     if text is None:
@@ -116,8 +120,11 @@ def parse_layers(text: str | None) -> list[int] | Literal["auto", "all"] | None:
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
-            layers.extend(range(int(first), int(last if dash else first) + 1))
-    except ValueError:
+            found = range(int(first), int(last if dash else first) + 1)
+            if len(found) > MOST_LAYERS:
+                raise ValueError(part)
+            layers.extend(found)
+    except (OverflowError, ValueError):
         raise InputError(f"layers must look like 20-29, 0,4,8-11, auto or all, not {text!r}") from None
     return layers
 
