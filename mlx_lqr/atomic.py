@@ -44,7 +44,7 @@ def writing(
     Raises:
         InputError: something else stands there, the place cannot be written, or the disk is full.
     """
-    target = _followed(target)
+    target = followed(target)
     _check_replaceable(target, folder, kind, force)
     holder = _place_beside(target)
     temporary = holder / target.name
@@ -54,17 +54,28 @@ def writing(
         yield temporary
         _flush(temporary)
         if folder and target.exists():
-            os.replace(target, holder / "old")
-        os.replace(temporary, target)
+            _exchange(temporary, target, holder / "old")
+        else:
+            os.replace(temporary, target)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}; nothing was changed") from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 
 
+def _exchange(new: Path, target: Path, old: Path) -> None:
+    """Put the folder `new` in the place of `target`, which goes to `old`, or stays where this cannot be done."""
+    os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+
+
 def check_writable(target: str | os.PathLike[str], kind: Kind | None = None, *, force: bool = False) -> None:
     """Raise `InputError` now, before long work, where a file could not be written at `target` afterwards."""
-    target = _followed(target)
+    target = followed(target)
     _check_replaceable(target, False, kind, force)
     _place_beside(target).rmdir()
 
@@ -124,7 +135,7 @@ _NAMES: dict[Kind, str] = {
 }
 
 
-def _followed(target: str | os.PathLike[str]) -> Path:
+def followed(target: str | os.PathLike[str]) -> Path:
     """The file that a link points to, which is then replaced and not the link."""
     return Path(os.path.realpath(target)) if os.path.islink(target) else Path(target)
 

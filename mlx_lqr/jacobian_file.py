@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mlx_lqr.atomic import check_writable
+from mlx_lqr.atomic import check_writable, followed
 from mlx_lqr.errors import InputError
 
 _CODES = {"float32": "F32", "float16": "F16"}
@@ -49,7 +49,7 @@ class JacobianWriter:
         if dtype not in _CODES:
             raise InputError(f"Jacobians are stored as {' or '.join(_CODES)}, not {dtype!r}")
         check_writable(path, "Jacobians", force=force)
-        self._target = Path(path)
+        self._target = followed(path)
         self._partial = self._target.with_name(f".{self._target.name}.partial")
         self._dtype = np.dtype(dtype)
         self._layers = T

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from backends import BACKENDS, tiny_on
 from test_chat import chatting
 
@@ -89,7 +90,6 @@ def test_batches_and_tasks(backend: str) -> None:
 
 def test_steering_in_place() -> None:
     import mlx.core as mx
-    import torch
 
     for backend in BACKENDS:
         model = tiny_on(backend, "llama")
@@ -153,6 +153,31 @@ def test_off_and_on_again_within_an_answer(backend: str, spelling: str) -> None:
         logits, expected = (np.array(one.step([token]).tolist()[0]) for one in (decoder, other))
         assert logits == pytest.approx(expected, abs=1e-4)
         token = int(expected.argmax())
+
+
+def test_a_recorded_step_is_not_replayed_once_the_law_acts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph holds, rehearsed without one: the operations of the moment in which it was recorded."""
+    recorded: list[bool] = []
+
+    class Graph:
+        def __init__(self, run: Any, tokens: Any, length: int) -> None:
+            self._run, self._acts = run, law.acts
+            recorded.append(law.acts)
+
+        def replay(self, tokens: Any, length: int) -> Any:
+            assert law.acts == self._acts
+            return self._run(tokens, torch.tensor([length]))
+
+    model = tiny_on("torch", "llama")
+    monkeypatch.setattr("mlx_lqr.backends.torch_decoder._Graph", Graph)
+    law = law_of(alqr(model), 2.0)
+    decoder, plain = model.decoder(law), model.decoder()
+    decoder._records_graphs = True
+    for strength in (2.0, 3.0, 0.0, -0.0, 1.0):
+        law.strength = strength
+        plain.law = law_of(alqr(model), strength) if strength else None
+        assert torch.equal(decoder.step([5]), plain.step([5]))
+    assert recorded == [True, False, True]
 
 
 @pytest.mark.parametrize("kd", [0.0, 0.3])
