@@ -26,8 +26,8 @@ def drop_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):
-            with suppress(OSError, ValueError):
+        except (AttributeError, OSError, ValueError):  # the first of a stream that was closed from the start
+            with suppress(AttributeError, OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -50,10 +50,13 @@ def keys_unseen() -> Iterator[None]:
     """
     try:
         import termios
-
+    except ImportError:  # a system without such terminals
+        yield
+        return
+    try:
         terminal = sys.stdin.fileno()
         before = termios.tcgetattr(terminal)
-    except (ImportError, OSError, ValueError, termios.error):  # no terminal, or a system that has none
+    except (OSError, ValueError, termios.error):  # no terminal
         yield
         return
     quiet = [*before]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from mlx_lqr.baseline import METHODS, Steering, combine
 from mlx_lqr.commands.chat import _state
 from mlx_lqr.laws import law_of
 from mlx_lqr.runtime import Chat, batch_stream
+from mlx_lqr.runtime.monitor import largest_excess
 from mlx_lqr.tasks.steering import Steered, check_strengths
 from mlx_lqr.tasks.steering import Steering as Named
 
@@ -237,6 +239,12 @@ def test_what_is_recorded_and_tracked() -> None:
     assert half.push() == pytest.approx(alone.push(), rel=1e-4)
     assert np.isnan(half.feature_error()[..., 0]).all()
     assert half.feature_error()[..., 1:] == pytest.approx(alone.feature_error(), rel=1e-3, abs=1e-5)
+    region = np.full_like(controller.setpoint, 1e9)
+    narrow = np.where([True, False], 1e-9, region)  # of the one that is off, which it cannot leave
+    known = replace(controller, checked_error=narrow, checked_push=narrow.astype(np.float32))
+    excess = largest_excess(known, *half.answer(known, len(PROMPT), 8))
+    assert excess is not None
+    assert excess.ratio < 1
     unsteered = track(model, PROMPT, controller, 0.0, steered=False)
     assert np.array_equal(track(model, PROMPT, controller, 0.0).feature, unsteered.feature)
 
