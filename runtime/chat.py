@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from os import PathLike
-from typing import Any
 
 import numpy as np
 
 from mlx_lqr.analysis.tracking import TrackedAnswer, track_answer
-from mlx_lqr.atomic import writing
 from mlx_lqr.backends.base import Decoder, Law, Model
 from mlx_lqr.backends.tokenizer import Message
 from mlx_lqr.baseline import Steering, combine
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.laws import AdjustableLaw, LinearFeedback, RecordedFeedback, Recording, check_strength
-from mlx_lqr.prompts import read_text
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
 from mlx_lqr.runtime.generate import Options, Piece, Strength, only_controller, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
+from mlx_lqr.runtime.transcript import Given, read_transcript, write_transcript
 from mlx_lqr.strength import default_strength
 
-FORMAT = "mlx-lqr transcript 2"
-"""Version 1 had no format entry, and no strengths of each answer."""
 NO_ANSWER = "there is no answer yet: say something first"
 
 
@@ -46,7 +40,7 @@ class Chat:
     """Never changed in place: the same list means the same controllers."""
     _strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _turn: _Turn | None = field(default=None, init=False, repr=False)
-    _given: list[_Given] = field(default_factory=list, init=False, repr=False)
+    _given: list[Given] = field(default_factory=list, init=False, repr=False)
     """How each answer of the conversation was steered."""
 
     def __post_init__(self) -> None:
@@ -205,19 +199,7 @@ class Chat:
         Raises:
             InputError: a place that cannot be written, or where something else stands.
         """
-        transcript = {
-            "format": FORMAT,
-            "model": self.model.name,
-            "strengths": self._strengths,
-            "messages": [{**message, **self._steering_of(message)} for message in self.messages],
-        }
-        with writing(path, kind="transcript", force=force) as temporary:
-            text = json.dumps(transcript, indent=2, ensure_ascii=False) + "\n"
-            temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
-
-    def _steering_of(self, message: Message) -> dict[str, Any]:
-        """The entries of an answer that say how it was steered, where this is known."""
-        return next((given.entries() for given in reversed(self._given) if given.reply is message), {})
+        write_transcript(path, self.model.name, self._strengths, self.messages, self._given, force=force)
 
     def load(self, path: str | PathLike[str]) -> list[str]:
         """Go on with the conversation of a transcript. Its strengths are set again where their concepts are loaded.
@@ -228,7 +210,7 @@ class Chat:
         Raises:
             InputError: no file that `save` wrote; the conversation then stays as it is.
         """
-        name, strengths, self.messages, self._given = _read_transcript(path)
+        name, strengths, self.messages, self._given = read_transcript(path)
         for concept in self._strengths.keys() & strengths.keys():
             self.set_strength(strengths[concept], concept)
         notes = []
@@ -277,7 +259,7 @@ class Chat:
             options["record"] = Recording()
         pieces = stream(self.model, prompt, decoder=decoder, **options)
         self._turn = _Turn(prompt, reply, self._controllers, controller, decoder, self._rolling, options.get("record"))
-        self._given.append(_Given(reply, tuple(self._strengths), self._turn.strengths))
+        self._given.append(Given(reply, tuple(self._strengths), self._turn.strengths))
         return self._turn, pieces
 
     def _decoder_for(self, prompt: list[int], controller: Steering | None) -> Decoder:
@@ -353,83 +335,3 @@ class _Turn:
 
     def _strength(self) -> tuple[float, ...]:
         return self.decoder.law.strength if isinstance(self.decoder.law, AdjustableLaw) else ()
-
-
-@dataclass
-class _Given:
-    """How one answer was steered."""
-
-    reply: Message
-    concepts: tuple[str, ...]
-    strengths: list[tuple[float, ...]]
-    """Under which each of its tokens was made; one more than there are tokens"""
-
-    def entries(self) -> dict[str, Any]:
-        """The strengths at the answer's first token and, where they changed in it, from which token on to what."""
-        kept = self.strengths[: max(1, len(self.strengths) - 1)]
-        runs = [(strengths, len(list(same))) for strengths, same in groupby(kept)]
-        named: list[dict[str, Any]] = []
-        token = 0
-        for strengths, count in runs:
-            named.append({"token": token, "strengths": dict(zip(self.concepts, strengths, strict=True))})
-            token += count
-        found: dict[str, Any] = {"strengths": named[0]["strengths"] if named else {}}
-        return {**found, "changes": named[1:]} if len(named) > 1 else found
-
-    @classmethod
-    def read(cls, reply: Message, entries: dict[str, Any]) -> _Given | None:
-        """What `entries` has written, None where nothing is said."""
-        if "strengths" not in entries:
-            return None
-        runs = [{"token": 0, "strengths": entries["strengths"]}, *entries.get("changes", [])]
-        if any(run["strengths"].keys() != runs[0]["strengths"].keys() for run in runs):
-            raise ValueError("an answer's strengths are of other concepts than its changes")
-        starts = [int(run["token"]) for run in runs]
-        if starts != sorted(set(starts)):
-            raise ValueError("an answer's changes are not in the order of its tokens")
-        values = [tuple(_checked(run["strengths"]).values()) for run in runs]
-        ends = [*starts[1:], starts[-1] + 1]
-        strengths = [value for value, start, end in zip(values, starts, ends, strict=True) for _ in range(start, end)]
-        return cls(reply, tuple(runs[0]["strengths"]), [*strengths, values[-1]])
-
-
-def _checked(strengths: dict[str, Any]) -> dict[str, float]:
-    return {concept: check_strength(strength, 1)[0] for concept, strength in strengths.items()}
-
-
-def _read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], list[Message], list[_Given]]:
-    """Model, strengths and messages of a transcript, and how its answers were steered, checked."""
-    try:
-        transcript = json.loads(read_text(path))
-    except InputError:
-        raise
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not JSON: name a transcript that /save wrote") from None
-    try:
-        if transcript.get("format", FORMAT) != FORMAT:
-            raise ValueError(f"its format is {transcript['format']!r}, and this version reads {FORMAT!r}")
-        name, strengths, messages = (transcript[key] for key in ("model", "strengths", "messages"))
-        if not isinstance(name, str) or not isinstance(strengths, dict) or not isinstance(messages, list):
-            raise ValueError("model, strengths or messages of a wrong kind")
-        checked = [_message(i, message, messages) for i, message in enumerate(messages)]
-        given = [_Given.read(reply, message) for reply, message in zip(checked, messages, strict=True)]
-        return name, _checked(strengths), checked, [one for one in given if one is not None]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"{path} is a damaged transcript ({reason}): name one that /save wrote") from None
-
-
-def _message(index: int, message: Any, messages: list[Any]) -> Message:
-    """A message that may stand where it stands: a system prompt first or not at all, then question and answer."""
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise ValueError(f"message {index + 1} has no text")
-    role = message.get("role")
-    if role == "system" and index == 0:
-        return {"role": "system", "content": message["content"]}
-    first = int(messages[0]["role"] == "system")
-    expected = ("user", "assistant")[(index - first) % 2]
-    if role != expected:
-        raise ValueError(f"message {index + 1} is of {role!r} where one of {expected!r} must stand")
-    if role == "user" and index == len(messages) - 1:
-        raise ValueError("its last message has no answer")
-    return {"role": role, "content": message["content"]}

@@ -223,7 +223,8 @@ def test_transcripts_of_other_versions(tmp_path: Path) -> None:
         {"format": "mlx-lqr transcript 3"},
         {"messages": [messages[0], {**messages[1], "strengths": {"a": "x"}}]},
         {"messages": [messages[0], {**messages[1], "strengths": 3}]},
-        {"messages": [messages[0], {**messages[1], "strengths": {"a": 1}, "changes": [{"token": 4, "strengths": {}}]}]},
+        {"messages": [messages[0], {**messages[1], "strengths": {"a": 1}, "changes": [{"token": 0, "strengths": {}}]}]},
+        {"messages": [messages[0], {**messages[1], "strengths": {"a": 1}, "changes": [{"token": "4"}]}]},
         {"messages": [messages[0], {**messages[1], "strengths": {"a": 1}, "changes": 3}]},
     ):
         file.write_text(json.dumps({**old, **damage}))
