@@ -91,7 +91,7 @@ def test_strength_0_within_replayed_steps_is_the_unsteered_model() -> None:
     for strength in (0.0, 2.0, 0.0):
         law.strength = strength
         found = decoder.step(PROMPT[-1:])
-        assert torch.equal(found, steered if strength else plain.step(PROMPT[-1:]))
+        assert torch.allclose(found, steered if strength else plain.step(PROMPT[-1:]), atol=1e-5)
         assert decoder.rewind(len(PROMPT) - 1)
         plain.rewind(len(PROMPT) - 1)
 
