@@ -21,6 +21,7 @@ from .gguf_tokenizer import GGUFTokenizer
 from .gguf_weights import GGUFWeights
 from .hub import hub_folder
 from .huggingface import convert_folder
+from .sources import demo_model
 from .write import BITS, GROUP_SIZES, cast, group_for, write_json, write_weights
 
 
@@ -31,13 +32,15 @@ def convert(
     dtype: str | None = None,
     quantize: int | None = None,
     group_size: int = 64,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write the model `source` as an MLX folder that `mlx_lm.load` reads.
 
     Args:
-        source: a .gguf file, a Hugging Face folder, or a hub id (its safetensors and tokenizer files are downloaded).
-        out: the folder to make; it must not exist, or be empty.
+        source: a .gguf file, a Hugging Face folder, a hub id (its safetensors and tokenizer files are downloaded), or
+            "demo" for the demonstration model.
+        out: the folder to make; it must not exist, or be empty, unless `force` is given and it holds a model.
         dtype: "float32", "float16" or "bfloat16". None keeps the checkpoint's own; a quantised GGUF becomes float32
             where MLX computes on the CPU, which is slow in 16 bits, and bfloat16 elsewhere.
         quantize: 4 or 8 bits a weight (MLX affine quantisation); None does not quantise.
@@ -57,8 +60,8 @@ def convert(
         raise InputError(f"cannot quantise to {quantize!r} bits: use {' or '.join(map(str, BITS))}")
     if group_size not in GROUP_SIZES:
         raise InputError(f"cannot quantise in groups of {group_size!r}: use {', '.join(map(str, GROUP_SIZES))}")
-    with writing(out, folder=True) as folder:
-        place = Path(source)
+    with writing(out, folder=True, force=force) as folder:
+        place = demo_model(progress=progress) if source == "demo" else Path(source)
         if place.is_file():
             _convert_gguf(GGUFFile(place), folder, dtype, quantize, group_size, progress)
         else:

@@ -7,6 +7,7 @@ a tensor belongs to block k, and what is added there goes to the block's output 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata as distribution
@@ -17,6 +18,7 @@ import numpy as np
 
 from mlx_lqr.atomic import writing
 from mlx_lqr.backends.base import Float32, Model
+from mlx_lqr.contrast import bundled_concepts
 from mlx_lqr.controller import Controller, Positions, check_choice, check_fitted_on
 from mlx_lqr.errors import InputError
 from mlx_lqr.strength import Strengths, combined_strength, read_strength, strength_metadata
@@ -127,8 +129,8 @@ class Baseline:
         """Whether what is done at a token depends on what was done at the one before."""
         return self.method == "spid" and self.numbers["kd"] != 0
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file, atomically."""
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Write one safetensors file, atomically; with `force` in place of a file of any kind."""
         metadata = {
             "format": FORMAT,
             "method": self.method,
@@ -144,7 +146,7 @@ class Baseline:
             "library_version": self.library_version,
             **strength_metadata(self.strength),
         }
-        with writing(path) as temporary:
+        with writing(path, kind="controller", force=force) as temporary:
             write_tensors(temporary, self.tensors, metadata)
 
     @classmethod
@@ -216,12 +218,25 @@ Steering = Controller | Baseline
 """Whatever can steer: `law_of` makes a law of it."""
 
 
-def load_steering(path: str | PathLike[str]) -> Steering:
+def load_steering(path: str | PathLike[str], model: str = "MODEL") -> Steering:
     """Read a controller, or the steering of any other method, whichever the file holds.
 
+    Args:
+        path: the file.
+        model: what the model is called where a command to fit one is named.
+
     Raises:
-        InputError: see `Controller.load` and `Baseline.load`.
+        InputError: see `Controller.load` and `Baseline.load`; or the name of a bundled concept instead of a file.
     """
+    name = os.fspath(path)
+    if name in bundled_concepts() and not os.path.exists(name):
+        file = f"{name}.safetensors"
+        if os.path.exists(file):
+            raise InputError(f"{name} is a bundled concept and no file: did you mean {file}?")
+        raise InputError(
+            f"{name} is a bundled concept and no file: mlx-lqr fit {model} --concept {name} -o {file} makes one, then "
+            f"steer with {file}"
+        )
     return Baseline.load(path) if read_format(path).startswith("mlx-lqr baseline") else Controller.load(path)
 
 

@@ -11,18 +11,17 @@ that mean nothing: layers="auto" leaves these layers alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from os import PathLike
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from mlx_lqr.backends.base import Float32, Model, Progress
 from mlx_lqr.errors import InputError
+from mlx_lqr.prompts import read_prompts as read_prompts
+from mlx_lqr.prompts import text_lines
 from mlx_lqr.riccati import check_layers
 
 Prompt = str | Sequence[int]
@@ -197,31 +196,6 @@ def tokenise_sets(
     return sets
 
 
-def read_prompts(path: str | PathLike[str]) -> list[str]:
-    """The prompts of a file: one a line, or JSON lines with a `prompt` key. Blank lines do not count."""
-    file = Path(path)
-    try:
-        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8 text") from None
-    if not lines:
-        raise InputError(f"{file} has no prompts: write one a line")
-    if not all(line.lstrip().startswith("{") for line in lines):
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError):
-            raise InputError(f'{file}, line {number}: expected a JSON object with a "prompt" key') from None
-        if not isinstance(prompt, str):
-            raise InputError(f'{file}, line {number}: "prompt" must be text')
-        prompts.append(prompt)
-    return prompts
-
-
 _POSITIVE, _NEGATIVE = ".positive.txt", ".negative.txt"
 
 
@@ -237,7 +211,7 @@ def bundled_prompts(concept: str) -> tuple[list[str], list[str]]:
         raise InputError(f"no bundled concept {concept!r}: choose one of {', '.join(bundled_concepts())}")
     root = resources.files("mlx_lqr.concepts")
     positive, negative = (
-        root.joinpath(concept + ending).read_text("utf-8").splitlines() for ending in (_POSITIVE, _NEGATIVE)
+        text_lines(root.joinpath(concept + ending).read_text("utf-8")) for ending in (_POSITIVE, _NEGATIVE)
     )
     return positive, negative
 

@@ -36,8 +36,8 @@ cost too, but our own decoding makes the gains anew at every prompt; the stored 
 Positions = Literal["last", "all"]
 """Where to steer: the last prompt token and every generated one (A-LQR), or every prompt token too (A-LQR+)."""
 Setpoint = Literal["paper", "centred"]
-"""What a strength asks of the feature: strength x mu_k, or v_k . mean-_k + strength x mu_k, which is the level of the
-negative prompts at strength 0 and that of the positive ones at 1."""
+"""What a strength asks of the feature: strength x mu_k, or v_k . mean-_k + strength x mu_k, the level of the positive
+prompts at 1, which goes to that of the negative ones as the strength goes to 0. Strength 0 itself does not steer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Controller:
     setpoint: Float32
     """(T, m): mu_k, the setpoint's slope in the strength"""
     offset: Float32
-    """(T, m): the setpoint at strength 0"""
+    """(T, m): what the setpoint goes to as the strength goes to 0; at 0 itself nothing is steered"""
     output_direction: Float32
     """(d, m): e_T, the unnormalised direction at the last block's output; `adapt` needs it, steering does not"""
     concepts: tuple[str, ...]
@@ -84,8 +84,8 @@ class Controller:
         """The layers where this controller does something."""
         return tuple(int(k) for k in np.flatnonzero(np.abs(self.gain).max(axis=(1, 2)) > 0))
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file, atomically."""
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Write one safetensors file, atomically; with `force` in place of a file of any kind."""
         tensors = {name: getattr(self, name) for name in (*_TENSORS, *_OPTIONAL) if getattr(self, name) is not None}
         metadata = {
             "format": FORMAT,
@@ -105,7 +105,7 @@ class Controller:
             "library_version": self.library_version,
             **strength_metadata(self.strength),
         }
-        with writing(path) as temporary:
+        with writing(path, kind="controller", force=force) as temporary:
             write_tensors(temporary, tensors, metadata)
 
     @classmethod

@@ -71,10 +71,11 @@ def fit_baseline(
     """Fit the steering of a baseline method; `generate`, `steer`, chat and the rest take it like a controller.
 
     What the strength is: for actadd, mean-act, pid-act and linear-act the share of the way from the negative to the
-    positive prompts (1 is all of it, 0 no change); for proportional and spid the setpoint in multiples of mu_k, as for
+    positive prompts (1 is all of it); for proportional and spid the setpoint in multiples of mu_k, as for
     a controller; for ablation the share that is taken away; for the angular methods the angle in degrees between the
     activation's part in the plane and the concept's direction; for iti by how many standard deviations a head's output
     is moved (the paper's alpha, 15 for a LLaMA of 7B); for odesteer how far it goes, in distances between the means.
+    For every method 0 is not steered; the concept's direction itself is an angle of 360.
 
     Args:
         model: what `load` returned.

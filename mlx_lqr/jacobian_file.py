@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mlx_lqr.atomic import check_writable
+from mlx_lqr.atomic import check_writable, followed
 from mlx_lqr.errors import InputError
 
 _CODES = {"float32": "F32", "float16": "F16"}
@@ -30,16 +30,26 @@ class JacobianWriter:
         T, d: number of layers and width.
         dtype: "float32" or "float16" (half the size; relative rounding 5e-4 an entry).
         metadata: strings that identify the run; another run's unfinished file is started anew.
+        force: take the place of a file of any kind.
 
     Raises:
         InputError: an unknown dtype, or a place that cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], T: int, d: int, dtype: str, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        T: int,
+        d: int,
+        dtype: str,
+        metadata: Mapping[str, str],
+        *,
+        force: bool = False,
+    ) -> None:
         if dtype not in _CODES:
             raise InputError(f"Jacobians are stored as {' or '.join(_CODES)}, not {dtype!r}")
-        check_writable(path)
-        self._target = Path(path)
+        check_writable(path, "Jacobians", force=force)
+        self._target = followed(path)
         self._partial = self._target.with_name(f".{self._target.name}.partial")
         self._dtype = np.dtype(dtype)
         self._layers = T
@@ -72,10 +82,13 @@ class JacobianWriter:
 
     def close(self) -> None:
         """Give the file its name, if it is complete."""
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if self.finished == self._layers:
-            os.replace(self._partial, self._target)
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            if self.finished == self._layers:
+                os.replace(self._partial, self._target)
+        except OSError as error:
+            raise InputError(f"cannot write {self._target}: {error.strerror or error}") from error
 
 
 def _header(T: int, d: int, code: str, size: int, metadata: Mapping[str, str]) -> bytes:

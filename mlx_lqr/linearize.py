@@ -40,10 +40,15 @@ class Jacobians(Sequence[Float32]):
     def __getitem__(self, layer):  # type: ignore[no-untyped-def]
         return self.matrices[layer]
 
-    def save(self, path: str | PathLike[str], *, dtype: str = "float32") -> None:
-        """Write the tensors `jacobian.K` ("float32" or "float16") to a safetensors file."""
+    def save(self, path: str | PathLike[str], *, dtype: str = "float32", force: bool = False) -> None:
+        """Write the tensors `jacobian.K` ("float32" or "float16") to a safetensors file.
+
+        Args:
+            force: take the place of a file of any kind.
+        """
         metadata = _metadata(self.fingerprint, self.model_name, self.prompt_count, "")
-        with writing(path) as temporary:  # nothing of another, unfinished save is taken over
+        # In a new file, so that nothing of another, unfinished save is taken over.
+        with writing(path, kind="Jacobians", force=force) as temporary:
             writer = JacobianWriter(temporary, len(self), len(self[0]), dtype, metadata)
             for k in reversed(range(len(self))):
                 writer.append(self[k])
@@ -65,6 +70,7 @@ def linearize(
     *,
     store: str | PathLike[str] | None = None,
     dtype: str = "float32",
+    force: bool = False,
     progress: Progress | None = None,
 ) -> Jacobians:
     """The layer Jacobians of a model, averaged over `prompts` (at most 32 tokens of each).
@@ -75,6 +81,7 @@ def linearize(
         store: a safetensors file to write them to, layer by layer; the result then reads from it. A run that was
             interrupted goes on where it stopped when it is called again with the same arguments.
         dtype: "float32" or "float16", for the stored ones.
+        force: let them take the place of a file of any kind.
         progress: called as progress(stage, done, total).
 
     Raises:
@@ -86,7 +93,7 @@ def linearize(
     points = traces(model, prompts)
     digest = hashlib.sha256(b"".join(trace.residual.tobytes() for trace in points)).hexdigest()[:16]
     metadata = _metadata(model.fingerprint, model.name, len(prompts), digest)
-    writer = JacobianWriter(store, model.num_layers, model.hidden_size, dtype, metadata)
+    writer = JacobianWriter(store, model.num_layers, model.hidden_size, dtype, metadata, force=force)
     try:
         for _, A in _stream(model, points, model.num_layers - 1 - writer.finished, 0, progress):
             writer.append(A)

@@ -47,8 +47,8 @@ def fit(
             of the layers for two single prompts, which leave that open (`choose_layers`). "all": every layer.
         cost: "state" penalises any error of the state, "feature" that of the concept's feature alone (much cheaper);
             "adaptive" does the same, and our own decoding then makes the gains anew at every prompt.
-        setpoint: "centred" counts from the level of the negative prompts (strength 0) to that of the positive ones (1);
-            "paper" asks for strength x mu_k, counted from zero.
+        setpoint: "centred" counts from the level of the negative prompts to that of the positive ones (strength 1);
+            "paper" asks for strength x mu_k, counted from zero. With either, strength 0 itself does not steer.
         positions: "last" steers the last prompt token and every generated token, "all" every prompt token too.
         jacobian_prompts: how many of the positive prompts to linearise at.
         jacobians: Jacobians of this model made before by `linearize`; then no prompt is linearised at.

@@ -29,7 +29,7 @@ def read_tensors(
     """
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"there is no file {file}")
+        raise InputError(f"{file} is a folder: name a file" if file.is_dir() else f"there is no file {file}")
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata = dict(opened.metadata() or {})
@@ -40,7 +40,8 @@ def read_tensors(
                     raise InputError(
                         f"{file} has the format {found!r}, this version reads {expected_format!r}: make it again"
                     )
-                raise InputError(f"{file} is not {what} of mlx-lqr")
+                holds = f", but {found!r}" if found.startswith("mlx-lqr") else ""
+                raise InputError(f"{file} is not {what} of mlx-lqr{holds}")
             return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, InputError):

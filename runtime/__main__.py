@@ -13,10 +13,10 @@ On Linux, `pip install mkl` (x86-64) or OpenBLAS makes long prompts many times f
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn, get_args
 
 from mlx_lqr.errors import InputError
@@ -24,13 +24,13 @@ from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options, stream
 from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
 from mlx_lqr.runtime.decode import Overflow
-
-INTERRUPTED = 128 + 2  # as a shell reports a program that SIGINT has ended
+from mlx_lqr.runtime.streams import STOPPED, accept_any_text, describe, drop_output, reader_has_gone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Stream the answer to stdout and return the exit status: 2 for a mistake, which is one line on stderr."""
     warnings.showwarning = _show_warning
+    accept_any_text()
     try:
         _generate(_parser().parse_args(arguments))
     except InputError as error:
@@ -38,15 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _refuse(f"this needs the package {error.name}, which is not installed: pip install {error.name}")
     except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output (`| head`) has gone; what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return STOPPED
+    except OSError as error:
+        status = 0 if reader_has_gone(error) else _refuse(describe(error))
+        drop_output()
+        return status
     return 0
 
 
 def _generate(given: argparse.Namespace) -> None:
     text = given_or_piped(given.prompt)
-    controller, strengths = parse_controllers(given.controllers)
+    controller, strengths = parse_controllers(given.controllers, given.model)
     model = load(given.model, dtype=given.dtype)
     options: Options = {name: getattr(given, name) for name in Options.__annotations__ if hasattr(given, name)}  # type: ignore[assignment]
     if controller is not None:
@@ -95,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse(reason: str) -> int:
-    print(f"Error: {reason}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"Error: {reason}", file=sys.stderr)
     return 2
 
 

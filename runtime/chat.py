@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mlx_lqr.analysis.tracking import TrackedAnswer, track_answer
-from mlx_lqr.atomic import writing
 from mlx_lqr.backends.base import Decoder, Law, Model
 from mlx_lqr.backends.tokenizer import Message
 from mlx_lqr.baseline import Steering, combine
@@ -22,6 +18,7 @@ from mlx_lqr.laws import AdjustableLaw, LinearFeedback, RecordedFeedback, Record
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
 from mlx_lqr.runtime.generate import Options, Piece, Strength, only_controller, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
+from mlx_lqr.runtime.transcript import Given, read_transcript, write_transcript
 from mlx_lqr.strength import default_strength
 
 NO_ANSWER = "there is no answer yet: say something first"
@@ -43,6 +40,8 @@ class Chat:
     """Never changed in place: the same list means the same controllers."""
     _strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _turn: _Turn | None = field(default=None, init=False, repr=False)
+    _given: list[Given] = field(default_factory=list, init=False, repr=False)
+    """How each answer of the conversation was steered."""
 
     def __post_init__(self) -> None:
         stream(self.model, [0], **self._decoding(None, 1))  # refuses wrong options; nothing is decoded
@@ -191,12 +190,16 @@ class Chat:
     def restart(self) -> None:
         """Forget the conversation, but for a system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
+        self._given = []
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the transcript as JSON: the model, the strengths in force and every message."""
-        transcript = {"model": self.model.name, "strengths": self._strengths, "messages": self.messages}
-        with writing(path) as temporary:
-            temporary.write_text(json.dumps(transcript, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Write the transcript as JSON: the model, the strengths in force and every message, each answer with those it
+        was given at; with `force` in place of a file of any kind.
+
+        Raises:
+            InputError: a place that cannot be written, or where something else stands.
+        """
+        write_transcript(path, self.model.name, self._strengths, self.messages, self._given, force=force)
 
     def load(self, path: str | PathLike[str]) -> list[str]:
         """Go on with the conversation of a transcript. Its strengths are set again where their concepts are loaded.
@@ -207,8 +210,7 @@ class Chat:
         Raises:
             InputError: no file that `save` wrote; the conversation then stays as it is.
         """
-        name, strengths, messages = _read_transcript(path)
-        self.messages = messages
+        name, strengths, self.messages, self._given = read_transcript(path)
         for concept in self._strengths.keys() & strengths.keys():
             self.set_strength(strengths[concept], concept)
         notes = []
@@ -257,6 +259,7 @@ class Chat:
             options["record"] = Recording()
         pieces = stream(self.model, prompt, decoder=decoder, **options)
         self._turn = _Turn(prompt, reply, self._controllers, controller, decoder, self._rolling, options.get("record"))
+        self._given.append(Given(reply, tuple(self._strengths), self._turn.strengths))
         return self._turn, pieces
 
     def _decoder_for(self, prompt: list[int], controller: Steering | None) -> Decoder:
@@ -332,38 +335,3 @@ class _Turn:
 
     def _strength(self) -> tuple[float, ...]:
         return self.decoder.law.strength if isinstance(self.decoder.law, AdjustableLaw) else ()
-
-
-def _read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], list[Message]]:
-    """Model, strengths and messages of a transcript, checked."""
-    try:
-        transcript = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not JSON: name a transcript that /save wrote") from None
-    try:
-        name, strengths, messages = (transcript[key] for key in ("model", "strengths", "messages"))
-        if not isinstance(name, str) or not isinstance(strengths, dict) or not isinstance(messages, list):
-            raise ValueError("model, strengths or messages of a wrong kind")
-        strengths = {concept: check_strength(strength, 1)[0] for concept, strength in strengths.items()}
-        return name, strengths, [_message(i, message, messages) for i, message in enumerate(messages)]
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"there is no {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"{path} is a damaged transcript ({reason}): name one that /save wrote") from None
-
-
-def _message(index: int, message: Any, messages: list[Any]) -> Message:
-    """A message that may stand where it stands: a system prompt first or not at all, then question and answer."""
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise ValueError(f"message {index + 1} has no text")
-    role = message.get("role")
-    if role == "system" and index == 0:
-        return {"role": "system", "content": message["content"]}
-    first = int(messages[0]["role"] == "system")
-    expected = ("user", "assistant")[(index - first) % 2]
-    if role != expected:
-        raise ValueError(f"message {index + 1} is of {role!r} where one of {expected!r} must stand")
-    if role == "user" and index == len(messages) - 1:
-        raise ValueError("its last message has no answer")
-    return {"role": role, "content": message["content"]}

@@ -47,13 +47,14 @@ def decode(
     rolling = overflow == "roll"
     tokens = [tokenise(model, prompt, any_length=rolling) for prompt in prompts]
     if max_tokens < 1:
-        raise InputError(f"max_tokens must be at least 1, not {max_tokens}")
+        raise InputError(f"max_tokens (-n) must be at least 1, not {max_tokens}")
     longest = max(len(prompt) for prompt in tokens)
     room = room_after(model, longest)
     if max_tokens > room and not rolling:
         raise InputError(
             f"{longest} prompt tokens and {max_tokens} new ones do not fit the model's context of "
-            f"{model.context_length}: ask for at most {room}, or let the context roll"
+            f"{model.context_length}: ask for at most {room} (max_tokens, -n), or let the context roll (overflow "
+            '"roll", --overflow roll)'
         )
     new = decoder is None
     decoder = decoder or model.decoder(rolling=rolling)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Strength = float | Sequence[float] | None
-"""One number for all concepts, or one for each; None is what the file recommends, or 1 (`default_strength`)."""
+"""One number for all concepts, or one for each: 0 does not steer; None is what the file recommends, or 1
+(`default_strength`)."""
 BATCH = 16
 """Prompts decoded side by side: more of them gain little on a CPU and take memory for their caches."""
 
@@ -33,7 +34,8 @@ class Options(TypedDict, total=False):
     """A fitted controller of this model, or several made one by `Controller.combine`; or what `fit_baseline` made."""
     strength: Strength
     """The setpoint in multiples of the concept's mean; one number, or one for each concept (what the controller's file
-    recommends, or 1). What it is for other methods: see `fit_baseline`."""
+    recommends, or 1). 0 is not steered, while the smallest strengths of a centred controller steer to the level of the
+    negative prompts. What it is for other methods: see `fit_baseline`."""
     adaptive: bool | None
     """Compute the gains anew at the very prompt, during prefill (see `adapt`); None, the default, does so with a
     controller that was fitted for it."""

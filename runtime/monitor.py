@@ -44,12 +44,14 @@ class Excess:
 def largest_excess(controller: Controller, error: np.ndarray, push: np.ndarray) -> Excess | None:
     """Where alpha_k (n, T, m) and |u_k| (n, T) of n tokens stand against the controller's region.
 
-    With several concepts |u_k| is held against the smallest of their regions. None without a region or a token.
+    With several concepts |u_k| is held against the smallest of their regions, but for those that are off at a token
+    (alpha_k NaN). None without a region or a token.
     """
     if controller.checked_error is None or controller.checked_push is None or not len(error):
         return None
     m = len(controller.concepts)
-    sizes = np.concatenate([np.abs(error), np.repeat(push[..., None], m, axis=2)], axis=2)
+    pushes = np.where(np.isnan(error), np.nan, push[..., None])
+    sizes = np.concatenate([np.abs(error), pushes], axis=2)
     region = np.concatenate([controller.checked_error, controller.checked_push], axis=1)
     with np.errstate(divide="ignore"):
         ratios = np.nan_to_num(sizes / region, nan=0.0)  # (n, T, 2m)

@@ -164,7 +164,7 @@ def test_pid_act_without_integral_and_derivative_is_mean_act_and_sums_with_them(
 
 
 @every_backend
-@pytest.mark.parametrize("angle", [0.0, 70.0, 180.0, -45.0])
+@pytest.mark.parametrize("angle", [360.0, 70.0, 180.0, -45.0])
 def test_angular_steering_keeps_the_length_and_hits_the_angle(backend: str, angle: float) -> None:
     model = tiny_on(backend, "llama")
     steering = fitted(model, "angular", layers=[1], positions="last")
@@ -353,11 +353,10 @@ def test_a_batch_is_steered_as_each_prompt_alone(backend: str, method: str) -> N
 
 @every_backend
 @every_method
-def test_strength_zero_changes_nothing_where_it_is_to(backend: str, method: str) -> None:
+def test_strength_zero_changes_nothing(backend: str, method: str) -> None:
     model = tiny_on(backend, "llama")
     steering = fitted(model, method)
-    same = np.allclose(streams(model, steering, 0.0), streams(model, None, 0.0), atol=1e-6)
-    assert same == (method not in ("proportional", "spid", "angular", "adaptive-angular"))
+    assert np.array_equal(streams(model, steering, 0.0), streams(model, None, 0.0))
 
 
 @every_method

@@ -342,7 +342,7 @@ SOUND: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "UTF-16"),
         (b"{half", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[]", "damaged"),
@@ -540,8 +540,12 @@ def test_a_chat_on_a_terminal(tmp_path: Path, smollm2: Model) -> None:
         read_until(terminal, EDITING)
         os.write(terminal, b"One\x1b\rtwo\\\rthree\x1b[200~ and\nfour\x1b[201~, a long story\r")
         answer = read_until(process.stdout.fileno(), b" ")
+        os.write(terminal, b"typed")
+        answer += read_until(process.stdout.fileno(), b" ")
         os.write(terminal, b"\x03")
-        assert b"[stopped]" in read_until(terminal, EDITING)
+        shown = read_until(terminal, EDITING)
+        assert b"[stopped]" in shown
+        assert b"typed" not in shown  # keys pressed during an answer do not appear in it
         os.write(terminal, b"/track\r")
         assert b"Error: the last answer was not steered" in read_until(terminal, EDITING)
         os.write(terminal, f"/save {saved}\r".encode())
@@ -549,6 +553,7 @@ def test_a_chat_on_a_terminal(tmp_path: Path, smollm2: Model) -> None:
         os.write(terminal, b"\x04")
         answer += process.stdout.read()
         assert process.wait(60) == 0
+        assert termios.tcgetattr(terminal)[3] & termios.ECHO
     question, reply = json.loads(saved.read_text())["messages"]
     assert question["content"] == "One\ntwo\nthree and\nfour, a long story"
     assert answer.decode() == reply["content"] + "\n"

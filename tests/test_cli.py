@@ -29,7 +29,7 @@ def refused(*arguments: object, text: str | None = None) -> str:
     """The one line of a refusal."""
     result = run(*arguments, text=text)
     assert result.exit_code == 2, (result.output, result.exception)
-    lines = result.stderr.strip().splitlines()
+    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("Note: ")]
     assert "Traceback" not in result.stderr
     if lines[0].startswith("Usage:"):  # click's own refusals name the usage first
         lines = lines[-1:]

@@ -113,7 +113,7 @@ def test_ctrl_c_says_that_nothing_is_lost(data: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Generations, "rows", stopped)
     result = run("eval", "toxicity", "demo", "--data", "toxicity.jsonl", "--scorer", "stub_scorer:score", "-o", "out")
-    assert result.exit_code == 1
+    assert result.exit_code == 130
     assert "goes on from here" in result.stderr
     assert (data / "out/toxicity-unsteered.jsonl").read_text().count("\n") == 1
 

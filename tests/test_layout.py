@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[1]
 TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
-    {"errors", "cache", "atomic", "concepts", "algebra", "strength"},
+    {"errors", "cache", "atomic", "tensors", "prompts", "concepts", "algebra", "strength"},
     {
-        *("backends.base", "backends.blas", "backends.families", "backends.model_folder", "tensors", "jacobian_file"),
+        *("backends.base", "backends.blas", "backends.families", "backends.model_folder", "jacobian_file"),
         *("backends.tokenizer", "backends.tokenizer_files", "backends.detokenizer", "backends.chat_template"),
     },
     {"backends", "contrast", "probes", "riccati"},

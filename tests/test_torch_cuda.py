@@ -80,6 +80,22 @@ def test_steps_are_replayed_and_a_strength_changes_between_them() -> None:
     assert np.abs(found[0] - found[1]).max() < 1e-4
 
 
+def test_strength_0_within_replayed_steps_is_the_unsteered_model() -> None:
+    _, gpu = pair("qwen3")
+    law = LinearFeedback(controller_for(gpu), 2.0)
+    decoder, plain = gpu.decoder(law), gpu.decoder()
+    for one in (decoder, plain):
+        one.fill([PROMPT[:-1]], steered=False)
+    steered = decoder.step(PROMPT[-1:])
+    assert decoder.rewind(len(PROMPT) - 1)
+    for strength in (0.0, 2.0, 0.0):
+        law.strength = strength
+        found = decoder.step(PROMPT[-1:])
+        assert torch.allclose(found, steered if strength else plain.step(PROMPT[-1:]), atol=1e-5)
+        assert decoder.rewind(len(PROMPT) - 1)
+        plain.rewind(len(PROMPT) - 1)
+
+
 def test_the_recorded_step_follows_the_cache_as_it_grows_and_rolls() -> None:
     cpu, gpu = pair("qwen3")
     law = law_for(cpu)

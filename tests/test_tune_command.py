@@ -39,7 +39,7 @@ def command(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "questions.jsonl").write_text('{"prompt": "w1 w2", "answer": "w3", "others": ["w4"]}\n')
     monkeypatch.chdir(tmp_path)
     sets = "--positive", "one.txt", "--negative", "rest.txt", "--capability", "questions.jsonl"
-    words = "--words", "w1*,w2", "--openings", "openings.txt"
+    words = "--words", "w21,w32,w36,w37,w52", "--openings", "openings.txt"
     return ["tune", "concept", tiny_model, *sets, *words, *SMALL, "-o", "out/one.safetensors"]
 
 
@@ -88,6 +88,17 @@ def test_another_method_damage_and_range(command: list[Any], backend: str) -> No
     assert steering.method == "proportional"
     assert steering.strength == (result["best"]["strength"],)
     assert "capability" not in result["unsteered"]
+
+
+@pytest.mark.parametrize("words", ["w99", "w*"])
+def test_what_changes_nothing_is_not_recommended(words: str, command: list[Any]) -> None:
+    """Where the unsteered model never names the concept, or always does, and no trial more often."""
+    command[command.index("--words") + 1] = words
+    result = run(*command, "--evaluations", 2, "--at-most", 3)
+    assert result.exit_code == 2
+    assert "more prevalence than the unsteered model" in result.stderr
+    assert "Recommended" not in result.stdout
+    assert not Path("out/one.safetensors").exists()
 
 
 def test_nothing_within_the_limit_is_said_and_nothing_is_written(command: list[Any]) -> None:

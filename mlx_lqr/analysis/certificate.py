@@ -24,7 +24,7 @@ import numpy as np
 
 from mlx_lqr.analysis.closed_loop import SAMPLES, AtPrompt, Averaged, ClosedLoop, Contraction, Swept
 from mlx_lqr.analysis.lyapunov import Float64, error_bound, prior_bound, remainder_bound
-from mlx_lqr.analysis.rollout import Rollout, check_single, roll_out
+from mlx_lqr.analysis.rollout import Rollout, check_seed, check_single, check_steering, roll_out
 from mlx_lqr.backends.base import Model, Progress
 from mlx_lqr.contrast import Prompt
 from mlx_lqr.controller import Controller
@@ -150,7 +150,7 @@ def certify(
         controller: of one concept.
         calibration: prompts at which the constants are sampled (at most 32 tokens of each).
         held_out: other prompts, at which everything is checked.
-        strengths: at which to run the loop.
+        strengths: at which to run the loop; not 0, which is not steered.
         linearised: "prompt" takes each prompt's own Jacobians, as the paper does; "average" one set for all, averaged
             over the calibration prompts: cheaper, and looser by c_k.
         jacobians: with "average", those of this model made before by `linearize`.
@@ -164,7 +164,7 @@ def certify(
             concepts, activations that overflow.
     """
     check_single(controller, model)
-    _check(model, controller, calibration, held_out, strengths, linearised, jacobians, quantile)
+    _check(model, controller, calibration, held_out, strengths, linearised, jacobians, quantile, seed)
     runs: list[Rollout] = []
     for prompt in [*calibration, *held_out]:
         runs.append(roll_out(model, prompt, controller, strengths))
@@ -201,11 +201,12 @@ def _check(
     linearised: Linearised,
     jacobians: Jacobians | None,
     quantile: float,
+    seed: int,
 ) -> None:
     if not calibration or not held_out:
         raise InputError("certify needs prompts to calibrate with and others to check on: give at least two")
-    if not strengths or not np.all(np.isfinite(strengths)):
-        raise InputError("certify needs at least one finite strength")
+    check_steering(strengths)
+    check_seed(seed)
     if not 0 < quantile <= 1:
         raise InputError(f"quantile must be above 0 and at most 1, not {quantile!r}")
     if linearised not in get_args(Linearised):

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mlx_lqr.analysis.rollout import check_single, roll_out
+from mlx_lqr.analysis.rollout import check_seed, check_single, check_steering, roll_out
 from mlx_lqr.analysis.spectra import (
     dominant_modes,
     gaussian_modes,
@@ -120,6 +120,10 @@ def linearity(
         raise InputError("linearity compares prompts: give at least two")
     if controller is not None:
         check_single(controller, model)
+        check_steering(strengths)
+    if not 1 <= modes <= model.hidden_size:
+        raise InputError(f"modes must be between 1 and {model.hidden_size}, the model's width, not {modes}")
+    check_seed(seed)
     random = np.random.default_rng(seed)
     points = traces(model, prompts)
     n, T, d = len(points), model.num_layers, model.hidden_size

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from mlx_lqr.analysis.certificate import TOLERANCE, Certificate
 from mlx_lqr.analysis.linearity import TOLERANCE as LINEAR
 from mlx_lqr.analysis.linearity import Linearity
-from mlx_lqr.atomic import writing
+from mlx_lqr.atomic import Kind, writing
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
     "#000000",
@@ -101,15 +101,25 @@ def of_certificate(certificate: Certificate) -> dict[str, Figure]:
     return {"tracking": tracking(certificate), "error-and-bound": error_and_bound(certificate)}
 
 
-def save_all(figures: Mapping[str, Figure], folder: str | PathLike[str], kinds: Sequence[str] = ("png", "svg")) -> None:
+def save_all(
+    figures: Mapping[str, Figure],
+    folder: str | PathLike[str],
+    kinds: Sequence[Literal["png", "svg"]] = ("png", "svg"),
+    *,
+    force: bool = False,
+) -> None:
     """Write every figure as NAME.png and NAME.svg, or in those of the two that are named.
 
+    Args:
+        force: take the place of files of any kind.
+
     Raises:
-        InputError: a folder that cannot be written.
+        InputError: a folder that cannot be written, or where something else stands.
     """
+    images: dict[str, Kind] = {"png": "PNG image", "svg": "SVG image"}
     for name, figure in figures.items():
         for kind in kinds:
-            with writing(Path(folder) / f"{name}.{kind}") as temporary, style():
+            with writing(Path(folder) / f"{name}.{kind}", kind=images[kind], force=force) as temporary, style():
                 metadata = {"Date": None} if kind == "svg" else None  # the same numbers make the same file
                 figure.savefig(temporary, format=kind, metadata=metadata)
 

@@ -28,11 +28,11 @@ def as_json(result: Any) -> Any:
     return result
 
 
-def write_json(path: str | PathLike[str], result: Any) -> None:
-    """Write a result to a file, atomically.
+def write_json(path: str | PathLike[str], result: Any, *, force: bool = False) -> None:
+    """Write a result to a file, atomically; with `force` in place of a file of any kind.
 
     Raises:
-        InputError: a place that cannot be written.
+        InputError: a place that cannot be written, or where something else stands.
     """
-    with writing(path) as temporary:
+    with writing(path, kind="results", force=force) as temporary:
         temporary.write_text(json.dumps(as_json(result)) + "\n", "utf-8")

@@ -37,7 +37,7 @@ class Rollout:
 
 
 def roll_out(model: Model, prompt: Prompt, controller: Controller, strengths: Sequence[float]) -> Rollout:
-    """Run the last token of a prompt (at most 32 tokens of it) at every strength.
+    """Run the last token of a prompt (at most 32 tokens of it) at every strength; 0 is not steered.
 
     Raises:
         InputError: an unusable prompt, or activations that overflow at a strength.
@@ -65,22 +65,38 @@ def _run(
         target = controller.offset[:, 0] + np.asarray(strengths, np.float32)[:, None] * controller.setpoint[:, 0]
     z = np.empty((S + 1, T + 1, d), np.float32)
     error = np.empty((S, T), np.float32)
+    acts = np.asarray(strengths) != 0
     z[:, 0] = trace.residual[0]
     for k in range(T):
         z[:, k + 1] = model.block(trace, k, z[:, k])
         with np.errstate(over="ignore", invalid="ignore"):
             error[:, k] = target[:, k] - z[1:, k] @ direction[k]
-            z[1:, k + 1] += error[:, k, None] * gain[k]
+            z[1:, k + 1] += np.where(acts, error[:, k], 0)[:, None] * gain[k]
         if not np.all(np.isfinite(z[:, k + 1])):
             raise InputError(f"the activations overflow at layer {k}: lower the strengths")
     unsteered = np.broadcast_to(z[0], (S, T + 1, d))
-    return unsteered, z[1:], error, np.abs(error) * np.linalg.norm(gain, axis=1)
+    push = np.where(acts[:, None], np.abs(error), 0) * np.linalg.norm(gain, axis=1)
+    return unsteered, z[1:], error, push.astype(np.float32)
 
 
 def _trace_after_steered_prefix(model: Model, tokens: list[int], controller: Controller, strength: float) -> Trace:
     decoder = model.decoder(LinearFeedback(controller, strength))
     decoder.fill([tokens[:-1]], steered=True)
     return decoder.trace(tokens[-1])
+
+
+def check_steering(strengths: Sequence[float]) -> None:
+    """Raise `InputError` unless every strength is finite and one at which something is steered."""
+    if not len(strengths) or not np.all(np.isfinite(strengths)):
+        raise InputError("at least one finite strength is needed")
+    if not np.all(strengths):
+        raise InputError("strength 0 is not steered, so that there is nothing to look at: leave it out")
+
+
+def check_seed(seed: int) -> None:
+    """Raise `InputError` for a seed of which no random numbers can be made."""
+    if seed < 0:
+        raise InputError(f"seed must be zero or above, not {seed}")
 
 
 def check_single(controller: Controller, model: Model) -> None:

@@ -22,7 +22,7 @@ class Tracking:
     feature: Float32
     """beta_k = v_k . z_k at the input of block k"""
     setpoint: Float32
-    """beta*_k = offset_k + strength mu_k"""
+    """beta*_k = offset_k + strength mu_k; at strength 0 nothing is steered towards it"""
 
 
 def as_strength(controller: Controller, feature: Float32, concept: int = 0) -> Float32:
@@ -41,7 +41,8 @@ class TrackedAnswer:
     steered: Tracking
     unsteered: Tracking
     gain: Float32
-    """(T, d, m): G_k of the law in force, which is not the controller's own where it was made for the prompt"""
+    """(T, d, m): G_k in force at that token, which is not the controller's own where it was made for the prompt or a
+    concept is at strength 0"""
 
     @property
     def error(self) -> Float32:
@@ -98,7 +99,7 @@ def track_answer(
     """
     controller.check_model(model)
     law = law if law is not None else LinearFeedback(controller, strengths[0])
-    before = law.strength
+    before, gain = law.strength, law.gain
     runs = []
     for steering in (law, None):
         decoder = model.decoder(LinearFeedback(controller, strengths[0]) if steering is law else None, rolling=rolling)
@@ -112,10 +113,11 @@ def track_answer(
             for part in [[token] for token in tokens] if rolling else [tokens]:
                 decoder.fill([part], steered=True)
         law.strength = strengths[-1]
+        gain = law.gain
         decoder.step([steps[-1][0]])
         runs.append(_tracking(controller, watch.residual(), strengths[-1]))
     law.strength = before
-    return TrackedAnswer(controller, strengths[-1], runs[0], runs[1], law.controller.gain)
+    return TrackedAnswer(controller, strengths[-1], runs[0], runs[1], gain)
 
 
 class _Watch:
@@ -134,6 +136,10 @@ class _Watch:
         placed = copy(self)
         placed._law = self._law.place(array, add_product, renew=renew) if self._law is not None else None
         return placed
+
+    @property
+    def acts(self) -> bool:
+        return True
 
     def aim(self) -> None:
         if self._law is not None:

@@ -55,6 +55,11 @@ class Law(Protocol):
         by `renew` from the one before it.
         """
 
+    @property
+    def acts(self) -> bool:
+        """Whether a call changes anything at present. Operations recorded while it does are not replayed while it does
+        not, nor the other way round."""
+
     def aim(self) -> None:
         """Take over what has been set since the last call; for backends that replay the operations of a call."""
 

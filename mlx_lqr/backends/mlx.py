@@ -164,7 +164,7 @@ class MLXModel:
         """The number of each pair, and its logits (1 + n, V) in float32."""
         placed = self.place(law)
         for batch, asked in Stretches.batches(self, pairs):
-            if isinstance(law, CarryingLaw):
+            if isinstance(law, CarryingLaw) and law.acts:
                 steps = mx.stack(list(asked.steps(self.decoder(law))), axis=1).astype(mx.float32)
                 yield from (
                     (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))

@@ -143,7 +143,8 @@ class MLXDecoder:
         if self._fixed is None:
             self._fixed = FixedCache(self._cache)
         self.position += 1
-        logits, self._energy = self._compiled(tokens, self._fixed, self._law, self._law_arrays)
+        law = self._law if self._law is not None and self._law.acts else None
+        logits, self._energy = self._compiled(tokens, self._fixed, law, self._law_arrays if law is not None else [])
         return logits
 
     def sample(self, logits: mx.array) -> mx.array:

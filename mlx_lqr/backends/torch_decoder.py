@@ -67,6 +67,8 @@ class TorchDecoder:
         self._seen: torch.Tensor | None = None
         """(B, V): the tokens met so far, for the repetition penalty."""
         self._graph: _Graph | None = None
+        self._graph_acts = False
+        """Whether the law did when the graph was recorded."""
         self._records_graphs = self._device.type == "cuda" and _can_be_recorded(module)
         # Not None: a mask of this shape keeps transformers from making, and checking, masks of its own.
         self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self._device)
@@ -260,16 +262,17 @@ class TorchDecoder:
         """A steered step (B,) as a CUDA graph, which is recorded anew when the buffers it works on change."""
         cache = self._cache
         assert cache is not None
+        acts = self._law is not None and self._law.acts
         if self._law is not None:
             self._law.aim()  # before recording too: a graph holds the law's products and must not hold its aiming
-        if cache.make_room(1) or self._graph is None:
+        if cache.make_room(1) or self._graph is None or self._graph_acts != acts:
             self._graph = None  # its memory is let go before the new one takes any
 
             def run(tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
                 return self._forward(tokens[:, None], at, cache.capacity, steered=True)
 
             self._graph = _Graph(run, tokens, cache.length)
-            self._graph_energy = self._energy
+            self._graph_energy, self._graph_acts = self._energy, acts
         logits = self._graph.replay(tokens, cache.length)
         self._energy = self._graph_energy
         cache.length += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import suppress
+from typing import Any
 
 import click
 
@@ -21,18 +23,41 @@ from mlx_lqr.commands.lm_eval import lm_eval
 from mlx_lqr.commands.show import show
 from mlx_lqr.commands.tune import tuning
 from mlx_lqr.errors import InputError
+from mlx_lqr.runtime.streams import STOPPED, accept_any_text, describe, drop_output, reader_has_gone
 
 
 class _Group(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        accept_any_text()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # of what click itself writes, such as --help
+            sys.exit(_broken(error))
+
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except InputError as error:
-            click.echo(f"Error: {error}", err=True)
+            _say(f"Error: {error}")
             ctx.exit(2)
-        except BrokenPipeError:  # the reader of our output (`| head`) has gone
-            sys.stderr.close()
-            ctx.exit(0)
+        except KeyboardInterrupt as stop:
+            _say(str(stop) or "Stopped.")
+            ctx.exit(STOPPED)
+        except OSError as error:
+            ctx.exit(_broken(error))
+
+
+def _broken(error: OSError) -> int:
+    """The exit status, after saying what is wrong where there is still somebody to read it."""
+    if not reader_has_gone(error):
+        _say(f"Error: {describe(error)}")
+    drop_output()
+    return 0 if reader_has_gone(error) else 2
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):
+        click.echo(line, err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

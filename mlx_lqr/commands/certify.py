@@ -12,24 +12,30 @@ import numpy as np
 from mlx_lqr.analysis.certificate import TOLERANCE, Certificate, Linearised
 from mlx_lqr.analysis.certificate import certify as bound
 from mlx_lqr.analysis.results import as_json, write_json
-from mlx_lqr.analysis.rollout import default_prompts
+from mlx_lqr.analysis.rollout import check_steering, default_prompts
 from mlx_lqr.atomic import check_writable
+from mlx_lqr.baseline import load_steering
 from mlx_lqr.commands.options import (
+    NOTHING_WRITTEN,
     Loading,
+    force_option,
     loading_options,
     model_argument,
     parse_strengths,
     plots_or_refusal,
     progress_bars,
+    stopping,
     strengths_option,
 )
-from mlx_lqr.contrast import read_prompts
-from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.linearize import Jacobians
 from mlx_lqr.loading import load
+from mlx_lqr.prompts import read_prompts
+from mlx_lqr.runtime.generate import only_controller
 
 PROMPTS = 16
+FEW_PROMPTS = 8
+"""Fewer held-out prompts than this say little of how often a bound holds."""
 
 
 @click.command()
@@ -52,6 +58,7 @@ PROMPTS = 16
 @click.option("--quantile", default=0.95, show_default=True, help="Of the samples, for the constants of the bound.")
 @click.option("--seed", default=0, show_default=True, help="Of the random directions.")
 @click.option("-o", "--output", type=click.Path(), help="A folder for the plots (PNG and SVG) and the numbers (JSON).")
+@force_option
 @click.option("--json", "as_numbers", is_flag=True, help="All numbers to stdout, for scripts.")
 @loading_options
 def certify(
@@ -65,19 +72,21 @@ def certify(
     seed: int,
     output: str | None,
     as_numbers: bool,
+    force: bool,
     loading: Loading,
 ) -> None:
     """Bound a controller's tracking error on MODEL, from estimated constants, and check it on held-out prompts."""
     chosen = parse_strengths(strengths)
-    steering = Controller.load(controller)
-    stored = Jacobians.load(jacobians) if jacobians else None
+    check_steering(chosen)
+    steering = only_controller(load_steering(controller, model), "certified")
+    stored = Jacobians.load(jacobians) if jacobians is not None else None
     plots = plots_or_refusal() if output is not None else None
     if output is not None:
-        check_writable(Path(output) / "certificate.json")
-    texts = read_prompts(prompts) if prompts else default_prompts(PROMPTS, steering.concepts)
+        check_writable(Path(output) / "certificate.json", "results", force=force)
+    texts = read_prompts(prompts) if prompts is not None else default_prompts(PROMPTS, steering.concepts)
     if len(texts) < 2:
         raise InputError(f"{prompts} has one prompt: certify needs one to calibrate with and another to check on")
-    with progress_bars() as progress:
+    with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         found = bound(
             loaded,
@@ -92,8 +101,14 @@ def certify(
             progress=progress,
         )
     if output is not None and plots is not None:
-        write_json(Path(output) / "certificate.json", _numbers(found))
-        plots.save_all(plots.of_certificate(found), output)
+        write_json(Path(output) / "certificate.json", _numbers(found), force=force)
+        plots.save_all(plots.of_certificate(found), output, force=force)
+    if found.held_out_prompts < FEW_PROMPTS:
+        click.echo(
+            f"Note: {found.calibration_prompts} prompts calibrated and {found.held_out_prompts} checked, which are few "
+            f"for quantiles and shares: give {2 * FEW_PROMPTS} or more with --prompts",
+            err=True,
+        )
     if as_numbers:
         click.echo(json.dumps(_numbers(found)))
     else:

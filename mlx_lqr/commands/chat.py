@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mlx_lqr.baseline import combine
 from mlx_lqr.cache import cache_folder
 from mlx_lqr.commands.chat_view import draw_comparison, draw_tracking
 from mlx_lqr.commands.options import (
@@ -25,6 +27,7 @@ from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options
 from mlx_lqr.runtime.arguments import parse_controller
 from mlx_lqr.runtime.chat import Chat
+from mlx_lqr.runtime.streams import keys_unseen
 
 HELP = """\
 /strength 2         set the strength of every concept; /strength dog 2 sets one, /strength shows them
@@ -32,7 +35,7 @@ HELP = """\
 /off                steer no more; /off dog drops one concept
 /compare            the last answer with and without steering, side by side
 /track              for the last answer: feature against setpoint and the control, layer by layer
-/save FILE          write the transcript (JSON); /load FILE goes on with one
+/save FILE          write the transcript (JSON); /load FILE goes on with one; /save --force FILE replaces any file
 /new                forget the conversation, but for the system prompt
 /help               this
 /quit               leave (or Ctrl-D)
@@ -58,7 +61,9 @@ def chat(
     **decoding: Any,
 ) -> None:
     """Talk to MODEL, steered or not, in its own chat template. Type /help for the commands."""
-    parsed = [parse_controller(text) for text in controllers]
+    parsed = [parse_controller(text, model) for text in controllers]
+    if parsed:
+        combine([controller for controller, _ in parsed])  # what cannot be is refused before the model is loaded
     with progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
     if not loaded.tokenizer.has_chat_template:
@@ -80,11 +85,12 @@ def chat(
         click.echo(f"{loaded.name}. {_state(session)} /help lists the commands.", err=True)
     while (line := read()) is not None:
         try:
-            if line.startswith("/"):
-                if _command(session, line[1:].strip()):
-                    break
-            elif line.strip():
-                _answer(session, line.strip())
+            with keys_unseen() if interactive else nullcontext():  # those typed meanwhile come to the next prompt
+                if line.startswith("/"):
+                    if _command(session, line[1:].strip()):
+                        break
+                elif line.strip():
+                    _answer(session, line.strip())
         except KeyboardInterrupt:
             click.echo("[stopped]", err=True)
         except InputError as error:
@@ -160,8 +166,10 @@ def _track(session: Chat, rest: str) -> None:
 
 
 def _save(session: Chat, rest: str) -> None:
-    file = _file(rest, "/save chat.json")
-    session.save(file)
+    words = rest.split()
+    force = "--force" in (words[:1] + words[-1:])
+    file = _file(rest.removeprefix("--force").removesuffix("--force").strip() if force else rest, "/save chat.json")
+    session.save(file, force=force)
     click.echo(f"Wrote {file}", err=True)
 
 
@@ -207,7 +215,8 @@ def _text(typed: str) -> str:
 def _state(session: Chat) -> str:
     if not session.strengths:
         return "Not steered."
-    return "Steered: " + ", ".join(f"{name} {strength:g}" for name, strength in session.strengths.items()) + "."
+    named = ", ".join(f"{name} {strength:g}" for name, strength in session.strengths.items())
+    return f"Steered: {named}." if any(session.strengths.values()) else f"Not steered: {named}."
 
 
 def _piped_lines() -> str | None:
@@ -215,7 +224,7 @@ def _piped_lines() -> str | None:
     lines: list[str] = []
     while raw := sys.stdin.buffer.readline():
         try:
-            line = raw.decode("utf-8").rstrip("\r\n")
+            line = raw.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
         except UnicodeDecodeError:
             raise InputError("what comes through the pipe is not UTF-8 text") from None
         if not line.endswith("\\"):

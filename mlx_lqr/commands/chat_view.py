@@ -16,7 +16,9 @@ from mlx_lqr.runtime.monitor import Excess
 if TYPE_CHECKING:
     from rich.console import Console
 
-REACHED, AIM, WITHOUT = "█", "┃", "○"
+REACHED, AIM, WITHOUT = MARKS = "█", "┃", "○"
+PLAIN_MARKS = "#", "|", "o"
+"""Where the output's encoding does not have the others."""
 
 
 def draw_comparison(answers: Sequence[tuple[str, Iterator[Piece]]]) -> None:
@@ -55,6 +57,7 @@ def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
     from rich.text import Text
 
     console = _console()
+    marks = _marks(console.encoding)
     width = max(12, console.width - 62)  # what the columns of numbers leave
     for i, concept in enumerate(tracked.controller.concepts):
         columns = tracked.steered.setpoint[:, i], tracked.steered.feature[:, i], tracked.unsteered.feature[:, i]
@@ -71,16 +74,17 @@ def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
             title_justify="left",
         )
         for k in range(tracked.controller.num_layers):
-            acts = bool(np.any(tracked.controller.gain[k, :, i]))
+            acts = bool(np.any(tracked.gain[k, :, i]))
             setpoint, feature, without = (float(strength[k]) for strength in strengths)
-            bar = axis.bar(feature, without, setpoint if acts else None)
+            bar = axis.bar(feature, without, setpoint if acts else None, marks)
             cells = [f"{column[k]:.4g}" for column in columns]
             control = [f"{tracked.error[k, i]:.3g}", f"{tracked.push[k]:.3g}"] if acts else ["-", "-"]
             row = [str(k), cells[0] if acts else "-", *cells[1:], *control]
             table.add_row(*row, Text(bar), style=None if acts else "dim")
         console.print(table)
         console.print()
-    console.print(Text(f"{REACHED} feature  {AIM} setpoint (-: no control here)  {WITHOUT} feature without steering"))
+    reached, aim, other = marks
+    console.print(Text(f"{reached} feature  {aim} setpoint (-: no control here)  {other} feature without steering"))
     console.print("Numbers are in the residual stream's units, bars in strengths.")
     console.print("alpha: setpoint less feature; |u|: length of what all concepts add to the layer.")
     if excess is not None:
@@ -103,13 +107,13 @@ class _Axis:
         high = min(max(0.0, float(setpoints.max()), float(features.max())), max(0.0, float(setpoints.max())) + span)
         return cls(low, max(high, low + 1), width)
 
-    def bar(self, feature: float, without: float, setpoint: float | None) -> str:
+    def bar(self, feature: float, without: float, setpoint: float | None, marks: tuple[str, str, str] = MARKS) -> str:
         """From zero to the feature, with the marks upon it; what lies beyond the axis is drawn at its end."""
         first, last = sorted((self._cell(0.0), self._cell(feature)))
-        cells = [REACHED if first <= cell <= last else " " for cell in range(self.width)]
-        cells[self._cell(without)] = WITHOUT
+        cells = [marks[0] if first <= cell <= last else " " for cell in range(self.width)]
+        cells[self._cell(without)] = marks[2]
         if setpoint is not None:
-            cells[self._cell(setpoint)] = AIM
+            cells[self._cell(setpoint)] = marks[1]
         return "".join(cells)
 
     def labels(self) -> str:
@@ -124,6 +128,14 @@ class _Axis:
     def _cell(self, value: float) -> int:
         share = (value - self.low) / (self.high - self.low)
         return min(self.width - 1, max(0, round(share * (self.width - 1))))
+
+
+def _marks(encoding: str) -> tuple[str, str, str]:
+    try:
+        "".join(MARKS).encode(encoding)
+    except (LookupError, UnicodeEncodeError):
+        return PLAIN_MARKS
+    return MARKS
 
 
 def _console() -> Console:

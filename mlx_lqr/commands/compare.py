@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import click
 
 from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.atomic import check_writable
-from mlx_lqr.commands.evaluate import going_on_later
-from mlx_lqr.commands.options import parse_strengths, progress_bars
+from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.errors import InputError
@@ -55,21 +53,22 @@ def _run(
     if control is not None and control not in names:
         raise InputError(f"{wanted.task_name} does not measure {control}: choose one of {', '.join(names)}")
     name = f"{wanted.task_name}-comparison"
-    check_writable(wanted.output / f"{name}.json")
+    check_writable(wanted.output / f"{name}.json", "results", force=wanted.force)
     with going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
         found = compare_methods(
             model, task, methods, folder=wanted.output, loading=wanted.recorded_loading, progress=progress
         )
     control = control or task.control
-    write_json(wanted.output / f"{name}.json", {**as_json(found), "budget": found.budget, "judge": wanted.judge_name})
+    numbers = {**as_json(found), "budget": found.budget, "judge": wanted.judge_name}
+    write_json(wanted.output / f"{name}.json", numbers, force=wanted.force)
     if importlib.util.find_spec("matplotlib") is None:
         click.echo("Note: the plot needs matplotlib: pip install 'mlx-lqr[plots]', then run this again", err=True)
     else:
         label = task.control_label if control == task.control else control.replace("_", " ")
-        _plot(found, control, label, damage, DAMAGE[damage].format(judge=wanted.judge_name), wanted.output / name)
+        _plot(found, control, label, damage, DAMAGE[damage].format(judge=wanted.judge_name), wanted)
     if wanted.as_json:
-        click.echo(json.dumps({**as_json(found), "budget": found.budget, "judge": wanted.judge_name}))
+        click.echo(json.dumps(numbers))
         return
     _table(found, task, control)
     click.echo(f"with 95 % bootstrap intervals over prompts; perplexity under {wanted.judge_name}")
@@ -90,7 +89,7 @@ def _table(found: Comparison, task: Task, control: str) -> None:
     )
 
 
-def _plot(found: Comparison, control: str, control_label: str, damage: str, damage_label: str, path: Path) -> None:
+def _plot(found: Comparison, control: str, control_label: str, damage: str, damage_label: str, wanted: Request) -> None:
     from mlx_lqr.analysis import plots
 
     points = []
@@ -100,7 +99,7 @@ def _plot(found: Comparison, control: str, control_label: str, damage: str, dama
             intervals = (good.low, good.high), (bad.low, bad.high)
             points.append(plots.Tradeoff(method, result.strength, good.value, bad.value, *intervals))
     figure = plots.control_against_damage(points, control_label, damage_label)
-    plots.save_all({path.name: figure}, path.parent)
+    plots.save_all({f"{wanted.task_name}-comparison": figure}, wanted.output, force=wanted.force)
 
 
 add_tasks(

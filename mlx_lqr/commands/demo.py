@@ -53,7 +53,7 @@ def _controller(model: Model, concept: str) -> Controller:
     positive, negative = bundled_prompts(concept)
     with progress_bars() as progress:
         controller = fit(model, positive, negative, concept=concept, progress=progress)
-    controller.save(file)
+    controller.save(file, force=True)  # also where a damaged one stands
     return controller
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.atomic import check_writable
-from mlx_lqr.commands.options import parse_strengths, progress_bars
+from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.runtime.arguments import parse_strength, split_file
@@ -41,16 +40,6 @@ def evaluation() -> None:
     """
 
 
-@contextmanager
-def going_on_later() -> Iterator[None]:
-    """Say, when Ctrl-C ends it, that nothing that was finished is lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo("Stopped. The same command goes on from here.", err=True)
-        raise
-
-
 def parse_steering(controllers: tuple[str, ...]) -> Steering | None:
     """All the -c options, FILE[:SHARE], as one."""
     parts = [split_file(text) for text in controllers]
@@ -66,7 +55,8 @@ def _run(request: Callable[..., Request], controllers: tuple[str, ...], strength
     wanted.check()
     if steering is None:
         chosen = [0.0]
-    check_writable(wanted.output / "summary.json")
+    summary_file = (wanted.output / output_name(wanted.check(), steering)).with_suffix(".summary.json")
+    check_writable(summary_file, "results", force=wanted.force)
     with going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
         file = wanted.output / output_name(task, steering)
@@ -80,7 +70,7 @@ def _run(request: Callable[..., Request], controllers: tuple[str, ...], strength
             progress=progress,
         )
     summary = _summary(found)
-    write_json(file.with_suffix(".summary.json"), summary)
+    write_json(summary_file, summary, force=wanted.force)
     if wanted.as_json:
         click.echo(json.dumps(as_json(summary)))
         return
@@ -88,7 +78,7 @@ def _run(request: Callable[..., Request], controllers: tuple[str, ...], strength
     head = [task.name, *(f"strength {result.strength:g}" if result.strength else "unsteered" for result in results)]
     show_table(head, [[name, *(cell(result.metrics[name]) for result in results)] for name in results[0].metrics])
     click.echo(f"with 95 % bootstrap intervals over prompts; perplexity under {wanted.judge_name}")
-    click.echo(f"Wrote {file} and {file.with_suffix('.summary.json').name}")
+    click.echo(f"Wrote {file} and {summary_file.name}")
 
 
 def _summary(found: Evaluation) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,14 +11,25 @@ from click.core import ParameterSource
 
 from mlx_lqr.atomic import check_writable
 from mlx_lqr.baseline import METHODS, MethodName, known_method
-from mlx_lqr.commands.options import Loading, loading_options, model_argument, parse_layers, progress_bars
-from mlx_lqr.contrast import bundled_prompts, read_prompts
+from mlx_lqr.commands.options import (
+    NOTHING_WRITTEN,
+    Loading,
+    force_option,
+    going_on_later,
+    loading_options,
+    model_argument,
+    parse_layers,
+    progress_bars,
+    stopping,
+)
+from mlx_lqr.contrast import bundled_prompts
 from mlx_lqr.controller import Cost, Positions, Setpoint
 from mlx_lqr.errors import InputError
 from mlx_lqr.fitting import check_options, fit_baseline
 from mlx_lqr.linearize import Jacobians
 from mlx_lqr.linearize import linearize as linearize_model
 from mlx_lqr.loading import load
+from mlx_lqr.prompts import read_prompts
 from mlx_lqr.riccati import WEIGHT, Weights
 from mlx_lqr.synthesis import fit as fit_controller
 
@@ -31,19 +42,24 @@ from mlx_lqr.synthesis import fit as fit_controller
 )
 @click.option("--nominal", metavar="TEXT", help="Linearise at this one prompt.")
 @click.option("--store", default="float32", show_default=True, help="float32, or float16 for half the size.")
+@force_option
 @loading_options
-def linearize(model: str, output: str, prompts: str | None, nominal: str | None, store: str, loading: Loading) -> None:
+def linearize(
+    model: str, output: str, prompts: str | None, nominal: str | None, store: str, force: bool, loading: Loading
+) -> None:
     """Compute and store the layer Jacobians of MODEL, to be used for any concept and any weights (fit --jacobians).
 
     Interrupted, the same command goes on where it stopped.
     """
-    check_writable(output)
-    if prompts and nominal:
+    check_writable(output, "Jacobians", force=force)
+    if prompts is not None and nominal is not None:
         raise InputError("give --prompts FILE or --nominal TEXT, not both")
-    chosen = [nominal] if nominal else read_prompts(prompts) if prompts else bundled_prompts("dog")[1][:8]
-    with progress_bars() as progress:
+    chosen = bundled_prompts("dog")[1][:8] if nominal is None else [nominal]
+    if prompts is not None:
+        chosen = read_prompts(prompts)
+    with going_on_later(), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
-        jacobians = linearize_model(loaded, chosen, store=output, dtype=store, progress=progress)
+        jacobians = linearize_model(loaded, chosen, store=output, dtype=store, force=force, progress=progress)
     click.echo(f"Wrote {output}: {len(jacobians)} Jacobians averaged over {jacobians.prompt_count} prompts")
 
 
@@ -87,7 +103,8 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
     type=click.Choice(get_args(Setpoint)),
     default="centred",
     show_default=True,
-    help="What strength 0 means: as much of the feature as the negative prompts have, or (the paper's) none of it.",
+    help="What strengths count from: as much of the feature as the negative prompts have, or (the paper's) none of it. "
+    "Strength 0 itself does not steer.",
 )
 @click.option(
     "--positions",
@@ -101,6 +118,7 @@ def linearize(model: str, output: str, prompts: str | None, nominal: str | None,
 @click.option("--heads", type=int, help="How many attention heads are moved (iti); by default 48 of every 1024.")
 @click.option("--source-layer", type=int, help="Whose direction is ablated at every layer (ablation).")
 @click.option("--simultaneous", is_flag=True, help="Fit all layers at once, not one after the other (the AcT family).")
+@force_option
 @loading_options
 def fit(
     model: str,
@@ -121,12 +139,13 @@ def fit(
     simultaneous: bool,
     source_layer: int | None,
     heads: int | None,
+    force: bool,
     loading: Loading,
     **gains: float | None,
 ) -> None:
     """Fit a controller, or the steering of another method, for a concept on MODEL."""
     Weights(q, r, qf)  # mistakes are refused before the model is loaded
-    check_writable(output)
+    check_writable(output, "controller", force=force)
     chosen = parse_layers(layers)
     name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
     known = known_method(method)
@@ -139,15 +158,16 @@ def fit(
             "heads": heads,
         }
         check_options(known, **options)
-        with progress_bars() as progress:
+        with stopping(NOTHING_WRITTEN), progress_bars() as progress:
             loaded = load(model, **loading, progress=progress)
             prompts = positive_prompts, negative_prompts
             options |= {"concept": name, "layers": chosen, "positions": positions, "progress": progress}
-            fit_baseline(loaded, known, *prompts, **options).save(output)
+            fit_baseline(loaded, known, *prompts, **options).save(output, force=force)
+        note_few_prompts(positive_prompts, negative_prompts)
         say_how_to_use(model, output, _WORTH_TRYING.get(known, "1"))
         return
-    stored = Jacobians.load(jacobians) if jacobians else None
-    with progress_bars() as progress:
+    stored = Jacobians.load(jacobians) if jacobians is not None else None
+    with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         controller = fit_controller(
             loaded,
@@ -165,7 +185,8 @@ def fit(
             jacobians=stored,
             progress=progress,
         )
-        controller.save(output)
+        controller.save(output, force=force)
+    note_few_prompts(positive_prompts, negative_prompts)
     say_how_to_use(model, output, "2")
 
 
@@ -182,6 +203,20 @@ def _refuse_options_of_others(names: tuple[str, ...], method: str) -> None:
             raise InputError(f"{option} is not for the method {method}: leave it out, or choose another --method")
 
 
+FEW_PROMPTS = 8
+"""Below it a direction is more that of the very sentences than that of what they have in common."""
+
+
+def note_few_prompts(positive: Sequence[str], negative: Sequence[str]) -> None:
+    """Say so where a concept was to be found in hardly any prompts."""
+    if min(len(positive), len(negative)) < FEW_PROMPTS:
+        click.echo(
+            f"Note: {len(positive)} positive and {len(negative)} negative prompts are few: what is found is more these "
+            "sentences than the concept; give 20 or more of each",
+            err=True,
+        )
+
+
 def say_how_to_use(model: str, output: str, strength: str | None) -> None:
     """A command to go on with, at a strength worth trying; None for a file that recommends its own."""
     steering = output if strength is None else f"{output}:{strength}"
@@ -193,9 +228,9 @@ def contrast_prompts(
     concept: str | None, positive: str | None, negative: str | None
 ) -> tuple[str, list[str], list[str]]:
     """The concept's name and its two sets of prompts, from the options of these names."""
-    if positive and negative:
+    if positive is not None and negative is not None:
         return concept or Path(positive).stem, read_prompts(positive), read_prompts(negative)
-    if positive or negative:
+    if positive is not None or negative is not None:
         raise InputError("give both --positive and --negative")
     if not concept:
         raise InputError(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
+import numpy as np
 
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.base import Model
@@ -22,11 +23,12 @@ from mlx_lqr.commands.options import (
     model_argument,
     progress_bars,
 )
-from mlx_lqr.contrast import read_prompts, tokenise
+from mlx_lqr.contrast import tokenise
 from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.laws import Recording
 from mlx_lqr.loading import load
+from mlx_lqr.prompts import read_prompts
 from mlx_lqr.runtime import Options, Piece, batch_stream, stream
 from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
 from mlx_lqr.runtime.decode import MAX_TOKENS
@@ -69,7 +71,7 @@ def generate(
     if tracked and not controllers:
         raise InputError("--track compares a controller's features with their setpoints: add -c FILE")
     prompts = read_prompts(prompt_file) if prompt_file is not None else [given_or_piped(prompt)]
-    controller, strengths = parse_controllers(controllers)
+    controller, strengths = parse_controllers(controllers, model)
     if tracked and controller is not None:
         only_controller(controller, "tracked")
     with progress_bars() as progress:
@@ -176,7 +178,15 @@ def _control(model: Model, controller: Controller, answer: _Answer) -> dict[str,
     excess = largest_excess(controller, error, push)
     return {
         "layers": layers,
-        "alpha": {name: error[:, layers, i].tolist() for i, name in enumerate(controller.concepts)},
+        "alpha": {name: _or_null(error[:, layers, i]) for i, name in enumerate(controller.concepts)},
         "push": push[:, layers].tolist(),
         "excess": asdict(excess) if excess is not None else None,
     }
+
+
+def _or_null(values: np.ndarray) -> list[Any]:
+    """As nested lists, None for NaN, which JSON does not have."""
+    found = values.astype(object)
+    found[np.isnan(values)] = None
+    nested: list[Any] = found.tolist()
+    return nested

@@ -11,23 +11,28 @@ import numpy as np
 from mlx_lqr.analysis.linearity import Linearity, monitored
 from mlx_lqr.analysis.linearity import linearity as measure
 from mlx_lqr.analysis.results import as_json, write_json
-from mlx_lqr.analysis.rollout import default_prompts
+from mlx_lqr.analysis.rollout import check_steering, default_prompts
 from mlx_lqr.atomic import check_writable
+from mlx_lqr.baseline import load_steering
 from mlx_lqr.commands.options import (
+    NOTHING_WRITTEN,
     Loading,
+    force_option,
     loading_options,
     model_argument,
     parse_strengths,
     plots_or_refusal,
     progress_bars,
+    stopping,
     strengths_option,
 )
-from mlx_lqr.contrast import read_prompts
-from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
+from mlx_lqr.prompts import read_prompts
+from mlx_lqr.runtime.generate import only_controller
 
 PROMPTS = 8
+FEW_PROMPTS = 4
 
 
 @click.command()
@@ -39,6 +44,7 @@ PROMPTS = 8
 @click.option("--seed", default=0, show_default=True, help="Of the random directions.")
 @click.option("--write", is_flag=True, help="Store the region found in the controller, for chat to warn beyond it.")
 @click.option("-o", "--output", type=click.Path(), help="A folder for the plots (PNG and SVG) and the numbers (JSON).")
+@force_option
 @click.option("--json", "as_numbers", is_flag=True, help="All numbers to stdout, for scripts.")
 @loading_options
 def linearity(
@@ -51,6 +57,7 @@ def linearity(
     write: bool,
     output: str | None,
     as_numbers: bool,
+    force: bool,
     loading: Loading,
 ) -> None:
     """Measure how linear the blocks of MODEL are: the Jacobians' spectra and alignment, and the linearisation error."""
@@ -59,19 +66,24 @@ def linearity(
     if modes < 1:
         raise InputError(f"--modes must be at least 1, not {modes}")
     chosen = parse_strengths(strengths)
-    steering = Controller.load(controller) if controller is not None else None
+    if controller is not None:
+        check_steering(chosen)
+    steering = only_controller(load_steering(controller, model), "looked at here") if controller is not None else None
     plots = plots_or_refusal() if output is not None else None
     if output is not None:
-        check_writable(Path(output) / "linearity.json")
-    texts = read_prompts(prompts) if prompts else default_prompts(PROMPTS, steering.concepts if steering else ())
-    with progress_bars() as progress:
+        check_writable(Path(output) / "linearity.json", "results", force=force)
+    default = default_prompts(PROMPTS, steering.concepts if steering else ())
+    texts = read_prompts(prompts) if prompts is not None else default
+    with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         found = measure(loaded, texts, steering, strengths=chosen, modes=modes, seed=seed, progress=progress)
     if steering is not None and controller is not None and write:
         monitored(steering, found).save(controller)
     if output is not None and plots is not None:
-        write_json(Path(output) / "linearity.json", found)
-        plots.save_all(plots.of_linearity(found), output)
+        write_json(Path(output) / "linearity.json", found, force=force)
+        plots.save_all(plots.of_linearity(found), output, force=force)
+    if found.prompt_count < FEW_PROMPTS:
+        click.echo(f"Note: medians over {found.prompt_count} prompts say little: give {PROMPTS} or more", err=True)
     if as_numbers:
         click.echo(json.dumps(as_json(found)))
     else:

@@ -11,8 +11,16 @@ import click
 
 from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.atomic import check_writable
-from mlx_lqr.commands.evaluate import going_on_later, parse_steering, steering_options
-from mlx_lqr.commands.options import Loading, loading_options, model_argument, parse_strengths, progress_bars
+from mlx_lqr.commands.evaluate import parse_steering, steering_options
+from mlx_lqr.commands.options import (
+    Loading,
+    force_option,
+    going_on_later,
+    loading_options,
+    model_argument,
+    parse_strengths,
+    progress_bars,
+)
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.lm_eval import LMEvaluation, Settings, evaluate, load_evaluator, load_tasks
@@ -38,6 +46,7 @@ _controller, _strengths = steering_options
 @click.option("-n", "--max-tokens", type=click.IntRange(min=1), help="Of each text, at most, if not the task's.")
 @click.option("--seed", default=Settings.seed, show_default=True, help="For the choice of solved examples.")
 @click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run the code that the model writes.")
+@force_option
 @click.option("--json", "as_json_text", is_flag=True, help="All numbers to stdout, for scripts.")
 @loading_options
 def lm_eval(
@@ -51,6 +60,7 @@ def lm_eval(
     batch_size: int,
     max_tokens: int | None,
     as_json_text: bool,
+    force: bool,
     loading: Loading,
     **settings: Any,
 ) -> None:
@@ -64,7 +74,7 @@ def lm_eval(
     steering = parse_steering(controllers)
     file = Path(output) / f"lm-eval-{steering.name if steering is not None else 'unsteered'}.jsonl"
     tasks = load_tasks([name.strip() for name in names.split(",") if name.strip()], include_path)
-    check_writable(file)
+    check_writable(file.with_suffix(".summary.json"), "results", force=force)
     with progress_bars() as progress:
         evaluator = load_evaluator(
             model,
@@ -85,7 +95,7 @@ def lm_eval(
             progress=_announce,
         )
     summary = _summary(found)
-    write_json(file.with_suffix(".summary.json"), summary)
+    write_json(file.with_suffix(".summary.json"), summary, force=force)
     if as_json_text:
         click.echo(json.dumps(as_json(summary)))
         return

@@ -17,6 +17,7 @@ from mlx_lqr.loading import BackendName
 from mlx_lqr.runtime.decode import Overflow
 
 model_argument = click.argument("model")
+NOTHING_WRITTEN = "Nothing was written."
 
 
 class Loading(TypedDict):
@@ -61,6 +62,7 @@ controller_option = click.option(
 strengths_option = click.option(
     "--strengths", default="1,2,3", show_default=True, help="At which to run the controller, separated by commas."
 )
+force_option = click.option("--force", is_flag=True, help="Replace a file of another kind, too, at the output.")
 adaptive_option = click.option(
     "--adaptive/--stored",
     default=None,
@@ -102,6 +104,10 @@ def decoding_options(max_tokens: int) -> Callable[[Callable[..., Any]], Callable
     return decorate
 
 
+MOST_LAYERS = 10_000
+"""More than any model has, and few enough to list."""
+
+
 def parse_layers(text: str | None) -> list[int] | Literal["auto", "all"] | None:
     """Layers such as "20-29", "0,4,8-11", "auto" or "all"."""
     if text is None:
@@ -114,8 +120,11 @@ def parse_layers(text: str | None) -> list[int] | Literal["auto", "all"] | None:
     try:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
-            layers.extend(range(int(first), int(last if dash else first) + 1))
-    except ValueError:
+            found = range(int(first), int(last if dash else first) + 1)
+            if len(found) > MOST_LAYERS:
+                raise ValueError(part)
+            layers.extend(found)
+    except (OverflowError, ValueError):
         raise InputError(f"layers must look like 20-29, 0,4,8-11, auto or all, not {text!r}") from None
     return layers
 
@@ -138,6 +147,20 @@ def plots_or_refusal() -> Any:
     from mlx_lqr.analysis import plots
 
     return plots
+
+
+@contextmanager
+def stopping(left: str) -> Iterator[None]:
+    """Say, when Ctrl-C ends it, what is left of the work."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Stopped. {left}") from None
+
+
+def going_on_later() -> AbstractContextManager[None]:
+    """Say, when Ctrl-C ends it, that nothing that was finished is lost."""
+    return stopping("The same command goes on from here.")
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from mlx_lqr.backends.base import Model, Progress
-from mlx_lqr.commands.options import Loading, loading_options, model_argument
-from mlx_lqr.contrast import read_prompts
+from mlx_lqr.commands.options import Loading, force_option, loading_options, model_argument
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
+from mlx_lqr.prompts import read_prompts
 from mlx_lqr.tasks import Capability, Decoding, Judge, NeutralText, Task, word_family
 from mlx_lqr.tasks import concept as concept_task
 from mlx_lqr.tasks import refusal as refusal_task
@@ -40,6 +40,7 @@ class Request:
     judge: str | None
     output: Path
     as_json: bool
+    force: bool
     concepts: Sequence[str]
     """Of what steers"""
     make: Callable[[Judge, Sequence[str]], Task]
@@ -176,6 +177,7 @@ def _command(
         loading: Loading,
         output: str,
         as_json: bool,
+        force: bool,
         judge: str | None,
         capability: str | None,
         limit: int | None,
@@ -192,7 +194,7 @@ def _command(
             damage: tuple[Part, ...] = (NeutralText(), questions)
             return kind.make(options, concepts, openings, limit=limit, decoding=decoding, judge=judge, damage=damage)
 
-        run(functools.partial(Request, name, model, loading, judge, Path(output), as_json, make=make), **values)
+        run(functools.partial(Request, name, model, loading, judge, Path(output), as_json, force, make=make), **values)
 
     command: Any = loading_options(callback)
     for option in reversed((model_argument, *own, *kind.options, *_shared(kind.decoding, output_help))):
@@ -216,6 +218,7 @@ def _shared(decoding: Decoding, output_help: str) -> tuple[Callable[[Any], Any],
             metavar="FILE",
             help="Questions (rows: prompt, answer, others), instead of ours.",
         ),
+        force_option,
         click.option("--json", "as_json", is_flag=True, help="All numbers to stdout, for scripts."),
     )
 

@@ -13,9 +13,8 @@ from mlx_lqr.analysis.results import as_json
 from mlx_lqr.atomic import check_writable
 from mlx_lqr.backends.base import Model, Progress
 from mlx_lqr.baseline import METHODS, known_method
-from mlx_lqr.commands.evaluate import going_on_later
-from mlx_lqr.commands.fit import contrast_prompts, say_how_to_use
-from mlx_lqr.commands.options import parse_strengths, progress_bars
+from mlx_lqr.commands.fit import contrast_prompts, note_few_prompts, say_how_to_use
+from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.contrast import contrast
@@ -65,7 +64,7 @@ def _run(
     if jacobian_prompts < 1:
         raise InputError("--jacobian-prompts must be at least 1")
     stored = Jacobians.load(jacobians) if jacobians is not None else None
-    check_writable(wanted.output)
+    check_writable(wanted.output, "controller", force=wanted.force)
     folder = wanted.output.with_name(f"{wanted.output.stem}-tuning")
     with going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
@@ -98,7 +97,8 @@ def _run(
             progress=progress,
         )
     if tuned.steering is not None:
-        tuned.steering.save(wanted.output)
+        tuned.steering.save(wanted.output, force=wanted.force)
+    note_few_prompts(positive_prompts, negative_prompts)
     _report(tuned, wanted, folder)
     if tuned.best is None:
         raise InputError(_nothing_found(tuned, folder))
@@ -166,6 +166,13 @@ def _row(tuned: Tuned, number: int, trial: Trial) -> list[str]:
 
 
 def _nothing_found(tuned: Tuned, folder: Path) -> str:
+    if any(trial.within for trial in tuned.trials):
+        unsteered = tuned.unsteered.metrics[tuned.control].value
+        return (
+            f"no trial within the limit ({tuned.damage}, {tuned.limit:g}) has more {tuned.control} than the unsteered "
+            f"model ({unsteered:g}), so that nothing is recommended or written: try stronger --strengths, a wider "
+            f"--at-most or more rows (what was measured is in {folder})"
+        )
     return (
         f"no trial was within the limit ({tuned.damage}, {tuned.limit:g}), so that nothing is recommended or written: "
         f"allow more with --at-most, or more --evaluations (what was measured is in {folder})"

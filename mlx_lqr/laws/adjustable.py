@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,10 @@ class AdjustableLaw:
     A subclass says what these arrays are and how a layer's output is changed with them. No other number may enter the
     call: a backend that records its operations replays them with the arrays of another law of the same class.
 
+    Strength 0 means not steered, for every law: at strength 0 of all concepts a call returns the output as it is, and a
+    concept at strength 0 is as one that is not there. A law need not come near that as the strength goes to 0: feedback
+    that aims at offset_k + s mu_k takes the feature to offset_k for any small s.
+
     Args:
         layers: where the law acts.
         concepts: how many concepts there are.
@@ -28,6 +33,8 @@ class AdjustableLaw:
     """
 
     site: Site = "block"
+    beyond_use = 100.0
+    """Strengths above it, of either sign, are warned of: useful ones are mostly below 10."""
 
     def __init__(self, layers: Sequence[int], concepts: int, strength: float | Sequence[float]) -> None:
         self.layers: Sequence[int] = tuple(layers)
@@ -36,7 +43,7 @@ class AdjustableLaw:
         self._add_product: AddProduct = lambda c, a, b: c + a @ b
         self._renew: Renew = lambda _, values: values
         self._concepts = concepts
-        self._shared = [check_strength(strength, concepts)]
+        self._shared = [self._checked(strength)]
         """The strength, in a list that this law and those placed from it have in common."""
         self._arrange()
 
@@ -55,7 +62,22 @@ class AdjustableLaw:
 
     @strength.setter
     def strength(self, value: float | Sequence[float]) -> None:
-        self._shared[0] = check_strength(value, self._concepts)
+        self._shared[0] = self._checked(value)
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is steered: False where every strength is 0."""
+        return any(self._shared[0])
+
+    def _checked(self, strength: float | Sequence[float]) -> tuple[float, ...]:
+        numbers = check_strength(strength, self._concepts)
+        largest = max(numbers, key=abs)
+        if abs(largest) > self.beyond_use:
+            warnings.warn(f"strength {largest:g} is beyond any use: {self._use(largest)}", stacklevel=1)
+        return numbers
+
+    def _use(self, strength: float) -> str:
+        return "useful ones are mostly below 10, and what is far above them leaves no language"
 
     def aim(self) -> None:
         """Take over a strength that has been set since the last call."""
@@ -66,6 +88,13 @@ class AdjustableLaw:
             self._target[k] = self._renew(self._target[k], targets[k])
 
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
+        if not self.acts:
+            return output
+        self.aim()
+        return self._steered(layer, z, output)
+
+    def _steered(self, layer: int, z: Array, output: Array) -> Array:
+        """output + u_k, with the arrays as `aim` has left them."""
         raise NotImplementedError
 
     def _fixed(self, layer: int) -> tuple[np.ndarray, ...]:
@@ -102,4 +131,4 @@ def check_strength(value: float | Sequence[float], concepts: int) -> tuple[float
         raise InputError(f"strength must be a finite number, not {value!r}")
     if numbers.ndim != 1 or numbers.size not in (1, concepts):
         raise InputError(f"{numbers.size} strengths for {concepts} concepts: give one for all, or one for each")
-    return tuple(float(x) for x in np.broadcast_to(numbers, (concepts,)))
+    return tuple(float(x) + 0.0 for x in np.broadcast_to(numbers, (concepts,)))  # which takes the sign off zero

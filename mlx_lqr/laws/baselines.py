@@ -11,7 +11,8 @@
 | angular steering | y rotated in a fixed plane until its part there stands at s degrees from the concept's direction |
 
 The vectors of block k belong to the place they act upon, z_{k+1}; but ablation has one for all blocks, and S-PID's are
-those of z_k (see spid.py).
+those of z_k (see spid.py). At s = 0 nothing is steered, whatever the formula says there (see adjustable.py): the
+concept's own direction is at 360 degrees.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ class BaselineLaw(AdjustableLaw):
 class Addition(BaselineLaw):
     """y + sum_i s_i b_ki, with a shift b_k (d,) of each concept: constant, whatever y is."""
 
-    def __call__(self, layer: int, z: Array, output: Array) -> Array:
-        self.aim()
+    def _steered(self, layer: int, z: Array, output: Array) -> Array:
         return output + self._target[layer]
 
     def _fixed(self, layer: int) -> tuple[np.ndarray, ...]:
@@ -73,8 +73,7 @@ class AttentionAddition(Addition):
 class Proportional(BaselineLaw):
     """y + kp (s mu_k - v_k . y) v_k: with kp = 1 the feature v_k . y is at its setpoint s mu_k afterwards."""
 
-    def __call__(self, layer: int, z: Array, output: Array) -> Array:
-        self.aim()
+    def _steered(self, layer: int, z: Array, output: Array) -> Array:
         minus_direction, row = self._constant[layer]
         error = self._add_product(self._target[layer], output, minus_direction)
         return self._add_product(output, error, row)
@@ -90,8 +89,7 @@ class Proportional(BaselineLaw):
 class Ablation(BaselineLaw):
     """y - s (v_k . y) v_k: with s = 1 nothing of y lies along v_k any more."""
 
-    def __call__(self, layer: int, z: Array, output: Array) -> Array:
-        self.aim()
+    def _steered(self, layer: int, z: Array, output: Array) -> Array:
         (column,) = self._constant[layer]
         return self._add_product(output, output @ column, self._target[layer])
 
@@ -105,8 +103,7 @@ class Ablation(BaselineLaw):
 class Transport(BaselineLaw):
     """y + s ((scale_k - 1) o y + shift_k): each neuron on its own, from where it is (s = 0) to where it is to be."""
 
-    def __call__(self, layer: int, z: Array, output: Array) -> Array:
-        self.aim()
+    def _steered(self, layer: int, z: Array, output: Array) -> Array:
         stretch, shift = self._constant[layer]
         return output + (output * stretch + shift) * self._target[layer]
 
@@ -120,8 +117,12 @@ class Transport(BaselineLaw):
 class Rotation(BaselineLaw):
     """y + (|p| [cos s, sin s] - p) B' with p = y B, for an orthonormal basis B (d, 2): |y| stays what it is."""
 
-    def __call__(self, layer: int, z: Array, output: Array) -> Array:
-        self.aim()
+    beyond_use = 360.0
+
+    def _use(self, strength: float) -> str:
+        return f"it is an angle in degrees, the same as {strength % 360:g}"
+
+    def _steered(self, layer: int, z: Array, output: Array) -> Array:
         basis, basis_transposed = self._constant[layer]
         return self._add_product(output, self._turn(layer, output @ basis), basis_transposed)
 

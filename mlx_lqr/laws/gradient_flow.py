@@ -25,8 +25,7 @@ _SMALL = 1e-6
 class GradientFlow(BaselineLaw):
     """y(s distance_k) of the equation above. A negative strength goes down."""
 
-    def __call__(self, layer: int, z: Array, output: Array) -> Array:
-        self.aim()
+    def _steered(self, layer: int, z: Array, output: Array) -> Array:
         columns, rows = self._constant[layer]
         for _ in range(STEPS):
             small = output * 0.015625  # whose squares float16 holds

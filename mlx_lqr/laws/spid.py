@@ -26,8 +26,7 @@ class _Sums(threading.local):
 class SPID(BaselineLaw):
     """S-PID without a derivative (kd = 0): nothing goes from token to token."""
 
-    def __call__(self, layer: int, z: Array, output: Array) -> Array:
-        self.aim()
+    def _steered(self, layer: int, z: Array, output: Array) -> Array:
         minus_direction, kept, proportional, integral, _ = self._constant[layer]
         error = self._add_product(self._target[layer], z, minus_direction)
         self._integrate(layer, error, integral, kept)
@@ -60,6 +59,11 @@ class CarryingSPID(SPID):
         self.replayable = False
         self._derivative: Array = None  # D of the layer before, (B, L, d), and between passes of the last layer
 
+    def __call__(self, layer: int, z: Array, output: Array) -> Array:
+        if not self.acts:
+            self._derivative = None  # the next token that is steered is like an answer's first
+        return super().__call__(layer, z, output)
+
     def restart(self) -> None:
         self._derivative = None
 
@@ -67,8 +71,7 @@ class CarryingSPID(SPID):
         if self._derivative is not None:
             self._derivative = self._derivative[rows]
 
-    def __call__(self, layer: int, z: Array, output: Array) -> Array:
-        self.aim()
+    def _steered(self, layer: int, z: Array, output: Array) -> Array:
         minus_direction, kept, proportional, integral, derivative = self._constant[layer]
         error = self._add_product(self._target[layer], z, minus_direction)
         self._integrate(layer, error, integral, kept)

@@ -16,7 +16,7 @@ from mlx_lqr.backends.base import Model
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.generations import Decoding, Generations, Judge
-from mlx_lqr.tasks.read import bundled_text
+from mlx_lqr.tasks.read import bundled_lines, bundled_text
 from mlx_lqr.tasks.records import Row
 from mlx_lqr.tasks.run import Part, Task
 from mlx_lqr.tasks.scorers import mentions
@@ -92,7 +92,7 @@ def word_family(concept: str) -> list[str]:
 
 def bundled_openings(purpose: Literal["evaluation", "tuning"] = "evaluation") -> list[str]:
     """Beginnings of texts that could be about anything; those to tune on are others than those to report."""
-    return bundled_text("openings.txt" if purpose == "evaluation" else "tuning_openings.txt").splitlines()
+    return bundled_lines("openings.txt" if purpose == "evaluation" else "tuning_openings.txt")
 
 
 def concept(

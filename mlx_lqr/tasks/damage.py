@@ -20,7 +20,7 @@ from mlx_lqr.contrast import tokenise
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.metrics import kl_divergence
-from mlx_lqr.tasks.read import bundled_text, read_rows
+from mlx_lqr.tasks.read import bundled_lines, read_rows
 from mlx_lqr.tasks.records import Row
 from mlx_lqr.tasks.run import digest
 from mlx_lqr.tasks.steering import Steered
@@ -69,7 +69,7 @@ class NeutralText:
 
     @property
     def _sentences(self) -> Sequence[str]:
-        return self.sentences or bundled_text("neutral.txt").splitlines()
+        return self.sentences or bundled_lines("neutral.txt")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Capability:
     @classmethod
     def bundled(cls) -> Capability:
         """Sums, facts and grammar that small models get partly right."""
-        return cls([_question(json.loads(line)) for line in bundled_text("capability.jsonl").splitlines()])
+        return cls([_question(json.loads(line)) for line in bundled_lines("capability.jsonl")])
 
     @classmethod
     def read(cls, path: str | PathLike[str], limit: int | None = None) -> Capability:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mlx_lqr.backends.base import Continued, Model
+from mlx_lqr.backends.base import Continued, Model, Sampling
 from mlx_lqr.contrast import Prompt
 from mlx_lqr.errors import InputError
 from mlx_lqr.runtime import Options
@@ -37,8 +37,9 @@ class Decoding:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise InputError(f"samples must be at least 1, not {self.samples}")
-        if self.seed < 0:
-            raise InputError(f"seed must be zero or above, not {self.seed}")
+        if self.max_tokens < 1:
+            raise InputError(f"max_tokens (-n) must be at least 1, not {self.max_tokens}")
+        Sampling(self.temperature, self.top_p, seed=self.seed)  # refuses what nothing can be drawn with
 
     def options(self, start: int) -> Options:
         """For the rows from `start` on."""

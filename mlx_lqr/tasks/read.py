@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from os import PathLike
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_lqr.errors import InputError
+from mlx_lqr.prompts import is_unicode, parse_object, read_lines, text_lines
 from mlx_lqr.tasks.records import Row
 
 Kind = Literal["text", "texts"]
@@ -30,13 +30,7 @@ def read_rows(path: str | PathLike[str], keys: Mapping[str, Kind], limit: int | 
     file = Path(path)
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
-    try:
-        lines = file.read_text("utf-8").split("\n")
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror or error}") from error
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8 text") from None
-    rows = [_row(file, number, line, keys) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_row(file, number, line, keys) for number, line in read_lines(file)]
     if not rows:
         raise InputError(f"{file} has no rows")
     return rows if limit is None else spread(rows, limit)
@@ -53,16 +47,20 @@ def bundled_text(name: str) -> str:
     return resources.files("mlx_lqr.tasks.bundled").joinpath(name).read_text("utf-8")
 
 
+def bundled_lines(name: str) -> list[str]:
+    """The lines of such a file."""
+    return text_lines(bundled_text(name))
+
+
 def _row(file: Path, number: int, line: str, keys: Mapping[str, Kind]) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
+    row = parse_object(line)
+    if row is None:
         raise InputError(f"{file}, line {number}: expected a JSON object with the keys {', '.join(keys)}")
     for key, kind in keys.items():
         value = row.get(key)
         texts = value if kind == "texts" else [value]
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise InputError(f'{file}, line {number}: "{key}" must be {_NAMES[kind]}')
+        if not all(map(is_unicode, texts)):
+            raise InputError(f'{file}, line {number}: "{key}" has half a surrogate pair, which is no character')
     return row

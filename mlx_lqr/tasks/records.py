@@ -43,8 +43,7 @@ class Records:
         if self._path.exists():
             self._read(self._path)
         else:
-            with writing(self._path) as temporary:
-                temporary.write_bytes(_line(self.header))
+            self._begin(self._path)
 
     def of(self, strength: float, part: str) -> list[Row]:
         return self.rows.setdefault((strength, part), [])
@@ -69,6 +68,10 @@ class Records:
                 raise InputError(f"cannot write {self._path}: {error.strerror or error}") from error
         known.extend(json.loads(json.dumps(numbered)))
 
+    def _begin(self, path: Path) -> None:
+        with writing(path) as temporary:
+            temporary.write_bytes(_line(self.header))
+
     def _read(self, path: Path) -> None:
         try:
             content = path.read_bytes()
@@ -79,7 +82,11 @@ class Records:
             lines.pop()
         if not lines:
             raise InputError(f"{path} is no evaluation: name another place, or remove it")
-        self._check_header(path, _parsed(path, 1, lines[0]))
+        header = _parsed(path, 1, lines[0])
+        if len(lines) == 1 and header.get("format") == FORMAT and header != self.header:
+            self._begin(path)  # nothing has been measured yet
+            return
+        self._check_header(path, header)
         key: Key | None = None
         for number, line in enumerate(lines[1:], 2):
             row = _parsed(path, number, line)

@@ -1,7 +1,4 @@
-"""What steers, and a model under it at one strength: all that tasks know of controllers and laws.
-
-Strength 0 means that nothing steers. (A controller at setpoint 0 would hold the feature at 0, which is something else.)
-"""
+"""What steers, and a model under it at one strength: all that tasks know of controllers and laws."""
 
 from __future__ import annotations
 
@@ -98,7 +95,7 @@ def check_strengths(model: Model, steering: Steering | None, strengths: Sequence
     Raises:
         InputError: a controller of another model, or a strength other than 0 without steering.
     """
-    wanted = list(dict.fromkeys(float(strength) for strength in strengths))
+    wanted = list(dict.fromkeys(float(strength) + 0.0 for strength in strengths))  # -0 is 0
     if steering is None and any(wanted):
         raise InputError("there is nothing to steer with: give a controller, or strength 0 alone")
     if steering is not None:

@@ -116,7 +116,8 @@ class Tuned:
     unsteered: Result
     trials: tuple[Trial, ...]
     best: Trial | None
-    """The most control within the limit, and of equal ones the least damage; None where no trial is within it"""
+    """The most control within the limit, and of equal ones the least damage; None where no trial within it controls
+    more than the unsteered model does"""
     steering: baseline.Steering | None
     """What was fitted there, with the recommended strength"""
 
@@ -228,7 +229,8 @@ class _Run:
         return metrics["repetition"].value > self.unsteered.metrics["repetition"].value + REPETITION
 
     def tuned(self) -> Tuned:
-        within = [trial for trial in self.trials if trial.within]
+        unsteered = self.unsteered.metrics[self.control].value
+        within = [trial for trial in self.trials if trial.within and trial.control.value > unsteered]
         best = max(within, key=lambda trial: (trial.control.value, -trial.relative), default=None)
         steering = None
         if best is not None:

@@ -1,0 +1,137 @@
+"""A conversation as a JSON file: the model, the strengths in force, and every message.
+
+An answer also has the strengths that it was given at: `strengths` at its first token and, where they were set while it
+was written, `changes`, each with the first token that it holds for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from os import PathLike
+from typing import Any
+
+from mlx_lqr.atomic import writing
+from mlx_lqr.backends.tokenizer import Message
+from mlx_lqr.errors import InputError
+from mlx_lqr.laws import check_strength
+from mlx_lqr.prompts import read_text
+
+FORMAT = "mlx-lqr transcript 2"
+"""Version 1 had no format entry, and no strengths of each answer."""
+
+
+@dataclass
+class Given:
+    """How one answer was steered."""
+
+    reply: Message
+    concepts: tuple[str, ...]
+    strengths: list[tuple[float, ...]]
+    """Under which each of its tokens was made; one more than there are tokens"""
+    written: dict[str, Any] | None = None
+    """The entries that a transcript had, of an answer from there"""
+
+    def entries(self) -> dict[str, Any]:
+        """The strengths at the answer's first token and, where they changed in it, from which token on to what."""
+        if self.written is not None:
+            return self.written
+        kept = self.strengths[: max(1, len(self.strengths) - 1)]
+        runs = [(strengths, len(list(same))) for strengths, same in groupby(kept)]
+        named: list[dict[str, Any]] = []
+        token = 0
+        for strengths, count in runs:
+            named.append({"token": token, "strengths": dict(zip(self.concepts, strengths, strict=True))})
+            token += count
+        found: dict[str, Any] = {"strengths": named[0]["strengths"] if named else {}}
+        return {**found, "changes": named[1:]} if len(named) > 1 else found
+
+    @classmethod
+    def read(cls, reply: Message, entries: dict[str, Any]) -> Given | None:
+        """What `entries` has written, checked; None where nothing is said."""
+        if "strengths" not in entries:
+            return None
+        found: dict[str, Any] = {"strengths": _checked(entries["strengths"])}
+        token = 0
+        for change in entries.get("changes", []):
+            if type(change["token"]) is not int or change["token"] <= token:
+                raise ValueError("an answer's changes are not in the order of its tokens")
+            token = change["token"]
+            found.setdefault("changes", []).append({"token": token, "strengths": _checked(change["strengths"])})
+        return cls(reply, (), [], found)
+
+
+def write_transcript(
+    path: str | PathLike[str],
+    model: str,
+    strengths: Mapping[str, float],
+    messages: Sequence[Message],
+    given: Sequence[Given],
+    *,
+    force: bool = False,
+) -> None:
+    """Write a conversation; with `force` in place of a file of any kind.
+
+    Args:
+        given: how its answers were steered, where this is known.
+
+    Raises:
+        InputError: a place that cannot be written, or where something else stands.
+    """
+
+    def entries(message: Message) -> dict[str, Any]:
+        return next((one.entries() for one in reversed(given) if one.reply is message), {})
+
+    transcript = {
+        "format": FORMAT,
+        "model": model,
+        "strengths": dict(strengths),
+        "messages": [{**message, **entries(message)} for message in messages],
+    }
+    with writing(path, kind="transcript", force=force) as temporary:
+        text = json.dumps(transcript, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], list[Message], list[Given]]:
+    """Model, strengths and messages of a transcript, and how its answers were steered, checked."""
+    try:
+        transcript = json.loads(read_text(path))
+    except InputError:
+        raise
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not JSON: name a transcript that /save wrote") from None
+    try:
+        if transcript.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"its format is {transcript['format']!r}, and this version reads {FORMAT!r}")
+        name, strengths, messages = (transcript[key] for key in ("model", "strengths", "messages"))
+        if not isinstance(name, str) or not isinstance(strengths, dict) or not isinstance(messages, list):
+            raise ValueError("model, strengths or messages of a wrong kind")
+        checked = [_message(i, message, messages) for i, message in enumerate(messages)]
+        given = [Given.read(reply, message) for reply, message in zip(checked, messages, strict=True)]
+        return name, _checked(strengths), checked, [one for one in given if one is not None]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{path} is a damaged transcript ({reason}): name one that /save wrote") from None
+
+
+def _checked(strengths: dict[str, Any]) -> dict[str, float]:
+    return {concept: check_strength(strength, 1)[0] for concept, strength in strengths.items()}
+
+
+def _message(index: int, message: Any, messages: list[Any]) -> Message:
+    """A message that may stand where it stands: a system prompt first or not at all, then question and answer."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        raise ValueError(f"message {index + 1} has no text")
+    role = message.get("role")
+    if role == "system" and index == 0:
+        return {"role": "system", "content": message["content"]}
+    first = int(messages[0]["role"] == "system")
+    expected = ("user", "assistant")[(index - first) % 2]
+    if role != expected:
+        raise ValueError(f"message {index + 1} is of {role!r} where one of {expected!r} must stand")
+    if role == "user" and index == len(messages) - 1:
+        raise ValueError("its last message has no answer")
+    return {"role": role, "content": message["content"]}
