@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
-from mlx_lqr.backends.base import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace, overflows
+from mlx_lqr.backends.base import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace, first_overflow
 from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.errors import InputError, OverflowingError
 
@@ -96,7 +96,7 @@ def _decode(
 
     if adapted is not None:
         trace = decoder.trace(last[0])
-        if overflows(trace.residual).any():
+        if first_overflow(trace.residual) is not None:
             raise overflow(0)
         decoder.law = adapted(trace)
     running = list(range(len(prompts)))  # which prompt each row of the decoder belongs to

@@ -331,11 +331,12 @@ def fingerprint_of(model: Model, norms: Iterable[tuple[str, bytes]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def overflows(activations: np.ndarray) -> np.ndarray:
-    """Where |z|^2 of activations (..., d) is beyond float32, in which norms are computed: (...)"""
+def first_overflow(activations: Float32) -> int | None:
+    """The first of n activations (n, ..., d) with a |z|^2 beyond float32, in which norms are computed."""
     with np.errstate(over="ignore", invalid="ignore"):
         energy = np.square(activations, dtype=np.float32).sum(axis=-1)
-    return ~np.isfinite(energy)
+    spoiled = np.argwhere(~np.isfinite(energy))
+    return int(spoiled[0, 0]) if len(spoiled) else None
 
 
 def named_overflow(
@@ -367,7 +368,8 @@ def padded_left(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     A token that is in none of them could overflow where they do not: masked, it still spoils the sum.
     """
     longest = max(prompts, key=len)
-    return [[*(prompt or longest)[:1] * (len(longest) - len(prompt)), *prompt] for prompt in prompts]
+    padding = [[*(prompt or longest)[:1]] * (len(longest) - len(prompt)) for prompt in prompts]
+    return [[*pad, *prompt] for pad, prompt in zip(padding, prompts, strict=True)]
 
 
 def in_batches(

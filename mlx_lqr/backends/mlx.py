@@ -27,15 +27,16 @@ from mlx_lqr.backends.base import (
     Sampling,
     Stretches,
     fingerprint_of,
+    first_overflow,
     in_batches,
-    overflows,
     padded,
     restart,
 )
 from mlx_lqr.backends.mlx_blocks import TANGENTS, differentiable, hooked, output_projection, refuse_hooked
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
+from mlx_lqr.backends.mlx_device import on_gpu
 from mlx_lqr.backends.mlx_expansion import block_jacobian
-from mlx_lqr.backends.mlx_load import load_module
+from mlx_lqr.backends.mlx_load import check_computed, load_module
 from mlx_lqr.backends.mlx_step import CompiledStep, energy
 from mlx_lqr.backends.model_folder import read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def load(folder: Path, name: str, dtype: str | None = None) -> MLXModel:
         InputError: unsupported architecture, or files that are missing, damaged or do not fit together.
     """
     config = read_config(folder)
-    if mx.default_device() == mx.cpu:
+    if not on_gpu():
         blas.warn_if_slow()
     model = MLXModel(load_module(folder, config, dtype), name, Tokenizer(folder, config))
     if length := config.get("max_position_embeddings"):  # some of mlx-lm's models do not read it
@@ -70,6 +71,7 @@ class MLXModel:
         self.num_layers = len(self.blocks)
         self.hidden_size = int(module.args.hidden_size)
         self.vocab_size = int(module.args.vocab_size)
+        check_computed(module, self._dtype)
         self.context_length = int(getattr(module.args, "max_position_embeddings", None) or 1 << 30)
 
     @property
@@ -113,9 +115,8 @@ class MLXModel:
         with hooked(self.blocks, record, range(self.num_layers), steering):
             self.module(tokens)
         found = np.asarray(mx.stack(recorded, axis=1).astype(mx.float32))
-        for prompt, spoiled in zip(prompts, overflows(found).any(axis=1), strict=True):
-            if spoiled:
-                raise self.decoder(law).overflow(prompt, 0 if steer_all else len(prompt) - 1)
+        if (row := first_overflow(found)) is not None:
+            raise self.decoder(law).overflow(prompts[row], 0 if steer_all else len(prompts[row]) - 1)
         return found
 
     def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
@@ -135,9 +136,8 @@ class MLXModel:
         with hooked([output_projection(block) for block in self.blocks], record, range(self.num_layers)):
             self.module(tokens)
         stacked = np.asarray(mx.stack(recorded, axis=1).astype(mx.float32))
-        for prompt, spoiled in zip(prompts, overflows(stacked).any(axis=1), strict=True):
-            if spoiled:
-                raise self.decoder().overflow(prompt, len(prompt))
+        if (row := first_overflow(stacked)) is not None:
+            raise self.decoder().overflow(prompts[row], len(prompts[row]))
         return stacked.reshape(*stacked.shape[:2], int(self.module.args.num_attention_heads), -1)
 
     def projected(self, layer: int, heads: Float32) -> Float32:
@@ -201,7 +201,7 @@ class MLXModel:
 
     def trace(self, tokens: Sequence[int]) -> MLXTrace:
         trace = self.decoder().trace_prompt(tokens)
-        if overflows(trace.residual).any():
+        if first_overflow(trace.residual) is not None:
             raise self.decoder().overflow(tokens, len(tokens))
         return trace
 
@@ -277,7 +277,7 @@ class MLXModel:
     @cached_property
     def _compiled(self) -> CompiledStep | None:
         """On the CPU alone, where it has been measured."""
-        return CompiledStep(self.module) if mx.default_device() == mx.cpu else None
+        return None if on_gpu() else CompiledStep(self.module)
 
     @cached_property
     def _dtype(self) -> mx.Dtype:

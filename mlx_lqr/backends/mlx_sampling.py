@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlx_lqr.backends.base import LEAST_TEMPERATURE, Sampling
+from mlx_lqr.backends.mlx_device import on_gpu
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 
 LIKELIEST = 2048
@@ -59,7 +60,7 @@ def nucleus(logprobs: mx.array, top_p: float) -> mx.array:
     waits for the logits, which on a GPU, where sorting is quick, would cost more than it saves.
     """
     apply_top_p: Callable[[mx.array, float], mx.array] = import_mlx_lm("sample_utils").apply_top_p
-    if mx.default_device() != mx.cpu:
+    if on_gpu():
         return apply_top_p(logprobs, top_p)
     count = min(LIKELIEST, logprobs.shape[-1])
     ascending = mx.sort(mx.topk(logprobs, count, axis=-1), axis=-1)

@@ -25,8 +25,8 @@ from mlx_lqr.backends.base import (
     Sampling,
     Stretches,
     fingerprint_of,
+    first_overflow,
     in_batches,
-    overflows,
     padded,
     restart,
 )
@@ -123,9 +123,8 @@ class TorchModel:
         with hooked(self.blocks, record, range(self.num_layers), steering):
             self._whole(tokens, self.module.base_model)
         found: Float32 = torch.stack(recorded, dim=1).float().cpu().numpy()
-        for prompt, spoiled in zip(prompts, overflows(found).any(axis=1), strict=True):
-            if spoiled:
-                raise self.decoder(law).overflow(prompt, 0 if steer_all else len(prompt) - 1)
+        if (row := first_overflow(found)) is not None:
+            raise self.decoder(law).overflow(prompts[row], 0 if steer_all else len(prompts[row]) - 1)
         return found
 
     def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
@@ -145,9 +144,8 @@ class TorchModel:
         with hooked([output_projection(block) for block in self.blocks], record, range(self.num_layers)):
             self._whole(tokens, self.module.base_model)
         stacked = torch.stack(recorded, dim=1).float().cpu().numpy()
-        for prompt, spoiled in zip(prompts, overflows(stacked).any(axis=1), strict=True):
-            if spoiled:
-                raise self.decoder().overflow(prompt, len(prompt))
+        if (row := first_overflow(stacked)) is not None:
+            raise self.decoder().overflow(prompts[row], len(prompts[row]))
         return stacked.reshape(*stacked.shape[:2], int(self.module.config.num_attention_heads), -1)
 
     @torch.no_grad()
@@ -231,7 +229,7 @@ class TorchModel:
         decoder = self.decoder()
         decoder.fill([tokens[:-1]], steered=False)
         trace = decoder.trace(tokens[-1])
-        if overflows(trace.residual).any():
+        if first_overflow(trace.residual) is not None:
             raise self.decoder().overflow(tokens, len(tokens))
         return trace
 
