@@ -18,7 +18,15 @@ TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
     {"errors", "cache", "atomic", "concepts", "algebra", "strength"},
-    {"backends.base", "backends.tokenizer", "backends.model_folder", "backends.blas", "backends.mlx_device", "tensors", "jacobian_file"},
+    {
+        "backends.base",
+        "backends.tokenizer",
+        "backends.model_folder",
+        "backends.blas",
+        "backends.mlx_device",
+        "tensors",
+        "jacobian_file",
+    },
     {"backends", "contrast", "probes", "riccati"},
     {"controller", "linearize"},
     {"baseline"},
