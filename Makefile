@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-gpu test-metal lint clean
 
 demo: $(VENV)/core
 	$(BIN)/mlx-lqr demo
@@ -17,6 +17,10 @@ test: $(VENV)/test
 test-gpu: $(VENV)/test
 	$(BIN)/python -m pytest -m gpu -rs
 	$(BIN)/python benchmarks/backends.py --device cuda
+
+# On a Mac: the tests, then decoding, start-up and synthesis as one table to paste into an issue.
+test-metal: $(VENV)/test
+	$(BIN)/python benchmarks/metal.py
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from mlx_lqr.backends.mlx_device import REHEARSE
 
 CPU_ONLY = {
     *("cholesky", "cholesky_inv", "eig", "eigh", "eigvals", "eigvalsh", "inv", "lu", "lu_factor", "pinv", "qr"),
-    *("solve", "solve_triangular", "svd", "tri_inv"),
+    *("solve", "solve_triangular", "svd", "tri_inv", "det", "slogdet"),
 }
 """Of mx.linalg: without a CPU stream they raise on a GPU."""
 

@@ -14,13 +14,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from backends import BACKENDS, tiny_folder
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import mlx_lqr
-from mlx_lqr.backends.base import GREEDY, Law, Model, Sampling
+from mlx_lqr import InputError, tasks
+from mlx_lqr.backends.base import GREEDY, CarryingLaw, Law, Model, Sampling
+from mlx_lqr.commands import main
 from mlx_lqr.errors import OverflowingError
 from mlx_lqr.laws import LinearFeedback
+from mlx_lqr.laws import law_of as law_of_steering
 from mlx_lqr.runtime.decode import decode
+from mlx_lqr.tasks.damage import NeutralText
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -163,3 +168,37 @@ def test_gemma_in_float16_is_refused_on_torch(gemma3_folder: Path) -> None:
     model = mlx_lqr.load(gemma3_folder, backend="torch", dtype="float16")
     with pytest.raises(OverflowingError, match=r"overflow float16 at layer \d+: load the model with dtype bfloat16"):
         mlx_lqr.generate(model, "The capital of France is", max_tokens=3)
+
+
+def test_what_mlx_would_cut_or_cannot_compute_is_refused() -> None:
+    with pytest.raises(InputError, match="Gemma 3 overflow float16, where mlx-lm cuts them: load it with bfloat16"):
+        mlx_lqr.load(tiny_folder("gemma3_text"), backend="mlx", dtype="float16")
+    for dtype in ("float16", "bfloat16"):
+        with pytest.raises(InputError, match="experts in float32 alone: load it with dtype float32"):
+            mlx_lqr.load(tiny_folder("mixtral"), backend="mlx", dtype=dtype)
+
+
+@every_backend
+def test_commands_and_tasks_end_with_that_line(backend: str) -> None:
+    given = [str(folder_of("MLP")), "-p", "w5 w17", "-n", "3", "--dtype", "float16", "--backend", backend]
+    done = CliRunner().invoke(main, ["generate", *given])
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert "overflow float16 at layer 1: load the model with dtype bfloat16 or float32" in done.stderr
+    task = tasks.concept(["w5"], openings=["w5 w17"], damage=[NeutralText(["w5 w17 w3 w4 w5 w6"])])
+    with pytest.raises(OverflowingError, match="overflow float16 at layer 1"):
+        tasks.evaluate(model_of("MLP", backend, "float16"), task)
+
+
+@every_backend
+def test_a_law_that_goes_from_token_to_token_is_refused_too(backend: str) -> None:
+    """Its scores come step by step, and only those that are asked for count."""
+    model = model_of("head", backend, "float32")
+    steering = mlx_lqr.fit_baseline(model, "spid", [[1, 2, 3], [4, 5]], [[6, 7], [8]], numbers={"kd": 0.1})
+    law = law_of_steering(steering, 1e25)
+    assert isinstance(law, CarryingLaw)
+    pairs = [(PROMPT, [3, 4]), ([1], [2])]
+    for work in (model.log_probabilities, model.logits_along):
+        with pytest.raises(OverflowingError, match=r"overflow at layer \d at strength 1e\+25: lower the strength"):
+            work(pairs, law=law)
+        assert all(np.isfinite(found).all() for found in work(pairs, law=law_of_steering(steering, 1.0)))
