@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON_OLDEST ?= $(PYTHON)
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest test-gpu lint clean
+.PHONY: demo test test-oldest test-gpu test-metal lint clean
 
 demo: $(VENV)/core
 	$(BIN)/mlx-lqr demo
@@ -24,6 +24,10 @@ test-oldest: $(OLDEST)/test
 test-gpu: $(VENV)/test
 	$(BIN)/python -m pytest -m gpu -rs
 	$(BIN)/python benchmarks/backends.py --device cuda
+
+# On a Mac: the tests, then decoding, start-up and synthesis as one table to paste into an issue.
+test-metal: $(VENV)/test
+	$(BIN)/python benchmarks/metal.py
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

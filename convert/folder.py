@@ -12,6 +12,7 @@ from gguf.constants import GGMLQuantizationType
 
 from mlx_lqr.atomic import writing
 from mlx_lqr.backends.base import Progress
+from mlx_lqr.backends.mlx_device import on_gpu
 from mlx_lqr.backends.mlx_load import DTYPES
 from mlx_lqr.errors import InputError
 
@@ -110,7 +111,7 @@ def _own_dtype(file: GGUFFile) -> str:
     if kinds <= FLOAT_TYPES.keys():
         narrow = kinds - {GGMLQuantizationType.F32}
         return FLOAT_TYPES[narrow.pop()] if len(narrow) == 1 else "bfloat16" if narrow else "float32"
-    return "float32" if mx.default_device() == mx.cpu else "bfloat16"
+    return "bfloat16" if on_gpu() else "float32"
 
 
 def _groups(weights: GGUFWeights, group_size: int) -> dict[str, int | None]:

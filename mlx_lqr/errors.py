@@ -1,5 +1,9 @@
 """Exceptions for mistakes that the person at the keyboard can mend."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Something the caller gave cannot be used; the message is one line that says what to do.
@@ -9,4 +13,25 @@ class InputError(ValueError):
 
 
 class OverflowingError(InputError):
-    """Activations that overflow: the strength is too high for this model and controller."""
+    """Activations that overflow: the strength is too high for this model and controller, or the dtype too narrow."""
+
+    @classmethod
+    def at(cls, layer: int | None, layers: int, dtype: str, strength: Sequence[float] = ()) -> OverflowingError:
+        """The error that names the place and says what to do.
+
+        Args:
+            layer: the first whose output overflows; -1 for the embedding, `layers` for what comes after the last
+                block, None where it is not known.
+            layers: how many blocks the model has.
+            dtype: that of the activations.
+            strength: of the steering; empty or zero where nothing steers.
+        """
+        places = {None: "", -1: " in the embedding", layers: " after the last layer"}
+        where = places.get(layer, f" at layer {layer}")
+        if any(strength):
+            also = ", or load the model with dtype float32" if dtype == "float16" else ""
+            named = ", ".join(f"{number:g}" for number in strength)
+            return cls(f"the activations overflow{where} at strength {named}: lower the strength{also}")
+        if dtype == "float16":
+            return cls(f"the activations overflow float16{where}: load the model with dtype bfloat16 or float32")
+        return cls(f"the activations overflow{where}: the model is damaged, download or convert it again")

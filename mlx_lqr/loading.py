@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mlx_lqr.backends.base import Model, Progress
+from mlx_lqr.backends.mlx_device import on_mac
 from mlx_lqr.errors import InputError
 
 BackendName = Literal["auto", "mlx", "torch"]
@@ -61,7 +62,7 @@ def load(
 
 def preferred_backend() -> BackendName:
     """MLX on Metal, torch on CUDA, MLX on a bare CPU; torch is imported only where an NVIDIA driver is at work."""
-    if sys.platform == "darwin" or importlib.util.find_spec("torch") is None:
+    if on_mac() or importlib.util.find_spec("torch") is None:
         return "mlx"
     if importlib.util.find_spec("transformers") is not None and _nvidia_driver():
         import torch

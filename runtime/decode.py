@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
-from mlx_lqr.backends.base import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace
+from mlx_lqr.backends.base import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace, first_overflow
 from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.errors import InputError, OverflowingError
 
@@ -66,7 +66,10 @@ def decode(
             decoder.law, decoder.sampling = law, sampling
         return decoder
 
-    return _decode(model, tokens, begin, steer_all, max_tokens, set() if ended is None else ended, adapted)
+    def anew() -> Decoder:
+        return model.decoder(decoder.law, rolling=rolling)
+
+    return _decode(model, tokens, begin, anew, steer_all, max_tokens, set() if ended is None else ended, adapted)
 
 
 def room_after(model: Model, prompt_length: int) -> int:
@@ -78,6 +81,7 @@ def _decode(
     model: Model,
     prompts: Sequence[Sequence[int]],
     begin: Callable[[], Decoder],
+    anew: Callable[[], Decoder],
     steer_all: bool,
     max_tokens: int,
     ended: set[int],
@@ -86,17 +90,26 @@ def _decode(
     decoder, end_tokens = begin(), model.tokenizer.end_tokens
     decoder.fill([prompt[decoder.position : -1] for prompt in prompts], steered=steer_all)
     last = [prompt[-1] for prompt in prompts]
+    sequences = [list(prompt) for prompt in prompts]
+
+    def overflow(i: int) -> OverflowingError:
+        return anew().overflow(sequences[i], 0 if steer_all else len(prompts[i]) - 1)
+
     if adapted is not None:
-        decoder.law = adapted(decoder.trace(last[0]))
+        trace = decoder.trace(last[0])
+        if first_overflow(trace.residual) is not None:
+            raise overflow(0)
+        decoder.law = adapted(trace)
     running = list(range(len(prompts)))  # which prompt each row of the decoder belongs to
     tokens = decoder.sample(decoder.step(last))
-    before: Sequence[int] = last
     for count in range(1, max_tokens + 1):
         following = decoder.sample(decoder.step(tokens)) if count < max_tokens else None
         values = tokens.tolist()
         if OVERFLOWED in values:
-            raise OverflowingError(_overflowed(decoder, before))
+            spoiled = [i for i, value in zip(running, values, strict=True) if value == OVERFLOWED]
+            raise overflow(max(spoiled, key=lambda i: len(prompts[i])))  # whose tokens may pad the others
         for i, value in zip(running, values, strict=True):
+            sequences[i].append(value)
             if value in end_tokens:
                 ended.add(i)
             else:
@@ -107,12 +120,4 @@ def _decode(
         if len(rows) < len(running):
             following = decoder.keep(rows, following)
             running = [running[row] for row in rows]
-        tokens, before = following, [values[row] for row in rows]
-
-
-def _overflowed(decoder: Decoder, tokens: Sequence[int]) -> str:
-    layer = decoder.overflowing_layer(tokens)
-    where = f"at layer {layer}" if layer is not None else "in the residual stream"
-    strength = getattr(decoder.law, "strength", ())
-    named = f" at strength {', '.join(f'{x:g}' for x in strength)}" if strength else ""
-    return f"the activations overflow {where}{named}: lower the strength"
+        tokens = following

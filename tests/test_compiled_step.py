@@ -85,7 +85,7 @@ def test_whatever_happens_between_steps(family: str, rolling: bool, monkeypatch:
         decoder.fill([PROMPT[3:6]], steered=False)
         found.append(decoder.trace(7).residual)
         steps(TOKENS[5:8])
-        assert decoder.overflowing_layer([9]) is None
+        assert 0 <= decoder.sample(decoder.step([9])).item() < model.vocab_size
         if rolling:
             steps(TOKENS[8:])
             decoder.fill([PROMPT], steered=False)

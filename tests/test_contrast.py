@@ -137,7 +137,7 @@ def test_a_prompt_longer_than_the_context_is_refused() -> None:
 def test_activations_that_overflow_are_refused() -> None:
     model = tiny("llama")
     model.blocks[0].mlp.down_proj.weight = model.blocks[0].mlp.down_proj.weight * mx.array(float("inf"))
-    with pytest.raises(InputError, match="layer 1"):
+    with pytest.raises(InputError, match="overflow at layer 0"):
         mlx_lqr.contrast(model, [[1, 2]], [[3, 4]])
 
 

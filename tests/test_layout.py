@@ -19,7 +19,8 @@ TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 LAYERS = [
     {"errors", "cache", "atomic", "tensors", "prompts", "concepts", "algebra", "strength"},
     {
-        *("backends.base", "backends.blas", "backends.families", "backends.model_folder", "jacobian_file"),
+        *("backends.base", "backends.blas", "backends.families", "backends.mlx_device", "backends.model_folder"),
+        "jacobian_file",
         *("backends.tokenizer", "backends.tokenizer_files", "backends.detokenizer", "backends.chat_template"),
     },
     {"backends", "contrast", "probes", "riccati"},
@@ -168,3 +169,20 @@ def test_the_package_holds_everything(tmp_path: Path) -> None:
     for name, file in modules():
         path = name.replace(".", "/").removesuffix("__init__")
         assert f"mlx_lqr/{path}.py" in names or f"mlx_lqr/{path}/__init__.py".replace("//", "/") in names, file
+
+
+ASKS = {"default_device", "is_available", "metal", "gpu", "platform", "machine", "system", "uname"}
+"""Names of what tells where a program runs."""
+MAY_ASK = {
+    "backends.mlx_device": ASKS,
+    "backends.blas": {"platform", "machine"},  # in which words to say how to install one
+    "loading": {"platform", "is_available"},  # how NVIDIA's driver is called on Windows; torch.cuda
+    "backends.torch_load": {"is_available"},  # torch.cuda
+}
+
+
+@pytest.mark.parametrize(("name", "file"), list(modules()))
+def test_one_place_asks_where_mlx_computes(name: str, file: Path) -> None:
+    """Or a rehearsal of Metal on the CPU would leave a branch out."""
+    asked = {node.attr for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
+    assert asked & ASKS <= MAY_ASK.get(name, set())

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mlx_lqr.algebra import LinearAlgebra
 from mlx_lqr.backends.tokenizer import Tokenizer
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, OverflowingError
 
 Array = Any
 Float32 = NDArray[np.float32]
@@ -120,6 +120,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+LEAST_TEMPERATURE = 1e-30
+"""Lower ones draw as this one does, the most likely token; float32 has no such small numbers."""
 
 
 class Trace(Protocol):
@@ -155,9 +157,9 @@ class Decoder(Protocol):
         """Append one token (B,) to each sequence, steered, and return the next tokens' logits (B, V)."""
 
     def sample(self, logits: Array) -> Array:
-        """Draw tokens (B,) from logits (B, V) and start computing them; `.tolist()` waits for them.
+        """Draw tokens (B,) from a step's logits (B, V) and start computing them; `.tolist()` waits for them.
 
-        A sequence whose activations have overflowed gets `OVERFLOWED` for a token.
+        A sequence whose activations or logits have overflowed gets `OVERFLOWED` for a token.
         """
 
     def keep(self, rows: Sequence[int], tokens: Array) -> Array:
@@ -169,8 +171,11 @@ class Decoder(Protocol):
     def trace(self, token: int) -> Trace:
         """What the Jacobians at `token`, after what a single sequence holds, depend on; it is not appended."""
 
-    def overflowing_layer(self, tokens: Array | Sequence[int]) -> int | None:
-        """The first layer whose output overflows when these tokens are run; spoils the cache."""
+    def overflow(self, tokens: Sequence[int], first: int) -> OverflowingError:
+        """Run a single sequence, steered from position `first` on, and name the first layer whose output overflows.
+
+        For a new decoder, and for a sequence that is known to overflow.
+        """
 
 
 OVERFLOWED = -1
@@ -343,6 +348,26 @@ def fingerprint_of(model: Model, norms: Iterable[tuple[str, bytes]]) -> str:
     return digest.hexdigest()[:16]
 
 
+def first_overflow(activations: Float32) -> int | None:
+    """The first of n activations (n, ..., d) with a |z|^2 beyond float32, in which norms are computed."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        energy = np.square(activations, dtype=np.float32).sum(axis=-1)
+    spoiled = np.argwhere(~np.isfinite(energy))
+    return int(spoiled[0, 0]) if len(spoiled) else None
+
+
+def named_overflow(
+    energies: Sequence[Sequence[float]], logits_finite: bool, dtype: str, law: Law | None
+) -> OverflowingError | None:
+    """The error for a pass with these |z|^2 of z_0..z_T, (T + 1, L), or None where all of it is finite."""
+    T = len(energies) - 1
+    finite = [all(math.isfinite(number) for number in row) for row in energies]
+    if all(finite) and logits_finite:
+        return None
+    layer = T if all(finite) else finite.index(False) - 1
+    return OverflowingError.at(layer, T, dtype, getattr(law, "strength", ()))
+
+
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
     """The prompts at one length, and where the last token of each is.
 
@@ -351,6 +376,17 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]
     """
     width = max(len(prompt) for prompt in prompts)
     return [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], [len(prompt) - 1 for prompt in prompts]
+
+
+def padded_left(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts at one length for decoding side by side, each padded on the left with its own first token, or if it
+    has none, that of the longest.
+
+    A token that is in none of them could overflow where they do not: masked, it still spoils the sum.
+    """
+    longest = max(prompts, key=len)
+    padding = [[*(prompt or longest)[:1]] * (len(longest) - len(prompt)) for prompt in prompts]
+    return [[*pad, *prompt] for pad, prompt in zip(padding, prompts, strict=True)]
 
 
 def in_batches(
@@ -398,17 +434,34 @@ class Stretches:
     def counts(self) -> list[int]:
         return [1 + len(continuation) for _, continuation in self.pairs]
 
-    def steps(self, decoder: Decoder) -> Iterator[Array]:
+    def steps(self, decoder: Callable[[], Decoder]) -> Iterator[Array]:
         """The logits (B, V) of one position of all pairs after the other, for laws that carry something from one to the
         next. What comes beyond a pair's end says nothing.
 
         Args:
-            decoder: a new one, with the law.
+            decoder: makes new ones, with the law.
+
+        Raises:
+            OverflowingError: after the last of them.
         """
-        decoder.fill([prompt[:-1] for prompt, _ in self.pairs], steered=False)
+        running = decoder()
+        running.fill([prompt[:-1] for prompt, _ in self.pairs], steered=False)
         tokens = [(prompt[-1], *continuation) for prompt, continuation in self.pairs]
+        drawn: list[Array] = []
         for step in range(max(self.counts)):
-            yield decoder.step([own[min(step, len(own) - 1)] for own in tokens])
+            logits = running.step([own[min(step, len(own) - 1)] for own in tokens])
+            drawn.append(running.sample(logits))
+            yield logits
+        values = [step.tolist() for step in drawn]
+        for row, count in enumerate(self.counts):
+            if any(values[step][row] == OVERFLOWED for step in range(count)):
+                raise decoder().overflow(self.sequences[row], self.first[row])
+
+    def check(self, finite: Sequence[bool], decoder: Callable[[], Decoder], *, steer_all: bool) -> None:
+        """Raise `OverflowingError` where a position, in the order of `positions`, is not finite; see `steps`."""
+        if not all(finite):
+            row = self.rows[list(finite).index(False)]
+            raise decoder().overflow(self.sequences[row], 0 if steer_all else self.first[row])
 
     @property
     def rows(self) -> list[int]:

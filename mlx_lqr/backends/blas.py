@@ -14,6 +14,8 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
+from mlx_lqr.backends.mlx_device import on_linux
+
 SETTING = "MLX_LQR_BLAS"
 _SYSTEM_LIBRARIES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2", "libblis.so.4")
 
@@ -28,7 +30,7 @@ def preload() -> str | None:
     The environment variable `MLX_LQR_BLAS` names a library to load instead, or says `off`.
     """
     global _loaded, _too_late
-    if sys.platform != "linux" or _loaded is not None:
+    if not on_linux() or _loaded is not None:
         return _loaded
     if "mlx.core" in sys.modules:
         _too_late = True
@@ -50,7 +52,7 @@ def preload() -> str | None:
 def warn_if_slow() -> None:
     """Say once a process, and only where it matters, that matrix products run on the reference BLAS."""
     global _warned
-    if sys.platform != "linux" or _loaded is not None or _warned or os.environ.get(SETTING) == "off":
+    if not on_linux() or _loaded is not None or _warned or os.environ.get(SETTING) == "off":
         return
     _warned = True
     if _too_late:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lqr.backends import blas, mlx_lm_calls
 from mlx_lqr.backends.base import (
     GREEDY,
+    OVERFLOWED,
     BlockCall,
     CarryingLaw,
     Continued,
@@ -26,6 +27,7 @@ from mlx_lqr.backends.base import (
     Sampling,
     Stretches,
     fingerprint_of,
+    first_overflow,
     in_batches,
     padded,
     restart,
@@ -34,9 +36,10 @@ from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.config import check_rolling, context_of, model_config
 from mlx_lqr.backends.mlx_blocks import TANGENTS, differentiable, hooked, output_projection, refuse_hooked
 from mlx_lqr.backends.mlx_decoder import MLXDecoder, MLXTrace
+from mlx_lqr.backends.mlx_device import on_gpu
 from mlx_lqr.backends.mlx_expansion import block_jacobian
-from mlx_lqr.backends.mlx_load import load_module
-from mlx_lqr.backends.mlx_step import CompiledStep
+from mlx_lqr.backends.mlx_load import check_computed, load_module
+from mlx_lqr.backends.mlx_step import CompiledStep, energy
 from mlx_lqr.backends.model_folder import read_config
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError
@@ -49,7 +52,7 @@ def load(folder: Path, name: str, dtype: str | None = None) -> MLXModel:
         InputError: unsupported architecture, or files that are missing, damaged or do not fit together.
     """
     config = read_config(folder)
-    if mx.default_device() == mx.cpu:
+    if not on_gpu():
         blas.warn_if_slow()
     meaning = model_config(config)
     model = MLXModel(load_module(folder, config, meaning, dtype), name, Tokenizer(folder, config))
@@ -72,6 +75,7 @@ class MLXModel:
         self.hidden_size = int(module.args.hidden_size)
         self.vocab_size = int(module.args.vocab_size)
         self.context_length, self.rolls = context_of(vars(module.args))
+        check_computed(module, self._dtype)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -113,7 +117,10 @@ class MLXModel:
 
         with hooked(self.blocks, record, range(self.num_layers), steering):
             self.module(tokens)
-        return np.asarray(mx.stack(recorded, axis=1).astype(mx.float32))
+        found = np.asarray(mx.stack(recorded, axis=1).astype(mx.float32))
+        if (row := first_overflow(found)) is not None:
+            raise self.decoder(law).overflow(prompts[row], 0 if steer_all else len(prompts[row]) - 1)
+        return found
 
     def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
         return in_batches(prompts, self._head_outputs_of_batch, progress)
@@ -132,6 +139,8 @@ class MLXModel:
         with hooked([output_projection(block) for block in self.blocks], record, range(self.num_layers)):
             self.module(tokens)
         stacked = np.asarray(mx.stack(recorded, axis=1).astype(mx.float32))
+        if (row := first_overflow(stacked)) is not None:
+            raise self.decoder().overflow(prompts[row], len(prompts[row]))
         return stacked.reshape(*stacked.shape[:2], int(self.module.args.num_attention_heads), -1)
 
     def projected(self, layer: int, heads: Float32) -> Float32:
@@ -143,7 +152,10 @@ class MLXModel:
     def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
         decoder = self.decoder(law)
         decoder.fill([tokens[:-1]], steered=steer_all)
-        return np.asarray(decoder.step(tokens[-1:])[0].astype(mx.float32))
+        logits = decoder.step(tokens[-1:])
+        if OVERFLOWED in decoder.sample(logits).tolist():
+            raise self.decoder(law).overflow(tokens, 0 if steer_all else len(tokens) - 1)
+        return np.asarray(logits[0].astype(mx.float32))
 
     def log_probabilities(
         self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
@@ -165,7 +177,7 @@ class MLXModel:
         placed = self.place(law)
         for batch, asked in Stretches.batches(self, pairs):
             if isinstance(law, CarryingLaw) and law.acts:
-                steps = mx.stack(list(asked.steps(self.decoder(law))), axis=1).astype(mx.float32)
+                steps = mx.stack(list(asked.steps(partial(self.decoder, law))), axis=1).astype(mx.float32)
                 yield from (
                     (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))
                 )
@@ -174,18 +186,27 @@ class MLXModel:
             rows, positions = mx.array(asked.rows), mx.array(asked.positions)
             steering = _from_positions(placed, 0 if steer_all else mx.array(asked.first)[:, None], tokens)
 
-            def gather(_: int, z: mx.array, call: BlockCall, at: Any = (rows, positions)) -> mx.array:
+            energies: list[mx.array] = []
+
+            def gather(
+                _: int, z: mx.array, call: BlockCall, at: Any = (rows, positions), energies: Any = energies
+            ) -> mx.array:
+                energies.append(energy(z[at]))
                 return call(z[at][None])  # the head is a large matrix, and few positions are asked for
 
             layers = placed.layers if placed is not None else ()
             with hooked([self.module.model.norm], gather, [0]), hooked(self.blocks, steering.block, layers, steering):
                 logits = self.module(tokens)[0].astype(mx.float32)
-            mx.eval(logits)
+            spoiled = (logits * 0).sum(axis=-1) + energies[0] * 0  # see MLXDecoder.sample
+            asked.check((spoiled == 0).tolist(), partial(self.decoder, law), steer_all=steer_all)
             starts = np.cumsum(asked.counts)[:-1].tolist()
             yield from zip(batch, mx.split(logits, starts), strict=True)
 
     def trace(self, tokens: Sequence[int]) -> MLXTrace:
-        return self.decoder().trace_prompt(tokens)
+        trace = self.decoder().trace_prompt(tokens)
+        if first_overflow(trace.residual) is not None:
+            raise self.decoder().overflow(tokens, len(tokens))
+        return trace
 
     def block(self, trace: MLXTrace, layer: int, z: Float32) -> Float32:
         result = np.empty(z.shape, np.float32)
@@ -260,7 +281,7 @@ class MLXModel:
     @cached_property
     def _compiled(self) -> CompiledStep | None:
         """On the CPU alone, where it has been measured."""
-        return CompiledStep(self.module) if mx.default_device() == mx.cpu else None
+        return None if on_gpu() else CompiledStep(self.module)
 
     @cached_property
     def _dtype(self) -> mx.Dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,12 +11,25 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, Hook, Law, LawHooks, Sampling, restart
+from mlx_lqr.backends.base import (
+    OVERFLOWED,
+    UNSTEERED,
+    BlockCall,
+    CarryingLaw,
+    Float32,
+    Hook,
+    Law,
+    LawHooks,
+    Sampling,
+    named_overflow,
+    padded_left,
+    restart,
+)
 from mlx_lqr.backends.mlx_blocks import BlockHooks, FrozenCache, hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 from mlx_lqr.backends.mlx_sampling import Sampler
 from mlx_lqr.backends.mlx_step import CompiledStep, FixedCache, energy, in_order
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, OverflowingError
 
 PREFILL_CHUNK = 512
 """Prompt tokens, of all sequences together, per forward pass while the cache is filled."""
@@ -103,7 +115,7 @@ class MLXDecoder:
         def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
             output = steering.block(k, z, call)
             if k == last:
-                self._energy = energy(output)
+                self._energy = energy(output[:, -1])
             return output
 
         self._hooks = BlockHooks(self._blocks, hook, placed.layers, steering)
@@ -126,7 +138,7 @@ class MLXDecoder:
         if self._seen is not None:
             for row, prompt in enumerate(prompts):
                 self._seen[row, mx.array(list(prompt), mx.uint32)] = True
-        tokens = mx.array([[*[0] * (width - len(prompt)), *prompt] for prompt in prompts], mx.uint32)
+        tokens = mx.array(padded_left(prompts), mx.uint32)
         chunk = max(1, PREFILL_CHUNK // len(prompts))
         for start in range(0, width, chunk):
             self._run(tokens[:, start : start + chunk], steered=steered)
@@ -148,12 +160,14 @@ class MLXDecoder:
         return logits
 
     def sample(self, logits: mx.array) -> mx.array:
+        spoiled = (logits * 0).sum(axis=-1)  # 0, or NaN where one of them is not finite
+        if self._energy is not None:
+            spoiled = spoiled + self._energy * 0
         if self._seen is not None:
             penalty = self.sampling.repetition_penalty
             logits = mx.where(self._seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
         tokens = self._sampler.draw(logits)
-        if self._energy is not None:
-            tokens = mx.where(self._energy < math.inf, tokens.astype(mx.int32), OVERFLOWED)  # false for NaN too
+        tokens = mx.where(spoiled == 0, tokens.astype(mx.int32), OVERFLOWED)
         mx.async_eval(tokens)
         return tokens
 
@@ -210,21 +224,38 @@ class MLXDecoder:
             self._module(mx.array([[token]]), cache=frozen)
         return calls
 
-    def overflowing_layer(self, tokens: mx.array | Sequence[int]) -> int | None:
-        self._settle()
-        steering = LawHooks(self._law)
+    def overflow(self, tokens: Sequence[int], first: int) -> OverflowingError:
+        self._start([0])
+        restart(self._law)
+        alone = isinstance(self._law, CarryingLaw)
+        starts = [*range(0, first, PREFILL_CHUNK), *range(first, len(tokens), 1 if alone else PREFILL_CHUNK)]
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            steering = LawHooks(self._law) if start >= first else UNSTEERED
+            energies, logits = self._examined(tokens[start:end], steering)
+            finite = mx.all(mx.isfinite(logits)).item()
+            if error := named_overflow([row.tolist() for row in energies], bool(finite), self._dtype, self._law):
+                return error
+        return OverflowingError.at(None, len(self._blocks), self._dtype, getattr(self._law, "strength", ()))
+
+    def _examined(self, tokens: Sequence[int], steering: LawHooks) -> tuple[list[mx.array], mx.array]:
+        """|z|^2 of z_0..z_T at tokens (L,) of a single sequence, each (L,), and the last one's logits (V,)."""
         energies: list[mx.array] = []
 
         def record(k: int, z: mx.array, call: BlockCall) -> mx.array:
+            if k == 0:
+                energies.append(energy(z)[0])
             output = steering.block(k, z, call)
-            energies.append(energy(output).sum())
+            energies.append(energy(output)[0])
+            mx.eval(output, energies)  # block by block, or the intermediates of all blocks are held at once
             return output
 
-        self.position += 1
         with hooked(self._blocks, record, range(len(self._blocks)), steering):
-            self._module(mx.array(tokens, mx.uint32)[:, None], cache=self._cache)
-        finite = mx.isfinite(mx.stack(energies)).tolist()
-        return finite.index(False) if False in finite else None
+            logits = self._module(mx.array([list(tokens)], mx.uint32), cache=self._cache)
+        return energies, logits[0, -1]
+
+    @property
+    def _dtype(self) -> str:
+        return str(self._array(np.zeros(1, np.float32)).dtype).rpartition(".")[2]
 
     def _can_replay(self) -> bool:
         """Whether a compiled step can take law and cache."""

@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_lqr.backends.config import ModelConfig
+from mlx_lqr.backends.mlx_device import on_gpu, on_linux
 from mlx_lqr.backends.mlx_family import ALWAYS_TIED, arguments, complete
 from mlx_lqr.backends.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
 from mlx_lqr.backends.model_folder import check_dtype
@@ -68,7 +69,7 @@ def load_module(folder: Path, config: dict[str, Any], meaning: ModelConfig, dtyp
         mx.eval(module.parameters())
     except RuntimeError as error:
         raise InputError(f"the weights in {folder} cannot be read: {_first_line(error)}") from error
-    if mx.default_device() == mx.cpu and sys.platform == "linux":
+    if on_linux() and not on_gpu():
         _lay_out_for_single_tokens(module)
     return module
 
@@ -113,8 +114,22 @@ def as_mlx_lm_reads(folder: Path, config: dict[str, Any], files: Weights) -> Ite
 
 def cast(module: nn.Module, dtype: str | None) -> None:
     """Give everything that is not packed this dtype; None keeps it on a GPU and takes float32 on the CPU."""
-    if dtype is not None or mx.default_device() == mx.cpu:
+    if dtype is not None or not on_gpu():
         module.set_dtype(DTYPES[dtype or "float32"])
+
+
+def check_computed(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Refuse what MLX or mlx-lm would compute wrongly, or not at all, with activations of this dtype.
+
+    Raises:
+        InputError: naming the dtypes to load the model in.
+    """
+    if dtype == mx.float16 and hasattr(sys.modules[type(module).__module__], "clip_residual"):
+        raise InputError("the activations of Gemma 3 overflow float16, where mlx-lm cuts them: load it with bfloat16")
+    experts = (leaf for _, leaf in tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module))
+    dense = any(hasattr(leaf, "num_experts") and "scales" not in leaf for leaf in experts)
+    if dtype != mx.float32 and dense and not on_gpu():
+        raise InputError("on the CPU, MLX multiplies experts in float32 alone: load it with dtype float32")
 
 
 def _lay_out_for_single_tokens(module: nn.Module) -> None:

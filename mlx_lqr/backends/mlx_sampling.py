@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from mlx_lqr.backends.base import Sampling
+from mlx_lqr.backends.base import LEAST_TEMPERATURE, Sampling
 from mlx_lqr.backends.borrowed import check_borrowed
+from mlx_lqr.backends.mlx_device import on_gpu
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 
 LIKELIEST = 2048
@@ -31,7 +32,8 @@ class Sampler:
             return mx.argmax(logits, axis=-1)
         check_borrowed("mlx sampling")
         library = import_mlx_lm("sample_utils")
-        logprobs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.float32)
+        logits = logits.astype(mx.float32)  # first: 16 bits round what is subtracted
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         if sampling.top_p < 1:
             logprobs = nucleus(logprobs, sampling.top_p)
         if sampling.min_p > 0:
@@ -43,7 +45,8 @@ class Sampler:
         split = mx.vmap(mx.random.split)(self._keys)  # (B, 2, 2)
         self._keys = split[:, 0]
         pick: Callable[[mx.array, mx.array], mx.array] = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))
-        return pick(logprobs / sampling.temperature, split[:, 1])
+        relative = logprobs - logprobs.max(axis=-1, keepdims=True)  # at low temperatures, only 0 stays finite
+        return pick(relative / max(sampling.temperature, LEAST_TEMPERATURE), split[:, 1])
 
     def keep(self, rows: mx.array | Sequence[int]) -> None:
         """Go on with these sequences alone."""
@@ -59,7 +62,7 @@ def nucleus(logprobs: mx.array, top_p: float) -> mx.array:
     waits for the logits, which on a GPU, where sorting is quick, would cost more than it saves.
     """
     apply_top_p: Callable[[mx.array, float], mx.array] = import_mlx_lm("sample_utils").apply_top_p
-    if mx.default_device() != mx.cpu:
+    if on_gpu():
         return apply_top_p(logprobs, top_p)
     count = min(LIKELIEST, logprobs.shape[-1])
     ascending = mx.sort(mx.topk(logprobs, count, axis=-1), axis=-1)

@@ -139,7 +139,7 @@ class CompiledStep:
             def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
                 output = steering.block(k, z, call)
                 if k == max(layers):
-                    energies.append(energy(output))
+                    energies.append(energy(output[:, -1]))
                 return output
 
             with hooked(self._blocks, hook, layers, steering):
@@ -167,10 +167,9 @@ class _Slots:
         return mx.arange(self.keys.shape[-2])[None] <= self.offset
 
 
-def energy(output: mx.array) -> mx.array:
-    """|z|^2 (B,) at the last position of a block's output (B, L, d)."""
-    last = output[:, -1].astype(mx.float32)
-    return (last * last).sum(axis=-1)
+def energy(z: mx.array) -> mx.array:
+    """|z|^2 (...) of activations (..., d), in float32."""
+    return mx.square(z.astype(mx.float32)).sum(axis=-1)
 
 
 def in_order(layer: Any) -> tuple[mx.array, mx.array]:

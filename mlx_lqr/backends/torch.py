@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.func import jvp, vjp
 
 from mlx_lqr.backends.base import (
     GREEDY,
+    OVERFLOWED,
     BlockCall,
     CarryingLaw,
     Continued,
@@ -24,6 +25,7 @@ from mlx_lqr.backends.base import (
     Sampling,
     Stretches,
     fingerprint_of,
+    first_overflow,
     in_batches,
     padded,
     restart,
@@ -35,7 +37,7 @@ from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.backends.torch_algebra import TorchAlgebra
 from mlx_lqr.backends.torch_attention import WholePrompts, attending
 from mlx_lqr.backends.torch_blocks import check_parts, hooked, output_projection, refuse_hooked
-from mlx_lqr.backends.torch_decoder import TorchDecoder, TorchTrace
+from mlx_lqr.backends.torch_decoder import TorchDecoder, TorchTrace, energy
 from mlx_lqr.backends.torch_generate import Positions, announcing_prompts
 from mlx_lqr.backends.torch_load import check_family, chosen_device, load_module, memory_for
 from mlx_lqr.errors import InputError
@@ -127,7 +129,10 @@ class TorchModel:
 
         with hooked(self.blocks, record, range(self.num_layers), steering):
             self._whole(tokens, self.module.base_model)
-        return torch.stack(recorded, dim=1).float().cpu().numpy()
+        found: Float32 = torch.stack(recorded, dim=1).float().cpu().numpy()
+        if (row := first_overflow(found)) is not None:
+            raise self.decoder(law).overflow(prompts[row], 0 if steer_all else len(prompts[row]) - 1)
+        return found
 
     def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
         return in_batches(prompts, self._head_outputs_of_batch, progress)
@@ -146,6 +151,8 @@ class TorchModel:
         with hooked([output_projection(block) for block in self.blocks], record, range(self.num_layers)):
             self._whole(tokens, self.module.base_model)
         stacked = torch.stack(recorded, dim=1).float().cpu().numpy()
+        if (row := first_overflow(stacked)) is not None:
+            raise self.decoder().overflow(prompts[row], len(prompts[row]))
         return stacked.reshape(*stacked.shape[:2], int(self.module.config.num_attention_heads), -1)
 
     @torch.no_grad()
@@ -158,7 +165,10 @@ class TorchModel:
     def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
         decoder = self.decoder(law)
         decoder.fill([tokens[:-1]], steered=steer_all)
-        return decoder.step(tokens[-1:])[0].float().cpu().numpy()
+        logits = decoder.step(tokens[-1:])
+        if OVERFLOWED in decoder.sample(logits).tolist():
+            raise self.decoder(law).overflow(tokens, 0 if steer_all else len(tokens) - 1)
+        return logits[0].float().cpu().numpy()
 
     @torch.no_grad()
     @memory_for("the log-probabilities", _SHORTER)
@@ -186,7 +196,7 @@ class TorchModel:
         placed = self.place(law)
         for batch, asked in Stretches.batches(self, pairs):
             if isinstance(law, CarryingLaw) and law.acts:
-                steps = torch.stack(list(asked.steps(self.decoder(law))), dim=1).float()
+                steps = torch.stack(list(asked.steps(partial(self.decoder, law))), dim=1).float()
                 yield from (
                     (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))
                 )
@@ -195,13 +205,20 @@ class TorchModel:
             rows, positions = self._tensor(asked.rows), self._tensor(asked.positions)
             steering = self._from_positions(placed, 0 if steer_all else self._tensor(asked.first)[:, None], tokens)
 
-            def gather(_: int, z: torch.Tensor, call: BlockCall, at: Any = (rows, positions)) -> torch.Tensor:
+            energies: list[torch.Tensor] = []
+
+            def gather(
+                _: int, z: torch.Tensor, call: BlockCall, at: Any = (rows, positions), energies: Any = energies
+            ) -> torch.Tensor:
+                energies.append(energy(z[at]))
                 return call(z[at][None])  # the head is a large matrix, and few positions are asked for
 
             layers = placed.layers if placed is not None else ()
             norm = self.module.base_model.norm
             with hooked([norm], gather, [0]), hooked(self.blocks, steering.block, layers, steering):
                 logits = self._whole(tokens, self.module).logits[0].float()
+            spoiled = (logits * 0).sum(dim=-1) + energies[0] * 0  # see TorchDecoder.sample
+            asked.check((spoiled == 0).tolist(), partial(self.decoder, law), steer_all=steer_all)
             yield from zip(batch, logits.split(asked.counts), strict=True)
 
     def _whole(self, tokens: torch.Tensor, module: Any) -> Any:
@@ -218,7 +235,10 @@ class TorchModel:
     def trace(self, tokens: Sequence[int]) -> TorchTrace:
         decoder = self.decoder()
         decoder.fill([tokens[:-1]], steered=False)
-        return decoder.trace(tokens[-1])
+        trace = decoder.trace(tokens[-1])
+        if first_overflow(trace.residual) is not None:
+            raise self.decoder().overflow(tokens, len(tokens))
+        return trace
 
     def block(self, trace: TorchTrace, layer: int, z: Float32) -> Float32:
         rows = torch.tensor(z, dtype=torch.float32, device=self._device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,14 +9,26 @@ from typing import Any
 
 import torch
 
-from mlx_lqr.backends.base import OVERFLOWED, BlockCall, CarryingLaw, Float32, Law, LawHooks, Sampling, restart
+from mlx_lqr.backends.base import (
+    OVERFLOWED,
+    UNSTEERED,
+    BlockCall,
+    CarryingLaw,
+    Float32,
+    Law,
+    LawHooks,
+    Sampling,
+    named_overflow,
+    padded_left,
+    restart,
+)
 from mlx_lqr.backends.torch_attention import attending
 from mlx_lqr.backends.torch_blocks import BlockHooks, FrozenBlock, hooked
 from mlx_lqr.backends.torch_cache import KeyValueCache
 from mlx_lqr.backends.torch_calls import cache_argument
 from mlx_lqr.backends.torch_load import memory_for
 from mlx_lqr.backends.torch_sampling import Sampler, penalised
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, OverflowingError
 
 PREFILL_CHUNK = 512
 """Prompt tokens, of all sequences together, per forward pass while the cache is filled."""
@@ -96,7 +107,7 @@ class TorchDecoder:
         def hook(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
             output = steering.block(k, z, call)
             if k == last:
-                self._energy = _energy(output)
+                self._energy = energy(output[:, -1])
             return output
 
         self._hooks = BlockHooks(self._blocks, hook, placed.layers, steering)
@@ -119,7 +130,7 @@ class TorchDecoder:
         if self._seen is not None:
             for row, prompt in enumerate(prompts):
                 self._seen[row, list(prompt)] = True
-        tokens = self._tokens([[*[0] * (width - len(prompt)), *prompt] for prompt in prompts])
+        tokens = self._tokens(padded_left(prompts))
         chunk = max(1, PREFILL_CHUNK // len(prompts))
         for start in range(0, width, chunk):
             self._run(tokens[:, start : start + chunk], steered=steered, head=False)
@@ -140,12 +151,13 @@ class TorchDecoder:
 
     @torch.no_grad()
     def sample(self, logits: torch.Tensor) -> torch.Tensor:
+        spoiled = (logits * 0).sum(dim=-1)  # 0, or NaN where one of them is not finite
+        if self._energy is not None:
+            spoiled = spoiled + self._energy * 0
         if self._seen is not None:
             logits = penalised(logits, self._seen, self.sampling.repetition_penalty)
         tokens = self._sampler.draw(logits)
-        if self._energy is not None:
-            tokens = torch.where(self._energy < math.inf, tokens, OVERFLOWED)  # false for NaN too
-        return tokens
+        return torch.where(spoiled == 0, tokens, OVERFLOWED)
 
     @torch.no_grad()
     def keep(self, rows: Sequence[int], tokens: torch.Tensor) -> torch.Tensor:
@@ -197,20 +209,38 @@ class TorchDecoder:
         return TorchTrace(stacked, blocks, frozen.nbytes + stacked.nbytes)
 
     @torch.no_grad()
-    def overflowing_layer(self, tokens: torch.Tensor | Sequence[int]) -> int | None:
-        steering = LawHooks(self._law)
+    @memory_for("the prompts", _MEMORY)
+    def overflow(self, tokens: Sequence[int], first: int) -> OverflowingError:
+        self._start([0])
+        restart(self._law)
+        alone = isinstance(self._law, CarryingLaw)
+        starts = [*range(0, first, PREFILL_CHUNK), *range(first, len(tokens), 1 if alone else PREFILL_CHUNK)]
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            steering = LawHooks(self._law) if start >= first else UNSTEERED
+            energies, logits = self._examined(tokens[start:end], steering)
+            finite = bool(torch.isfinite(logits).all())
+            if error := named_overflow([row.tolist() for row in energies], finite, self._dtype, self._law):
+                return error
+        return OverflowingError.at(None, len(self._blocks), self._dtype, getattr(self._law, "strength", ()))
+
+    def _examined(self, tokens: Sequence[int], steering: LawHooks) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """|z|^2 of z_0..z_T at tokens (L,) of a single sequence, each (L,), and the last one's logits (V,)."""
         energies: list[torch.Tensor] = []
 
         def record(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            if k == 0:
+                energies.append(energy(z)[0])
             output = steering.block(k, z, call)
-            energies.append(_energy(output).sum())
+            energies.append(energy(output)[0])
             return output
 
-        tokens = tokens if isinstance(tokens, torch.Tensor) else self._tokens(tokens)
         with hooked(self._blocks, record, range(len(self._blocks)), steering):
-            self._run(tokens[:, None], steered=False, head=False)
-        finite = torch.isfinite(torch.stack(energies)).tolist()
-        return finite.index(False) if False in finite else None
+            logits = self._run(self._tokens([list(tokens)]), steered=False)
+        return energies, logits[0]
+
+    @property
+    def _dtype(self) -> str:
+        return str(self._module.dtype).rpartition(".")[2]
 
     def _tokens(self, tokens: Any) -> torch.Tensor:
         return torch.tensor(tokens, dtype=torch.long, device=self._device)
@@ -350,7 +380,6 @@ def _can_be_recorded(module: Any) -> bool:
     return not any(kind in ("dynamic", "longrope") for kind in kinds)
 
 
-def _energy(output: torch.Tensor) -> torch.Tensor:
-    """|z|^2 (B,) at the last position of a block's output (B, L, d)."""
-    last = output[:, -1].float()
-    return (last * last).sum(dim=-1)
+def energy(z: torch.Tensor) -> torch.Tensor:
+    """|z|^2 (...) of activations (..., d), in float32."""
+    return z.float().square().sum(dim=-1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mlx_lqr.backends.base import Sampling
+from mlx_lqr.backends.base import LEAST_TEMPERATURE, Sampling
 
 
 class Sampler:
@@ -34,7 +34,9 @@ class Sampler:
             [torch.rand(logits.shape[-1], generator=own, device=logits.device) for own in self._generators]
         )
         # The largest of log p plus Gumbel noise is a draw from p.
-        return (logprobs / sampling.temperature - torch.log(-torch.log(uniform))).argmax(dim=-1)
+        relative = logprobs - logprobs.amax(dim=-1, keepdim=True)  # at low temperatures, only 0 stays finite
+        scaled = relative / max(sampling.temperature, LEAST_TEMPERATURE)
+        return (scaled - torch.log(-torch.log(uniform))).argmax(dim=-1)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these sequences alone."""
