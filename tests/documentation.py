@@ -118,7 +118,9 @@ class Session:
         *before, last = re.split(r"\s\|\s", command)
         program = program_of(last)
         if program is None:
-            done = subprocess.run(["bash", "-ec", command], capture_output=True, text=True, cwd=self.folder, check=False)
+            done = subprocess.run(
+                ["bash", "-ec", command], capture_output=True, text=True, cwd=self.folder, check=False
+            )
             assert done.returncode == 0, f"{command}\n{done.stderr}"
             return Output(done.stdout, done.stderr)
         typed = self.command(" | ".join(before)).stdout if before else _by_beginning(self.typed, last)
@@ -148,7 +150,7 @@ def arguments_of(command: str) -> list[str]:
 
 
 def _by_beginning(table: Mapping[str, str], command: str) -> str:
-    return table[max((key for key in table if command.startswith(key)), key=len)] if table else ""
+    return table.get(max((key for key in table if command.startswith(key)), key=len, default=""), "")
 
 
 @contextlib.contextmanager

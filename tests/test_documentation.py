@@ -1,0 +1,240 @@
+"""README.md and docs/ hold what they say: each command and each Python block runs, in order, in an empty folder.
+
+Blocks share a page's folder and Python names. A ```text block is what the last command before it prints. An HTML comment
+before a block says what readers need not see: `<!-- not run: REASON -->`, or `<!-- measured: HOW -->` for numbers that
+take longer to measure than a test may; those are checked for their columns and words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import matplotlib
+import numpy as np
+import pytest
+from documentation import COMMANDS, PAGES, ROOT, RUNTIME, Block, Output, Session, arguments_of, blocks, program_of
+from markdown_it import MarkdownIt
+from shown_output import difference, unlike
+
+import mlx_lqr
+from mlx_lqr.analysis import rollout
+from mlx_lqr.backends import mlx, torch
+from mlx_lqr.backends.base import Trace
+from mlx_lqr.backends.mlx import MLXModel
+from mlx_lqr.commands import main
+from mlx_lqr.runtime.__main__ import _parser as runtime_parser
+from mlx_lqr.tasks.damage import Capability, NeutralText
+
+NOT_RUN = {
+    "installs": r"git clone|make |pip install |source ",
+    "needs a CUDA GPU": r"mlx-lqr .*--device cuda",
+    "fetches from the hub": r"mlx-lqr eval lm-eval ",
+    "needs a model of your own": r"mlx-lqr \w+ \S+\.gguf ",
+    "takes long": r"python (-m )?benchmarks\b",
+}
+"""Why a command is not run, and how such commands look."""
+INSTEAD = {"make demo": "mlx-lqr demo -n 26"}
+"""What runs for a command that does not."""
+SMALLER = {
+    "mlx-lqr chat": "-n 4",
+    "mlx-lqr chat demo -c dog.safetensors:2 -n 40": "",
+    "mlx-lqr certify": "--strengths 1",
+    "mlx-lqr compare": "--limit 1 --samples 1 -n 6 --strengths 2",
+    "mlx-lqr eval": "--limit 1 -n 4 --strengths 2",
+    "mlx-lqr eval concept": "--limit 1 --samples 1 -n 4 --strengths 2",
+    "mlx-lqr eval truthfulness": "--limit 1 -n 4 --strengths 2 --examples 1",
+    "mlx-lqr fit demo --concept dog --q 0.1 --qf 0.1 --layers all": "--jacobian-prompts 1",
+    "mlx-lqr fit demo --concept polite": "--cost feature --jacobian-prompts 1",
+    "mlx-lqr fit demo --concept refusal": "--cost feature --jacobian-prompts 1",
+    "mlx-lqr fit demo --concept truth": "--cost feature --jacobian-prompts 1",
+    "mlx-lqr generate demo --prompts": "-n 6",
+    "mlx-lqr linearity": "--strengths 3",
+    "mlx-lqr tune": "--limit 1 --samples 1 --evaluations 1 -n 6 --at-most 10 --jacobian-prompts 1",
+}
+"""Options that a command gets here besides its own, by how it begins, so that it takes seconds."""
+TYPED = {"mlx-lqr chat": "Hello\n/strength 3\nAnd now?\n/track\n/help\n/quit\n"}
+IN_FULL = {"dog", "ocean"}
+"""Concepts whose texts the pages show; of the others twelve prompts a side are enough."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Each model is loaded once, the same activations and Jacobians are computed once, and measures take few samples."""
+    matplotlib.use("Agg")
+    prompts_of, half_sentences, questions = mlx_lqr.bundled_prompts, rollout.default_prompts, Capability.bundled()
+    sentences = NeutralText()._sentences[:2]
+
+    def few_prompts(concept: str) -> tuple[list[str], list[str]]:
+        positive, negative = prompts_of(concept)
+        return (positive, negative) if concept in IN_FULL else (positive[:12], negative[:12])
+
+    def few_half_sentences(count: int, without: Sequence[str] = ()) -> list[str]:
+        return half_sentences(min(count, 2), without)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for backend in (mlx, torch):
+            patch.setattr(backend, "load", once(backend.load, lambda folder, *rest: (folder.resolve(), *rest)))
+        patch.setattr(MLXModel, "residuals", once(MLXModel.residuals, lambda model, rows: (id(model), str(rows))))
+        patch.setattr(MLXModel, "jacobian", once(MLXModel.jacobian, _jacobian_key))
+        for module in [module for name, module in sys.modules.items() if name.startswith("mlx_lqr")]:
+            if vars(module).get("bundled_prompts") is prompts_of:
+                patch.setattr(module, "bundled_prompts", few_prompts)
+            if vars(module).get("default_prompts") is half_sentences:
+                patch.setattr(module, "default_prompts", few_half_sentences)
+        patch.setattr("mlx_lqr.tasks.damage.POSITIONS", 2)
+        patch.setattr(NeutralText, "_sentences", property(lambda self: sentences))
+        patch.setattr(Capability, "bundled", classmethod(lambda cls: cls(questions.questions[:3])))
+        yield
+
+
+def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which computes nothing a second time; `key` is of its positional arguments."""
+    known: dict[Any, Any] = {}
+
+    def remembering(*given: Any, progress: object = None, **options: Any) -> Any:
+        if any(options.values()):
+            return function(*given, **options)
+        name = key(*given)
+        if name not in known:
+            known[name] = function(*given)
+        return known[name]
+
+    return remembering
+
+
+def _jacobian_key(model: MLXModel, trace: Trace, layer: int) -> tuple[int, bytes, int]:
+    return id(model), trace.residual.tobytes(), layer
+
+
+class Reading:
+    """A page that is carried out block by block, up to the one that is asked for."""
+
+    def __init__(self, page: Path, folder: Path) -> None:
+        self.session = Session(folder, SMALLER, TYPED)
+        self._blocks = blocks(page)
+        self._outputs: list[Output] = []
+        self._broken: str | None = None
+
+    def output(self, block: Block) -> Output:
+        """What a block prints. A block after one that failed is not run."""
+        index = self._blocks.index(block)
+        while len(self._outputs) <= index:
+            if self._broken is not None:
+                pytest.fail(f"{self._broken} failed, so that nothing after it has run")
+            following = self._blocks[len(self._outputs)]
+            try:
+                self._outputs.append(self._run(following))
+            except BaseException:
+                self._broken = following.place
+                raise
+        return self._outputs[index]
+
+    def _run(self, block: Block) -> Output:
+        if block.language == "text":  # the output of what stands before it
+            return self._outputs[-1]
+        if not block.mark.startswith("not run"):
+            return self.session.run(block)
+        output = Output("", "")
+        for command in block.commands:
+            program = next((INSTEAD[known] for known in INSTEAD if command.startswith(known)), None)
+            if program is not None:
+                output = self.session.command(program)
+        return output
+
+
+@pytest.fixture(scope="module")
+def readings(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Reading]:
+    return {page: Reading(page, tmp_path_factory.mktemp(page.stem)) for page in PAGES}
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+PROGRAMS = [block for block in BLOCKS if block.language in ("sh", "python")]
+SHOWN = [block for block in BLOCKS if block.language == "text"]
+
+
+def named(block: Block) -> str:
+    return block.place
+
+
+@pytest.mark.parametrize("block", PROGRAMS, ids=named)
+def test_a_block_runs(block: Block, readings: dict[Path, Reading]) -> None:
+    readings[block.page].output(block)
+
+
+@pytest.mark.parametrize("block", SHOWN, ids=named)
+def test_output_is_as_shown(block: Block, readings: dict[Path, Reading]) -> None:
+    output = readings[block.page].output(block)
+    printed = output.stderr if block.text.startswith(("Note:", "Error:")) else output.stdout
+    assert printed.strip(), "nothing was printed"
+    compare = unlike if block.mark.startswith("measured: ") else difference
+    assert compare(block.text, printed) is None, compare(block.text, printed)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=named)
+def test_a_mark_is_needed_and_known(block: Block) -> None:
+    kind, _, reason = block.mark.partition(": ")
+    if block.language == "sh":
+        reasons = {reason for reason, form in NOT_RUN.items() for line in block.commands if re.match(form, line)}
+        assert reasons == ({reason} if block.mark else set())
+        assert kind in ("", "not run")
+        if block.mark:
+            assert all(re.match(NOT_RUN[reason], line) for line in block.commands), "a command here could be run"
+    elif block.language == "text":
+        assert kind in ("", "measured")
+    else:
+        assert (block.language, block.mark) == ("python", "")
+
+
+UNRUN = [line for block in PROGRAMS if block.mark for line in block.commands]
+
+
+@pytest.mark.parametrize("command", UNRUN)
+def test_a_command_that_is_not_run_would_be_understood(command: str) -> None:
+    for one in command.split("&&"):
+        words = shlex.split(one, comments=True)
+        match words:
+            case ["git", "clone", *_] | ["cd", _] | ["source", ".venv/bin/activate"]:
+                pass
+            case ["make", target]:
+                assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            case ["pip", "install", *_]:
+                for extra in re.findall(r"\.\[([\w,-]+)\]", one):
+                    assert re.search(rf"^{extra} = ", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+            case ["python", script, *arguments]:
+                parsed(benchmark(script), arguments)
+            case _:
+                parsed(main, arguments_of(one.strip()))
+
+
+def benchmark(script: str) -> click.Command:
+    """The command of a benchmark's file."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        spec.loader.exec_module(module)
+    return module.main
+
+
+def parsed(command: click.Command, arguments: list[str]) -> None:
+    """Parse arguments without running anything.
+
+    Raises:
+        click.UsageError: an option or a command that there is not.
+    """
+    context = command.make_context(command.name, list(arguments))
+    if isinstance(command, click.Group):
+        _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert inner is not None
+        parsed(inner, rest)
