@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from typing import Any
 
 from click.testing import CliRunner
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 from mlx_lqr.commands import main
 from mlx_lqr.runtime.__main__ import main as runtime
@@ -48,7 +50,7 @@ def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, in order."""
     found = []
     comment = ""
-    for token in MarkdownIt("commonmark").parse(page.read_text("utf-8")):
+    for token in _tokens(page):
         if token.type == "html_block":
             comment = token.content.strip().removeprefix("<!--").removesuffix("-->").strip()
         elif token.type == "fence":
@@ -58,6 +60,37 @@ def blocks(page: Path) -> list[Block]:
         else:
             comment = ""
     return found
+
+
+def quoted(page: Path) -> list[str]:
+    """What stands in single backquotes on a page."""
+    return [token.content for token in _inline(page) if token.type == "code_inline"]
+
+
+def links(page: Path) -> list[str]:
+    """Where the links and pictures of a page lead."""
+    places = [token.attrGet("href") or token.attrGet("src") for token in _inline(page)]
+    return [str(place) for place in places if place is not None]
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    tokens = _tokens(page)
+    headings = [text.content for mark, text in itertools.pairwise(tokens) if mark.type == "heading_open"]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def indented(page: Path) -> list[str]:
+    """The blocks of a page that are set off by spaces alone."""
+    return [token.content for token in _tokens(page) if token.type == "code_block"]
+
+
+def _tokens(page: Path) -> list[Token]:
+    return MarkdownIt("commonmark").parse(page.read_text("utf-8"))
+
+
+def _inline(page: Path) -> list[Token]:
+    return [child for token in _tokens(page) for child in token.children or ()]
 
 
 def _commands(text: str) -> Iterator[str]:

@@ -1,15 +1,13 @@
 """README.md and docs/ hold what they say: each command and each Python block runs, in order, in an empty folder.
 
-Blocks share a page's folder and Python names. A ```text block is what the last command before it prints. An HTML comment
-before a block says what readers need not see: `<!-- not run: REASON -->`, or `<!-- measured: HOW -->` for numbers that
-take longer to measure than a test may; those are checked for their columns and words.
+Blocks share a page's folder and Python names. A ```text block is what the last command before it prints. What readers
+need not see stands in a comment before a block: `<!-- not run: REASON -->`, or `<!-- measured: HOW -->` for numbers that
+take longer to measure than a test may, which are checked for their columns and words.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import re
 import shlex
 import sys
@@ -19,10 +17,22 @@ from typing import Any
 
 import click
 import matplotlib
-import numpy as np
 import pytest
-from documentation import COMMANDS, PAGES, ROOT, RUNTIME, Block, Output, Session, arguments_of, blocks, program_of
-from markdown_it import MarkdownIt
+from documentation import (
+    COMMANDS,
+    PAGES,
+    ROOT,
+    RUNTIME,
+    Block,
+    Output,
+    Session,
+    anchors,
+    arguments_of,
+    blocks,
+    indented,
+    links,
+    quoted,
+)
 from shown_output import difference, unlike
 
 import mlx_lqr
@@ -62,23 +72,23 @@ SMALLER = {
 }
 """Options that a command gets here besides its own, by how it begins, so that it takes seconds."""
 TYPED = {"mlx-lqr chat": "Hello\n/strength 3\nAnd now?\n/track\n/help\n/quit\n"}
-IN_FULL = {"dog", "ocean"}
-"""Concepts whose texts the pages show; of the others twelve prompts a side are enough."""
+IN_FULL = {"dog"}
+"""Concepts whose texts the pages show; of the others twelve prompts a side are enough here."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Each model is loaded once, the same activations and Jacobians are computed once, and measures take few samples."""
+    """Models are loaded once, the same activations and Jacobians are computed once, and measures take few samples."""
     matplotlib.use("Agg")
     prompts_of, half_sentences, questions = mlx_lqr.bundled_prompts, rollout.default_prompts, Capability.bundled()
-    sentences = NeutralText()._sentences[:2]
+    sentences = NeutralText()._sentences[:1]
 
     def few_prompts(concept: str) -> tuple[list[str], list[str]]:
         positive, negative = prompts_of(concept)
         return (positive, negative) if concept in IN_FULL else (positive[:12], negative[:12])
 
     def few_half_sentences(count: int, without: Sequence[str] = ()) -> list[str]:
-        return half_sentences(min(count, 2), without)
+        return half_sentences(count // 8, without)
 
     with pytest.MonkeyPatch.context() as patch:
         for backend in (mlx, torch):
@@ -92,7 +102,7 @@ def quick() -> Iterator[None]:
                 patch.setattr(module, "default_prompts", few_half_sentences)
         patch.setattr("mlx_lqr.tasks.damage.POSITIONS", 2)
         patch.setattr(NeutralText, "_sentences", property(lambda self: sentences))
-        patch.setattr(Capability, "bundled", classmethod(lambda cls: cls(questions.questions[:3])))
+        patch.setattr(Capability, "bundled", classmethod(lambda cls: cls(questions.questions[:1])))
         yield
 
 
@@ -238,3 +248,64 @@ def parsed(command: click.Command, arguments: list[str]) -> None:
         _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
         assert inner is not None
         parsed(inner, rest)
+
+
+def options_of(command: click.Command) -> dict[str, set[str]]:
+    """The options of a command and of those below it, by their names: {"fit": {"--q", ...}, "eval concept": ...}."""
+    if isinstance(command, click.Group):
+        below = {name: options_of(one) for name, one in command.commands.items()}
+        return {f"{name} {rest}".strip(): options for name, one in below.items() for rest, options in one.items()}
+    return {"": {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}}
+
+
+OPTIONS = options_of(main)
+OF_RUNTIME = {option for action in runtime_parser()._actions for option in action.option_strings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_named_is_there(page: Path) -> None:
+    known = set().union(*OPTIONS.values(), OF_RUNTIME, {"--help"})
+    for text in quoted(page):
+        named = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", text))
+        if text.startswith("-"):
+            assert named <= known, text
+        elif text.startswith(f"{COMMANDS} "):
+            words = text.split()[1:]
+            below = [options for name, options in OPTIONS.items() if name.split()[0] == words[0]]
+            assert below, f"no such command: {text}"
+            own = OPTIONS.get(" ".join(words[:2])) or set().union(*below)
+            assert named <= own, text
+        elif text.startswith(RUNTIME):
+            assert named <= {*OF_RUNTIME, "-m"}, text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_name_and_file_is_there(page: Path) -> None:
+    for text in quoted(page):
+        for name in re.findall(r"\b(?:mlx_lqr|mlx_lm|tasks)(?:\.[A-Za-z_]\w*)+", text):
+            module, *attributes = ("mlx_lqr." * name.startswith("tasks") + name).split(".")
+            found = importlib.import_module(module)
+            for attribute in attributes:
+                if not hasattr(found, attribute):
+                    importlib.import_module(f"{found.__name__}.{attribute}")
+                found = getattr(found, attribute)
+        for file in re.findall(r"[\w/]+\.py\b", text) + re.findall(r"^(?:mlx_lqr|runtime|convert)/[\w/]*", text):
+            assert any((folder / file).exists() for folder in (ROOT, ROOT / "mlx_lqr")), text
+        for target in re.findall(r"^make ([\w-]+)", text):
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_nothing_to_run_stands_outside_the_fences(page: Path) -> None:
+    assert not [text for text in indented(page) if re.search(r"mlx[-_]lqr|python|pip ", text)]
