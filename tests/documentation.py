@@ -126,6 +126,7 @@ class Session:
     smaller: Mapping[str, str]
     typed: Mapping[str, str]
     names: dict[str, Any] = field(default_factory=dict)
+    printed: dict[str, Output] = field(default_factory=dict)
 
     def run(self, block: Block) -> Output:
         """What a Python block prints, or the last command of a shell block."""
@@ -133,7 +134,7 @@ class Session:
             return self.python(block)
         output = Output("", "")
         for command in block.commands:
-            output = self.command(command)
+            output = self.printed[command] = self.command(command)
         return output
 
     def python(self, block: Block) -> Output:

@@ -1,13 +1,14 @@
 """README.md and docs/ hold what they say: each command and each Python block runs, in order, in an empty folder.
 
-Blocks share a page's folder and Python names. A ```text block is what the last command before it prints. What readers
-need not see stands in a comment before a block: `<!-- not run: REASON -->`, or `<!-- measured: HOW -->` for numbers that
-take longer to measure than a test may, which are checked for their columns and words.
+Blocks share a page's folder and Python names. A ```text block is what the last command before it prints. A comment
+before a block tells what readers need not see: `<!-- not run: REASON -->`, or `<!-- measured: HOW -->` for numbers that
+take longer to measure than a test may; these are checked for their columns and words.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -93,7 +94,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for backend in (mlx, torch):
             patch.setattr(backend, "load", once(backend.load, lambda folder, *rest: (folder.resolve(), *rest)))
-        patch.setattr(MLXModel, "residuals", once(MLXModel.residuals, lambda model, rows: (id(model), str(rows))))
+        patch.setattr(MLXModel, "residuals", once(MLXModel.residuals, lambda model, rows: (model, str(rows))))
         patch.setattr(MLXModel, "jacobian", once(MLXModel.jacobian, _jacobian_key))
         for module in [module for name, module in sys.modules.items() if name.startswith("mlx_lqr")]:
             if vars(module).get("bundled_prompts") is prompts_of:
@@ -121,8 +122,8 @@ def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[...,
     return remembering
 
 
-def _jacobian_key(model: MLXModel, trace: Trace, layer: int) -> tuple[int, bytes, int]:
-    return id(model), trace.residual.tobytes(), layer
+def _jacobian_key(model: MLXModel, trace: Trace, layer: int) -> tuple[MLXModel, bytes, int]:
+    return model, trace.residual.tobytes(), layer
 
 
 class Reading:
@@ -147,6 +148,15 @@ class Reading:
                 self._broken = following.place
                 raise
         return self._outputs[index]
+
+    def finish(self) -> None:
+        self.output(self._blocks[-1])
+
+    def printed(self, beginning: str) -> Output:
+        """What the command of the page that begins so prints."""
+        self.finish()
+        (command,) = (command for command in self.session.printed if command.startswith(beginning))
+        return self.session.printed[command]
 
     def _run(self, block: Block) -> Output:
         if block.language == "text":  # the output of what stands before it
@@ -309,3 +319,54 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_nothing_to_run_stands_outside_the_fences(page: Path) -> None:
     assert not [text for text in indented(page) if re.search(r"mlx[-_]lqr|python|pip ", text)]
+
+
+def test_what_the_readme_says_of_its_commands(readings: dict[Path, Reading]) -> None:
+    page = readings[ROOT / "README.md"]
+    assert set(mlx_lqr.bundled_concepts()) <= set(page.printed("mlx-lqr concepts").stdout.split())
+    rows = [json.loads(row) for row in page.printed("mlx-lqr generate demo --prompts").stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["Once upon a time,", "My neighbor told me"]
+    assert all(row["concepts"] == {"ocean": 2} and {"tracking", "control"} <= row.keys() for row in rows)
+    chat = page.printed("mlx-lqr chat demo -c ocean.safetensors").stderr
+    assert "Steered: ocean 3." in chat
+    assert "/strength" in chat
+    shown = page.printed("mlx-lqr show ocean.safetensors").stdout
+    assert "q = 3, r = 1, qf = 3, state cost" in shown
+    assert "centred" in shown
+    of_torch = page.printed('mlx-lqr generate demo -p "Once upon a time," -c ocean.safetensors:2 -n 30 --backend torch')
+    assert of_torch.stdout == page.printed(RUNTIME).stdout != ""
+    assert page.printed("mlx-lqr eval concept").stdout.split()[:4] == ["concept", "unsteered", "strength", "2"]
+    assert "recommended" in page.session.command("mlx-lqr show tuned.safetensors").stdout
+    assert {file.suffix for file in (page.session.folder / "pictures").iterdir()} == {".json", ".png", ".svg"}
+    assert (page.session.folder / "comparison" / "concept-comparison.png").is_file()
+
+
+def test_what_the_readme_says_of_python(readings: dict[Path, Reading]) -> None:
+    page = readings[ROOT / "README.md"]
+    page.finish()
+    names = page.session.names
+    assert 130_000 < (page.session.folder / "ocean.safetensors").stat().st_size < 150_000
+    assert names["both"].concepts == ("ocean", "dog")
+    assert len(names["texts"]) == 2
+    assert names["text"] == names["same"] != ""
+    assert names["recording"].feature_error().shape == (30, 30, 1)
+    assert names["recording"].push().shape == (30, 30)
+
+
+@pytest.mark.parametrize(
+    ("task", "measures"),
+    [
+        ("concept", {"prevalence"}),
+        ("refusal", {"refused_unsafe", "refused_safe", "discernment"}),
+        ("truthfulness", {"mc1", "mc2", "closer_to_true"}),
+        ("toxicity", {"harmless", "mean_toxicity"}),
+    ],
+)
+def test_what_is_said_of_evaluation(task: str, measures: set[str], readings: dict[Path, Reading]) -> None:
+    page = readings[ROOT / "docs" / "evaluation.md"]
+    rows = {row.split()[0] for row in page.printed(f"mlx-lqr eval {task}").stdout.splitlines()}
+    assert measures | {"perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "kl", "capability"} <= rows
+    (summary,) = (page.session.folder / "results").glob(f"{task}-*.summary.json")
+    unsteered, steered = json.loads(summary.read_text())["strengths"]
+    assert unsteered["strength"] == 0
+    assert steered["change"].keys() >= measures
