@@ -199,6 +199,37 @@ def test_output_is_as_shown(block: Block, readings: dict[Path, Reading]) -> None
     assert compare(block.text, printed) is None, compare(block.text, printed)
 
 
+@pytest.mark.parametrize(
+    ("shown", "printed", "alike"),
+    [
+        ("layer 24: 0.20 ...", "layer 24:   0.205 and more", True),
+        ("layer 24: 0.20 ...", "layer 25:   0.205 and more", False),
+        ("layer 24: 0.20 ...", "layer 24:   0.25 and more", False),
+        ("Wrote it (142 kB)", "Wrote it (141 kB)", True),
+        ("Wrote it (142 kB)", "Wrote it (97 kB)", False),
+        ("...\nlast", "first\nsecond\nlast", True),
+        ("first\nlast", "first\nsecond\nlast", False),
+    ],
+)
+def test_what_counts_as_shown(shown: str, printed: str, alike: bool) -> None:
+    assert (difference(shown, printed) is None) == alike
+
+
+@pytest.mark.parametrize(
+    ("shown", "alike"),
+    [
+        ("trial  layers  strength  relative", True),
+        ("trial  layers  strength", False),
+        ("7  last third  2.5  0.44 (0.28 to 0.59)  1.23  *", True),
+        ("7  last third  2.5  0.44  1.23  *", False),
+        ("7  2.5  0.44 (0.28 to 0.59)  1.23", False),
+    ],
+)
+def test_what_counts_as_a_measured_table(shown: str, alike: bool) -> None:
+    printed = "trial  layers  strength  relative\n    1    auto      3.00  0.1 (0.0 to 0.2)  1.00"
+    assert (unlike(shown, printed) is None) == alike
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=named)
 def test_a_mark_is_needed_and_known(block: Block) -> None:
     kind, _, reason = block.mark.partition(": ")
@@ -299,7 +330,7 @@ def test_every_name_and_file_is_there(page: Path) -> None:
                 if not hasattr(found, attribute):
                     importlib.import_module(f"{found.__name__}.{attribute}")
                 found = getattr(found, attribute)
-        for file in re.findall(r"[\w/]+\.py\b", text) + re.findall(r"^(?:mlx_lqr|runtime|convert)/[\w/]*", text):
+        for file in re.findall(r"[\w/]+\.py\b", text) + re.findall(r"^(?:mlx_lqr|runtime|convert)/[\w/]*$", text):
             assert any((folder / file).exists() for folder in (ROOT, ROOT / "mlx_lqr")), text
         for target in re.findall(r"^make ([\w-]+)", text):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), text
