@@ -37,12 +37,13 @@ from documentation import (
 from shown_output import difference, unlike
 
 import mlx_lqr
-from mlx_lqr.analysis import rollout
+from mlx_lqr.analysis import rollout, spectra
 from mlx_lqr.backends import mlx, torch
 from mlx_lqr.backends.base import Trace
 from mlx_lqr.backends.mlx import MLXModel
 from mlx_lqr.commands import main
 from mlx_lqr.runtime.__main__ import _parser as runtime_parser
+from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.tasks.damage import Capability, NeutralText
 
 NOT_RUN = {
@@ -69,33 +70,39 @@ SMALLER = {
     "mlx-lqr fit demo --concept truth": "--cost feature --jacobian-prompts 1",
     "mlx-lqr generate demo --prompts": "-n 6",
     "mlx-lqr linearity": "--strengths 3",
-    "mlx-lqr tune": "--limit 1 --samples 1 --evaluations 1 -n 6 --at-most 10 --jacobian-prompts 1",
+    "mlx-lqr tune": "--limit 2 --samples 1 --evaluations 1 -n 12 --strengths 0,12 --at-most 10 --jacobian-prompts 1",
 }
 """Options that a command gets here besides its own, by how it begins, so that it takes seconds."""
 TYPED = {"mlx-lqr chat": "Hello\n/strength 3\nAnd now?\n/track\n/help\n/quit\n"}
 IN_FULL = {"dog"}
-"""Concepts whose texts the pages show; of the others twelve prompts a side are enough here."""
+"""Concepts whose texts the pages show; of the others six prompts a side are enough here."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Models are loaded once, the same activations and Jacobians are computed once, and measures take few samples."""
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models are loaded once, the same activations and matrices are computed once, and measures take few samples."""
     matplotlib.use("Agg")
+    cache = tmp_path_factory.mktemp("cache")  # with nothing in it that another run has fitted
+    (cache / "demo").mkdir()
+    (cache / "demo" / demo_model().name).symlink_to(demo_model())
     prompts_of, half_sentences, questions = mlx_lqr.bundled_prompts, rollout.default_prompts, Capability.bundled()
     sentences = NeutralText()._sentences[:1]
 
     def few_prompts(concept: str) -> tuple[list[str], list[str]]:
         positive, negative = prompts_of(concept)
-        return (positive, negative) if concept in IN_FULL else (positive[:12], negative[:12])
+        return (positive, negative) if concept in IN_FULL else (positive[:6], negative[:6])
 
     def few_half_sentences(count: int, without: Sequence[str] = ()) -> list[str]:
-        return half_sentences(count // 8, without)
+        return half_sentences(2, without)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_LQR_CACHE", str(cache))
         for backend in (mlx, torch):
             patch.setattr(backend, "load", once(backend.load, lambda folder, *rest: (folder.resolve(), *rest)))
         patch.setattr(MLXModel, "residuals", once(MLXModel.residuals, lambda model, rows: (model, str(rows))))
         patch.setattr(MLXModel, "jacobian", once(MLXModel.jacobian, _jacobian_key))
+        linearity = sys.modules["mlx_lqr.analysis.linearity"]
+        patch.setattr(linearity, "dominant_modes", once(spectra.dominant_modes, lambda A, m: (A.tobytes(), m)))
         for module in [module for name, module in sys.modules.items() if name.startswith("mlx_lqr")]:
             if vars(module).get("bundled_prompts") is prompts_of:
                 patch.setattr(module, "bundled_prompts", few_prompts)
