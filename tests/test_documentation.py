@@ -42,8 +42,8 @@ from mlx_lqr.backends import mlx, torch
 from mlx_lqr.backends.base import Trace
 from mlx_lqr.backends.mlx import MLXModel
 from mlx_lqr.commands import main
-from mlx_lqr.runtime.__main__ import _parser as runtime_parser
 from mlx_lqr.convert.sources import demo_model
+from mlx_lqr.runtime.__main__ import _parser as runtime_parser
 from mlx_lqr.tasks.damage import Capability, NeutralText
 
 NOT_RUN = {
