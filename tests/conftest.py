@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from backends import smollm2_on
+from backends import BACKENDS, smollm2_on
 from real_models import gemma3_folder, gemma3_gguf, smollm2_folder, smollm2_gguf  # noqa: F401 - fixtures
 from safetensors.numpy import load_file
 
 import mlx_lqr
 from mlx_lqr.backends.base import Model
+from mlx_lqr.convert.sources import DEMO_NAME
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _demo_is_loaded_once() -> Iterator[None]:
+    """Commands and tests that load the demonstration model as it is get one and the same on each backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in BACKENDS:
+            backend = importlib.import_module(f"mlx_lqr.backends.{name}")
+            patch.setattr(backend, "load", _loading_once(backend.load))
+        yield
+
+
+def _loading_once(load: Callable[..., Model]) -> Callable[..., Model]:
+    kept: dict[object, Model] = {}
+
+    @functools.wraps(load)
+    def once(folder: Path, name: str, *options: object) -> Model:
+        if name != DEMO_NAME:
+            return load(folder, name, *options)
+        key = (folder.resolve(), *(None if option == "float32" else option for option in options))
+        if key not in kept:
+            kept[key] = load(folder, name, *options)
+        return kept[key]
+
+    return once
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
+from filelock import FileLock
 
 from mlx_lqr.cache import cache_folder
 from mlx_lqr.convert import convert
@@ -69,10 +73,28 @@ def gemma3_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 converted to float32."""
-    return convert(smollm2_gguf, tmp_path_factory.mktemp("smollm2") / "model", dtype="float32")
+    return _converted(smollm2_gguf, "smollm2", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def gemma3_folder(gemma3_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Gemma 3 converted to float32."""
-    return convert(gemma3_gguf, tmp_path_factory.mktemp("gemma3") / "model", dtype="float32")
+    return _converted(gemma3_gguf, "gemma3", tmp_path_factory)
+
+
+def _converted(gguf_file: Path, name: str, factory: pytest.TempPathFactory) -> Path:
+    """The float32 folder of a GGUF file, converted once for all processes of this test run."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    with FileLock(root / f"{name}.lock"):
+        folder = root / name
+        return folder if folder.is_dir() else convert(gguf_file, folder, dtype="float32")
+
+
+@contextmanager
+def reading_at_once() -> Iterator[None]:
+    """Inside this context the gguf package reads files whole: a slice of its memory map costs several of an array."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "memmap", lambda file, mode: np.fromfile(file, np.uint8))
+        yield

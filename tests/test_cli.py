@@ -243,7 +243,7 @@ def test_demo_shows_the_concept_arrive_and_keeps_its_controller(
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "SmolLM2-135M-Instruct").symlink_to(demo_model())
     monkeypatch.setenv("MLX_LQR_CACHE", str(tmp_path))
-    first = run("demo")
+    first = run("demo", "-n", "16")
     assert first.exit_code == 0, first.output
     samples = dict(line[1:].split("] ", 1) for line in first.stdout.splitlines() if line.startswith("["))
     assert list(samples) == ["not steered", "dog, strength 1", "dog, strength 2", "dog, strength 4"]
@@ -254,5 +254,5 @@ def test_demo_shows_the_concept_arrive_and_keeps_its_controller(
     assert [int(row[0]) for row in rows] == list(range(24, 30))  # those that tell the prompts apart
     (kept,) = (tmp_path / "demo").glob("*.safetensors")
     written = kept.stat().st_mtime_ns
-    assert run("demo").stdout == first.stdout
+    assert run("demo", "-n", "16").stdout == first.stdout
     assert kept.stat().st_mtime_ns == written

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from safetensors.numpy import save_file
 from tiny import FAMILY, tiny
 
@@ -21,8 +22,21 @@ from mlx_lqr.backends.mlx_blocks import hooked
 PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33]  # longer than the tiny models' sliding windows of 6
 
 
-def shifted_output(model: MLXModel, tokens: list[int], layer: int, shift: np.ndarray) -> np.ndarray:
-    """Output of block `layer` at the last token when its input there is shifted; every block runs as mlx-lm runs it."""
+def prefix_of(model: MLXModel, tokens: list[int]) -> list[Any]:
+    """mlx-lm's own caches after all tokens but the last."""
+    cache = make_prompt_cache(model.module)
+    model.module(mx.array([tokens[:-1]]), cache=cache)
+    return cache
+
+
+def shifted_output(
+    model: MLXModel, tokens: list[int], layer: int, shift: np.ndarray, prefix: list[Any] | None = None
+) -> np.ndarray:
+    """Output of block `layer` at the last token when its input there is shifted; every block runs as mlx-lm runs it.
+
+    Args:
+        prefix: what `prefix_of` returned, to use it again; it is as before afterwards.
+    """
     found: list[mx.array] = []
 
     def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
@@ -31,15 +45,14 @@ def shifted_output(model: MLXModel, tokens: list[int], layer: int, shift: np.nda
         found.append(output[0, -1])
         return output
 
-    cache = model.module.make_cache() if hasattr(model.module, "make_cache") else None
-    if cache is None:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        cache = make_prompt_cache(model.module)
-    model.module(mx.array([tokens[:-1]]), cache=cache)
+    cache = prefix_of(model, tokens) if prefix is None else prefix
     with hooked(model.blocks, hook, [layer]):
         model.module(mx.array([tokens[-1:]]), cache=cache)
-    return np.asarray(found[0].astype(mx.float64), dtype=np.float64)
+    output = np.asarray(found[0].astype(mx.float64), dtype=np.float64)
+    if prefix is not None:
+        assert can_trim_prompt_cache(prefix)
+        assert trim_prompt_cache(prefix, 1) == 1
+    return output
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))
@@ -90,11 +103,13 @@ def test_real_jacobians_equal_finite_differences(
     tokens = model.tokenizer.encode("Salt from the ocean dried on his skin as he walked along the beach.")
     trace = model.trace(tokens)
     with mx.stream(mx.cpu):
+        prefix = prefix_of(exact, tokens)
         for layer in (0, model.num_layers // 2, model.num_layers - 1):
             w = random.standard_normal(model.hidden_size)
             step = max(1e-3, 3e-3 * float(np.sqrt(np.mean(trace.residual[layer] ** 2))))
             near, far = (
-                shifted_output(exact, tokens, layer, size * w) - shifted_output(exact, tokens, layer, -size * w)
+                shifted_output(exact, tokens, layer, size * w, prefix)
+                - shifted_output(exact, tokens, layer, -size * w, prefix)
                 for size in (step, 2 * step)
             )
             difference = (8 * near - far) / (12 * step)  # fourth order, for a step well above the noise

@@ -140,8 +140,11 @@ def test_mistakes(options: list[str], says: str, command: list[Any], monkeypatch
 def test_tune_on_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "openings.txt").write_text("\n".join(bundled_openings("tuning")[:4]))
-    options = "--concept", "dog", "--jacobian-prompts", 1, "--openings", "openings.txt", "--evaluations", 3
-    found = run("tune", "concept", "demo", *options, "--samples", 2, "-n", 20, "-o", "dog.safetensors", "--json")
+    question = {"prompt": "The capital of France is", "answer": " Paris", "others": [" a fish", " blue", " seven"]}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
+    small = "--capability", "questions.jsonl", "--openings", "openings.txt", "--samples", 2, "-n", 20
+    options = *small, "--concept", "dog", "--jacobian-prompts", 1, "--evaluations", 3
+    found = run("tune", "concept", "demo", *options, "-o", "dog.safetensors", "--json")
     assert found.exit_code == 0, (found.output, found.exception)
     result = json.loads(found.stdout)
     assert result["trials"][0]["options"]["layers"] == "auto"

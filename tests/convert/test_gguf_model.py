@@ -17,6 +17,7 @@ import torch
 from gguf.constants import GGMLQuantizationType as Kind
 from mlx_lm.utils import load_model
 from page import PROSE
+from real_models import reading_at_once
 from tiny_gguf import ARCHITECTURES, K_SIZES, VOCABULARY, logits, reference_model, write
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
@@ -37,8 +38,9 @@ def mlx_logits(folder: Path, tokens: list[int]) -> np.ndarray:
 
 @functools.cache
 def _reader(path: str) -> gguf.GGUFReader:
-    """The gguf package's reader, which takes 10 s for Gemma's vocabulary; transformers asks for it twice."""
-    reader = _GGUF_READER(path)
+    """The gguf package's reader, which takes seconds for Gemma's vocabulary; transformers asks for it twice."""
+    with reading_at_once():
+        reader = _GGUF_READER(path)
     for key in ("merges", "scores", "token_type"):  # not about the model, and as slow again to interpret
         reader.fields.pop(f"tokenizer.ggml.{key}", None)
     return reader
