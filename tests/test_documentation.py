@@ -38,7 +38,6 @@ from shown_output import difference, unlike
 
 import mlx_lqr
 from mlx_lqr.analysis import rollout, spectra
-from mlx_lqr.backends import mlx, torch
 from mlx_lqr.backends.base import Trace
 from mlx_lqr.backends.mlx import MLXModel
 from mlx_lqr.commands import main
@@ -80,7 +79,7 @@ IN_FULL = {"dog"}
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Models are loaded once, the same activations and matrices are computed once, and measures take few samples."""
+    """The same activations and matrices are computed once, and measures take few samples."""
     matplotlib.use("Agg")
     cache = tmp_path_factory.mktemp("cache")  # with nothing in it that another run has fitted
     (cache / "demo").mkdir()
@@ -97,8 +96,6 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_LQR_CACHE", str(cache))
-        for backend in (mlx, torch):
-            patch.setattr(backend, "load", once(backend.load, lambda folder, *rest: (folder.resolve(), *rest)))
         patch.setattr(MLXModel, "residuals", once(MLXModel.residuals, lambda model, rows: (model, str(rows))))
         patch.setattr(MLXModel, "jacobian", once(MLXModel.jacobian, _jacobian_key))
         linearity = sys.modules["mlx_lqr.analysis.linearity"]
