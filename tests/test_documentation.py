@@ -365,6 +365,7 @@ def test_what_the_readme_says_of_its_commands(readings: dict[Path, Reading]) -> 
     chat = page.printed("mlx-lqr chat demo -c ocean.safetensors").stderr
     assert "Steered: ocean 3." in chat
     assert "/strength" in chat
+    assert mlx_lqr.Controller.load(page.session.folder / "dog.safetensors").active_layers == tuple(range(24, 30))
     shown = page.printed("mlx-lqr show ocean.safetensors").stdout
     assert "q = 3, r = 1, qf = 3, state cost" in shown
     assert "centred" in shown
