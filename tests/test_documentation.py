@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import matplotlib
 import pytest
 from documentation import (
     COMMANDS,
@@ -80,6 +79,8 @@ IN_FULL = {"dog"}
 @pytest.fixture(scope="module", autouse=True)
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The same activations and matrices are computed once, and measures take few samples."""
+    import matplotlib  # here, so that the tests without it are collected
+
     matplotlib.use("Agg")
     cache = tmp_path_factory.mktemp("cache")  # with nothing in it that another run has fitted
     (cache / "demo").mkdir()
