@@ -66,9 +66,11 @@ SMALLER = {
     "mlx-lqr fit demo --concept polite": "--cost feature --jacobian-prompts 1",
     "mlx-lqr fit demo --concept refusal": "--cost feature --jacobian-prompts 1",
     "mlx-lqr fit demo --concept truth": "--cost feature --jacobian-prompts 1",
-    "mlx-lqr generate demo --prompts": "-n 6",
+    "mlx-lqr generate": "-n 6",
+    'mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors:2 -n 30': "",
     "mlx-lqr linearity": "--strengths 3",
     "mlx-lqr tune": "--limit 2 --samples 1 --evaluations 1 -n 12 --strengths 0,12 --at-most 10 --jacobian-prompts 1",
+    "python -m mlx_lqr.runtime": "-n 6",
 }
 """Options that a command gets here besides its own, by how it begins, so that it takes seconds."""
 TYPED = {"mlx-lqr chat": "Hello\n/strength 3\nAnd now?\n/track\n/help\n/quit\n"}
@@ -372,7 +374,6 @@ def test_what_the_readme_says_of_its_commands(readings: dict[Path, Reading]) -> 
     assert "centred" in shown
     of_torch = page.printed('mlx-lqr generate demo -p "Once upon a time," -c ocean.safetensors:2 -n 30 --backend torch')
     assert of_torch.stdout == page.printed(RUNTIME).stdout != ""
-    assert page.printed("mlx-lqr eval concept").stdout.split()[:4] == ["concept", "unsteered", "strength", "2"]
     assert "recommended" in page.session.command("mlx-lqr show tuned.safetensors").stdout
     assert {file.suffix for file in (page.session.folder / "pictures").iterdir()} == {".json", ".png", ".svg"}
     assert (page.session.folder / "comparison" / "concept-comparison.png").is_file()
@@ -386,8 +387,8 @@ def test_what_the_readme_says_of_python(readings: dict[Path, Reading]) -> None:
     assert names["both"].concepts == ("ocean", "dog")
     assert len(names["texts"]) == 2
     assert names["text"] == names["same"] != ""
-    assert names["recording"].feature_error().shape == (30, 30, 1)
-    assert names["recording"].push().shape == (30, 30)
+    assert names["recording"].feature_error().shape == (20, 30, 1)
+    assert names["recording"].push().shape == (20, 30)
 
 
 @pytest.mark.parametrize(
