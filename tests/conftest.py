@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,12 @@ from safetensors.numpy import load_file
 
 import mlx_lqr
 from mlx_lqr.backends.base import Model
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # MLX compiles kernels for the CPU into a folder of this one, and reads what another process has half written.
+    own = Path(tempfile.gettempdir()) / f"mlx-lqr-tests-{worker}"
+    own.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = str(own)
 
 GOLDEN = Path(os.environ.get("MLX_LQR_SHARED", Path(__file__).parents[2] / "shared")) / "golden"
 
