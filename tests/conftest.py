@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,12 @@ from safetensors.numpy import load_file
 import mlx_lqr
 from mlx_lqr.backends.base import Model
 from mlx_lqr.convert.sources import DEMO_NAME
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # MLX compiles kernels for the CPU into a folder of this one, and reads what another process has half written.
+    own = Path(tempfile.gettempdir()) / f"mlx-lqr-tests-{worker}"
+    own.mkdir(exist_ok=True)
+    os.environ["TMPDIR"] = str(own)
 
 GOLDEN = Path(__file__).parent / "golden"
 

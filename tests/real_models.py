@@ -96,5 +96,5 @@ def _converted(gguf_file: Path, name: str, factory: pytest.TempPathFactory) -> P
 def reading_at_once() -> Iterator[None]:
     """Inside this context the gguf package reads files whole: a slice of its memory map costs several of an array."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(np, "memmap", lambda file, mode: np.fromfile(file, np.uint8))
+        patch.setattr(np, "memmap", lambda file, mode="r", dtype=np.uint8: np.fromfile(file, dtype))
         yield

@@ -170,10 +170,10 @@ def test_stored_jacobians_come_back(tmp_path: Path) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(loaded, jacobians, strict=True))
 
 
-def test_a_jacobian_that_is_not_finite_is_named() -> None:
+def test_a_block_that_overflows_is_named() -> None:
     model = tiny("llama")
     model.blocks[1].mlp.down_proj.weight = model.blocks[1].mlp.down_proj.weight * mx.array(float("inf"))
-    with pytest.raises(mlx_lqr.InputError, match="layer 2"):
+    with pytest.raises(mlx_lqr.InputError, match="overflow at layer 1"):
         mlx_lqr.linearize(model, [PROMPT])
 
 
