@@ -21,7 +21,7 @@ import click
 FOLDER = Path(__file__).parent
 TESTS = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
 BENCHMARKS = {
-    "decode.py": ["--tokens", "48", "--rounds", "2"],
+    "decode.py": ["--tokens", "16", "--rounds", "2"],
     "startup.py": ["--rounds", "1"],
     "synthesis.py": ["--rounds", "1", "--no-torch", "--no-scaling"],
 }
