@@ -16,6 +16,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks.comparison import split  # noqa: E402
 from benchmarks.comparison.__main__ import main  # noqa: E402
+from mlx_lqr import tasks  # noqa: E402
 
 
 def test_every_row_is_in_one_part_and_stays_there(tmp_path: Path) -> None:
@@ -52,11 +53,14 @@ def folders() -> list[Path]:
     return found
 
 
-def test_the_script_measures_writes_and_goes_on(folders: list[Path], tmp_path: Path) -> None:
+def test_the_script_measures_writes_and_goes_on(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "word_family", lambda concept: ["p", "u", "y"])  # steering brings these bytes, not dogs
     data, output, docs = (tmp_path / name for name in ("data", "out", "docs"))
     data.mkdir()
     asked = [f"What is {i} and {i}?" for i in range(40)]
-    answers = {"best_answer": "One thing", "correct_answers": ["One thing"], "incorrect_answers": ["No", "Two things"]}
+    answers = {"best_answer": "x", "correct_answers": ["x"], "incorrect_answers": ["y", "z"]}
     split.write_rows(data / "truthfulqa.jsonl", [{"question": question, **answers} for question in asked])
     model_options = ["--smollm2", str(folders[0]), "--gemma", str(folders[1]), "--data", str(data), "-o", str(output)]
     only = ["--only", "concept-dog", "--only", "truthfulness", "--method", "alqr", "--method", "actadd"]
