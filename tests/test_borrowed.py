@@ -13,11 +13,14 @@ import pytest
 from backends import tiny_on
 from oldest import PYPROJECT, oldest
 from test_backends import PROMPT, controller_for, families
+from tiny import COMMON
 
 import mlx_lqr
 from mlx_lqr import InputError, loading
-from mlx_lqr.backends import borrowed, torch_decoder
+from mlx_lqr.backends import borrowed, mlx_family, torch_decoder
 from mlx_lqr.backends.borrowed import BORROWED, Borrowed, Moment, check_borrowed
+from mlx_lqr.backends.config import model_config
+from mlx_lqr.backends.mlx_lm_models import import_mlx_lm, model_classes
 
 ROOT = PYPROJECT.parent
 SOURCES = [file for folder in ("mlx_lqr", "runtime", "convert") for file in sorted((ROOT / folder).rglob("*.py"))]
@@ -120,6 +123,26 @@ def test_steps_that_look_at_numbers_are_not_recorded(family: str) -> None:
         kind, rotary.rope_type = rotary.rope_type, "dynamic"
         assert not torch_decoder._can_be_recorded(module)
         rotary.rope_type = kind
+
+
+@pytest.mark.parametrize(("owner", "part"), [("Attention", "rope"), ("MLP", "gate_proj")])
+def test_what_a_config_changes_has_to_be_there(owner: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = getattr(import_mlx_lm("models.llama"), owner)
+    build = kind.__init__
+
+    def renamed(self: Any, *args: Any) -> None:
+        build(self, *args)
+        self["renamed"] = self.pop(part)
+
+    monkeypatch.setattr(kind, "__init__", renamed)
+    config = {"model_type": "llama", **COMMON, "hidden_act": "gelu"}
+    with pytest.raises(InputError, match=rf"^mlx-lm .* has no {part}"):
+        mlx_family.complete(_built(config), model_config(config))
+
+
+def _built(config: dict[str, Any]) -> Any:
+    Model, ModelArgs = model_classes("llama")
+    return Model(ModelArgs.from_dict(config))
 
 
 def _folder() -> Path:

@@ -61,7 +61,10 @@ class Borrowed:
 
 
 _CACHES = "mlx_lqr.backends.mlx_decoder: decodes in mlx-lm's caches; mlx_step takes over what they hold"
+_FAMILY = "mlx_lqr.backends.mlx_family: does what a config says beyond mlx-lm's own class"
 _PROMPTS = "mlx_lqr.backends.mlx_lm_calls: learns of prompts"
+_EVALUATOR = "mlx_lqr.backends.mlx_lm_eval: scores with the steered model"
+_LOAD = "mlx_lqr.backends.torch_load: builds what a config says"
 _CONVERT = "mlx_lqr.convert.huggingface: converts what mlx-lm reads, and keeps the precision that it keeps"
 _ATTENTION = "mlx_lqr.backends.torch_attention: attends in its own way"
 _GENERATE = "mlx_lqr.backends.torch_generate: learns of prompts; steps are not compiled"
@@ -82,6 +85,9 @@ BORROWED: tuple[Borrowed, ...] = (
              attributes=("state", "filter", "make_mask")),
     Borrowed("mlx-lm", "mlx_lm.models.gemma2:Attention.__init__", "mlx_lqr.backends.mlx_decoder: masks of its batches",
              "mlx", sets=("repeats",)),
+    Borrowed("mlx-lm", "mlx_lm.models.base:create_attention_mask", _FAMILY, "mlx",
+             parameters=("cache", "window_size", "return_array")),
+    Borrowed("mlx-lm", "mlx_lm.models.switch_layers:SwitchGLU.__init__", _FAMILY, "mlx", parameters=("activation",)),
     *(Borrowed("mlx-lm", f"mlx_lm.sample_utils:{name}", "mlx_lqr.backends.mlx_sampling: filters", "mlx sampling")
       for name in ("apply_min_p", "apply_top_k", "apply_top_p")),
     Borrowed("mlx-lm", "mlx_lm.generate:generate_step", _PROMPTS, "mlx steer",
@@ -90,10 +96,12 @@ BORROWED: tuple[Borrowed, ...] = (
              "mlx steer", parameters=("prompt", "model", "draft_model")),
     Borrowed("mlx-lm", "mlx_lm.generate:PromptProcessingBatch.prompt", _PROMPTS,
              "mlx steer", parameters=("self", "tokens")),
-    Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM", "mlx_lqr.backends.mlx_lm_eval: scores with the steered model",
-             "mlx evaluator", attributes=("loglikelihood", "loglikelihood_rolling", "generate_until")),
-    Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM.__init__", "mlx_lqr.backends.mlx_lm_eval: scores with the steered model",
-             "mlx evaluator", sets=("_model", "use_chat_template")),
+    Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM", _EVALUATOR, "mlx evaluator",
+             attributes=("loglikelihood", "loglikelihood_rolling", "generate_until")),
+    Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM.__init__", _EVALUATOR, "mlx evaluator",
+             sets=("_model", "_max_tokens", "use_chat_template")),
+    Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM._tokenize", _EVALUATOR, "mlx evaluator", parameters=("self", "texts")),
+    Borrowed("mlx-lm", "mlx_lm.evaluate:DEFAULT_MAX_TOKENS", _EVALUATOR, "mlx evaluator"),
     Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM._process_prompt", "mlx_lqr.backends.mlx_lm_calls: learns of contexts",
              "mlx evaluator", parameters=("self", "prompt")),
     Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM._score_fn", "mlx_lqr.backends.mlx_lm_calls: learns of continuations",
@@ -108,6 +116,10 @@ BORROWED: tuple[Borrowed, ...] = (
              "torch", made=(), attributes=("_attn_implementation_internal", "_attn_implementation")),
     Borrowed("transformers", "transformers:PreTrainedConfig", "mlx_lqr.backends.torch_blocks: differentiates experts",
              "torch", made=(), attributes=("_experts_implementation_internal", "_experts_implementation")),
+    *(Borrowed("transformers", f"transformers:{name}", _LOAD, "torch")
+      for name in ("CONFIG_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING")),
+    Borrowed("transformers", "transformers.activations:ACT2FN", _LOAD, "torch"),
+    Borrowed("transformers", "transformers:PreTrainedModel.from_pretrained", _LOAD, "torch", parameters=("config",)),
     Borrowed("transformers", "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS",
              _ATTENTION, "torch", attributes=("register",)),
     Borrowed("transformers", "transformers:GenerationMixin.generate", _GENERATE,

@@ -14,6 +14,8 @@ from typing import Any
 
 import tokenizers
 
+from mlx_lqr.errors import InputError
+
 _TOKENWISE = {"Metaspace", "WordPiece", "BPEDecoder", "CTC", "ByteFallback", "ByteLevel", "Fuse", "Replace", "Strip"}
 """Decoders that treat one token after the other, or that are known here"""
 _JOINING = {"Fuse", "ByteLevel"}
@@ -154,7 +156,12 @@ def _steps(tokenizer: tokenizers.Tokenizer) -> Iterator[dict[str, Any]]:
     """The decoder's settings, step by step; the library hands them out when a decoder is pickled, and only then."""
     if tokenizer.decoder is None:
         return
-    waiting = [json.loads(tokenizer.decoder.__getstate__())]
+    try:
+        waiting = [json.loads(tokenizer.decoder.__getstate__())]
+    except (TypeError, ValueError):  # Python's own pickling, for one
+        raise InputError(
+            f"tokenizers {tokenizers.__version__} hands out no settings of decoders: install another version of it"
+        ) from None
     while waiting:
         step = waiting.pop(0)
         if step["type"] == "Sequence":

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_lqr.backends.borrowed import changed
 from mlx_lqr.backends.config import ModelConfig
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm, model_classes
 from mlx_lqr.backends.rotation import Rotation
@@ -99,6 +100,8 @@ def complete(module: nn.Module, config: ModelConfig) -> None:
     for block, rotation in zip(module.layers, config.layer_rotations, strict=True):
         if activation is not built_in:
             _activate(block, activation)
+        if rotation is not None and "rope" not in block.self_attn:
+            raise changed("mlx-lm", f"has no rope in the attention of {config.family}")
         if rotation is not None and rotation != Rotation("default", plain.theta, rotation.dims, {}):
             block.self_attn.rope = _rope(rotation, config.rope_traditional)
     if any(window is not None for window in config.windows):
@@ -135,7 +138,9 @@ class ScaledRoPE(nn.Module):
 
 def _activate(block: nn.Module, activation: Activation) -> None:
     """Let the block's MLP, or its experts, apply this activation."""
+    gates = 0
     for _, part in block.named_modules():
+        gates += "gate_up_proj" in part or "gate_proj" in part
         if "gate_up_proj" in part:
             _recast(
                 part, lambda self, x: self.down_proj(_gated(activation, *mx.split(self.gate_up_proj(x), 2, axis=-1)))
@@ -144,6 +149,8 @@ def _activate(block: nn.Module, activation: Activation) -> None:
             part.activation = _Gate(activation)
         elif "gate_proj" in part:
             _recast(part, lambda self, x: self.down_proj(_gated(activation, self.gate_proj(x), self.up_proj(x))))
+    if not gates:
+        raise changed("mlx-lm", f"has no gate_proj in {type(block).__name__}")
 
 
 def _gated(activation: Activation, gate: mx.array, x: mx.array) -> mx.array:
