@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,8 @@ DENSE = sorted(family for family in FAMILY if family not in ("mixtral", "qwen3_m
 
 
 @pytest.fixture(autouse=True)
-def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        rehearse(patch)
-        yield
+def metal(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearse(monkeypatch)  # by the same one that tests use, which then undoes everything in its order
 
 
 def relative(found: Any, expected: Any) -> float:
@@ -260,6 +259,35 @@ def _in_16_bits(gguf: Path) -> MLXModel:
 
 
 @functools.cache
+def in_4_bits(gguf: Path) -> tuple[MLXModel, MLXModel]:
+    """SmolLM2 in 4 bits, and its own weights unpacked, in float32."""
+    folder = folder_of(gguf, "4 bits")
+    model, reference = mlx_lqr.load(folder), mlx_lqr.load(folder, dtype="float32")
+    assert isinstance(model, MLXModel)
+    assert isinstance(reference, MLXModel)
+    unpack(reference.module)
+    return model, reference
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model as it is on a Mac, the same weights in float32, and by how many nats their choices may differ."""
+
+    model: MLXModel
+    reference: MLXModel
+    tolerance: float
+
+
+@pytest.fixture(params=["bfloat16", pytest.param("4 bits", marks=pytest.mark.slow)])
+def pair(request: pytest.FixtureRequest, smollm2_gguf: Path) -> Pair:
+    if request.param == "bfloat16":
+        reference = smollm2_on("mlx")
+        assert isinstance(reference, MLXModel)
+        return Pair(_in_16_bits(smollm2_gguf), reference, 0.25)
+    return Pair(*in_4_bits(smollm2_gguf), 2.0)  # the CPU adds up packed products in bfloat16 too
+
+
+@functools.cache
 def fitted() -> mlx_lqr.Controller:
     """In float32."""
     model = smollm2_on("mlx")
@@ -283,50 +311,51 @@ def test_smollm2_is_fitted_in_bfloat16_as_in_float32(in_16_bits: MLXModel) -> No
         assert cosine(fits[0].gain[:, :, 0], fits[1].gain[:, :, 0]).min() > 0.97
 
 
-def test_smollm2_is_steered_in_bfloat16_as_in_float32(in_16_bits: MLXModel) -> None:
+def test_smollm2_is_steered_as_in_float32(pair: Pair) -> None:
     """Alone and in a batch, with gains made at the prompt, and where mlx_lm itself generates."""
     from mlx_lm.generate import generate_step
 
-    reference, controller = smollm2_on("mlx"), fitted()
+    model, reference, controller = pair.model, pair.reference, fitted()
     law = LinearFeedback(controller, 1.5)
-    prompts = [in_16_bits.tokenizer.encode(text) for text in ("Once upon a time", "I like")]
-    alone = [tokens_of(in_16_bits, prompt, law=law, n=3)[0] for prompt in prompts]
+    prompts = [model.tokenizer.encode(text) for text in ("Once upon", "I")]
+    alone = [tokens_of(model, prompt, law=law, n=3)[0] for prompt in prompts]
     assert shortfall(reference, prompts[0], alone[0]) > 1  # these are others than those that are not steered
-    for prompt, tokens in zip(prompts * 2, alone + tokens_of(in_16_bits, *prompts, law=law, n=3), strict=True):
-        assert shortfall(reference, prompt, tokens, law) < 0.25
-    with mlx_lqr.steer(in_16_bits.module, controller, 1.5):
-        steps = generate_step(mx.array(prompts[0]), in_16_bits.module, max_tokens=3)
-        assert shortfall(reference, prompts[0], [int(token) for token, _ in steps], law) < 0.25
-    pieces = mlx_lqr.stream(in_16_bits, prompts[0], controller=controller, strength=1.5, adaptive=True, max_tokens=3)
+    for prompt, tokens in zip(prompts * 2, alone + tokens_of(model, *prompts, law=law, n=3), strict=True):
+        assert shortfall(reference, prompt, tokens, law) < pair.tolerance
+    with mlx_lqr.steer(model.module, controller, 1.5):
+        steps = generate_step(mx.array(prompts[0]), model.module, max_tokens=2)
+        assert shortfall(reference, prompts[0], [int(token) for token, _ in steps], law) < pair.tolerance
+    pieces = mlx_lqr.stream(model, prompts[0], controller=controller, strength=1.5, adaptive=True, max_tokens=2)
     law = LinearFeedback(mlx_lqr.adapt(reference, controller, prompts[0]), 1.5)
-    assert shortfall(reference, prompts[0], [piece.token or 0 for piece in pieces], law) < 0.25
+    assert shortfall(reference, prompts[0], [piece.token or 0 for piece in pieces], law) < pair.tolerance
 
 
-def test_smollm2_chats_in_bfloat16(in_16_bits: MLXModel) -> None:
+def test_smollm2_chats(pair: Pair) -> None:
     """The second prompt goes on from what the first has left."""
-    reference, controller = smollm2_on("mlx"), fitted()
-    chat = Chat(in_16_bits, options={"max_tokens": 2})
+    controller = fitted()
+    chat = Chat(pair.model, options={"max_tokens": 2})
+    chat.messages.append({"role": "system", "content": "Hi"})  # or the template writes a longer one
     chat.add(controller, 1.5)
     for question in ("Hi", "Why?"):
         tokens = [piece.token for piece in chat.answer(question) if piece.token is not None]
-        prompt = in_16_bits.tokenizer.chat(chat.messages[:-1])
-        assert shortfall(reference, prompt, tokens, LinearFeedback(controller, 1.5)) < 0.25
+        prompt = pair.model.tokenizer.chat(chat.messages[:-1])
+        assert shortfall(pair.reference, prompt, tokens, LinearFeedback(controller, 1.5)) < pair.tolerance
 
 
-def test_tasks_measure_in_bfloat16_what_they_do_in_float32(in_16_bits: MLXModel) -> None:
-    question = Question("The capital of France is", "Paris", ("Rome",))
+def test_tasks_measure_what_they_do_in_float32(pair: Pair) -> None:
+    question = Question("Once upon a", "time", ("fish",))
     found = []
-    for model in (in_16_bits, smollm2_on("mlx")):
+    for model in (pair.model, pair.reference):
         decoding = tasks.Decoding(samples=1, max_tokens=2)
-        damage = [NeutralText(["The train left at ten today"]), Capability([question])]
+        damage = [NeutralText(["The train left the station"]), Capability([question])]
         task = tasks.concept(["sea"], openings=["I like"], decoding=decoding, damage=damage)
         found.append(tasks.evaluate(model, task, tasks.Steering("sea", fitted()), [0.0, 1.5]).results())
     for ours, expected in zip(*found, strict=True):
         for name in ("kl", "capability"):
-            assert ours.metrics[name].value == pytest.approx(expected.metrics[name].value, abs=0.05)
-    pairs = [(in_16_bits.tokenizer.encode("The capital of France is"), in_16_bits.tokenizer.encode(" Paris"))]
-    scores = [model.log_probabilities(pairs)[0] for model in (in_16_bits, smollm2_on("mlx"))]
-    assert np.abs(scores[0] - scores[1]).max() < 0.25
+            assert ours.metrics[name].value == pytest.approx(expected.metrics[name].value, abs=pair.tolerance / 5)
+    pairs = [(pair.model.tokenizer.encode("France:"), pair.model.tokenizer.encode(" Paris"))]
+    scores = [model.log_probabilities(pairs)[0] for model in (pair.model, pair.reference)]
+    assert np.abs(scores[0] - scores[1]).max() < pair.tolerance
 
 
 def test_the_minimal_runtime_in_bfloat16(smollm2_gguf: Path, tmp_path: Path, capsys: Any) -> None:
@@ -339,13 +368,9 @@ def test_the_minimal_runtime_in_bfloat16(smollm2_gguf: Path, tmp_path: Path, cap
 
 
 @pytest.mark.slow
-def test_smollm2_in_4_bits(smollm2_gguf: Path) -> None:
-    """Against its own weights unpacked, in float32. A token takes a second here, so that there are few of them."""
-    folder = folder_of(smollm2_gguf, "4 bits")
-    model, reference = mlx_lqr.load(folder), mlx_lqr.load(folder, dtype="float32")
-    assert isinstance(model, MLXModel)
-    assert isinstance(reference, MLXModel)
-    unpack(reference.module)
+def test_smollm2_is_fitted_in_4_bits_as_unpacked(smollm2_gguf: Path) -> None:
+    """A token takes a third of a second here, so that there are few of them."""
+    model, reference = in_4_bits(smollm2_gguf)
     ids = model.tokenizer.encode("The sea")
     both = model, reference
     contrasts = [mlx_lqr.contrast(one, ["The sea"], ["The car"]) for one in both]
@@ -359,11 +384,6 @@ def test_smollm2_in_4_bits(smollm2_gguf: Path) -> None:
         options: dict[str, Any] = {"layers": [28, 29], "cost": cost}
         fits = [solve_controller(*one, **options) for one in zip(contrasts, jacobians, strict=True)]
         assert cosine(fits[0].gain[:, :, 0], fits[1].gain[:, :, 0]).min() > 0.97
-    law = LinearFeedback(fits[1], 1.5)
-    assert shortfall(reference, ids, tokens_of(model, ids, law=law, n=3)[0], law) < 1
-    batch = tokens_of(model, ids, ids[1:], law=law, n=2)
-    for prompt, tokens in zip((ids, ids[1:]), batch, strict=True):
-        assert shortfall(reference, prompt, tokens, law) < 1
 
 
 def assert_directions_agree(found: mlx_lqr.Contrast, expected: mlx_lqr.Contrast, tolerance: float) -> None:
