@@ -82,7 +82,10 @@ def test_calls_that_do_not_tell_of_prompts_are_refused(model: Model, adaptive: C
 
 def test_the_command_line_fits_and_decodes_adaptively(tmp_path: Path) -> None:
     file, prompt, run = str(tmp_path / "ocean.safetensors"), "The old sailor went down to", CliRunner().invoke
-    base = ["fit", "demo", "--concept", "ocean", "-o", file, "--q", "3", "--qf", "3", "--layers", "20-29"]
+    for kind, texts in zip(("positive", "negative"), mlx_lqr.bundled_prompts("ocean"), strict=True):
+        (tmp_path / kind).write_text("\n".join(texts[:24]))
+    sets = ["--concept", "ocean", "--positive", str(tmp_path / "positive"), "--negative", str(tmp_path / "negative")]
+    base = ["fit", "demo", *sets, "-o", file, "--q", "3", "--qf", "3", "--layers", "20-29"]
     assert run(main, [*base, "--cost", "adaptive", "--jacobian-prompts", "1"]).exit_code == 0
     answers = [
         run(main, ["generate", "demo", "-p", prompt, "-n", "16", "-c", f"{file}:3", *option]).output

@@ -96,6 +96,21 @@ def loaded_after(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
+def run_apart(*codes: str) -> None:
+    """Each in a process of its own, that has of mlx_lm's imports transformers already, which takes seconds."""
+    script = (
+        "import os, sys, traceback\nfrom transformers import AutoTokenizer, PreTrainedTokenizerFast\n"
+        "for code in sys.argv[1:]:\n"
+        "    if not (child := os.fork()):\n"
+        "        try:\n            exec(code, {})\n"
+        "        except BaseException:\n            traceback.print_exc()\n            os._exit(1)\n"
+        "        os._exit(0)\n"
+        "    assert os.waitpid(child, 0)[1] == 0, code"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *codes], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_library_imports_no_framework() -> None:
     loaded = loaded_after("import mlx_lqr, mlx_lqr.commands")
     assert not loaded & {"torch", "transformers", "mlx_lm", "mlx.core", "scipy", "rich", "prompt_toolkit", "jinja2"}
@@ -124,24 +139,18 @@ def test_a_model_runs_on_torch_without_mlx() -> None:
 
 def test_mlx_lm_is_whole_when_it_is_wanted() -> None:
     """Our short cut to mlx-lm's model classes must not show, in whichever order things are imported."""
-    loaded_after(
+    run_apart(
         "import mlx_lqr\nmlx_lqr.load('demo')\nimport mlx_lm, mlx_lm.models.llama, mlx_lm.sample_utils\n"
         "assert callable(mlx_lm.generate) and callable(mlx_lm.load)\n"
         "from mlx_lm import stream_generate, convert\nfrom mlx_lm.generate import generate_step\n"
-        "assert mlx_lm.models.llama.Model and mlx_lm.__version__"
-    )
-    loaded_after(
+        "assert mlx_lm.models.llama.Model and mlx_lm.__version__",
         "import mlx_lqr\nmlx_lqr.load('demo')\nimport mlx_lm.generate\nassert callable(mlx_lm.generate)\n"
-        "from mlx_lm.models import cache\nassert mlx_lm.models.cache is cache"
-    )
-    loaded_after(
+        "from mlx_lm.models import cache\nassert mlx_lm.models.cache is cache",
         "import mlx_lqr\nfirst = mlx_lqr.load('demo').module.__class__\nfrom mlx_lm.utils import load_model\n"
         "import mlx_lm.models.llama\nassert mlx_lm.models.llama.Model is first\nfrom mlx_lm import sample_utils\n"
         "assert mlx_lm.__spec__.loader is mlx_lm.__loader__ is not None\n"
-        "import importlib\nimportlib.reload(mlx_lm)"
-    )
-    loaded_after(
-        "import mlx_lm\nimport mlx_lqr\nassert mlx_lqr.load('demo').module.__class__ is mlx_lm.models.llama.Model"
+        "import importlib\nimportlib.reload(mlx_lm)",
+        "import mlx_lm\nimport mlx_lqr\nassert mlx_lqr.load('demo').module.__class__ is mlx_lm.models.llama.Model",
     )
 
 
