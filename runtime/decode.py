@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
-from mlx_lqr.backends.base import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace, first_overflow
+from mlx_lqr.backends.base import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace
+from mlx_lqr.backends.overflow import first_overflow
 from mlx_lqr.contrast import Prompt, tokenise
 from mlx_lqr.errors import InputError, OverflowingError
 

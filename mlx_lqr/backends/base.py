@@ -348,26 +348,6 @@ def fingerprint_of(model: Model, norms: Iterable[tuple[str, bytes]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def first_overflow(activations: Float32) -> int | None:
-    """The first of n activations (n, ..., d) with a |z|^2 beyond float32, in which norms are computed."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        energy = np.square(activations, dtype=np.float32).sum(axis=-1)
-    spoiled = np.argwhere(~np.isfinite(energy))
-    return int(spoiled[0, 0]) if len(spoiled) else None
-
-
-def named_overflow(
-    energies: Sequence[Sequence[float]], logits_finite: bool, dtype: str, law: Law | None
-) -> OverflowingError | None:
-    """The error for a pass with these |z|^2 of z_0..z_T, (T + 1, L), or None where all of it is finite."""
-    T = len(energies) - 1
-    finite = [all(math.isfinite(number) for number in row) for row in energies]
-    if all(finite) and logits_finite:
-        return None
-    layer = T if all(finite) else finite.index(False) - 1
-    return OverflowingError.at(layer, T, dtype, getattr(law, "strength", ()))
-
-
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
     """The prompts at one length, and where the last token of each is.
 

@@ -27,7 +27,6 @@ from mlx_lqr.backends.base import (
     Sampling,
     Stretches,
     fingerprint_of,
-    first_overflow,
     in_batches,
     padded,
     restart,
@@ -41,6 +40,7 @@ from mlx_lqr.backends.mlx_expansion import block_jacobian
 from mlx_lqr.backends.mlx_load import check_computed, load_module
 from mlx_lqr.backends.mlx_step import CompiledStep, energy
 from mlx_lqr.backends.model_folder import read_config
+from mlx_lqr.backends.overflow import first_overflow
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from mlx_lqr.backends.base import (
     OVERFLOWED,
-    UNSTEERED,
     BlockCall,
     CarryingLaw,
     Float32,
@@ -22,7 +21,6 @@ from mlx_lqr.backends.base import (
     Law,
     LawHooks,
     Sampling,
-    named_overflow,
     padded_left,
     restart,
 )
@@ -30,6 +28,7 @@ from mlx_lqr.backends.mlx_blocks import BlockHooks, FrozenCache, hooked
 from mlx_lqr.backends.mlx_lm_models import import_mlx_lm
 from mlx_lqr.backends.mlx_sampling import Sampler
 from mlx_lqr.backends.mlx_step import CompiledStep, FixedCache, energy, in_order
+from mlx_lqr.backends.overflow import Examined, located
 from mlx_lqr.errors import InputError, OverflowingError
 
 PREFILL_CHUNK = 512
@@ -228,18 +227,17 @@ class MLXDecoder:
     def overflow(self, tokens: Sequence[int], first: int) -> OverflowingError:
         self._start([0])
         restart(self._law)
-        alone = isinstance(self._law, CarryingLaw)
-        starts = [*range(0, first, PREFILL_CHUNK), *range(first, len(tokens), 1 if alone else PREFILL_CHUNK)]
-        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-            steering = LawHooks(self._law) if start >= first else UNSTEERED
-            energies, logits = self._examined(tokens[start:end], steering)
-            finite = mx.all(mx.isfinite(logits)).item()
-            if error := named_overflow([row.tolist() for row in energies], bool(finite), self._dtype, self._law):
-                return error
-        return OverflowingError.at(None, len(self._blocks), self._dtype, getattr(self._law, "strength", ()))
+        return located(
+            self._examined,
+            tokens,
+            first,
+            self._law,
+            layers=len(self._blocks),
+            chunk=PREFILL_CHUNK,
+            dtype=self._dtype,
+        )
 
-    def _examined(self, tokens: Sequence[int], steering: LawHooks) -> tuple[list[mx.array], mx.array]:
-        """|z|^2 of z_0..z_T at tokens (L,) of a single sequence, each (L,), and the last one's logits (V,)."""
+    def _examined(self, tokens: Sequence[int], steering: LawHooks) -> Examined:
         energies: list[mx.array] = []
 
         def record(k: int, z: mx.array, call: BlockCall) -> mx.array:
@@ -252,7 +250,7 @@ class MLXDecoder:
 
         with hooked(self._blocks, record, range(len(self._blocks)), steering):
             logits = self._module(mx.array([list(tokens)], mx.uint32), cache=self._cache)
-        return energies, logits[0, -1]
+        return [row.tolist() for row in energies], bool(mx.all(mx.isfinite(logits[0, -1])).item())
 
     @property
     def _dtype(self) -> str:

@@ -25,7 +25,6 @@ from mlx_lqr.backends.base import (
     Sampling,
     Stretches,
     fingerprint_of,
-    first_overflow,
     in_batches,
     padded,
     restart,
@@ -33,6 +32,7 @@ from mlx_lqr.backends.base import (
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.config import check_rolling, context_of, model_config
 from mlx_lqr.backends.model_folder import read_config
+from mlx_lqr.backends.overflow import first_overflow
 from mlx_lqr.backends.tokenizer import Tokenizer
 from mlx_lqr.backends.torch_algebra import TorchAlgebra
 from mlx_lqr.backends.torch_attention import WholePrompts, attending

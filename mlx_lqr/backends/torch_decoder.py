@@ -11,17 +11,16 @@ import torch
 
 from mlx_lqr.backends.base import (
     OVERFLOWED,
-    UNSTEERED,
     BlockCall,
     CarryingLaw,
     Float32,
     Law,
     LawHooks,
     Sampling,
-    named_overflow,
     padded_left,
     restart,
 )
+from mlx_lqr.backends.overflow import Examined, located
 from mlx_lqr.backends.torch_attention import attending
 from mlx_lqr.backends.torch_blocks import BlockHooks, FrozenBlock, hooked
 from mlx_lqr.backends.torch_cache import KeyValueCache
@@ -213,18 +212,17 @@ class TorchDecoder:
     def overflow(self, tokens: Sequence[int], first: int) -> OverflowingError:
         self._start([0])
         restart(self._law)
-        alone = isinstance(self._law, CarryingLaw)
-        starts = [*range(0, first, PREFILL_CHUNK), *range(first, len(tokens), 1 if alone else PREFILL_CHUNK)]
-        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-            steering = LawHooks(self._law) if start >= first else UNSTEERED
-            energies, logits = self._examined(tokens[start:end], steering)
-            finite = bool(torch.isfinite(logits).all())
-            if error := named_overflow([row.tolist() for row in energies], finite, self._dtype, self._law):
-                return error
-        return OverflowingError.at(None, len(self._blocks), self._dtype, getattr(self._law, "strength", ()))
+        return located(
+            self._examined,
+            tokens,
+            first,
+            self._law,
+            layers=len(self._blocks),
+            chunk=PREFILL_CHUNK,
+            dtype=self._dtype,
+        )
 
-    def _examined(self, tokens: Sequence[int], steering: LawHooks) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """|z|^2 of z_0..z_T at tokens (L,) of a single sequence, each (L,), and the last one's logits (V,)."""
+    def _examined(self, tokens: Sequence[int], steering: LawHooks) -> Examined:
         energies: list[torch.Tensor] = []
 
         def record(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
@@ -236,7 +234,7 @@ class TorchDecoder:
 
         with hooked(self._blocks, record, range(len(self._blocks)), steering):
             logits = self._run(self._tokens([list(tokens)]), steered=False)
-        return energies, logits[0]
+        return [row.tolist() for row in energies], bool(torch.isfinite(logits[0]).all())
 
     @property
     def _dtype(self) -> str:
