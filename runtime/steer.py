@@ -36,6 +36,9 @@ def steer(model: Any, controller: Steering, strength: Strength = None) -> Abstra
     free of earlier steering gives it a new `LRUPromptCache`. The model of a server in this process is its
     `ModelProvider`'s `model` after `load_default()`; steer it while no request is under way.
 
+    Where activations overflow, `mlx_lm.generate` and `stream_generate` and a transformers model's `generate` raise an
+    `OverflowingError`, as our own functions do; batches of mlx_lm, its server and `generate_batch` are not checked.
+
     Raises:
         InputError: a controller of another model, S-PID with a derivative or an adaptive controller (the calls of
             others do not tell where a prompt begins), something that is no model, or, on entering the block, a model

@@ -6,6 +6,7 @@ Each model here works in float32 and bfloat16, and overflows float16 at one plac
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from backends import BACKENDS, tiny_folder
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
@@ -202,3 +204,25 @@ def test_a_law_that_goes_from_token_to_token_is_refused_too(backend: str) -> Non
         with pytest.raises(OverflowingError, match=r"overflow at layer \d at strength 1e\+25: lower the strength"):
             work(pairs, law=law)
         assert all(np.isfinite(found).all() for found in work(pairs, law=law_of_steering(steering, 1.0)))
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e25])
+def test_mlx_lm_and_transformers_end_with_that_line_too(strength: float) -> None:
+    """Around models that are steered in place, in their own loops."""
+    mlx_lm_generate = importlib.import_module("mlx_lm.generate")
+    ours = mlx_lqr.load(tiny_folder("llama"), backend="mlx", dtype="float32")
+    theirs = mlx_lqr.load(tiny_folder("llama"), backend="torch", dtype="float32")
+    controller = mlx_lqr.fit(ours, [[1, 2, 3], [4, 5]], [[6, 7], [8]], layers=[0], cost="feature")
+    runs: list[Callable[[], Any]] = [
+        lambda: list(mlx_lm_generate.generate_step(mx.array(PROMPT), ours.module, max_tokens=3)),  # type: ignore[attr-defined]
+        lambda: next(mlx_lm_generate.generate_step(mx.array(PROMPT), ours.module, max_tokens=3)),  # type: ignore[attr-defined]
+        lambda: theirs.module.generate(torch.tensor([PROMPT, PROMPT]), max_new_tokens=3),  # type: ignore[attr-defined]
+    ]
+    for model, run in zip((ours, ours, theirs), runs, strict=True):
+        with mlx_lqr.steer(model, controller, strength):
+            if strength == 1:
+                run()
+                continue
+            with pytest.raises(OverflowingError, match="overflow at this strength"):
+                run()
+        run()  # nothing is left behind

@@ -265,9 +265,12 @@ class MLXModel:
         def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
             if k == 0:
                 positions.begin(z.shape[1])
-            return steering.block(k, z, call)
+            output = steering.block(k, z, call)
+            if k == self.num_layers - 1:
+                positions.end(output)
+            return output
 
-        layers = sorted({0, *placed.layers})
+        layers = sorted({0, self.num_layers - 1, *placed.layers})
         with mlx_lm_calls.announcing_prompts(self.module, positions), hooked(self.blocks, hook, layers, steering):
             yield
 

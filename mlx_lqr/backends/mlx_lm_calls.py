@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.borrowed import check_borrowed
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, OverflowingError
 
 
 @dataclass
@@ -30,6 +31,23 @@ class Prompt:
 
     left: float
     """Tokens still to come before its last one."""
+    spoiled: mx.array | None = None
+    """Zero while all activations of what has been run are finite, NaN afterwards."""
+    asked: mx.array | None = None
+    """What `spoiled` was a step ago, which is known without waiting for the step that is under way."""
+
+    def add(self, output: mx.array) -> None:
+        """Take note of the last block's output (B, L, d)."""
+        now = mx.square(output[:, -1].astype(mx.float32)).sum() * 0  # as norms square
+        self.spoiled = now if self.spoiled is None else self.spoiled + now
+
+    def overflows(self) -> bool:
+        """Whether activations had overflowed when this was asked before; the first time, whether they have."""
+        before = self.spoiled if self.asked is None else self.asked
+        self.asked = self.spoiled
+        if self.asked is not None:
+            mx.async_eval(self.asked)
+        return before is not None and before.item() != 0
 
 
 class Positions(threading.local):
@@ -52,6 +70,11 @@ class Positions(threading.local):
         else:
             self.unsteered = int(min(length, self._prompt.left))
             self._prompt.left -= self.unsteered
+
+    def end(self, output: mx.array) -> None:
+        """The call has come to the end of the last block."""
+        if self._prompt is not None:
+            self._prompt.add(output)
 
     @contextmanager
     def working_through(self, prompt: Prompt) -> Iterator[None]:
@@ -174,6 +197,9 @@ def _announced(steps: Generator[Any, None, None], before_last: Mapping[int, int]
     """Hand on the steps; only while one is computed do the models know of the prompt, `before_last[id]` tokens and one.
 
     So a generator that is suspended, or abandoned, has no part in what else calls the model.
+
+    Raises:
+        OverflowingError: activations that overflow.
     """
     prompts = [(_steered[model], Prompt(tokens)) for model, tokens in before_last.items() if model in _steered]
     try:
@@ -181,10 +207,12 @@ def _announced(steps: Generator[Any, None, None], before_last: Mapping[int, int]
             with ExitStack() as announcements:
                 for positions, prompt in prompts:
                     announcements.enter_context(positions.working_through(prompt))
-                try:
-                    step = next(steps)
-                except StopIteration:
-                    return
+                step = next(steps, None)
+            overflowing = [prompt.overflows() for _, prompt in prompts]
+            if any(overflowing):
+                raise OverflowingError("the activations overflow at this strength: lower it")
+            if step is None:
+                return
             yield step
     finally:
         steps.close()

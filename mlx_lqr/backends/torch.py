@@ -283,9 +283,16 @@ class TorchModel:
         refusals: list[InputError] = []
         positions = Positions(steer_all, refusals)
         steering = LawHooks.beyond(placed, lambda: positions.first, torch.cat, torch.where)
-        layers = sorted({0, *placed.layers})  # the first one too, which tells our own functions
+
+        def hook(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            output = steering.block(k, z, call)
+            if k == self.num_layers - 1:
+                positions.end(output)
+            return output
+
+        layers = sorted({0, self.num_layers - 1, *placed.layers})  # the first one too, which tells our own functions
         announced = announcing_prompts(self.module, positions, refusals)
-        with announced, hooked(self.blocks, steering.block, layers, steering):
+        with announced, hooked(self.blocks, hook, layers, steering):
             yield
 
     def place(self, law: Law | None) -> Law | None:

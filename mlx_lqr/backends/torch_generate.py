@@ -22,7 +22,7 @@ import torch
 
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.torch_calls import Call, unknown_positions
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, OverflowingError
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Positions(threading.local):
         """The first steered position of the call, or a mask (B or 1, L, 1) of those that are steered."""
         self._steer_all = steer_all
         self._prompt: Prompt | None = None
+        self._spoiled: torch.Tensor | None = None
+        """Zero while all activations of the answer are finite, NaN afterwards."""
         self._refusals = refusals
 
     def begin(self, call: Call) -> None:
@@ -84,14 +86,26 @@ class Positions(threading.local):
 
     @contextmanager
     def answering(self, prompt: Prompt) -> Iterator[None]:
-        """Calls inside this context are of this prompt, and of what follows it."""
+        """Calls inside this context are of this prompt, and of what follows it.
+
+        Raises:
+            OverflowingError: when the answer is done, of activations that have overflowed.
+        """
         before = self._prompt
         if before is None:  # else a model that drafts for itself: what it calls a prompt is half of it an answer
-            self._prompt = prompt
+            self._prompt, self._spoiled = prompt, None
         try:
             yield
         finally:
             self._prompt = before
+        if before is None and self._spoiled is not None and self._spoiled.item() != 0:
+            raise OverflowingError("the activations overflow at this strength: lower it")
+
+    def end(self, output: torch.Tensor) -> None:
+        """The call has come to the end of the last block, whose output is (B, L, d)."""
+        if self._prompt is not None:
+            now = output[:, -1].float().square().sum() * 0  # as norms square
+            self._spoiled = now if self._spoiled is None else self._spoiled + now
 
 
 class _Resumption(threading.local):
