@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _DOWNLOADED = ["*.json", "*.jinja", "model*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -26,9 +26,5 @@ def hub_folder(name: str) -> Path:
         ) from error
     except Exception as error:  # its own errors, those of its transport, and those of the disk have no common class
         raise InputError(
-            f"cannot download {name} ({_first_line(error)}): check the network, or give a folder"
+            f"cannot download {name} ({first_line(error)}): check the network, or give a folder"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__

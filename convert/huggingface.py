@@ -23,7 +23,7 @@ from mlx_lqr.backends.config import explicit, model_config
 from mlx_lqr.backends.mlx_load import DTYPES, arguments_for, as_mlx_lm_reads, flattened, settings_read
 from mlx_lqr.backends.model_folder import FAMILIES
 from mlx_lqr.backends.weight_files import Weights, weights_of
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 
 from .write import cast, group_for, write_json, write_weights
 
@@ -117,7 +117,7 @@ def _load(source: Path, config: dict[str, Any], files: Weights) -> tuple[nn.Modu
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{source} does not fit its config.json ({_line(error)}): download it again") from error
+        raise InputError(f"{source} does not fit its config.json ({first_line(error)}): download it again") from error
 
 
 def _quantize(model: nn.Module, bits: int, group_size: int) -> dict[str, Any]:
@@ -174,7 +174,8 @@ def _build_tokenizer(source: Path, out: Path) -> None:
     try:
         AutoTokenizer.from_pretrained(str(source), trust_remote_code=False).save_pretrained(str(out))
     except Exception as error:  # transformers raises whatever the files make it stumble over
-        raise InputError(f"{source} has no tokenizer.json and none can be built ({_line(error)}): add one") from error
+        reason = first_line(error)
+        raise InputError(f"{source} has no tokenizer.json and none can be built ({reason}): add one") from error
     if not (out / "tokenizer.json").exists():
         raise InputError(f"{source} has no tokenizer.json and none can be built: add one")
 
@@ -185,12 +186,7 @@ def _read_json(path: Path, absent: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(absent) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({_line(error)}): download it again") from error
+        raise InputError(f"{path} cannot be read ({first_line(error)}): download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is no JSON object: download it again")
     return content
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error's message, or its name."""
-    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__

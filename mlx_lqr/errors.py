@@ -12,6 +12,11 @@ class InputError(ValueError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its name."""
+    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__
+
+
 class OverflowingError(InputError):
     """Activations that overflow: the strength is too high for this model and controller, or the dtype too narrow."""
 

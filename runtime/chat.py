@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_lqr.analysis.tracking import TrackedAnswer, track_answer
 from mlx_lqr.backends.base import Decoder, Law, Model
+from mlx_lqr.backends.detokenizer import common_length
 from mlx_lqr.backends.tokenizer import Message
 from mlx_lqr.baseline import Steering, combine
 from mlx_lqr.controller import Controller
@@ -268,11 +269,7 @@ class Chat:
         penalised = self.options.get("repetition_penalty", 1.0) != 1  # needs a decoder that has met every token
         steers_all = controller is not None and controller.positions == "all"
         if turn is not None and turn.rolling == self._rolling and not (penalised or steers_all):
-            common = 0
-            for ours, theirs in zip(turn.clean, prompt[:-1], strict=False):
-                if ours != theirs:
-                    break
-                common += 1
+            common = common_length(turn.clean, prompt[:-1])
             if common and turn.decoder.rewind(common):
                 return turn.decoder
         return self.model.decoder(rolling=self._rolling)

@@ -96,7 +96,10 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def context_of(config: Mapping[str, Any]) -> tuple[int, bool]:
-    """`context_length` and `rolls` of a config that has been read by someone else already."""
+    """`context_length` and `rolls` of a config that has been read by someone else already.
+
+    Some classes of mlx-lm do not keep how long a context may be: with them it has no end, as in mlx-lm itself.
+    """
     length = int(config.get("max_position_embeddings") or 1 << 30)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -61,7 +61,7 @@ def weights_of(folder: Path) -> Weights:
                 formats.add((opened.metadata() or {}).get("format"))
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{folder / file} is damaged, cut short or corrupt ({_first_line(error)}): download or convert the "
+                f"{folder / file} is damaged, cut short or corrupt ({first_line(error)}): download or convert the "
                 "model again"
             ) from error
         for name in present if wanted is None else wanted:
@@ -88,7 +88,7 @@ def _indexed(index: Path) -> dict[str, list[str] | None]:
             assert tensors is not None
             tensors.append(tensor)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is no index of weights ({_first_line(error)}): download the model again") from error
+        raise InputError(f"{index} is no index of weights ({first_line(error)}): download the model again") from error
     missing = sorted(file for file in named if not (folder / file).is_file())
     if missing:
         whole = f", or remove {INDEX} if {SINGLE} is the whole model" if (folder / SINGLE).is_file() else ""
@@ -125,7 +125,3 @@ def _unindexed(folder: Path) -> list[str]:
         which = f"shard {absent[0]} of {totals[0]}" if absent else "a clear set of shards"
         raise InputError(f"{folder} lacks {which}: download it again")
     return sorted(shards)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__
