@@ -20,16 +20,16 @@ import click
 from report import ratio, say
 
 import mlx_lqr  # first, so that MLX gets its BLAS
-from mlx_lqr.backends.base import Model
-from mlx_lqr.linearize import stream_jacobians
-from mlx_lqr.riccati import Weights, sweep
+from mlx_lqr.backends.protocol import Model
+from mlx_lqr.lqr.linearize import stream_jacobians
+from mlx_lqr.lqr.riccati import Weights, sweep
 
 # isort: split
 import numpy as np
 import torch
 import transformers
 
-from mlx_lqr.backends.torch import TorchModel
+from mlx_lqr.backends.torch.model import TorchModel
 
 PROMPT = "Once upon a time, in a small town by a river,"
 LLAMA_8B = {

@@ -20,8 +20,8 @@ import click
 from report import ratio
 
 import mlx_lqr  # first, so that MLX gets its BLAS
-from mlx_lqr.backends.mlx import MLXModel
-from mlx_lqr.backends.mlx_device import on_gpu
+from mlx_lqr.backends.mlx.device import on_gpu
+from mlx_lqr.backends.mlx.model import MLXModel
 
 PROMPT = "Once upon a time, in a small town by a river,"
 Stream = Callable[[], Iterable[Any]]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import click
 
 import mlx_lqr  # first, so that MLX gets its BLAS
-from mlx_lqr.backends.base import Model
+from mlx_lqr.backends.protocol import Model
 
 # isort: split
 import numpy as np

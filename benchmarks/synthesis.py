@@ -20,11 +20,11 @@ import click
 from report import ratio, say
 
 import mlx_lqr  # first, so that MLX gets its BLAS
-from mlx_lqr.backends.mlx import MLXModel
-from mlx_lqr.backends.mlx_lm_models import model_classes
-from mlx_lqr.linearize import traces
-from mlx_lqr.riccati import Weights, sweep
-from mlx_lqr.synthesis import adapt
+from mlx_lqr.backends.mlx.mlx_lm_models import model_classes
+from mlx_lqr.backends.mlx.model import MLXModel
+from mlx_lqr.lqr.adapt import adapt
+from mlx_lqr.lqr.linearize import traces
+from mlx_lqr.lqr.riccati import Weights, sweep
 
 # isort: split
 import mlx.core as mx

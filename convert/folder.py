@@ -10,11 +10,11 @@ from typing import Any
 import mlx.core as mx
 from gguf.constants import GGMLQuantizationType
 
-from mlx_lqr.atomic import writing
-from mlx_lqr.backends.base import Progress
-from mlx_lqr.backends.mlx_device import on_gpu
-from mlx_lqr.backends.mlx_load import DTYPES
+from mlx_lqr.backends.mlx.device import on_gpu
+from mlx_lqr.backends.mlx.load import DTYPES
+from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.atomic import writing
 
 from .gguf_config import architecture, model_config
 from .gguf_file import FLOAT_TYPES, GGUFFile

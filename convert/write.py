@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from mlx_lqr.backends.base import Progress
+from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError
 
 SHARD_BYTES = 5 << 30  # as mlx-lm and the hub do

@@ -11,24 +11,21 @@ from mlx_lqr.backends import blas
 
 blas.preload()  # before anything imports mlx.core
 
-from mlx_lqr.baseline import METHODS, Baseline, load_steering  # noqa: E402
-from mlx_lqr.contrast import (  # noqa: E402
-    Contrast,
-    bundled_concepts,
-    bundled_prompts,
-    choose_layers,
-    contrast,
-    read_prompts,
-)
-from mlx_lqr.controller import Controller, compile  # noqa: E402
+from mlx_lqr.concepts import bundled_concepts, bundled_prompts  # noqa: E402
 from mlx_lqr.errors import InputError  # noqa: E402
-from mlx_lqr.fitting import fit_baseline  # noqa: E402
-from mlx_lqr.laws import Recording  # noqa: E402
-from mlx_lqr.linearize import Jacobians, linearize  # noqa: E402
+from mlx_lqr.files.prompts import read_prompts  # noqa: E402
 from mlx_lqr.loading import load  # noqa: E402
-from mlx_lqr.riccati import Gains, solve  # noqa: E402
+from mlx_lqr.lqr.adapt import adapt  # noqa: E402
+from mlx_lqr.lqr.contrast import Contrast, contrast  # noqa: E402
+from mlx_lqr.lqr.controller import Controller, compile  # noqa: E402
+from mlx_lqr.lqr.fit import fit  # noqa: E402
+from mlx_lqr.lqr.layers import choose_layers  # noqa: E402
+from mlx_lqr.lqr.linearize import Jacobians, linearize  # noqa: E402
+from mlx_lqr.lqr.riccati import Gains, solve  # noqa: E402
+from mlx_lqr.methods.baseline import METHODS, Baseline, load_steering  # noqa: E402
+from mlx_lqr.methods.fitting import fit_baseline  # noqa: E402
+from mlx_lqr.methods.laws import Recording  # noqa: E402
 from mlx_lqr.runtime import Options, Piece, batch_generate, batch_stream, generate, steer, stream  # noqa: E402
-from mlx_lqr.synthesis import adapt, fit  # noqa: E402
 
 __all__ = [
     "METHODS",

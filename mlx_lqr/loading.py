@@ -12,8 +12,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mlx_lqr.backends.base import Model, Progress
-from mlx_lqr.backends.mlx_device import on_mac
+from mlx_lqr.backends.mlx.device import on_mac
+from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.errors import InputError
 
 BackendName = Literal["auto", "mlx", "torch"]
@@ -52,10 +52,10 @@ def load(
         _check_torch()
     folder, name = resolve(source, progress=progress)
     if chosen == "torch":
-        from mlx_lqr.backends import torch
+        from mlx_lqr.backends.torch import model as torch
 
         return torch.load(folder, name, dtype, device)
-    from mlx_lqr.backends import mlx
+    from mlx_lqr.backends.mlx import model as mlx
 
     return mlx.load(folder, name, dtype)
 
@@ -102,15 +102,15 @@ def adopt(model: Any) -> Model:
         return model
     nn = sys.modules.get("mlx.nn")
     if nn is not None and isinstance(model, nn.Module):
-        from mlx_lqr.backends.mlx import MLXModel
-        from mlx_lqr.backends.mlx_lm_models import model_classes
+        from mlx_lqr.backends.mlx.mlx_lm_models import model_classes
+        from mlx_lqr.backends.mlx.model import MLXModel
 
         model_type = str(getattr(model, "model_type", type(model).__module__))
         model_classes(model_type)
         return MLXModel(model, model_type)
     transformers = sys.modules.get("transformers")
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        from mlx_lqr.backends.torch import TorchModel
+        from mlx_lqr.backends.torch.model import TorchModel
 
         return TorchModel(model, str(model.config.model_type))
     raise InputError(

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_lqr.baseline import Steering, combine, load_steering
 from mlx_lqr.errors import InputError
-from mlx_lqr.prompts import is_unicode
-from mlx_lqr.strength import Strengths, default_strength
+from mlx_lqr.files.prompts import is_unicode
+from mlx_lqr.lqr.strength import Strengths, default_strength
+from mlx_lqr.methods.baseline import Steering, combine, load_steering
 
 
 def parse_controller(text: str, model: str = "MODEL") -> tuple[Steering, Strengths]:

@@ -9,18 +9,18 @@ from os import PathLike
 import numpy as np
 
 from mlx_lqr.analysis.tracking import TrackedAnswer, track_answer
-from mlx_lqr.backends.base import Decoder, Law, Model
-from mlx_lqr.backends.detokenizer import common_length
-from mlx_lqr.backends.tokenizer import Message
-from mlx_lqr.baseline import Steering, combine
-from mlx_lqr.controller import Controller
+from mlx_lqr.backends.protocol import Decoder, Law, Model
+from mlx_lqr.backends.text.detokenizer import common_length
+from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
-from mlx_lqr.laws import AdjustableLaw, LinearFeedback, RecordedFeedback, Recording, check_strength
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.strength import default_strength
+from mlx_lqr.methods.baseline import Steering, combine
+from mlx_lqr.methods.laws import AdjustableLaw, LinearFeedback, RecordedFeedback, Recording, check_strength
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
 from mlx_lqr.runtime.generate import Options, Piece, Strength, only_controller, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
 from mlx_lqr.runtime.transcript import Given, read_transcript, write_transcript
-from mlx_lqr.strength import default_strength
 
 NO_ANSWER = "there is no answer yet: say something first"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
-from mlx_lqr.backends.base import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace
 from mlx_lqr.backends.overflow import first_overflow
-from mlx_lqr.contrast import Prompt, tokenise
+from mlx_lqr.backends.protocol import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace
 from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.lqr.prompts import Prompt, tokenise
 
 Overflow = Literal["error", "roll"]
 """What happens when prompt and answer do not fit the model's context."""

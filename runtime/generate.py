@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from mlx_lqr.backends.base import Decoder, Model, Progress, Sampling, Trace
-from mlx_lqr.baseline import Steering
-from mlx_lqr.contrast import Prompt, tokenise
-from mlx_lqr.controller import Controller
+from mlx_lqr.backends.protocol import Decoder, Model, Progress, Sampling, Trace
 from mlx_lqr.errors import InputError
-from mlx_lqr.laws import AdjustableLaw, RecordedFeedback, Recording, law_of
+from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.prompts import Prompt, tokenise
+from mlx_lqr.lqr.strength import default_strength
+from mlx_lqr.methods.baseline import Steering
+from mlx_lqr.methods.laws import AdjustableLaw, RecordedFeedback, Recording, law_of
 from mlx_lqr.runtime.decode import Overflow, decode
 from mlx_lqr.runtime.stopping import StopStrings
-from mlx_lqr.strength import default_strength
-from mlx_lqr.synthesis import readapted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from mlx_lqr.controller import Controller
+from mlx_lqr.lqr.controller import Controller
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from mlx_lqr.backends.base import CarryingLaw
-from mlx_lqr.baseline import Steering
+from mlx_lqr.backends.protocol import CarryingLaw
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import adopt
+from mlx_lqr.methods.baseline import Steering
 from mlx_lqr.runtime.generate import Strength, adapts, feedback
 
 

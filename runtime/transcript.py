@@ -13,11 +13,11 @@ from itertools import groupby
 from os import PathLike
 from typing import Any
 
-from mlx_lqr.atomic import writing
-from mlx_lqr.backends.tokenizer import Message
+from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
-from mlx_lqr.laws import check_strength
-from mlx_lqr.prompts import read_text
+from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.prompts import read_text
+from mlx_lqr.methods.laws import check_strength
 
 FORMAT = "mlx-lqr transcript 2"
 """Version 1 had no format entry, and no strengths of each answer."""

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import BACKENDS, smollm2_on
-from real_models import gemma3_folder, gemma3_gguf, smollm2_folder, smollm2_gguf  # noqa: F401 - fixtures
+from helpers.backends import BACKENDS, smollm2_on
+from helpers.real_models import gemma3_folder, gemma3_gguf, smollm2_folder, smollm2_gguf  # noqa: F401 - fixtures
 from safetensors.numpy import load_file
 
 import mlx_lqr
-from mlx_lqr.backends.base import Model
+from mlx_lqr.backends.protocol import Model
 from mlx_lqr.convert.sources import DEMO_NAME
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
@@ -35,7 +35,7 @@ def _demo_is_loaded_once() -> Iterator[None]:
     """Commands and tests that load the demonstration model as it is get one and the same on each backend."""
     with pytest.MonkeyPatch.context() as patch:
         for name in BACKENDS:
-            backend = importlib.import_module(f"mlx_lqr.backends.{name}")
+            backend = importlib.import_module(f"mlx_lqr.backends.{name}.model")
             patch.setattr(backend, "load", _loading_once(backend.load))
         yield
 

@@ -17,25 +17,25 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 _GROUPS = ("dependencies", "torch")
 
 TESTS: dict[str, tuple[str, ...]] = {
-    "tests/test_borrowed.py": (),
-    "tests/test_torch_generate.py": (),
-    "tests/test_tokenizer.py": (),
+    "tests/backends/test_borrowed.py": (),
+    "tests/backends/test_torch_generate.py": (),
+    "tests/backends/test_tokenizer.py": (),
     "tests/test_golden.py": ("test_direction", "test_jacobians", "test_logits_and_tokens_unsteered"),
-    "tests/test_steer.py": (
+    "tests/runtime/test_steer.py": (
         "test_mlx_lm_generates_what_our_loop_generates",
         "test_each_prompt_of_batch_generate_is_steered_as_if_alone",
         "test_generation_from_a_prompt_cache_equals_that_from_the_whole_prompt",
         "test_speculative_decoding_changes_no_token",
         "test_other_threads_are_steered_too",
     ),
-    "tests/test_torch.py": (
+    "tests/backends/test_torch.py": (
         "test_transformers_generates_what_our_loop_generates",
         "test_each_prompt_of_a_padded_batch_is_steered_as_if_alone",
         "test_assisted_decoding_changes_no_token",
         "test_jacobian_equals_finite_differences",
     ),
-    "tests/test_backends.py": ("test_numbers_agree", "test_steered_tokens_agree"),
-    "tests/test_cli.py": ("test_fit_then_show", "test_python_runs_the_package"),
+    "tests/backends/test_backends.py": ("test_numbers_agree", "test_steered_tokens_agree"),
+    "tests/commands/test_cli.py": ("test_fit_then_show", "test_python_runs_the_package"),
     "tests/convert/test_huggingface.py": (
         "test_logits_equal_torch",
         "test_quantised_logits_are_those_of_the_dequantised_weights",

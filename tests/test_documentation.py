@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 import pytest
-from documentation import (
+from helpers.documentation import (
     COMMANDS,
     PAGES,
     ROOT,
@@ -33,12 +33,12 @@ from documentation import (
     links,
     quoted,
 )
-from shown_output import difference, unlike
+from helpers.shown_output import difference, unlike
 
 import mlx_lqr
 from mlx_lqr.analysis import rollout, spectra
-from mlx_lqr.backends.base import Trace
-from mlx_lqr.backends.mlx import MLXModel
+from mlx_lqr.backends.mlx.model import MLXModel
+from mlx_lqr.backends.protocol import Trace
 from mlx_lqr.commands import main
 from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.runtime.__main__ import _parser as runtime_parser

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import BACKENDS, smollm2_on
+from helpers.backends import BACKENDS, smollm2_on
 
 import mlx_lqr
-from mlx_lqr.backends.base import Model
+from mlx_lqr.backends.protocol import Model
 from mlx_lqr.runtime.generate import feedback
 
 

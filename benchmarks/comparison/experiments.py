@@ -13,8 +13,8 @@ from pathlib import Path
 import mlx_lqr
 from benchmarks.comparison.split import Part, rows_of, write_rows
 from mlx_lqr import tasks
-from mlx_lqr.backends.base import Model
-from mlx_lqr.contrast import Prompt
+from mlx_lqr.backends.protocol import Model
+from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.tasks.concept import bundled_openings
 from mlx_lqr.tasks.generations import chat_prompt
 from mlx_lqr.tasks.read import bundled_text, spread

@@ -16,7 +16,7 @@ from benchmarks.comparison.experiments import Experiment, Setting
 from benchmarks.comparison.methods import CENTRED, METHODS, PAPER, REMOVES, Fitter, space
 from mlx_lqr import tasks
 from mlx_lqr.analysis import write_json
-from mlx_lqr.backends.base import Progress
+from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.tasks.bootstrap import Estimate
 from mlx_lqr.tasks.tuning import Trial, Tuned, tune
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx_lqr
-from mlx_lqr import baseline
-from mlx_lqr.backends.base import Model
-from mlx_lqr.contrast import Prompt
+from mlx_lqr.backends.protocol import Model
+from mlx_lqr.lqr.prompts import Prompt
+from mlx_lqr.methods import baseline
 from mlx_lqr.tasks.run import digest
 from mlx_lqr.tasks.tuning import Candidate, Space
 

@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.comparison.experiments import EXPERIMENTS, Experiment
 from benchmarks.comparison.measure import load_results
 from benchmarks.comparison.methods import PAPER
-from mlx_lqr.atomic import writing
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.atomic import writing
 
 PAGE = "comparison.md"
 DAMAGE = ("perplexity", "distinct_2", "repetition", "kl", "capability")

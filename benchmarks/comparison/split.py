@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mlx_lqr.atomic import writing
+from mlx_lqr.files.atomic import writing
 from mlx_lqr.tasks.read import read_rows, spread
 
 Part = Literal["fit", "tune", "report"]

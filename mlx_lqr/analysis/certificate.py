@@ -25,11 +25,11 @@ import numpy as np
 from mlx_lqr.analysis.closed_loop import SAMPLES, AtPrompt, Averaged, ClosedLoop, Contraction, Swept
 from mlx_lqr.analysis.lyapunov import Float64, error_bound, prior_bound, remainder_bound
 from mlx_lqr.analysis.rollout import Rollout, check_seed, check_single, check_steering, roll_out
-from mlx_lqr.backends.base import Model, Progress
-from mlx_lqr.contrast import Prompt
-from mlx_lqr.controller import Controller
+from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.errors import InputError
-from mlx_lqr.linearize import Jacobians, linearize
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.linearize import Jacobians, linearize
+from mlx_lqr.lqr.prompts import Prompt
 
 Linearised = Literal["prompt", "average"]
 """Where the Jacobians are taken: at each prompt itself, or averaged over the calibration prompts."""

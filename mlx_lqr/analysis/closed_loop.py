@@ -23,10 +23,10 @@ from mlx_lqr.analysis.lyapunov import (
     weighted_norm,
 )
 from mlx_lqr.analysis.rollout import Rollout
-from mlx_lqr.backends.base import Float32, Model, Trace
-from mlx_lqr.controller import Controller
-from mlx_lqr.linearize import Jacobians
-from mlx_lqr.riccati import cost_to_go
+from mlx_lqr.backends.protocol import Float32, Model, Trace
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.linearize import Jacobians
+from mlx_lqr.lqr.riccati import cost_to_go
 
 SAMPLES = ("steered", "concept", "random", "prompts")
 """Directions along which c_k and L_k are sampled, all at the length of the steered displacement: that itself, v_k, an

@@ -21,11 +21,11 @@ from mlx_lqr.analysis.spectra import (
     similarity_matrix,
     spectral_similarity,
 )
-from mlx_lqr.backends.base import Float32, Model, Progress, Trace
-from mlx_lqr.contrast import Prompt
-from mlx_lqr.controller import Controller
+from mlx_lqr.backends.protocol import Float32, Model, Progress, Trace
 from mlx_lqr.errors import InputError
-from mlx_lqr.linearize import traces
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.linearize import traces
+from mlx_lqr.lqr.prompts import Prompt
 
 TOLERANCE = 0.1
 """The relative error at which a trust region ends."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_lqr.algebra import Matrix
+from mlx_lqr.backends.protocol import Matrix
 from mlx_lqr.errors import InputError
 
 Float64 = NDArray[np.float64]

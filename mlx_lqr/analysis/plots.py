@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from mlx_lqr.analysis.certificate import TOLERANCE, Certificate
 from mlx_lqr.analysis.linearity import TOLERANCE as LINEAR
 from mlx_lqr.analysis.linearity import Linearity
-from mlx_lqr.atomic import Kind, writing
+from mlx_lqr.files.atomic import Kind, writing
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
     "#000000",

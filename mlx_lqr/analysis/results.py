@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.atomic import writing
+from mlx_lqr.files.atomic import writing
 
 
 def as_json(result: Any) -> Any:

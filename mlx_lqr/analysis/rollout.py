@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_lqr.backends.base import Float32, Model, Trace
-from mlx_lqr.contrast import Prompt, bundled_concepts, bundled_prompts, tokenise
-from mlx_lqr.controller import Controller
+from mlx_lqr.backends.protocol import Float32, Model, Trace
+from mlx_lqr.concepts import bundled_concepts, bundled_prompts
 from mlx_lqr.errors import InputError
-from mlx_lqr.laws import LinearFeedback
-from mlx_lqr.linearize import MAX_TOKENS
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.linearize import MAX_TOKENS
+from mlx_lqr.lqr.prompts import Prompt, tokenise
+from mlx_lqr.methods.laws import LinearFeedback
 
 
 @dataclass(frozen=True, eq=False)

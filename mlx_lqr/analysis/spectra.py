@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_lqr.algebra import Matrix
-from mlx_lqr.backends.base import Float32
+from mlx_lqr.backends.protocol import Float32, Matrix
 
 
 def spectral_similarity(W: Matrix, X: Matrix) -> float:

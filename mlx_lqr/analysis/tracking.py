@@ -9,10 +9,10 @@ from itertools import groupby
 
 import numpy as np
 
-from mlx_lqr.backends.base import AddProduct, Array, Float32, Law, Model, Renew, Site
-from mlx_lqr.contrast import Prompt, tokenise
-from mlx_lqr.controller import Controller
-from mlx_lqr.laws import LinearFeedback, check_strength
+from mlx_lqr.backends.protocol import AddProduct, Array, Float32, Law, Model, Renew, Site
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.prompts import Prompt, tokenise
+from mlx_lqr.methods.laws import LinearFeedback, check_strength
 
 
 @dataclass(frozen=True)

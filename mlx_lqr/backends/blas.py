@@ -14,7 +14,7 @@ import warnings
 from importlib import metadata
 from pathlib import Path
 
-from mlx_lqr.backends.mlx_device import on_linux
+from mlx_lqr.backends.mlx.device import on_linux
 
 SETTING = "MLX_LQR_BLAS"
 _SYSTEM_LIBRARIES = ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2", "libblis.so.4")

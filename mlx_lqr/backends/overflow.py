@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mlx_lqr.backends.base import UNSTEERED, CarryingLaw, Float32, Law, LawHooks
+from mlx_lqr.backends.hooks import UNSTEERED, LawHooks
+from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law
 from mlx_lqr.errors import OverflowingError
 
 Examined = tuple[list[list[float]], bool]

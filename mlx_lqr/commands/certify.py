@@ -13,8 +13,6 @@ from mlx_lqr.analysis.certificate import TOLERANCE, Certificate, Linearised
 from mlx_lqr.analysis.certificate import certify as bound
 from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.analysis.rollout import check_steering, default_prompts
-from mlx_lqr.atomic import check_writable
-from mlx_lqr.baseline import load_steering
 from mlx_lqr.commands.options import (
     NOTHING_WRITTEN,
     Loading,
@@ -28,9 +26,11 @@ from mlx_lqr.commands.options import (
     strengths_option,
 )
 from mlx_lqr.errors import InputError
-from mlx_lqr.linearize import Jacobians
+from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.loading import load
-from mlx_lqr.prompts import read_prompts
+from mlx_lqr.lqr.linearize import Jacobians
+from mlx_lqr.methods.baseline import load_steering
 from mlx_lqr.runtime.generate import only_controller
 
 PROMPTS = 16

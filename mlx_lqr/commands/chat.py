@@ -10,8 +10,6 @@ from typing import Any
 
 import click
 
-from mlx_lqr.baseline import combine
-from mlx_lqr.cache import cache_folder
 from mlx_lqr.commands.chat_view import draw_comparison, draw_tracking
 from mlx_lqr.commands.options import (
     Loading,
@@ -23,7 +21,9 @@ from mlx_lqr.commands.options import (
     progress_bars,
 )
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.loading import load
+from mlx_lqr.methods.baseline import combine
 from mlx_lqr.runtime import Options
 from mlx_lqr.runtime.arguments import parse_controller
 from mlx_lqr.runtime.chat import Chat

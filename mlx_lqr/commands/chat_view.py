@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlx_lqr.analysis.tracking import TrackedAnswer, as_strength
-from mlx_lqr.backends.base import Float32
+from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.runtime import Piece
 from mlx_lqr.runtime.monitor import Excess
 

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from mlx_lqr.contrast import bundled_concepts, bundled_prompts
+from mlx_lqr.concepts import bundled_concepts, bundled_prompts
 
 
 @click.command()

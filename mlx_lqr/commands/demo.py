@@ -7,15 +7,15 @@ from pathlib import Path
 import click
 
 from mlx_lqr.analysis.tracking import as_strength, track
-from mlx_lqr.backends.base import Model
-from mlx_lqr.cache import cache_folder
+from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.options import Loading, loading_options, progress_bars
-from mlx_lqr.contrast import bundled_prompts
-from mlx_lqr.controller import Controller
+from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.loading import load
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.fit import fit
 from mlx_lqr.runtime import stream
-from mlx_lqr.synthesis import fit
 
 STRENGTHS = (1.0, 2.0, 4.0)
 

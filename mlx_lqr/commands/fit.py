@@ -9,8 +9,6 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
-from mlx_lqr.atomic import check_writable
-from mlx_lqr.baseline import METHODS, MethodName, known_method
 from mlx_lqr.commands.options import (
     NOTHING_WRITTEN,
     Loading,
@@ -22,16 +20,18 @@ from mlx_lqr.commands.options import (
     progress_bars,
     stopping,
 )
-from mlx_lqr.contrast import bundled_prompts
-from mlx_lqr.controller import Cost, Positions, Setpoint
+from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
-from mlx_lqr.fitting import check_options, fit_baseline
-from mlx_lqr.linearize import Jacobians
-from mlx_lqr.linearize import linearize as linearize_model
+from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.loading import load
-from mlx_lqr.prompts import read_prompts
-from mlx_lqr.riccati import WEIGHT, Weights
-from mlx_lqr.synthesis import fit as fit_controller
+from mlx_lqr.lqr.controller import Cost, Positions, Setpoint
+from mlx_lqr.lqr.fit import fit as fit_controller
+from mlx_lqr.lqr.linearize import Jacobians
+from mlx_lqr.lqr.linearize import linearize as linearize_model
+from mlx_lqr.lqr.riccati import WEIGHT, Weights
+from mlx_lqr.methods.baseline import METHODS, MethodName, known_method
+from mlx_lqr.methods.fitting import check_options, fit_baseline
 
 
 @click.command()

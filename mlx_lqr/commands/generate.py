@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from mlx_lqr.analysis.tracking import track
-from mlx_lqr.backends.base import Model
+from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.options import (
     Loading,
     adaptive_option,
@@ -23,18 +23,18 @@ from mlx_lqr.commands.options import (
     model_argument,
     progress_bars,
 )
-from mlx_lqr.contrast import tokenise
-from mlx_lqr.controller import Controller
 from mlx_lqr.errors import InputError
-from mlx_lqr.laws import Recording
+from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.loading import load
-from mlx_lqr.prompts import read_prompts
+from mlx_lqr.lqr.adapt import adapt
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.prompts import tokenise
+from mlx_lqr.methods.laws import Recording
 from mlx_lqr.runtime import Options, Piece, batch_stream, stream
 from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
 from mlx_lqr.runtime.decode import MAX_TOKENS
 from mlx_lqr.runtime.generate import adapts, only_controller
 from mlx_lqr.runtime.monitor import largest_excess
-from mlx_lqr.synthesis import adapt
 
 
 @click.command()

@@ -12,8 +12,6 @@ from mlx_lqr.analysis.linearity import Linearity, monitored
 from mlx_lqr.analysis.linearity import linearity as measure
 from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.analysis.rollout import check_steering, default_prompts
-from mlx_lqr.atomic import check_writable
-from mlx_lqr.baseline import load_steering
 from mlx_lqr.commands.options import (
     NOTHING_WRITTEN,
     Loading,
@@ -27,8 +25,10 @@ from mlx_lqr.commands.options import (
     strengths_option,
 )
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.loading import load
-from mlx_lqr.prompts import read_prompts
+from mlx_lqr.methods.baseline import load_steering
 from mlx_lqr.runtime.generate import only_controller
 
 PROMPTS = 8

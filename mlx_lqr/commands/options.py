@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 import click
 
-from mlx_lqr.backends.base import Progress
+from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import BackendName
 from mlx_lqr.runtime.decode import Overflow

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import numpy as np
 
-from mlx_lqr.baseline import METHODS, Baseline, Steering, load_steering
+from mlx_lqr.methods.baseline import METHODS, Baseline, Steering, load_steering
 
 
 @click.command()

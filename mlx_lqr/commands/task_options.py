@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from mlx_lqr.backends.base import Model, Progress
+from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.commands.options import Loading, force_option, loading_options, model_argument
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.loading import load
-from mlx_lqr.prompts import read_prompts
 from mlx_lqr.tasks import Capability, Decoding, Judge, NeutralText, Task, word_family
 from mlx_lqr.tasks import concept as concept_task
 from mlx_lqr.tasks import refusal as refusal_task

@@ -10,17 +10,17 @@ from typing import Any
 import click
 
 from mlx_lqr.analysis.results import as_json
-from mlx_lqr.atomic import check_writable
-from mlx_lqr.backends.base import Model, Progress
-from mlx_lqr.baseline import METHODS, known_method
+from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.commands.fit import contrast_prompts, note_few_prompts, say_how_to_use
 from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
-from mlx_lqr.contrast import contrast
-from mlx_lqr.controller import Positions
 from mlx_lqr.errors import InputError
-from mlx_lqr.linearize import Jacobians, linearize
+from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.lqr.contrast import contrast
+from mlx_lqr.lqr.controller import Positions
+from mlx_lqr.lqr.linearize import Jacobians, linearize
+from mlx_lqr.methods.baseline import METHODS, known_method
 from mlx_lqr.tasks.concept import bundled_openings
 from mlx_lqr.tasks.run import digest
 from mlx_lqr.tasks.spaces import STRENGTHS, alqr_space, baseline_space

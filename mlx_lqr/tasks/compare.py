@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from mlx_lqr.backends.base import Model, Progress
+from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.run import Evaluation, Result, Task, evaluate
 from mlx_lqr.tasks.steering import Steering

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mlx_lqr.backends.base import Model
+from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.generations import Decoding, Generations, Judge

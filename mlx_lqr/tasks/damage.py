@@ -15,9 +15,9 @@ from os import PathLike
 
 import numpy as np
 
-from mlx_lqr.backends.base import Model
-from mlx_lqr.contrast import tokenise
+from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError
+from mlx_lqr.lqr.prompts import tokenise
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.metrics import kl_divergence
 from mlx_lqr.tasks.read import bundled_lines, read_rows

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-from mlx_lqr.backends.base import Continued, Model, Sampling
-from mlx_lqr.contrast import Prompt
+from mlx_lqr.backends.protocol import Continued, Model, Sampling
 from mlx_lqr.errors import InputError
+from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.runtime import Options
 from mlx_lqr.tasks.bootstrap import Metric, exponential_ratio, mean
 from mlx_lqr.tasks.metrics import distinct, repetition, words

@@ -21,8 +21,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_lqr.backends.base import Progress
 from mlx_lqr.backends.borrowed import check_borrowed
+from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import resolve
 from mlx_lqr.runtime import steer
@@ -31,7 +31,7 @@ from mlx_lqr.tasks.run import digest
 from mlx_lqr.tasks.steering import Steering, check_strengths
 
 if TYPE_CHECKING:
-    from mlx_lqr.backends.mlx_lm_eval import Evaluator
+    from mlx_lqr.backends.mlx.mlx_lm_eval import Evaluator
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def load_evaluator(
     """
     _check_installed()
     folder, name = resolve(source, progress=progress)
-    from mlx_lqr.backends.mlx_lm_eval import Evaluator
+    from mlx_lqr.backends.mlx.mlx_lm_eval import Evaluator
 
     options = {"batch_size": batch_size, "max_tokens": max_tokens, "use_chat_template": apply_chat_template}
     return Evaluator(folder, name, dtype, **options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_lqr.errors import InputError
-from mlx_lqr.prompts import is_unicode, parse_object, read_lines, text_lines
+from mlx_lqr.files.prompts import is_unicode, parse_object, read_lines, text_lines
 from mlx_lqr.tasks.records import Row
 
 Kind = Literal["text", "texts"]

@@ -14,8 +14,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mlx_lqr.atomic import writing
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.atomic import writing
 
 FORMAT = "mlx-lqr evaluation 1"
 CHUNK = 16

@@ -15,7 +15,7 @@ from importlib import metadata
 from os import PathLike
 from typing import Any, Protocol
 
-from mlx_lqr.backends.base import Model, Progress
+from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, difference, estimate
 from mlx_lqr.tasks.records import CHUNK, Records, Row
 from mlx_lqr.tasks.steering import Steered, Steering, check_strengths

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.base import Model
-from mlx_lqr.baseline import METHODS, Baseline, MethodName
-from mlx_lqr.contrast import Contrast, Prompt, choose_layers
-from mlx_lqr.controller import Controller, Positions
+from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError
-from mlx_lqr.fitting import MIDDLE_ALONE, fit_baseline
-from mlx_lqr.linearize import Jacobians
-from mlx_lqr.riccati import check_layers
-from mlx_lqr.synthesis import solve_controller
+from mlx_lqr.lqr.contrast import Contrast
+from mlx_lqr.lqr.controller import Controller, Positions
+from mlx_lqr.lqr.fit import solve_controller
+from mlx_lqr.lqr.layers import check_layers, choose_layers
+from mlx_lqr.lqr.linearize import Jacobians
+from mlx_lqr.lqr.prompts import Prompt
+from mlx_lqr.methods.baseline import METHODS, Baseline, MethodName
+from mlx_lqr.methods.fitting import MIDDLE_ALONE, fit_baseline
 from mlx_lqr.tasks.run import digest
 from mlx_lqr.tasks.search import Options
 from mlx_lqr.tasks.tuning import Candidate, Space

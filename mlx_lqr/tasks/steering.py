@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr import baseline
-from mlx_lqr.backends.base import Continued, Float32, Law, Model
-from mlx_lqr.contrast import Prompt, tokenise
-from mlx_lqr.controller import Controller
+from mlx_lqr.backends.protocol import Continued, Float32, Law, Model
 from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.prompts import Prompt, tokenise
+from mlx_lqr.methods import baseline
 from mlx_lqr.runtime import Options, batch_stream
 from mlx_lqr.runtime.generate import adapts, feedback, only_controller
-from mlx_lqr.synthesis import readapted
 
 
 @dataclass(frozen=True, eq=False)

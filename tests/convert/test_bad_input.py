@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from gguf.constants import GGMLQuantizationType as Kind
-from tiny_gguf import write
+from helpers.tiny_gguf import write
 
 from mlx_lqr.convert import convert
 from mlx_lqr.convert.gguf_file import GGUFFile

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Kind
+from helpers.page import PROSE
+from helpers.real_models import reading_at_once
+from helpers.tiny_gguf import ARCHITECTURES, K_SIZES, VOCABULARY, logits, reference_model, write
 from mlx_lm.utils import load_model
-from page import PROSE
-from real_models import reading_at_once
-from tiny_gguf import ARCHITECTURES, K_SIZES, VOCABULARY, logits, reference_model, write
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import mlx_lqr
-from mlx_lqr.backends.families import SETTINGS
+from mlx_lqr.backends.checkpoint.families import SETTINGS
 from mlx_lqr.convert import convert
 from mlx_lqr.convert.rope import recover_llama3
 from mlx_lqr.errors import InputError

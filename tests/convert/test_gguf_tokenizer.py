@@ -12,14 +12,14 @@ import mlx_lm
 import pytest
 import sentencepiece
 from gguf import GGUFWriter
-from page import CHAT, GEMMA_CHAT, NUMERALS, PROSE
-from real_models import reading_at_once
+from helpers.page import CHAT, GEMMA_CHAT, NUMERALS, PROSE
+from helpers.real_models import reading_at_once
+from helpers.tiny_gguf import BYTES, CONTROL, TOKENS, VOCABULARY, write
 from sentencepiece import sentencepiece_model_pb2
-from tiny_gguf import BYTES, CONTROL, TOKENS, VOCABULARY, write
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from mlx_lqr.backends.tokenizer import Tokenizer as ChatTokenizer
+from mlx_lqr.backends.text.tokenizer import Tokenizer as ChatTokenizer
 from mlx_lqr.convert import convert
 from mlx_lqr.convert.gguf_file import GGUFFile
 from mlx_lqr.convert.gguf_tokenizer import GGUFTokenizer

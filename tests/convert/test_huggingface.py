@@ -18,11 +18,11 @@ import mlx_lm
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_gguf import CONTROL, VOCABULARY, logits, reference_model, write
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from mlx_lm.utils import load_model
 from safetensors.numpy import load_file
-from tiny_gguf import CONTROL, VOCABULARY, logits, reference_model, write
 from tokenizers import Tokenizer
 
 from mlx_lqr.convert import convert

@@ -1,0 +1,49 @@
+"""What every backend asks of a model folder's config: that it is sound, and of a family that can be steered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_lqr.backends.checkpoint.families import SETTINGS
+from mlx_lqr.errors import InputError
+
+DTYPES = ("float32", "float16", "bfloat16")
+"""What the weights of a model may be loaded as."""
+
+FAMILIES = tuple(SETTINGS)
+"""The model types whose blocks are known to carry one dense residual stream."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        InputError: there is none, it is damaged, or it names code of its own to run.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{file} names no model_type: this is not the folder of a language model")
+    if "model_file" in config:
+        raise InputError(f"{folder} wants to run code of its own ({config['model_file']}): refused")
+    return config
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise `InputError` for a dtype that no model can be loaded as."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+
+
+def check_family(model_type: str, families: Sequence[str] = FAMILIES) -> None:
+    """Raise `InputError` for an architecture that is not known to carry one residual stream from block to block."""
+    if model_type not in families:
+        raise InputError(f"the architecture {model_type!r} is not supported; supported: {', '.join(families)}")

@@ -1,0 +1,1 @@
+"""MLX: Metal on a Mac, the CPU elsewhere."""

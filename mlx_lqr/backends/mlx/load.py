@@ -1,0 +1,249 @@
+"""A model folder (config.json, model*.safetensors) -> an mlx-lm module. No code of the folder is run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_lqr.backends.checkpoint.config import ModelConfig
+from mlx_lqr.backends.checkpoint.model_folder import check_dtype
+from mlx_lqr.backends.checkpoint.weight_files import INDEX, Weights, weights_of
+from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
+from mlx_lqr.backends.mlx.device import on_gpu, on_linux
+from mlx_lqr.backends.mlx.family import ALWAYS_TIED, arguments, complete
+from mlx_lqr.backends.mlx.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
+from mlx_lqr.errors import InputError
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def load_module(folder: Path, config: dict[str, Any], meaning: ModelConfig, dtype: str | None) -> nn.Module:
+    """Build the module and load its weights.
+
+    Args:
+        config: the folder's config.json.
+        meaning: what it says.
+        dtype: "float32", "float16" or "bfloat16" for everything that is not packed; None keeps the checkpoint's dtype
+            on a GPU and takes float32 on the CPU, where 16-bit products are 10 to 30 times slower.
+
+    Raises:
+        InputError: unsupported architecture, or weights that are missing, damaged or not this architecture's.
+    """
+    check_dtype(dtype)
+    Model, ModelArgs = model_classes(meaning.family)
+    files = weights_of(folder)
+    given = arguments_for(folder, meaning, files)
+    weights = _read_weights(files)
+    if given["tie_word_embeddings"]:
+        for part in ("weight", "scales", "biases"):
+            weights.pop(f"lm_head.{part}", None)
+    try:
+        module = Model(ModelArgs.from_dict(given))
+        complete(module, meaning)
+        weights = module.sanitize(weights) if hasattr(module, "sanitize") else weights
+        if quantization := config.get("quantization"):
+            _quantize(module, quantization, weights)
+        elif "quantization_config" in config:
+            raise InputError(
+                f"{folder} is quantised in a format other than MLX's: convert it from an unquantised checkpoint"
+            )
+        module.eval()
+        module.load_weights(list(weights.items()))
+        weights.clear()  # the module holds them now, and may let go of some below
+    except (TypeError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the weights in {folder} do not fit its config.json: {_first_line(error)}") from error
+    cast(module, dtype)
+    try:
+        mx.eval(module.parameters())
+    except RuntimeError as error:
+        raise InputError(f"the weights in {folder} cannot be read: {_first_line(error)}") from error
+    if on_linux() and not on_gpu():
+        _lay_out_for_single_tokens(module)
+    return module
+
+
+def arguments_for(folder: Path, meaning: ModelConfig, files: Weights) -> dict[str, Any]:
+    """What mlx-lm's `ModelArgs` is made of for these weights.
+
+    A head of its own is used, whatever the config says of tied embeddings: so does transformers.
+
+    Raises:
+        InputError: mlx-lm's class cannot compute what the config says, or the weights are of other sizes than it says.
+    """
+    given = arguments(meaning)
+    check_shapes(folder, meaning, files.shapes)
+    if given["tie_word_embeddings"] and "lm_head.weight" in files.files:
+        given["tie_word_embeddings"] = _is_tied(meaning.family, files)
+    return given
+
+
+@contextmanager
+def as_mlx_lm_reads(folder: Path, config: dict[str, Any], files: Weights) -> Iterator[Path]:
+    """The model in `folder` as a folder for mlx-lm's own loader, with this config and nothing but these weight files.
+
+    What is lazily read from it stays readable afterwards.
+
+    Raises:
+        InputError: a file holds more than is the model's, which mlx-lm would read too.
+    """
+    if files.unnamed is not None:
+        file, tensor = files.unnamed
+        raise InputError(f"{file} holds {tensor}, which {INDEX} does not name: download the model again")
+    with tempfile.TemporaryDirectory() as place:
+        view = Path(place)
+        for file in folder.iterdir():
+            if file.name not in ("config.json", INDEX) and file.suffix != ".safetensors":
+                (view / file.name).symlink_to(file.resolve())
+        for number, file in enumerate(files.paths):
+            (view / f"model-{number}.safetensors").symlink_to(file.resolve())
+        (view / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield view
+
+
+def cast(module: nn.Module, dtype: str | None) -> None:
+    """Give everything that is not packed this dtype; None keeps it on a GPU and takes float32 on the CPU."""
+    if dtype is not None or not on_gpu():
+        module.set_dtype(DTYPES[dtype or "float32"])
+
+
+def check_computed(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Refuse what MLX or mlx-lm would compute wrongly, or not at all, with activations of this dtype.
+
+    Raises:
+        InputError: naming the dtypes to load the model in.
+    """
+    if dtype == mx.float16 and hasattr(sys.modules[type(module).__module__], "clip_residual"):
+        raise InputError("the activations of Gemma 3 overflow float16, where mlx-lm cuts them: load it with bfloat16")
+    experts = (leaf for _, leaf in tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module))
+    dense = any(hasattr(leaf, "num_experts") and "scales" not in leaf for leaf in experts)
+    if dtype != mx.float32 and dense and not on_gpu():
+        raise InputError("on the CPU, MLX multiplies experts in float32 alone: load it with dtype float32")
+
+
+def _lay_out_for_single_tokens(module: nn.Module) -> None:
+    """Store the wide weights, and the head's, column by column in memory, each as a view of the shape that it had.
+
+    A decode step multiplies each weight by one vector. BLAS does this by the weight's rows or by its columns, whichever
+    lies in memory; with many more outputs than inputs the columns take half the time (MKL, SmolLM2: 8 to 10 ms of a
+    step of 50 ms). Products with many vectors take the same time either way, or a little more.
+    """
+    tied = getattr(module, "lm_head", None) is None
+    for _, leaf in tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module):
+        is_head = tied and type(leaf) is nn.Embedding
+        if is_head or (type(leaf) is nn.Linear and leaf.weight.shape[0] > 1.5 * leaf.weight.shape[1]):
+            leaf.weight = mx.contiguous(leaf.weight.T).T
+            mx.eval(leaf.weight)
+        if is_head:
+            leaf.__class__ = _TiedHead
+
+
+TRANSPOSED = range(12, 65)
+"""How many rows W X' takes two thirds of the time of X W' for (MKL, SmolLM2's head: 23 ms and not 34 for 16 rows)."""
+
+
+class _TiedHead(nn.Embedding):
+    """An embedding that is the head too, stored column by column."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        rows = x.size // x.shape[-1]
+        if rows not in TRANSPOSED:
+            return super().as_linear(x)
+        return (self.weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
+
+
+def settings_read(config: dict[str, Any]) -> set[str] | None:
+    """The config's keys that mlx-lm's model of this type reads, or None if it has no such model."""
+    model_type = str(config.get("model_type"))
+    try:
+        ModelArgs = import_mlx_lm(f"models.{REMAPPED.get(model_type, model_type)}").ModelArgs
+    except (ImportError, AttributeError):  # no such module, or one of mlx-lm's that is no model
+        return None
+    return {field.name for field in fields(ModelArgs)}
+
+
+def flattened(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with what transformers 5 nests or words anew as mlx-lm's older models look for it.
+
+    They know nothing of `rope_parameters` and would silently take their default RoPE base. transformers reads both.
+    """
+    flat = dict(config)
+    if isinstance(text := config.get("text_config"), dict):
+        flat["text_config"] = flattened(text)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_parameters" not in (settings_read(config) or ()):
+        del flat["rope_parameters"]
+        found: dict[str, Any] = {}
+        if isinstance(rope.get("sliding_attention"), dict):
+            found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+            rope = rope.get("full_attention", {})
+        found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+        if rope.get("rope_type", "default") != "default":
+            found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        flat |= {key: value for key, value in found.items() if value is not None and flat.get(key) is None}
+    kinds = config.get("layer_types")
+    if config.get("model_type") == "gemma3_text" and isinstance(kinds, list) and "full_attention" in kinds:
+        period = kinds.index("full_attention") + 1
+        if any((kind == "full_attention") != (index % period == 0) for index, kind in enumerate(kinds, start=1)):
+            raise InputError("the sliding layers are in no regular order: mlx-lm cannot do that, use another model")
+        flat["sliding_window_pattern"] = period
+    return flat
+
+
+def _read_weights(files: Weights) -> dict[str, mx.array]:
+    weights: dict[str, mx.array] = {}
+    for file in files.paths:
+        try:
+            opened = mx.load(str(file))
+            weights |= {name: opened[name] for name in files.of(file)}
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"{file} is damaged or incomplete: fetch or convert the model again") from error
+    return weights
+
+
+def _is_tied(family: str, files: Weights) -> bool:
+    """Whether the head is the embeddings once more."""
+    parts = []
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        if name not in files.files:
+            return False
+        parts.append(mx.load(str(files.files[name]))[name])
+    if parts[0].shape == parts[1].shape and mx.array_equal(*parts).item():
+        return True
+    if family in ALWAYS_TIED:
+        raise InputError(
+            f"the weights have an lm_head.weight of their own, although config.json says tie_word_embeddings true: "
+            f"mlx-lm's {family} has none, use the torch backend"
+        )
+    return False
+
+
+def _quantize(module: nn.Module, quantization: dict[str, Any], weights: dict[str, mx.array]) -> None:
+    """Make quantised modules where the checkpoint has packed weights."""
+
+    def packed(path: str, leaf: nn.Module) -> bool | dict[str, Any]:
+        own = quantization.get(path)
+        return own if isinstance(own, dict) else hasattr(leaf, "to_quantized") and f"{path}.scales" in weights
+
+    nn.quantize(
+        module,
+        group_size=quantization["group_size"],
+        bits=quantization["bits"],
+        mode=quantization.get("mode", "affine"),
+        class_predicate=packed,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,74 @@
+"""Tokens from logits in MLX: the filters of `Sampling`, and random numbers of each sequence's own."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from mlx_lqr.backends.borrowed import check_borrowed
+from mlx_lqr.backends.mlx.device import on_gpu
+from mlx_lqr.backends.mlx.mlx_lm_models import import_mlx_lm
+from mlx_lqr.backends.protocol import LEAST_TEMPERATURE, Sampling
+
+LIKELIEST = 2048
+"""Tokens that nearly always have the mass that top-p asks for."""
+
+
+class Sampler:
+    """Draws a token for each of B sequences, as it would be drawn for that sequence alone."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._seed = sampling.seed if sampling.seed is not None else secrets.randbits(32)
+        self._keys: mx.array | None = None
+        """(B, 2), made when the number of sequences is known."""
+
+    def draw(self, logits: mx.array) -> mx.array:
+        """A token (B,) from each row of logits (B, V)."""
+        sampling = self.sampling
+        if sampling.temperature == 0:
+            return mx.argmax(logits, axis=-1)
+        check_borrowed("mlx sampling")
+        library = import_mlx_lm("sample_utils")
+        logits = logits.astype(mx.float32)  # first: 16 bits round what is subtracted
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        if sampling.top_p < 1:
+            logprobs = nucleus(logprobs, sampling.top_p)
+        if sampling.min_p > 0:
+            logprobs = library.apply_min_p(logprobs, sampling.min_p)
+        if 0 < sampling.top_k < logits.shape[-1]:
+            logprobs = library.apply_top_k(logprobs, sampling.top_k)
+        if self._keys is None:
+            self._keys = mx.stack([mx.random.key(self._seed + row) for row in range(len(logits))])
+        split = mx.vmap(mx.random.split)(self._keys)  # (B, 2, 2)
+        self._keys = split[:, 0]
+        pick: Callable[[mx.array, mx.array], mx.array] = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))
+        relative = logprobs - logprobs.max(axis=-1, keepdims=True)  # at low temperatures, only 0 stays finite
+        return pick(relative / max(sampling.temperature, LEAST_TEMPERATURE), split[:, 1])
+
+    def keep(self, rows: mx.array | Sequence[int]) -> None:
+        """Go on with these sequences alone."""
+        if self._keys is not None:
+            self._keys = self._keys[mx.array(rows)]
+
+
+def nucleus(logprobs: mx.array, top_p: float) -> mx.array:
+    """Log-probabilities (B, V) with minus infinity for all but the likeliest tokens that have `top_p` of the mass.
+
+    The same tokens as mlx-lm's `apply_top_p` keeps, whose sort of a whole vocabulary takes longer on the CPU than the
+    model does. Here the likeliest are sorted alone; whether they have mass enough must be known at once, so that this
+    waits for the logits, which on a GPU, where sorting is quick, would cost more than it saves.
+    """
+    apply_top_p: Callable[[mx.array, float], mx.array] = import_mlx_lm("sample_utils").apply_top_p
+    if on_gpu():
+        return apply_top_p(logprobs, top_p)
+    count = min(LIKELIEST, logprobs.shape[-1])
+    ascending = mx.sort(mx.topk(logprobs, count, axis=-1), axis=-1)
+    mass = mx.cumsum(mx.exp(ascending), axis=-1, reverse=True)  # of each and of those above it
+    if count < logprobs.shape[-1] and not mx.all(mass[:, 0] > top_p).item():
+        return apply_top_p(logprobs, top_p)
+    outside = (mass - mx.exp(ascending) >= top_p).sum(axis=-1, keepdims=True)
+    least = mx.take_along_axis(ascending, mx.minimum(outside, count - 1), axis=-1)
+    return mx.where(logprobs < least, -mx.inf, logprobs)

@@ -1,0 +1,197 @@
+"""A decode step of a single sequence as one compiled function of arrays.
+
+`mx.compile` records the operations of a call once and replays them fused. What changes from token to token must then
+be an array: the token, the position, the cache's buffers, whose size is fixed for many tokens, the weights, and all
+arrays of the law, so that another strength, or another controller of the same layers, replays what was recorded for the
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lqr.backends.hooks import BlockCall, LawHooks
+from mlx_lqr.backends.mlx.blocks import hooked
+from mlx_lqr.backends.mlx.mlx_lm_models import import_mlx_lm
+from mlx_lqr.backends.protocol import Law
+
+STEP = 256
+"""Slots by which buffers grow, as mlx-lm's caches do; every size is recorded anew."""
+
+Buffers = list[tuple[mx.array, mx.array]]
+"""Keys and values (1, heads, slots, head_dim) of every layer."""
+
+
+class FixedCache:
+    """What a decode's caches hold, in buffers with room for further tokens; takes it from `layers` until `restore`.
+
+    Where a layer keeps a window, or all but the oldest few, token p lies in slot p until the buffer is full, and then
+    in the place of the token that is to be forgotten. Keys are rotated already, so that their order is of no matter.
+
+    Args:
+        layers: mlx-lm's caches of one sequence, see `can_take`.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._layers = layers
+        self.length = int(layers[0].offset)
+        self.keep = [layer.keep if _rotates(layer) else 0 for layer in layers]
+        self._limits = [layer.max_size if _rotates(layer) else None for layer in layers]
+        self.buffers: Buffers = []
+        for layer, limit, keep in zip(layers, self._limits, self.keep, strict=True):
+            keys, values = in_order(layer)
+            place = self._placing(keys.shape[-2], limit, keep)
+            self.buffers.append((place(keys), place(values)))
+            layer.keys = layer.values = None  # or a second reference would force a copy at every token
+
+    @staticmethod
+    def can_take(layers: Sequence[Any]) -> bool:
+        """Whether all layers are mlx-lm's plain or rotating caches of one sequence, with something in them."""
+        kinds = import_mlx_lm("models.cache")
+        known = (kinds.KVCache, kinds.RotatingKVCache)
+        return all(type(layer) in known and layer.keys is not None for layer in layers)
+
+    def make_room(self) -> None:
+        """Let the buffers grow where the next token has no slot."""
+        for i, (limit, (keys, values)) in enumerate(zip(self._limits, self.buffers, strict=True)):
+            size = self._size(limit)
+            if size > keys.shape[-2]:
+                self.buffers[i] = _grown(keys, size), _grown(values, size)
+
+    def restore(self) -> None:
+        """Hand everything back to mlx-lm's caches."""
+        for layer, keep, (keys, values) in zip(self._layers, self.keep, self.buffers, strict=True):
+            size = keys.shape[-2]
+            if _rotates(layer):
+                if self.length < size:
+                    keys, values = keys[..., : self.length, :], values[..., : self.length, :]
+                elif self.length > size:
+                    oldest = keep + (self.length - keep) % (size - keep)
+                    order = mx.array([*range(keep), *range(oldest, size), *range(keep, oldest)])
+                    keys, values = keys[..., order, :], values[..., order, :]
+                layer._idx = keys.shape[-2]
+            layer.keys, layer.values, layer.offset = keys, values, self.length
+
+    def _placing(self, held: int, limit: int | None, keep: int) -> Callable[[mx.array], mx.array]:
+        """How to put the `held` tokens of a layer, in the order of time, into their slots."""
+        size = self._size(limit)
+        if held == self.length:
+            return lambda part: _grown(part, size)
+        recent = range(self.length - held + keep, self.length)  # the others have been forgotten
+        slots = mx.array([*range(keep), *(keep + (p - keep) % (size - keep) for p in recent)])
+
+        def place(part: mx.array) -> mx.array:
+            buffer = mx.zeros((*part.shape[:2], size, part.shape[-1]), part.dtype)
+            buffer[..., slots, :] = part
+            return buffer
+
+        return place
+
+    def _size(self, limit: int | None) -> int:
+        """Slots with which there is room for one more token, or those of the full window."""
+        size = (self.length // STEP + 1) * STEP
+        return size if limit is None else min(size, limit)
+
+
+class CompiledStep:
+    """Steps of one model, recorded once for every kind of law and cache."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._blocks: list[nn.Module] = module.layers
+        self._recorded: dict[Any, Callable[..., tuple[mx.array, mx.array | None, Buffers]]] = {}
+
+    def __call__(
+        self, tokens: mx.array, cache: FixedCache, law: Law | None, arrays: list[mx.array]
+    ) -> tuple[mx.array, mx.array | None]:
+        """Append a token (1,) and return the next one's logits (1, V), and |z|^2 (1,) after the last steered block.
+
+        Args:
+            law: what steers, if anything does.
+            arrays: those that the law has been placed with, in the order in which it asked for them.
+        """
+        if law is not None:
+            law.aim()
+        kind = None if law is None else (type(law), tuple(law.layers), tuple(array.shape for array in arrays))
+        key = kind, tuple(cache.keep)
+        if key not in self._recorded:
+            self._recorded[key] = mx.compile(self._step(law, cache.keep), inputs=[self._module.state])
+        cache.make_room()
+        buffers, cache.buffers = cache.buffers, []  # no reference is left here, so that they can be written in place
+        position = mx.array([cache.length])
+        logits, energy, cache.buffers = self._recorded[key](tokens, position, buffers, arrays)
+        cache.length += 1
+        return logits, energy
+
+    def _step(self, law: Law | None, keep: list[int]) -> Callable[..., tuple[mx.array, mx.array | None, Buffers]]:
+        def step(
+            tokens: mx.array, position: mx.array, buffers: Buffers, arrays: list[mx.array]
+        ) -> tuple[mx.array, mx.array | None, Buffers]:
+            given = iter(arrays)
+            placed = law.place(lambda _: next(given), mx.addmm) if law is not None else None
+            steering, layers = LawHooks(placed), list(placed.layers) if placed is not None else []
+            caches = [_Slots(*parts, position, kept) for parts, kept in zip(buffers, keep, strict=True)]
+            energies: list[mx.array] = []
+
+            def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
+                output = steering.block(k, z, call)
+                if k == max(layers):
+                    energies.append(energy(output[:, -1]))
+                return output
+
+            with hooked(self._blocks, hook, layers, steering):
+                logits = self._module(tokens[:, None], cache=caches)[:, -1]
+            return logits, energies[0] if energies else None, [(cache.keys, cache.values) for cache in caches]
+
+        return step
+
+
+class _Slots:
+    """A layer's buffers as the model sees them in one step: the new token takes its slot."""
+
+    def __init__(self, keys: mx.array, values: mx.array, position: mx.array, keep: int) -> None:
+        self.keys, self.values, self.offset = keys, values, position
+        size = keys.shape[-2]
+        self._slot = mx.where(position < size, position, keep + (position - keep) % (size - keep))
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys = mx.slice_update(self.keys, keys.astype(self.keys.dtype), self._slot, axes=(2,))
+        self.values = mx.slice_update(self.values, values.astype(self.values.dtype), self._slot, axes=(2,))
+        return self.keys, self.values
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """(1, slots): those that hold a token. A window is as long as its buffer, so that all of these are seen."""
+        return mx.arange(self.keys.shape[-2])[None] <= self.offset
+
+
+def energy(z: mx.array) -> mx.array:
+    """|z|^2 (...) of activations (..., d), in float32."""
+    return mx.square(z.astype(mx.float32)).sum(axis=-1)
+
+
+def in_order(layer: Any) -> tuple[mx.array, mx.array]:
+    """Keys and values in one of mlx-lm's caches of one sequence, in the order of time, without what the next token
+    sees no more."""
+    if not _rotates(layer):
+        return layer.keys[..., : layer.offset, :], layer.values[..., : layer.offset, :]
+    keys, values = layer._temporal_order(layer.keys), layer._temporal_order(layer.values)
+    gone = max(0, keys.shape[-2] - (layer.max_size - 1))
+
+    def seen(part: mx.array) -> mx.array:
+        return mx.concatenate([part[..., : layer.keep, :], part[..., layer.keep + gone :, :]], axis=-2)
+
+    return (seen(keys), seen(values)) if gone else (keys, values)
+
+
+def _rotates(layer: Any) -> bool:
+    """Whether it keeps a window of the newest tokens."""
+    return isinstance(layer, import_mlx_lm("models.cache").RotatingKVCache)
+
+
+def _grown(part: mx.array, size: int) -> mx.array:
+    room = size - part.shape[-2]
+    return mx.pad(part, [(0, 0), (0, 0), (0, room), (0, 0)]) if room else part

@@ -1,0 +1,278 @@
+"""What a backend must do, and no more. A further backend is one new file that satisfies `Model`.
+
+Shapes: T blocks, width d, vocabulary V. Residual stream: z_0 is the (scaled) embedding, z_k the input of block k, z_T
+the output of the last block before the final norm. `Array` stands for the backend's own tensor type, which crosses this
+interface only from one call of the backend to the next; results meant for others are NumPy arrays in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mlx_lqr.backends.text.tokenizer import Tokenizer
+from mlx_lqr.errors import InputError, OverflowingError
+
+Array = Any
+Matrix = NDArray[np.floating]
+Float32 = NDArray[np.float32]
+AddProduct = Callable[[Array, Array, Array], Array]
+"""(c, a, b) -> c + a @ b, in one operation where the backend has one."""
+Continued = tuple[Sequence[int], Sequence[int]]
+"""Token ids: a prompt, and what follows it."""
+Renew = Callable[[Array, np.ndarray], Array]
+"""(array, values) -> an array of these values, maybe the same one with its values exchanged."""
+Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total): how the library reports long work; it prints nothing itself."""
+Site = Literal["block", "attention"]
+"""What a law changes: a block's output, or that of its attention's output projection, before a norm or the sum with the
+residual stream."""
+
+
+class Law(Protocol):
+    """A control law, written once for every backend in operators that MLX arrays and torch tensors share."""
+
+    layers: Sequence[int]
+    """The layers where the law acts."""
+    site: Site
+    """What it acts upon there."""
+    replayable: bool
+    """Whether a call does nothing but compute, so that its operations may be recorded once and replayed."""
+
+    def place(
+        self, array: Callable[[np.ndarray], Array], add_product: AddProduct, *, renew: Renew | None = None
+    ) -> Law:
+        """The same law with its arrays made by `array`, the backend's constructor, and its way to form c + a @ b.
+
+        It asks for all its arrays at once, always in the same order. An array that changes is made anew by `array`, or
+        by `renew` from the one before it.
+        """
+
+    @property
+    def acts(self) -> bool:
+        """Whether a call changes anything at present. Operations recorded while it does are not replayed while it does
+        not, nor the other way round."""
+
+    def aim(self) -> None:
+        """Take over what has been set since the last call; for backends that replay the operations of a call."""
+
+    def __call__(self, layer: int, z: Array, output: Array) -> Array:
+        """output + u_k (..., d) for the residual stream z_k (..., d) at the input of block k = `layer`.
+
+        At the site "attention", z is what its heads put out side by side, (..., heads * head_dim), and output (..., d)
+        their projection.
+        """
+
+
+@runtime_checkable
+class CarryingLaw(Law, Protocol):
+    """A law that carries something from one token to the next, a row for each sequence decoded side by side.
+
+    It is not replayable, and a pass of several positions is of one token each (only the last of them is steered).
+    """
+
+    def restart(self) -> None:
+        """The next pass is the first of another prompt."""
+
+    def keep(self, rows: Array) -> None:
+        """Go on with these rows, given as an index array of the backend."""
+
+
+def restart(law: Law | None) -> None:
+    """Tell a law, if it is of the kind that has to know, that another prompt begins."""
+    if isinstance(law, CarryingLaw):
+        law.restart()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits. Temperature 0 takes the most likely token."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of every token that has been seen, in the prompt too, and multiplies the negative."""
+    seed: int | None = None
+    """Sequence i of a batch is drawn with `seed` + i, as it would be alone."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise InputError(f"temperature must be zero or above, not {self.temperature!r}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
+        if not 0 <= self.min_p < 1:
+            raise InputError(f"min_p must be at least 0 and below 1, not {self.min_p!r}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise InputError(f"repetition_penalty must be above zero (1 is none), not {self.repetition_penalty!r}")
+        if self.top_k < 0:
+            raise InputError(f"top_k must be zero (off) or above, not {self.top_k!r}")
+        if self.seed is not None and self.seed < 0:
+            raise InputError(f"seed must be zero or above, not {self.seed!r}")
+
+
+GREEDY = Sampling()
+LEAST_TEMPERATURE = 1e-30
+"""Lower ones draw as this one does, the most likely token; float32 has no such small numbers."""
+
+
+class LinearAlgebra(Protocol):
+    """Square matrices of some array library, which has the operators `@ + - * .T` in common with NumPy."""
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Around all that is done with matrices: a failure to get memory for them leaves it as an `InputError`."""
+
+    def matrix(self, values: Matrix, dtype: DTypeLike) -> Any:
+        """The values (d, d) as a matrix of this library, in float64 or float32."""
+
+    def numpy(self, matrix: Any) -> Matrix:
+        """A matrix as a NumPy array."""
+
+    def is_finite(self, matrix: Any) -> bool:
+        """Whether every value is finite."""
+
+    def add_to_diagonal(self, matrix: Any, value: float) -> None:
+        """Add a number to every diagonal element, in place."""
+
+    def inverse(self, matrix: Any) -> tuple[Any, float]:
+        """The inverse of a symmetric positive definite matrix, and its reciprocal condition number in the 1-norm.
+
+        The latter is 0 where the matrix is not positive definite; then the former means nothing. The matrix itself may
+        be overwritten.
+        """
+
+
+class Trace(Protocol):
+    """One prompt run up to its last token: all that the Jacobians at that token depend on, opaque but for z."""
+
+    @property
+    def residual(self) -> Float32:
+        """z_0..z_T at the last token: (T + 1, d)."""
+
+
+class Decoder(Protocol):
+    """B sequences decoded side by side: a KV cache and, maybe, a law. Between calls nothing of the model is changed.
+
+    A prompt is all but its last token through `fill`, then its last token through `step`, like every token after it.
+    """
+
+    law: Law | None
+    """What steers; it may be exchanged between two calls."""
+    sampling: Sampling
+    """How tokens are drawn; to set it starts its random numbers anew."""
+
+    @property
+    def position(self) -> int:
+        """How many tokens the cache holds, of the longest sequence."""
+
+    def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
+        """Append tokens to the sequences, as many prompts as there are sequences; the first call says how many.
+
+        A decoder of a single sequence may be filled again.
+        """
+
+    def step(self, tokens: Array | Sequence[int]) -> Array:
+        """Append one token (B,) to each sequence, steered, and return the next tokens' logits (B, V)."""
+
+    def sample(self, logits: Array) -> Array:
+        """Draw tokens (B,) from a step's logits (B, V) and start computing them; `.tolist()` waits for them.
+
+        A sequence whose activations or logits have overflowed gets `OVERFLOWED` for a token.
+        """
+
+    def keep(self, rows: Sequence[int], tokens: Array) -> Array:
+        """Go on with these sequences alone; returns their `tokens`."""
+
+    def rewind(self, position: int) -> bool:
+        """Forget what a single sequence holds beyond its first `position` tokens; False where this cannot be done."""
+
+    def trace(self, token: int) -> Trace:
+        """What the Jacobians at `token`, after what a single sequence holds, depend on; it is not appended."""
+
+    def overflow(self, tokens: Sequence[int], first: int) -> OverflowingError:
+        """Run a single sequence, steered from position `first` on, and name the first layer whose output overflows.
+
+        For a new decoder, and for a sequence that is known to overflow.
+        """
+
+
+OVERFLOWED = -1
+
+
+class Model(Protocol):
+    """A language model with one dense residual stream."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def algebra(self) -> LinearAlgebra | None:
+        """Where the Riccati recursion is to run for this model; None for NumPy."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells models apart by their trained norm weights; the same for every dtype and quantisation of one model."""
+
+    def residuals(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        law: Law | None = None,
+        steer_all: bool = False,
+        progress: Progress | None = None,
+    ) -> Float32:
+        """z_0..z_T at the last token of each prompt: (n, T + 1, d)."""
+
+    def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
+        """What each attention head of each block puts out at the last token of each prompt, before the projection:
+        (n, T, heads, head_dim)."""
+
+    def projected(self, layer: int, heads: Float32) -> Float32:
+        """Block `layer`'s output projection, without its bias, of rows of `heads` (n, heads * head_dim): (n, d)."""
+
+    def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
+        """Next-token logits (V,) after `tokens`, steered at the last position or at all of them."""
+
+    def log_probabilities(
+        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+    ) -> list[Float32]:
+        """log p of each token of a continuation after its prompt and the tokens before it: (n,) for n tokens each."""
+
+    def logits_along(
+        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+    ) -> list[Float32]:
+        """Next-token logits at a prompt's last token and at each of its continuation's n tokens: (1 + n, V) each."""
+
+    def trace(self, tokens: Sequence[int]) -> Trace:
+        """Run a prompt and keep what the Jacobians at its last token need."""
+
+    def block(self, trace: Any, layer: int, z: Float32) -> Float32:
+        """phi_k(z) for each row of z (n, d), in place of z_k at the trace's last token, the past frozen: (n, d)."""
+
+    def jacobian(self, trace: Any, layer: int) -> Float32:
+        """A_k = d phi_k / d z_k at the trace's last token, k = `layer`: (d, d)."""
+
+    def jvp(self, trace: Any, layer: int, tangents: Float32) -> Float32:
+        """A_k w for each row w of `tangents` (n, d), without forming A_k: (n, d)."""
+
+    def vjp(self, trace: Any, layer: int, cotangents: Float32) -> Float32:
+        """A_k' w for each row w of `cotangents` (n, d), without forming A_k: (n, d)."""
+
+    def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> Decoder:
+        """A decoder without any tokens. A `rolling` one forgets the oldest but a few where the context is full."""
+
+    def steer(self, law: Law, *, steer_all: bool) -> AbstractContextManager[None]:
+        """Inside the block, calls of the framework's own model object and of its generation functions are steered."""

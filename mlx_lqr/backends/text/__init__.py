@@ -1,0 +1,1 @@
+"""Text and tokens, as the checkpoint's own tokenizer has them."""

@@ -1,0 +1,1 @@
+"""PyTorch with transformers: CUDA, or the CPU."""

@@ -1,0 +1,1 @@
+"""What is read and written: atomic writes, safetensors, Jacobians layer by layer, prompts, the cache folder."""

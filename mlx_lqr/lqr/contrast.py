@@ -1,0 +1,169 @@
+"""Prompts -> mean last-token activations -> the direction of a concept at every layer.
+
+e_k = mean+_k - mean-_k over the last-token residual streams z_k of positive and negative prompts; mu_k = norm(e_k) and
+v_k = e_k / mu_k (difference of means, arXiv 2604.19018). Where mu_k = 0 the direction is zero and nothing is
+controlled: always so at layer 0 when all prompts end in the same token.
+
+How well a layer tells the sets apart is mu_k over the pooled standard deviation of v_k . z_k within them (Cohen's d,
+1988). Where it is small, the feature of any text lies many mu_k up or down, and a setpoint there orders large pushes
+that mean nothing: layers="auto" leaves these layers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_lqr.backends.protocol import Float32, Model, Progress
+from mlx_lqr.errors import InputError
+from mlx_lqr.files.prompts import read_prompts as read_prompts
+from mlx_lqr.lqr.prompts import Prompt, tokenise_sets
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """What two sets of prompts tell apart, for a model of T blocks of width d (all float32).
+
+    `direction` holds e_k, unnormalised: its norm over a row is mu_k.
+    """
+
+    mean_positive: Float32
+    """(T, d): mean z_k over the positive prompts, at the input of each block."""
+    mean_negative: Float32
+    """(T, d)"""
+    direction: Float32
+    """(T, d): e_k = mean_positive - mean_negative"""
+    output_direction: Float32
+    """(d,): the same difference for z_T, the last block's output"""
+    prompt_counts: tuple[int, int]
+    """How many positive and negative prompts."""
+    fingerprint: str = ""
+    model_name: str = ""
+    spread: Float32 | None = None
+    """(T + 1,): pooled standard deviation of v_k . z_k within the sets, at z_0..z_T; None for two single prompts"""
+
+    @property
+    def magnitude(self) -> Float32:
+        """mu_k = norm(e_k): (T,)"""
+        return np.linalg.norm(self.direction, axis=-1)
+
+    @property
+    def output_magnitude(self) -> float:
+        """mu_T = norm(e_T)"""
+        return float(np.linalg.norm(self.output_direction))
+
+    @property
+    def unit_direction(self) -> Float32:
+        """v_k = e_k / mu_k, zero where mu_k is zero: (T, d)"""
+        return unit(self.direction)
+
+    @property
+    def separation(self) -> Float32:
+        """mu_k over the spread within the sets, at z_0..z_T; zero where mu_k is zero: (T + 1,)
+
+        Raises:
+            InputError: there is no spread to measure it against.
+        """
+        if self.spread is None:
+            raise InputError('layers "auto" compares the prompts of a set with one another: give more than one of each')
+        magnitude = np.append(self.magnitude, np.float32(self.output_magnitude))
+        with np.errstate(divide="ignore"):
+            return np.divide(magnitude, self.spread, out=np.zeros_like(magnitude), where=magnitude > 0)
+
+
+def contrast(
+    model: Model,
+    positive: Sequence[Prompt],
+    negative: Sequence[Prompt],
+    *,
+    progress: Progress | None = None,
+) -> Contrast:
+    """Run both sets of prompts through the model and take the difference of their mean last-token activations.
+
+    Raises:
+        InputError: a set is empty, both sets are the same, a prompt has no tokens or exceeds the model's context, or
+            the activations do not tell the sets apart.
+    """
+    return contrast_of(model, *activations(model, *tokenise_sets(model, positive, negative), progress))
+
+
+def activations(
+    model: Model, positive: Sequence[Sequence[int]], negative: Sequence[Sequence[int]], progress: Progress | None = None
+) -> tuple[Float32, Float32]:
+    """z_0..z_T at the last token of each prompt of two sets, as token ids: (n, T + 1, d) and (m, T + 1, d)
+
+    Raises:
+        InputError: values that are not finite.
+    """
+    found = model.residuals([*positive, *negative], progress=progress)
+    check_finite(found)
+    return found[: len(positive)], found[len(positive) :]
+
+
+def contrast_of(model: Model, positive: Float32, negative: Float32) -> Contrast:
+    """The contrast of two sets of prompts from their `activations`.
+
+    Raises:
+        InputError: the activations do not tell the sets apart.
+    """
+    mean_positive, mean_negative = positive.mean(axis=0, dtype=np.float64), negative.mean(axis=0, dtype=np.float64)
+    difference = np.where(_same_multiset(positive, negative), 0.0, mean_positive - mean_negative)
+    if not difference[:-1].any():
+        raise InputError("the activations of the positive and the negative prompts do not differ")
+    return Contrast(
+        mean_positive[:-1].astype(np.float32),
+        mean_negative[:-1].astype(np.float32),
+        difference[:-1].astype(np.float32),
+        difference[-1].astype(np.float32),
+        (len(positive), len(negative)),
+        model.fingerprint,
+        model.name,
+        _spread(positive, negative, difference),
+    )
+
+
+def check_finite(found: Float32, what: str = "activations") -> None:
+    """Refuse activations (n, T, ...) that are not finite, and say at which layer."""
+    if not np.all(np.isfinite(found)):
+        layer = int(np.argwhere(~np.isfinite(found))[:, 1].min())
+        raise InputError(f"the {what} at layer {layer} are not finite: load the model with dtype float32")
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Each row of vectors (..., d) at length 1, or zero where it is zero."""
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+
+
+def _spread(positive: Float32, negative: Float32, difference: np.ndarray) -> Float32 | None:
+    """The pooled standard deviation of the features v_k . z_k of two sets (n, T + 1, d) within them: (T + 1,)"""
+    freedom = len(positive) + len(negative) - 2
+    if freedom == 0:
+        return None
+    directions = unit(difference)
+    squares = sum(
+        ((feature - feature.mean(axis=0)) ** 2).sum(axis=0)
+        for feature in (np.einsum("nkd,kd->nk", found, directions) for found in (positive, negative))
+    )
+    return np.sqrt(squares / freedom).astype(np.float32)
+
+
+def _same_multiset(positive: Float32, negative: Float32) -> np.ndarray:
+    """(T + 1, 1): whether a layer saw the very same activations, in the same proportions, in both sets.
+
+    Their means then differ by rounding alone, and a direction made of rounding errors must not be steered along. This
+    is the case at layer 0 (the embedding of the last token) wherever both sets end in the same tokens.
+    """
+    verdict = np.zeros((positive.shape[1], 1), bool)
+    for k in range(positive.shape[1]):
+        shares = []
+        for residuals in (positive[:, k], negative[:, k]):
+            rows, counts = np.unique(residuals, axis=0, return_counts=True)
+            shares.append((rows, counts / len(residuals)))
+        (rows, share), (other_rows, other_share) = shares
+        verdict[k] = (
+            len(rows) == len(other_rows) and np.array_equal(rows, other_rows) and np.allclose(share, other_share)
+        )
+    return verdict

@@ -1,0 +1,348 @@
+"""The compiled artifact: two vectors and two numbers per layer and concept, kilobytes in all.
+
+The gains K_k (d, d) are needed once, to form G_k = K_k V_k (V_k' V_k)^-1; a running controller evaluates
+u_k = G_k (offset_k + strength o setpoint_k - V_k' z_k) and never sees them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata as distribution
+from os import PathLike
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+
+from mlx_lqr.backends.protocol import Float32, Model
+from mlx_lqr.errors import InputError
+from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.tensors import check_finite, check_shape, read_tensors, write_tensors
+from mlx_lqr.lqr.contrast import Contrast
+from mlx_lqr.lqr.riccati import Gains, Weights
+from mlx_lqr.lqr.strength import Strengths, combined_strength, read_strength, strength_metadata
+
+FORMAT = "mlx-lqr controller 1"
+SMALLEST_ANGLE = 5.0
+"""Degrees. Below it, joint control of two directions would need pushes of more than ten times each one's own."""
+
+_TENSORS = {"direction": "Tdm", "gain": "Tdm", "setpoint": "Tm", "offset": "Tm", "output_direction": "dm"}
+_OPTIONAL = {"checked_error": "Tm", "checked_push": "Tm"}
+
+Cost = Literal["state", "feature", "adaptive"]
+"""What is penalised: any error of the state (Q = qI), or the feature's relative error alone. "adaptive" is the feature
+cost too, but our own decoding makes the gains anew at every prompt; the stored ones are those of the feature cost."""
+Positions = Literal["last", "all"]
+"""Where to steer: the last prompt token and every generated one (A-LQR), or every prompt token too (A-LQR+)."""
+Setpoint = Literal["paper", "centred"]
+"""What a strength asks of the feature: strength x mu_k, or v_k . mean-_k + strength x mu_k, the level of the positive
+prompts at 1, which goes to that of the negative ones as the strength goes to 0. Strength 0 itself does not steer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Controller:
+    """A controller of m concepts for one model of T blocks of width d. All arrays are float32."""
+
+    direction: Float32
+    """(T, d, m): the unit vectors v_k of each concept, zero where a layer does not tell it apart"""
+    gain: Float32
+    """(T, d, m): G_k = K_k V_k (V_k' V_k)^-1, zero at layers without control"""
+    setpoint: Float32
+    """(T, m): mu_k, the setpoint's slope in the strength"""
+    offset: Float32
+    """(T, m): what the setpoint goes to as the strength goes to 0; at 0 itself nothing is steered"""
+    output_direction: Float32
+    """(d, m): e_T, the unnormalised direction at the last block's output; `adapt` needs it, steering does not"""
+    concepts: tuple[str, ...]
+    model_name: str
+    fingerprint: str
+    weights: Weights
+    positions: Positions
+    prompt_counts: tuple[tuple[int, int], ...]
+    """Positive and negative prompts of each concept."""
+    jacobian_prompts: int
+    cost: Cost = "state"
+    library_version: str = distribution.version("mlx-lqr")
+    checked_error: Float32 | None = None
+    """(T, m): |alpha_k| up to which the linear model was found good; infinite: no limit. See `analysis.linearity`"""
+    checked_push: Float32 | None = None
+    """(T, m): the same for |u_k|, along each concept's own gain"""
+    strength: Strengths | None = None
+    """The strength recommended for each concept, which steers where no other is asked for; see `tasks.tune`"""
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.direction.shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.direction.shape[1])
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        """The layers where this controller does something."""
+        return tuple(int(k) for k in np.flatnonzero(np.abs(self.gain).max(axis=(1, 2)) > 0))
+
+    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+        """Write one safetensors file, atomically; with `force` in place of a file of any kind."""
+        tensors = {name: getattr(self, name) for name in (*_TENSORS, *_OPTIONAL) if getattr(self, name) is not None}
+        metadata = {
+            "format": FORMAT,
+            "model": self.model_name,
+            "fingerprint": self.fingerprint,
+            "T": str(self.num_layers),
+            "d": str(self.hidden_size),
+            "q": repr(self.weights.q),
+            "r": repr(self.weights.r),
+            "qf": repr(self.weights.qf),
+            "layers": json.dumps(self.active_layers),
+            "positions": self.positions,
+            "cost": self.cost,
+            "concepts": json.dumps(self.concepts),
+            "prompt_counts": json.dumps(self.prompt_counts),
+            "jacobian_prompts": str(self.jacobian_prompts),
+            "library_version": self.library_version,
+            **strength_metadata(self.strength),
+        }
+        with writing(path, kind="controller", force=force) as temporary:
+            write_tensors(temporary, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Controller:
+        """Read and check a controller file.
+
+        Raises:
+            InputError: missing, damaged, of another format, or with tensors of wrong shapes or values that are not
+            finite.
+        """
+        tensors, metadata = read_tensors(path, FORMAT, "a controller")
+        try:
+            concepts = tuple(str(name) for name in json.loads(metadata["concepts"]))
+            sizes = {"T": int(metadata["T"]), "d": int(metadata["d"]), "m": len(concepts)}
+            expected = _TENSORS | {name: axes for name, axes in _OPTIONAL.items() if name in tensors}
+            positions, cost = metadata["positions"], metadata["cost"]
+            if positions not in get_args(Positions) or cost not in get_args(Cost):
+                raise ValueError(f"positions {positions!r}, cost {cost!r}")
+            for name, axes in expected.items():
+                check_shape(name, tensors[name], axes, sizes)
+                if name in _TENSORS:
+                    check_finite(name, tensors[name])
+                elif np.isnan(tensors[name]).any() or tensors[name].min() < 0:
+                    raise ValueError(f"{name} has values that are no sizes")
+            return cls(
+                **{name: tensors[name].astype(np.float32, copy=False) for name in expected},
+                concepts=concepts,
+                model_name=metadata["model"],
+                fingerprint=metadata["fingerprint"],
+                weights=Weights(float(metadata["q"]), float(metadata["r"]), float(metadata["qf"])),
+                positions="all" if positions == "all" else "last",
+                prompt_counts=tuple((int(p), int(n)) for p, n in json.loads(metadata["prompt_counts"])),
+                jacobian_prompts=int(metadata["jacobian_prompts"]),
+                cost=next(known for known in get_args(Cost) if known == cost),
+                library_version=metadata["library_version"],
+                strength=read_strength(metadata, len(concepts)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is a damaged controller file ({error}): fit it again") from error
+
+    def check_model(self, model: Model) -> None:
+        """Raise `InputError` unless this controller was fitted on `model`."""
+        check_fitted_on(self, model.name, model.fingerprint, model.num_layers, model.hidden_size)
+
+    @classmethod
+    def combine(cls, *controllers: Controller) -> Controller:
+        """One controller of all the concepts, which meets all setpoints jointly; only the compiled parts are needed.
+
+        At each layer the columns K_k v of the active concepts are put together and G_k = K_k V_k (V_k' V_k)^-1 is
+        formed anew. Adding independent feedbacks instead would overshoot where directions overlap. It is adaptive where
+        all of them are.
+
+        Raises:
+            InputError: controllers of different models or positions, a concept twice, or nearly parallel directions.
+        """
+        if not controllers:
+            raise InputError("nothing to combine: give at least one controller")
+        first = controllers[0]
+        for other in controllers[1:]:
+            check_fitted_on(other, first.model_name, first.fingerprint, first.num_layers, first.hidden_size)
+            if other.positions != first.positions:
+                raise InputError("controllers for the positions 'last' and 'all' cannot be combined: fit them alike")
+        concepts = [name for controller in controllers for name in controller.concepts]
+        if len(set(concepts)) < len(concepts):
+            raise InputError(f"a concept appears twice among {', '.join(concepts)}: give each once, with one strength")
+        direction = np.concatenate([controller.direction for controller in controllers], axis=2)
+        uncoupled = np.concatenate([controller._uncoupled_gain() for controller in controllers], axis=2)
+        return cls(
+            direction=direction,
+            gain=_couple(direction, uncoupled, concepts),
+            setpoint=np.concatenate([controller.setpoint for controller in controllers], axis=1),
+            offset=np.concatenate([controller.offset for controller in controllers], axis=1),
+            output_direction=np.concatenate([controller.output_direction for controller in controllers], axis=1),
+            concepts=tuple(concepts),
+            model_name=first.model_name,
+            fingerprint=first.fingerprint,
+            weights=first.weights,
+            positions=first.positions,
+            prompt_counts=tuple(count for controller in controllers for count in controller.prompt_counts),
+            jacobian_prompts=min(controller.jacobian_prompts for controller in controllers),
+            cost=next((one.cost for one in controllers if one.cost != "adaptive"), "adaptive"),
+            checked_error=_checked([controller.checked_error for controller in controllers], controllers),
+            checked_push=_checked([controller.checked_push for controller in controllers], controllers),
+            strength=combined_strength(controllers),
+        )
+
+    def split(self) -> list[Controller]:
+        """A controller for each concept alone; `combine` undoes it."""
+        uncoupled = self._uncoupled_gain()
+        return [
+            replace(
+                self,
+                direction=self.direction[:, :, [i]],
+                gain=uncoupled[:, :, [i]],
+                setpoint=self.setpoint[:, [i]],
+                offset=self.offset[:, [i]],
+                output_direction=self.output_direction[:, [i]],
+                concepts=(name,),
+                prompt_counts=(self.prompt_counts[i],),
+                checked_error=self.checked_error[:, [i]] if self.checked_error is not None else None,
+                checked_push=self.checked_push[:, [i]] if self.checked_push is not None else None,
+                strength=self.strength[i : i + 1] if self.strength is not None else None,
+            )
+            for i, name in enumerate(self.concepts)
+        ]
+
+    def _uncoupled_gain(self) -> Float32:
+        """The columns K_k v_k, recovered from G_k = K_k V_k (V_k' V_k)^-1 over the concepts active at each layer."""
+        gain = np.zeros_like(self.gain)
+        for k in self.active_layers:
+            active = _active(self.direction[k], self.gain[k])
+            V = self.direction[k][:, active].astype(np.float64)
+            gain[k][:, active] = self.gain[k][:, active] @ (V.T @ V)
+        return gain
+
+
+def compile(
+    gains: Gains,
+    contrast: Contrast,
+    concept: str = "concept",
+    *,
+    positions: Positions = "last",
+    setpoint: Setpoint = "centred",
+) -> Controller:
+    """Reduce gains and a contrast to a controller: v_k, g_k = K_k v_k and the linear feature setpoint (`Setpoint`).
+
+    Raises:
+        InputError: gains and contrast of different models.
+    """
+    if len(gains) != len(contrast.direction) or gains.fingerprint != contrast.fingerprint:
+        raise InputError("the gains and the contrast are of different models: make both with the same one")
+    unit = contrast.unit_direction
+    feedback = np.stack([gains.apply(k, v) for k, v in enumerate(unit)])
+    return assemble(contrast, feedback, gains.weights, gains.jacobian_prompts, concept, positions, setpoint=setpoint)
+
+
+def assemble(
+    contrast: Contrast,
+    gain_direction: np.ndarray,
+    weights: Weights,
+    jacobian_prompts: int,
+    concept: str,
+    positions: Positions,
+    cost: Cost = "state",
+    setpoint: Setpoint = "centred",
+) -> Controller:
+    """A controller of one concept from g_k = K_k v_k (T, d) (zero at layers without control)."""
+    check_choice("positions", positions, Positions)
+    check_choice("setpoint", setpoint, Setpoint)
+    if not np.all(np.isfinite(gain_direction)):
+        layer = int(np.argwhere(~np.isfinite(gain_direction))[0, 0])
+        raise InputError(f"the gain at layer {layer} is not finite: raise r or lower q")
+    magnitude, unit = contrast.magnitude, contrast.unit_direction
+    level = np.einsum("kd,kd->k", unit, contrast.mean_negative)
+    return Controller(
+        direction=unit[:, :, None],
+        gain=gain_direction.astype(np.float32)[:, :, None],
+        setpoint=magnitude[:, None].astype(np.float32),
+        offset=(level if setpoint == "centred" else np.zeros_like(level))[:, None],
+        output_direction=contrast.output_direction[:, None],
+        concepts=(concept,),
+        model_name=contrast.model_name,
+        fingerprint=contrast.fingerprint,
+        weights=weights,
+        positions=positions,
+        prompt_counts=(contrast.prompt_counts,),
+        jacobian_prompts=jacobian_prompts,
+        cost=cost,
+    )
+
+
+class Fitted(Protocol):
+    """What was fitted on one model."""
+
+    @property
+    def model_name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+
+
+def check_fitted_on(
+    fitted: Fitted, name: str, fingerprint: str, num_layers: int, hidden_size: int, what: str = "this controller"
+) -> None:
+    """Raise `InputError` unless `fitted` belongs to the model of this name, fingerprint and size."""
+    if (fitted.num_layers, fitted.hidden_size) != (num_layers, hidden_size) or fitted.fingerprint != fingerprint:
+        raise InputError(
+            f"{what} was fitted on {fitted.model_name} ({fitted.num_layers} layers of width {fitted.hidden_size}), "
+            f"not on {name} ({num_layers} layers of width {hidden_size}): fit one on it"
+        )
+
+
+def check_choice(name: str, value: object, kind: Any) -> None:
+    """Raise `InputError` unless the option `name` has one of the values of the `Literal` type `kind`."""
+    if value not in get_args(kind):
+        raise InputError(f"{name} must be {' or '.join(map(repr, get_args(kind)))}, not {value!r}")
+
+
+def _checked(regions: Sequence[Float32 | None], controllers: Sequence[Controller]) -> Float32 | None:
+    """The regions of several controllers side by side, infinite for those without one; None where none has one."""
+    if all(region is None for region in regions):
+        return None
+    pairs = zip(regions, controllers, strict=True)
+    parts = [np.full_like(one.setpoint, np.inf) if region is None else region for region, one in pairs]
+    return np.concatenate(parts, axis=1)
+
+
+def _active(direction: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """(m,): which concepts are controlled at a layer."""
+    return np.asarray((np.abs(direction).max(axis=0) > 0) & (np.abs(gain).max(axis=0) > 0))
+
+
+def _couple(direction: Float32, uncoupled: Float32, concepts: Sequence[str]) -> Float32:
+    """G_k = K_k V_k (V_k' V_k)^-1 from the columns K_k v_k, over the concepts active at each layer."""
+    gain = np.zeros_like(uncoupled)
+    too_close: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    for k in range(len(direction)):
+        active = np.flatnonzero(_active(direction[k], uncoupled[k]))
+        if not active.size:
+            continue
+        V = direction[k][:, active].astype(np.float64)
+        gram = V.T @ V
+        for i in range(len(active)):
+            for j in range(i):
+                angle = float(np.degrees(np.arccos(min(1.0, abs(gram[i, j])))))
+                if angle < SMALLEST_ANGLE:
+                    too_close.setdefault((int(active[j]), int(active[i])), []).append((k, angle))
+        if not too_close:
+            gain[k][:, active] = np.linalg.solve(gram, uncoupled[k][:, active].astype(np.float64).T).T
+    if too_close:
+        (i, j), places = next(iter(too_close.items()))
+        layers = ", ".join(str(k) for k, _ in places)
+        raise InputError(
+            f"{concepts[i]} and {concepts[j]} point the same way at layers {layers} "
+            f"({min(angle for _, angle in places):.1f} degrees apart): leave one out, or fit them at other layers"
+        )
+    return gain

@@ -1,0 +1,150 @@
+"""A model -> its layer Jacobians A_k = d phi_k / d z_k at the last token, averaged over nominal prompts.
+
+The token's own key and value are part of the map, all earlier tokens are fixed. Jacobians are streamed from the last
+layer to the first, the order in which the Riccati sweep consumes them, so that a few (d, d) matrices are all that is
+held.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+
+from mlx_lqr.backends.protocol import Float32, Model, Progress, Trace
+from mlx_lqr.errors import InputError
+from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.jacobians import JacobianWriter, StoredJacobians
+from mlx_lqr.lqr.prompts import Prompt, tokenise
+
+FORMAT = "mlx-lqr jacobians 1"
+MAX_TOKENS = 32
+"""Nominal prompts are cut to this many tokens: the Jacobian at a token depends little on a longer past."""
+
+
+@dataclass(frozen=True, eq=False)
+class Jacobians(Sequence[Float32]):
+    """A_0..A_{T-1}, each (d, d) float32, of the model with this fingerprint."""
+
+    matrices: Sequence[Float32]
+    fingerprint: str = ""
+    model_name: str = ""
+    prompt_count: int = 0
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __getitem__(self, layer):  # type: ignore[no-untyped-def]
+        return self.matrices[layer]
+
+    def save(self, path: str | PathLike[str], *, dtype: str = "float32", force: bool = False) -> None:
+        """Write the tensors `jacobian.K` ("float32" or "float16") to a safetensors file.
+
+        Args:
+            force: take the place of a file of any kind.
+        """
+        metadata = _metadata(self.fingerprint, self.model_name, self.prompt_count, "")
+        # In a new file, so that nothing of another, unfinished save is taken over.
+        with writing(path, kind="Jacobians", force=force) as temporary:
+            writer = JacobianWriter(temporary, len(self), len(self[0]), dtype, metadata)
+            for k in reversed(range(len(self))):
+                writer.append(self[k])
+            writer.close()
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Jacobians:
+        """Open a file of Jacobians; each matrix is read from its memory map when it is used."""
+        stored = StoredJacobians(path, FORMAT)
+        metadata = stored.metadata
+        return cls(
+            stored, metadata.get("fingerprint", ""), metadata.get("model", ""), int(metadata.get("prompts", "0"))
+        )
+
+
+def linearize(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    store: str | PathLike[str] | None = None,
+    dtype: str = "float32",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Jacobians:
+    """The layer Jacobians of a model, averaged over `prompts` (at most 32 tokens of each).
+
+    Args:
+        model: what `load` returned.
+        prompts: where to linearise; a single one gives the "nominal" Jacobians at its last token.
+        store: a safetensors file to write them to, layer by layer; the result then reads from it. A run that was
+            interrupted goes on where it stopped when it is called again with the same arguments.
+        dtype: "float32" or "float16", for the stored ones.
+        force: let them take the place of a file of any kind.
+        progress: called as progress(stage, done, total).
+
+    Raises:
+        InputError: unusable prompts, or a place that cannot be written.
+    """
+    if store is None:
+        found = dict(stream_jacobians(model, prompts, progress=progress))
+        return Jacobians([found[k] for k in range(len(found))], model.fingerprint, model.name, len(prompts))
+    points = traces(model, prompts)
+    digest = hashlib.sha256(b"".join(trace.residual.tobytes() for trace in points)).hexdigest()[:16]
+    metadata = _metadata(model.fingerprint, model.name, len(prompts), digest)
+    writer = JacobianWriter(store, model.num_layers, model.hidden_size, dtype, metadata, force=force)
+    try:
+        for _, A in _stream(model, points, model.num_layers - 1 - writer.finished, 0, progress):
+            writer.append(A)
+    finally:
+        writer.close()
+    return Jacobians.load(store)
+
+
+def traces(model: Model, prompts: Sequence[Prompt]) -> list[Trace]:
+    """Run each prompt, at most 32 tokens of it, up to where it is linearised.
+
+    Raises:
+        InputError: no prompts, or an unusable one.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise InputError("linearize needs a list of at least one prompt")
+    return [model.trace(tokenise(model, prompt)[:MAX_TOKENS]) for prompt in prompts]
+
+
+def stream_jacobians(
+    model: Model, prompts: Sequence[Prompt], *, lowest: int = 0, progress: Progress | None = None
+) -> Iterator[tuple[int, Float32]]:
+    """Yield (k, A_k), averaged over prompts, from the last layer down to `lowest` (higher gains need no more).
+
+    Raises:
+        InputError: no prompts, an unusable prompt, or a Jacobian that is not finite (the layer is named).
+    """
+    yield from _stream(model, traces(model, prompts), model.num_layers - 1, lowest, progress)
+
+
+def _stream(
+    model: Model, points: Sequence[Trace], highest: int, lowest: int, progress: Progress | None
+) -> Iterator[tuple[int, Float32]]:
+    steps = (model.num_layers - lowest) * len(points)
+    for k in reversed(range(lowest, highest + 1)):
+        total = np.zeros((model.hidden_size, model.hidden_size), np.float32)
+        for index, trace in enumerate(points):
+            total += model.jacobian(trace, k)
+            if progress:
+                progress("Jacobians", (model.num_layers - 1 - k) * len(points) + index + 1, steps)
+        total /= len(points)
+        if not np.all(np.isfinite(total)):
+            raise InputError(f"the Jacobian of layer {k} is not finite: load the model with dtype float32")
+        yield k, total
+
+
+def _metadata(fingerprint: str, model_name: str, prompts: int, digest: str) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "model": model_name,
+        "prompts": str(prompts),
+        "prompts_digest": digest,
+    }

@@ -1,0 +1,223 @@
+"""Layer Jacobians -> feedback gains: the finite-horizon linear-quadratic regulator. No model, no tensor framework.
+
+The linear time-varying system dz_{k+1} = A_k dz_k + u_k, k = 0..T-1, and the cost
+sum_k (dz_k' Q dz_k + u_k' R u_k) + dz_T' Qf dz_T with Q = qI, R = rI, Qf = qf I have the optimal feedback u_k = -K_k
+dz_k,
+
+    S_T = Qf,   M_k = rI - r^2 (S_{k+1} + rI)^-1,   K_k = M_k A_k / r,   S_k = Q + A_k' M_k A_k.
+
+M_k equals S - S (S + R)^-1 S, so this is the textbook recursion (K_k = (S_{k+1} + R)^-1 S_{k+1} A_k), in the form
+that keeps S symmetric and subtracts nothing large: the textbook's float32 form loses up to 3.5 % of K_k v over 30
+layers. Only q/r and qf/r matter: scaling (q, r, qf) together changes no gain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from mlx_lqr.backends.protocol import LinearAlgebra, Matrix
+from mlx_lqr.errors import InputError
+from mlx_lqr.lqr.algebra import NumPyAlgebra
+from mlx_lqr.lqr.layers import check_layers
+
+Product = Callable[[int, Matrix], Matrix]
+
+WEIGHT = 3.0
+"""q/r and qf/r where nothing is said. The paper's 0.1 controls less at the same damage (docs/comparison.md)."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of the cost: q on the state, r on the control, qf on the final state."""
+
+    q: float = WEIGHT
+    r: float = 1.0
+    qf: float = WEIGHT
+
+    def __post_init__(self) -> None:
+        for name, value in (("q", self.q), ("r", self.r), ("qf", self.qf)):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"{name} must be a finite number, not {value!r}")
+        if self.q < 0 or self.qf < 0:
+            raise InputError(f"q and qf must not be negative (q = {self.q:g}, qf = {self.qf:g})")
+        if self.r <= 0:
+            raise InputError(f"r must be above zero (r = {self.r:g}): it is the price of control")
+        if self.q == 0 and self.qf == 0:
+            raise InputError("q and qf are both zero: then no control is the optimum; give one of them a weight")
+
+
+@dataclass(frozen=True, eq=False)
+class Gains(Sequence[Matrix]):
+    """The gains K_0..K_{T-1}, each (d, d), float64 unless `solve` was asked for less."""
+
+    matrices: Sequence[Matrix]
+    weights: Weights
+    layers: tuple[int, ...]
+    fingerprint: str = ""
+    model_name: str = ""
+    jacobian_prompts: int = 0
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __getitem__(self, layer):  # type: ignore[no-untyped-def]
+        return self.matrices[layer]
+
+    def apply(self, layer: int, vectors: ArrayLike) -> Matrix:
+        """K_k v for a vector (d,) or K_k V for m columns (d, m)."""
+        return self.matrices[layer] @ np.asarray(vectors, dtype=self.matrices[layer].dtype)
+
+
+def solve(
+    jacobians: Sequence[Matrix],
+    q: float = WEIGHT,
+    r: float = 1.0,
+    qf: float = WEIGHT,
+    *,
+    layers: Iterable[int] | None = None,
+    dtype: DTypeLike = np.float64,
+    algebra: LinearAlgebra | None = None,
+) -> Gains:
+    """The gains of every layer.
+
+    Args:
+        jacobians: A_0..A_{T-1}, each (d, d); `linearize` makes them.
+        q, r, qf: weights of state, control and final state. Only the ratios q/r and qf/r matter.
+        layers: where control may act (default: everywhere). Elsewhere K_k = 0 and S_k = Q + A_k' S_{k+1} A_k.
+        dtype: precision of the recursion, float64 or float32.
+        algebra: where to compute, such as a model's `algebra`, which is its GPU's; by default NumPy.
+
+    Raises:
+        InputError: weights or layers out of range, or a recursion that fails (the layer is named).
+    """
+    weights = Weights(q, r, qf)
+    T = len(jacobians)
+    chosen = check_layers(layers, T)
+    descending = ((k, jacobians[k]) for k in reversed(range(T)))
+    gains = dict(sweep(descending, weights, chosen, dtype, algebra))
+    return Gains(
+        [gains[k] for k in range(T)],
+        weights,
+        chosen,
+        getattr(jacobians, "fingerprint", ""),
+        getattr(jacobians, "model_name", ""),
+        getattr(jacobians, "prompt_count", 0),
+    )
+
+
+def sweep(
+    jacobians: Iterable[tuple[int, Matrix]],
+    weights: Weights,
+    layers: Iterable[int],
+    dtype: DTypeLike = np.float64,
+    algebra: LinearAlgebra | None = None,
+) -> Iterator[tuple[int, Matrix]]:
+    """Yield (k, K_k) from the last layer to the first, consuming (k, A_k) in that order.
+
+    Holds a handful of (d, d) matrices whatever the number of layers.
+    """
+    return ((k, gain) for k, gain, _ in cost_to_go(jacobians, weights, layers, dtype, algebra))
+
+
+def cost_to_go(
+    jacobians: Iterable[tuple[int, Matrix]],
+    weights: Weights,
+    layers: Iterable[int],
+    dtype: DTypeLike = np.float64,
+    algebra: LinearAlgebra | None = None,
+) -> Iterator[tuple[int, Matrix, Any]]:
+    """Yield (k, K_k, S_k): `sweep`, with the matrix whose form dz_k' S_k dz_k is the least cost from layer k on.
+
+    S_k is a matrix of `algebra`, and NumPy's by default.
+    """
+    chosen = frozenset(layers)
+    algebra = algebra or NumPyAlgebra()
+    S: Any = None
+    for k, jacobian in jacobians:
+        with algebra.computing():
+            A = algebra.matrix(jacobian, dtype)
+            if not algebra.is_finite(A):
+                raise InputError(f"the Jacobian of layer {k} has values that are not finite: no gains from it")
+            if S is None:
+                S = algebra.matrix(weights.qf * np.eye(A.shape[0]), dtype)
+            if k in chosen:
+                MA = _controlled(S, weights.r, k, algebra, dtype) @ A
+                gain = algebra.numpy(MA / weights.r)
+            else:
+                MA = S @ A
+                gain = np.zeros(A.shape, dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                S = A.T @ MA
+                S = (S + S.T) / 2
+            algebra.add_to_diagonal(S, weights.q)
+            if not algebra.is_finite(S):
+                raise InputError(f"the Riccati recursion overflows {np.dtype(dtype)} at layer {k}: lower q and qf")
+        yield k, gain, S
+        del jacobian, A, MA, gain  # nothing but S is held while the next Jacobian is made
+
+
+def feature_sweep(
+    apply_transposed: Product,
+    directions: Matrix,
+    magnitudes: Matrix,
+    weights: Weights,
+    layers: Iterable[int],
+) -> Iterator[tuple[int, Matrix]]:
+    """Yield (k, g_k = K_k v_k) from the last layer to the first for a cost on the feature alone.
+
+    The cost is Q_k = (q / mu_k^2) v_k v_k', R_k = (r / mu_{k+1}^2) I, Qf = (qf / mu_T^2) v_T v_T': the relative error
+    of the feature, and the push relative to the concept's magnitude. Then S_k = W_k W_k' exactly, with at most
+    T - k + 1 columns, no (d, d) matrix exists, and with W = W_{k+1}
+
+        g_k = W (r_k I + W'W)^-1 (A_k' W)' v_k,   W_k = [A_k' W L, sqrt(q_k) v_k],   L L' = r_k (r_k I + W'W)^-1,
+
+    so that one product with A_k' and the columns of W serves both, and A_k is asked for nothing else.
+
+    Args:
+        apply_transposed: (k, X) -> A_k' X for the columns of X (d, n).
+        directions: unit vectors v_0..v_T: (T + 1, d); v_T belongs to the last block's output.
+        magnitudes: mu_0..mu_T: (T + 1,). A layer with mu_k = 0 has no feature to weigh.
+        weights: q, r and qf.
+        layers: where control may act.
+    """
+    chosen = frozenset(layers)
+    V = np.asarray(directions, np.float64)
+    mu = np.asarray(magnitudes, np.float64)
+    T = len(V) - 1
+    W = math.sqrt(weights.qf) / mu[T] * V[T][:, None] if mu[T] > 0 else np.zeros((V.shape[1], 0))
+    for k in reversed(range(min(chosen), T)):
+        gain = np.zeros(V.shape[1])
+        pulled = apply_transposed(k, W) if W.shape[1] else W
+        if k in chosen and mu[k + 1] > 0 and W.shape[1]:
+            r = weights.r / mu[k + 1] ** 2
+            eigenvalues, basis = np.linalg.eigh(W.T @ W)
+            shrink = r / (r + np.maximum(eigenvalues, 0))
+            gain = W @ (basis @ ((shrink / r) * (basis.T @ (pulled.T @ V[k]))))
+            pulled = pulled @ (basis * np.sqrt(shrink))
+        W = pulled
+        if mu[k] > 0:
+            W = np.column_stack([W, math.sqrt(weights.q) / mu[k] * V[k]])
+        if not (np.all(np.isfinite(W)) and np.all(np.isfinite(gain))):
+            raise InputError(f"the Riccati recursion fails at layer {k}: values that are not finite")
+        yield k, gain
+
+
+def _controlled(S: Any, r: float, layer: int, algebra: LinearAlgebra, dtype: DTypeLike) -> Any:
+    """M = rI - r^2 (S + rI)^-1, by a Cholesky factorisation whose condition is checked."""
+    M = S + 0
+    algebra.add_to_diagonal(M, r)
+    M, inverse_condition = algebra.inverse(M)
+    if not inverse_condition > 10 * np.finfo(np.dtype(dtype)).eps:
+        raise InputError(
+            f"the Riccati recursion fails at layer {layer}: S + R is not positive definite or too badly conditioned in "
+            f"{np.dtype(dtype)}; raise r, lower q and qf, or solve in float64"
+        )
+    M *= -r * r
+    algebra.add_to_diagonal(M, r)
+    return M

@@ -1,0 +1,88 @@
+"""The measured comparison of docs/comparison.md: its split, and that its script measures and writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from helpers.backends import tiny_folder
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))
+
+from benchmarks.comparison import split  # noqa: E402
+from benchmarks.comparison.__main__ import main  # noqa: E402
+from mlx_lqr import tasks  # noqa: E402
+
+
+def test_every_row_is_in_one_part_and_stays_there(tmp_path: Path) -> None:
+    rows = [{"prompt": f"text number {i}", "label": i} for i in range(400)]
+    split.write_rows(tmp_path / "xstest.jsonl", rows)
+    parts = {part: split.rows_of(tmp_path, "xstest", part) for part in split.PARTS}
+    numbers = [row["label"] for part in parts.values() for row in part]
+    assert sorted(numbers) == list(range(400))
+    assert 160 <= len(parts["report"]) <= 240
+    assert all(60 <= len(parts[part]) <= 140 for part in ("fit", "tune"))
+
+    split.write_rows(tmp_path / "xstest.jsonl", rows[::-3])
+    for part, before in parts.items():
+        kept = split.rows_of(tmp_path, "xstest", part)
+        assert kept == [row for row in before[::-1] if row in rows[::-3]]
+
+
+def test_the_split_is_the_one_that_was_stated() -> None:
+    first_bytes = {"how are you": 0x0B, "A": 0x55, "test": 0x9F}  # printf TEXT | sha256sum
+    assert [split.part_of(text) for text in first_bytes] == ["fit", "tune", "report"]
+    assert split.part_of(" A\n") == "tune"
+
+
+@pytest.fixture(scope="module")
+def folders() -> list[Path]:
+    """Two tiny models that read and write bytes."""
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    found = [tiny_folder("llama", seed=seed, vocab_size=256, max_position_embeddings=2048) for seed in (0, 1)]
+    for folder in found:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    return found
+
+
+def test_the_script_measures_writes_and_goes_on(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "word_family", lambda concept: ["p", "u", "y"])  # steering brings these bytes, not dogs
+    data, output, docs = (tmp_path / name for name in ("data", "out", "docs"))
+    data.mkdir()
+    asked = [f"What is {i} and {i}?" for i in range(40)]
+    answers = {"best_answer": "x", "correct_answers": ["x"], "incorrect_answers": ["y", "z"]}
+    split.write_rows(data / "truthfulqa.jsonl", [{"question": question, **answers} for question in asked])
+    model_options = ["--smollm2", str(folders[0]), "--gemma", str(folders[1]), "--data", str(data), "-o", str(output)]
+    only = ["--only", "concept-dog", "--only", "truthfulness", "--method", "alqr", "--method", "actadd"]
+
+    def run(*arguments: str) -> None:
+        result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+    measured = ["run", "--model", "smollm2", "--quick", *model_options, *only]
+    run(*measured)
+    files = {path: path.read_bytes() for path in output.rglob("*.json*")}
+    run(*measured)
+    assert files == {path: path.read_bytes() for path in output.rglob("*.json*")}
+
+    rows = output / "smollm2" / "truthfulness" / "report" / "alqr.jsonl"
+    found = [json.loads(line) for line in rows.read_text().splitlines()[1:]]
+    choices = [row for row in found if row["part"] == "choices"]
+    assert {split.part_of(row["question"]) for row in choices} == {"report"}
+
+    run("page", "-o", str(output), "--docs", str(docs))
+    page = docs / "comparison.md"
+    line = next(line for line in page.read_text().split("## Truthfulness")[1].splitlines() if "**alqr**" in line)
+    assert f"| {sum(row['mc2'] for row in choices) / len(choices):.2f} (" in line
+    assert (ROOT / "benchmarks" / "comparison" / "findings.md").read_text().strip() in page.read_text()
+    assert (docs / "comparison-concept-dog-smollm2.svg").stat().st_size > 1000

@@ -1,0 +1,157 @@
+"""The low-rank sweep of the feature cost, and controllers adapted to the prompt in hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+import pytest
+from helpers.tiny import FAMILY, tiny
+from test_linearize import PROMPT
+
+import mlx_lqr
+from mlx_lqr import Controller, InputError
+from mlx_lqr.backends.protocol import Model
+from mlx_lqr.lqr.riccati import Weights, feature_sweep
+
+
+def dense(jacobians: Any, V: np.ndarray, mu: np.ndarray, weights: Weights, layers: set[int]) -> np.ndarray:
+    """g_k by the textbook recursion in float64 with the same d x d weights."""
+    T, d = len(jacobians), V.shape[1]
+    S = weights.qf / mu[T] ** 2 * np.outer(V[T], V[T])
+    found = np.zeros((T, d))
+    for k in reversed(range(T)):
+        A = np.asarray(jacobians[k], np.float64)
+        Q = weights.q / mu[k] ** 2 * np.outer(V[k], V[k]) if mu[k] > 0 else np.zeros((d, d))
+        K = np.zeros((d, d))
+        if k in layers:
+            R = weights.r / mu[k + 1] ** 2 * np.eye(d)
+            K = np.linalg.solve(S + R, S @ A)
+        S = Q + A.T @ S @ (A - K)
+        S = (S + S.T) / 2
+        found[k] = K @ V[k]
+    return found
+
+
+def closest(found: np.ndarray, expected: np.ndarray) -> float:
+    rows = np.linalg.norm(expected, axis=1) > 0
+    return float((np.linalg.norm(found - expected, axis=1)[rows] / np.linalg.norm(expected, axis=1)[rows]).max())
+
+
+@pytest.mark.parametrize("weights", [Weights(0.1, 1, 0.1), Weights(10, 1, 0), Weights(0, 1, 3)])
+@pytest.mark.parametrize("layers", [{0, 1, 2, 3, 4, 5}, {2, 5}])
+def test_equals_the_dense_recursion(weights: Weights, layers: set[int], random: np.random.Generator) -> None:
+    T, d = 6, 10
+    jacobians = [np.eye(d) + random.standard_normal((d, d)) / 3 for _ in range(T)]
+    V = random.standard_normal((T + 1, d))
+    V /= np.linalg.norm(V, axis=1, keepdims=True)
+    mu = random.uniform(0.5, 5, T + 1)
+    V[0], mu[0] = 0, 0
+    sweep = feature_sweep(lambda k, X: jacobians[k].T @ X, V, mu, weights, layers)
+    found = np.zeros((T, d))
+    for k, gain in sweep:
+        found[k] = gain
+    expected = dense(jacobians, V, mu, weights, layers)
+    assert np.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert expected.any()
+
+
+def test_equals_the_dense_recursion_on_smollm2(
+    smollm2: Model, golden: dict[str, Any], jacobians: mlx_lqr.Jacobians
+) -> None:
+    prompts = golden["positive"], golden["negative"]
+    found = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobian_prompts=3, layers="all")
+    contrast = mlx_lqr.contrast(smollm2, *prompts)
+    V = np.vstack([contrast.unit_direction, contrast.output_direction / contrast.output_magnitude])
+    expected = dense(jacobians, V, np.append(contrast.magnitude, contrast.output_magnitude), Weights(), set(range(30)))
+    assert golden["positive"][:3] == golden["jacobian_prompts"]
+    assert closest(found.gain[:, :, 0], expected) < 1e-5
+    stored = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobians=jacobians, layers="all")
+    assert closest(stored.gain[:, :, 0], expected) < 1e-5
+    assert found.cost == "feature"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY))
+def test_products_are_those_of_the_jacobian(family: str, random: np.random.Generator) -> None:
+    model = tiny(family)
+    trace = model.trace(PROMPT)
+    X = random.standard_normal((5, model.hidden_size)).astype(np.float32)
+    for k in range(model.num_layers):
+        A = model.jacobian(trace, k)
+        assert np.allclose(model.jvp(trace, k, X), X @ A.T, atol=1e-4 * np.abs(A).max())
+        assert np.allclose(model.vjp(trace, k, X), X @ A, atol=1e-4 * np.abs(A).max())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_on_quantised_models(bits: int) -> None:
+    model = tiny("llama")
+    nn.quantize(model.module, group_size=32, bits=bits)
+    prompts = [[1, 2, 3], [4, 5, 6]], [[7, 8, 9]]
+    low_rank = mlx_lqr.fit(model, *prompts, cost="feature", layers="all")
+    stored = mlx_lqr.fit(model, *prompts, cost="feature", jacobians=mlx_lqr.linearize(model, prompts[0]), layers="all")
+    assert closest(low_rank.gain[:, :, 0], stored.gain[:, :, 0].astype(np.float64)) < 1e-4
+
+
+def test_no_matrix_of_the_jacobians_size_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    rows: list[int] = []
+    products = model._differentiate
+
+    def counted(product: Any, trace: Any, layer: int, directions: np.ndarray) -> np.ndarray:
+        rows.append(len(directions))
+        return products(product, trace, layer, directions)
+
+    monkeypatch.setattr(model, "_differentiate", counted)
+    mlx_lqr.fit(model, [[1, 2, 3]], [[7, 8, 9]], cost="feature", layers="all")
+    assert max(rows) <= model.num_layers
+
+
+def test_adapting_is_fitting_at_the_prompt() -> None:
+    model = tiny("qwen3")
+    positive, negative = [[1, 2, 3], [4, 5, 6]], [[7, 8, 9]]
+    contrast = mlx_lqr.contrast(model, positive, negative)
+    adapted = mlx_lqr.adapt(model, contrast, PROMPT, q=1.0, qf=0.5, layers=[1, 2])
+    at_prompt = mlx_lqr.linearize(model, [PROMPT])
+    expected = mlx_lqr.fit(model, positive, negative, q=1.0, qf=0.5, layers=[1, 2], cost="feature", jacobians=at_prompt)
+    assert closest(adapted.gain[:, :, 0], expected.gain[:, :, 0].astype(np.float64)) < 1e-4
+    assert adapted.active_layers == (1, 2)
+
+
+def test_a_saved_controller_adapts_as_its_contrast_does(tmp_path: Any) -> None:
+    model = tiny("llama")
+    sets = {"a": ([[1, 2, 3], [4, 5, 6]], [[7, 8, 9]]), "b": ([[10, 11]], [[12, 13], [14, 15]])}
+    fitted = [mlx_lqr.fit(model, *prompts, concept=name, q=1.0, layers="all") for name, prompts in sets.items()]
+    Controller.combine(*fitted).save(tmp_path / "both.safetensors")
+    adapted = mlx_lqr.adapt(model, Controller.load(tmp_path / "both.safetensors"), PROMPT)
+    expected = Controller.combine(
+        *(
+            mlx_lqr.adapt(model, mlx_lqr.contrast(model, *prompts), PROMPT, q=1.0, layers="all", name=name)
+            for name, prompts in sets.items()
+        )
+    )
+    assert adapted.concepts == ("a", "b")
+    assert np.allclose(adapted.gain, expected.gain, rtol=1e-3, atol=1e-4)
+    assert np.array_equal(adapted.setpoint, expected.setpoint)
+
+
+def test_splitting_undoes_combining() -> None:
+    model = tiny("llama")
+    fitted = [
+        mlx_lqr.fit(model, [[1, 2, 3]], [[7, 8, 9]], concept="a", layers="all"),
+        mlx_lqr.fit(model, [[10, 11]], [[12, 13]], concept="b", layers=[1]),
+    ]
+    for one, back in zip(fitted, Controller.combine(*fitted).split(), strict=True):
+        assert back.concepts == one.concepts
+        assert np.allclose(back.gain, one.gain, atol=1e-4 * np.abs(one.gain).max())
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model, other = tiny("llama"), tiny("llama", seed=1)
+    sets = [[1, 2, 3]], [[7, 8, 9]]
+    with pytest.raises(InputError, match="cost must be"):
+        mlx_lqr.fit(model, *sets, cost="both", layers="all")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="not of"):
+        mlx_lqr.adapt(other, mlx_lqr.contrast(model, *sets), PROMPT)
+    with pytest.raises(InputError, match="fitted on"):
+        mlx_lqr.adapt(other, mlx_lqr.fit(model, *sets, layers="all"), PROMPT)

@@ -1,0 +1,167 @@
+"""What a strength means, and what steers where none is given: centred setpoints and recommended strengths."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.backends import BACKENDS, tiny_on
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from test_chat import chatting
+from test_cli import run
+
+import mlx_lqr
+from mlx_lqr import Controller, InputError
+from mlx_lqr.analysis.tracking import track
+from mlx_lqr.backends.protocol import Model
+from mlx_lqr.methods.baseline import Steering, combine, load_steering
+from mlx_lqr.methods.laws import law_of
+from mlx_lqr.runtime.__main__ import main as edge
+
+SETS = [[1, 2, 3], [4, 5, 6], [7, 9]], [[9, 8, 7], [6, 5], [11, 12]]
+PROMPT = "Once upon a time,"
+
+
+def made(model: Model, kind: str, concept: str = "one") -> Steering:
+    if kind == "alqr":
+        return mlx_lqr.fit(model, *SETS, concept=concept, q=1.0, qf=1.0, layers="all")
+    return mlx_lqr.fit_baseline(model, "actadd", *SETS, concept=concept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_centred_strengths_0_and_1_are_the_levels_of_the_sets(backend: str) -> None:
+    model = tiny_on(backend, "llama")
+    controller = mlx_lqr.fit(model, *SETS, setpoint="centred", layers="all")
+    levels = [
+        np.mean([track(model, prompt, controller, 0.0, steered=False).feature for prompt in prompts], axis=0)
+        for prompts in reversed(SETS)
+    ]
+    for strength, level in enumerate(levels):
+        assert track(model, SETS[0][0], controller, float(strength)).setpoint == pytest.approx(
+            level, rel=1e-3, abs=1e-4
+        )
+    paper = mlx_lqr.fit(model, *SETS, layers="all", setpoint="paper")
+    assert not paper.offset.any()
+    assert np.array_equal(paper.gain, controller.gain)
+
+
+def test_centred_everywhere_a_setpoint_is_chosen() -> None:
+    model = tiny_on("mlx", "llama")
+    found = mlx_lqr.contrast(model, *SETS)
+    jacobians = mlx_lqr.linearize(model, SETS[0])
+    expected = np.einsum("kd,kd->k", found.unit_direction, found.mean_negative)[:, None]
+    gains = mlx_lqr.solve(jacobians)
+    for controller in (
+        mlx_lqr.fit(model, *SETS, setpoint="centred", cost="feature", layers="all"),
+        mlx_lqr.fit(model, *SETS, setpoint="centred", jacobians=jacobians, layers="all"),
+        mlx_lqr.compile(gains, found, setpoint="centred"),
+        mlx_lqr.adapt(model, found, [1, 2], setpoint="centred"),
+        mlx_lqr.adapt(model, mlx_lqr.compile(gains, found, setpoint="centred"), [1, 2]),
+    ):
+        assert np.allclose(controller.offset, expected, atol=1e-5)
+    paper = mlx_lqr.fit(model, *SETS, concept="one", layers="all", setpoint="paper")
+    joint = Controller.combine(controller, replace(paper, direction=controller.direction[:, ::-1]))
+    assert np.allclose(joint.offset[:, :1], expected, atol=1e-5)
+    assert not joint.offset[:, 1].any()
+    with pytest.raises(InputError, match="setpoint must be 'paper' or 'centred', not 'middle'"):
+        mlx_lqr.fit(model, *SETS, setpoint="middle", layers="all")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["alqr", "actadd"])
+def test_a_recommended_strength_survives_files_and_combination(kind: str, tmp_path: Path) -> None:
+    model = tiny_on("mlx", "llama")
+    plain = made(model, kind)
+    assert plain.strength is None
+    other = made(model, kind, "other")
+    if isinstance(other, Controller):
+        other = replace(other, direction=other.direction[:, ::-1])
+    tuned: Any = replace(plain, strength=(2.5,))
+    for steering in (plain, tuned, combine([tuned, other])):
+        steering.save(tmp_path / "file")
+        assert load_steering(tmp_path / "file").strength == steering.strength
+    joint = combine([other, tuned])
+    assert joint.strength == (1.0, 2.5)
+    assert [one.strength for one in joint.split()] == [(1.0,), (2.5,)]
+    assert combine([plain, other]).strength is None
+
+
+@pytest.mark.parametrize("kind", ["alqr", "actadd"])
+@pytest.mark.parametrize("entry", ["[1.0, 2.0]", "[NaN]", '"much"', "2", "["])
+def test_a_damaged_recommendation_is_refused(kind: str, entry: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    made(tiny_on("mlx", "llama"), kind).save(file)
+    with safe_open(file, framework="numpy") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file), file, metadata={**metadata, "strength": entry})
+    with pytest.raises(InputError, match="damaged"):
+        load_steering(file)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["alqr", "actadd"])
+def test_python_takes_the_recommended_strength_where_none_is_given(backend: str, kind: str) -> None:
+    model = tiny_on(backend, "llama")
+    plain = made(model, kind)
+    tuned: Any = replace(plain, strength=(4.0,))
+    for steering, strength in ((plain, 1.0), (tuned, 4.0)):
+        options: mlx_lqr.Options = {"controller": steering, "max_tokens": 12}
+        expected = [piece.token for piece in mlx_lqr.stream(model, [1, 2], strength=strength, **options)]
+        assert [piece.token for piece in mlx_lqr.stream(model, [1, 2], **options)] == expected
+        assert law_of(steering).strength == (strength,)
+    if isinstance(tuned, Controller):
+        record, given = mlx_lqr.Recording(), mlx_lqr.Recording()
+        mlx_lqr.generate(model, [1, 2], controller=tuned, max_tokens=3, record=record)
+        mlx_lqr.generate(model, [1, 2], controller=tuned, strength=4.0, max_tokens=3, record=given)
+        assert np.array_equal(record.feature_error(), given.feature_error(), equal_nan=True)
+
+
+def test_a_steered_model_of_others_takes_it_too() -> None:
+    import mlx.core as mx
+
+    model = tiny_on("mlx", "llama")
+    tuned: Any = replace(made(model, "alqr"), strength=(4.0,))
+    logits = []
+    for strength in (None, 4.0, 1.0):
+        with mlx_lqr.steer(model.module, tuned, strength):
+            logits.append(np.array(model.module(mx.array([[1, 2, 3]]))))
+    assert np.array_equal(logits[0], logits[1])
+    assert not np.array_equal(logits[0], logits[2])
+
+
+def test_a_chat_takes_it_and_keeps_what_was_set() -> None:
+    model = chatting()
+    tuned: Any = replace(made(model, "alqr"), strength=(2.5,))
+    chat = mlx_lqr.runtime.Chat(model)
+    chat.add(tuned)
+    assert chat.strengths == {"one": 2.5}
+    chat.add(tuned, 4.0)
+    assert chat.strengths == {"one": 4.0}
+    chat.add(tuned)
+    assert chat.strengths == {"one": 2.5}
+
+
+@pytest.fixture(scope="module")
+def tuned(dog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("tuned") / "dog.safetensors"
+    replace(Controller.load(dog), strength=(3.5,)).save(file)
+    return file
+
+
+def test_commands_take_it(tuned: Path, dog: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    explicit = json.loads(run("generate", "demo", "-p", PROMPT, "-n", 8, "-c", f"{dog}:3.5", "--json").stdout)
+    assert json.loads(run("generate", "demo", "-p", PROMPT, "-n", 8, "-c", tuned, "--json").stdout) == explicit
+    assert explicit["concepts"] == {"dog": 3.5}
+    assert edge(["demo", "-p", PROMPT, "-n", "8", "-c", str(tuned)]) == 0
+    assert capsys.readouterr().out == explicit["text"] + "\n"
+    said = run("chat", "demo", "-c", tuned, text=f"/strength\n/add {dog}\n/add {tuned}\n/add {tuned}:2\n").stderr
+    assert [line for line in said.splitlines() if line.startswith("Steered")] == [
+        f"Steered: dog {strength}." for strength in ("3.5", "1", "3.5", "2")
+    ]
+    assert "strength   3.5 (recommended)" in run("show", tuned).stdout
+    assert json.loads(run("show", tuned, "--json").stdout)["strength"] == [3.5]
+    assert "recommended" not in run("show", dog).stdout

@@ -1,0 +1,561 @@
+"""A conversation: what is reused between answers changes none, strengths act at once, nothing that was said is lost."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.tiny import tiny
+from test_cli import refused, run
+
+import mlx_lqr
+from mlx_lqr import InputError, Options
+from mlx_lqr.backends.hooks import BlockCall
+from mlx_lqr.backends.mlx.blocks import hooked
+from mlx_lqr.backends.mlx.model import MLXModel
+from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.text.tokenizer import Message
+from mlx_lqr.commands.chat_view import draw_tracking
+from mlx_lqr.convert.sources import demo_model
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.runtime import Chat, stream
+
+EDITING = b"\x1b[?2004h"
+"""What a line editor tells the terminal when it is ready: mark what is pasted."""
+QUESTIONS = ["hello", "tell me more", "and then"]
+
+
+class Letters:
+    """A tokenizer of single letters with a chat template: a token for the role, then the text."""
+
+    end_tokens: frozenset[int] = frozenset()
+    roles = ("system", "user", "assistant")
+
+    def chat(self, messages: list[Message]) -> list[int]:
+        tokens: list[int] = []
+        for message in messages:
+            tokens += [60 + self.roles.index(message["role"]), *(ord(letter) % 59 for letter in message["content"])]
+        return [*tokens, 62]
+
+    def stream(self, prompt: Sequence[int] = ()) -> Letters:
+        return self
+
+    def add(self, token: int) -> str:
+        return chr(59 + token) if token < 59 else ""
+
+    def finish(self) -> str:
+        return ""
+
+
+def chatting(family: str = "llama", **changes: Any) -> MLXModel:
+    model = tiny(family, **changes)
+    model._tokenizer = Letters()  # type: ignore[assignment]
+    return model
+
+
+def fitted(model: Model, concept: str = "a", **options: Any) -> Controller:
+    sets = ([[1, 2, 3], [4, 5]], [[6, 7], [8]]) if concept == "a" else ([[9, 10]], [[11, 12, 13]])
+    return mlx_lqr.fit(model, *sets, q=1.0, concept=concept, **{"layers": "all", **options})
+
+
+def tokens(pieces: Iterator[mlx_lqr.Piece]) -> list[int | None]:
+    return [piece.token for piece in pieces]
+
+
+def fresh(chat: Chat) -> list[int | None]:
+    """The last answer, decoded anew from the whole conversation."""
+    options: Options = {**chat.options, "controller": chat.controller}
+    if chat.strengths:
+        options["strength"] = list(chat.strengths.values())
+    return tokens(stream(chat.model, chat.model.tokenizer.chat(chat.messages[:-1]), **options))
+
+
+@pytest.mark.parametrize("positions", [None, "last", "all"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_every_answer_is_that_of_a_fresh_decode(family: str, positions: str | None) -> None:
+    # The second question still fits the sliding window, so that the cache can be wound back; the third does not.
+    model = chatting(family, **({"sliding_window": 24} if family == "gemma3_text" else {}))
+    chat = Chat(model, options={"max_tokens": 8})
+    if positions is not None:
+        chat.add(fitted(model, positions=positions), 2.0)
+    decoders = []
+    for question in QUESTIONS:
+        assert tokens(chat.answer(question)) == fresh(chat)
+        assert chat._turn is not None
+        decoders.append(chat._turn.decoder)
+        if positions is not None:
+            chat.set_strength(chat.strengths["a"] + 1.5)
+    assert (decoders[0] is decoders[1]) == (positions != "all")
+    assert (decoders[1] is decoders[2]) == (positions != "all" and family == "llama")
+
+
+def test_every_answer_is_that_of_a_fresh_decode_while_steering_changes() -> None:
+    model = chatting()
+    chat = Chat(model, options={"max_tokens": 6})
+    answers = [tokens(chat.answer("hello"))]
+    for change in (
+        lambda: chat.add(fitted(model, positions="all"), 3.0),  # what was run without steering is of no use to it
+        chat.off,
+        lambda: chat.add(fitted(model), 3.0),
+        lambda: chat.add(fitted(model, "b"), 2.0),
+        lambda: chat.off("a"),
+        lambda: chat.options.update(repetition_penalty=1.3),
+        lambda: chat.options.update(overflow="roll", repetition_penalty=1.0),
+    ):
+        change()
+        answers.append(tokens(chat.answer("more")))
+        assert answers[-1] == fresh(chat)
+    assert chat.strengths == {"b": 2.0}
+
+
+def test_answers_of_the_real_model_are_those_of_fresh_decodes(smollm2: Model, dog: Path) -> None:
+    chat = Chat(smollm2, options={"max_tokens": 6})
+    chat.add(Controller.load(dog), 2.0)
+    for question, change in zip(QUESTIONS, (lambda: chat.set_strength(3.5), chat.off, chat.off), strict=True):
+        assert tokens(chat.answer(question)) == fresh(chat)
+        change()
+
+
+def by_hand(model: Model, law: LinearFeedback, prompt: list[int], strengths: list[float]) -> list[int]:
+    """Tokens from one step after another, step i under strengths[i]."""
+    decoder = model.decoder(law)
+    decoder.fill([prompt[:-1]], steered=False)
+    found = [prompt[-1]]
+    for strength in strengths:
+        law.strength = strength
+        found += decoder.sample(decoder.step(found[-1:])).tolist()
+    return found[1:]
+
+
+def test_a_strength_changed_during_an_answer_acts_from_the_next_step_on() -> None:
+    model = chatting()
+    chat = Chat(model, options={"max_tokens": 12})
+    controller = fitted(model)
+    chat.add(controller, 1.0)
+    pieces = chat.answer("hello")
+    found = tokens(islice(pieces, 3))
+    chat.set_strength(6.0)
+    found += tokens(pieces)
+    prompt = model.tokenizer.chat(chat.messages[:-1])
+    law = LinearFeedback(controller, 1.0)
+    # With the third token, the step that makes the fourth has begun.
+    assert found == by_hand(model, law, prompt, [1.0] * 4 + [6.0] * 8)
+    assert found != by_hand(model, law, prompt, [1.0] * 12)
+    assert chat.track().strength == (6.0,)
+
+
+def last_features(model: MLXModel, controller: Controller, run: list[int], strengths: list[float | None]) -> np.ndarray:
+    """v_k . z_k (T, m) at the last token of one pass without a cache, position i steered by hand with strengths[i]."""
+    found = []
+
+    def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
+        output, x = np.array(call(z)), np.array(z)
+        found.append(x[0, -1] @ controller.direction[k])
+        for i, strength in enumerate(strengths):
+            if strength is not None:
+                error = controller.offset[k] + strength * controller.setpoint[k] - x[0, i] @ controller.direction[k]
+                output[0, i] += controller.gain[k] @ error
+        return mx.array(output)
+
+    with hooked(model.blocks, hook, range(model.num_layers)):
+        mx.eval(model.module(mx.array([run])))
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("positions", "adaptive"), [("last", False), ("all", False), ("last", True)])
+def test_tracking_shows_the_answer_as_it_was_steered(positions: Any, adaptive: bool) -> None:
+    model = chatting("gemma3_text")  # its window of 6 has long moved on
+    chat = Chat(model, options={"max_tokens": 9, "adaptive": adaptive})
+    controller = fitted(model, positions=positions)
+    chat.add(controller, 1.0)
+    pieces = chat.answer("hello")
+    answer = tokens(islice(pieces, 3))
+    chat.set_strength(4.0)
+    answer += tokens(pieces)
+    chat.set_strength(0.0)  # of the next answer
+    tracked = chat.track()
+    assert tracked.strength == (4.0,)
+    assert np.allclose(tracked.steered.setpoint, controller.offset + 4 * controller.setpoint)
+    prompt = model.tokenizer.chat(chat.messages[:-1])
+    if adaptive:
+        controller = mlx_lqr.adapt(model, controller, prompt)
+    before: list[float | None] = [1.0 if positions == "all" else None] * (len(prompt) - 1)
+    run = [*prompt, *(token for token in answer if token is not None)]
+    expected = last_features(model, controller, run, [*before, *[1.0] * 4, *[4.0] * 6])
+    assert np.allclose(tracked.steered.feature, expected, atol=1e-4)
+    plain = last_features(model, controller, run, [None] * len(run))
+    assert np.allclose(tracked.unsteered.feature, plain, atol=1e-4)
+    assert np.abs(expected - plain).max() > 0.01
+    assert chat.strengths == {"a": 0.0}
+
+
+def test_tracking_is_drawn_where_the_numbers_are(capsys: pytest.CaptureFixture[str]) -> None:
+    model = chatting()
+    chat = Chat(model, options={"max_tokens": 4})
+    chat.add(fitted(model, layers=[1, 2]), 2.0)
+    chat.add(fitted(model, "b"), 1.0)
+    list(chat.answer("hello"))
+    tracked = chat.track()
+    draw_tracking(tracked)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if line.strip()[:1].isdigit() and "┃" in line]
+    assert len(rows) == 2 + 3  # the layers where something is controlled
+    for (layer, setpoint, feature, without, *_), concept in zip(rows, (0, 0, 1, 1, 1), strict=True):
+        shown = np.array([float(setpoint), float(feature), float(without)])
+        parts = tracked.steered.setpoint, tracked.steered.feature, tracked.unsteered.feature
+        assert np.allclose(shown, [part[int(layer), concept] for part in parts], rtol=1e-3)
+
+
+def test_what_cannot_be_compared_or_tracked_is_refused() -> None:
+    model = chatting()
+    chat = Chat(model, options={"max_tokens": 4})
+    for refusal in (chat.steered, chat.unsteered, chat.track):
+        with pytest.raises(InputError, match="no answer"):
+            refusal()
+    list(chat.answer("hello"))
+    with pytest.raises(InputError, match="nothing steers"):
+        chat.steered()
+    with pytest.raises(InputError, match="not steered"):
+        chat.track()
+    chat.restart()
+    with pytest.raises(InputError, match="no answer"):
+        chat.track()
+
+
+def test_comparing_leaves_the_conversation_alone() -> None:
+    model = chatting()
+    chat = Chat(model, options={"max_tokens": 6})
+    chat.add(fitted(model), 3.0)
+    given = "".join(piece.text for piece in chat.answer("hello"))
+    before = json.dumps(chat.messages)
+    assert "".join(piece.text for piece in chat.steered()) == given
+    plain = Chat(model, options={"max_tokens": 6})
+    assert tokens(plain.answer("hello")) == tokens(chat.unsteered())
+    chat.set_strength(8.0)
+    assert tokens(chat.steered()) == fresh(chat)  # steered otherwise than the answer given
+    assert json.dumps(chat.messages) == before
+    assert tokens(chat.answer("more")) == fresh(chat)
+
+
+def test_an_answer_cut_short_stays_and_the_chat_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chatting()
+    chat = Chat(model, options={"max_tokens": 9})
+    chat.add(fitted(model), 1.0)
+    pieces = chat.answer("hello")
+    said: list[str] = [piece.text for piece in islice(pieces, 3)]
+    chat.set_strength(1e30)
+    with pytest.raises(InputError, match="overflow"):
+        said.extend(piece.text for piece in pieces)
+    assert len(said) >= 3
+    assert chat.messages[-1] == {"role": "assistant", "content": "".join(said)}
+    with pytest.raises(InputError, match="overflow"):
+        list(chat.answer("nothing comes of this"))
+    assert len(chat.messages) == 2
+    chat.set_strength(1.0)
+    assert tokens(chat.answer("more")) == fresh(chat)
+
+    steps = iter(range(100))
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(steps) == 10:  # in the middle of a pass: some blocks have their new keys and values, some not
+            raise KeyboardInterrupt
+        return call(*arguments, **options)
+
+    block = type(model.blocks[1])
+    call = block.__call__
+    monkeypatch.setattr(block, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(chat.answer("again"))
+    monkeypatch.undo()
+    assert chat.messages[-1]["role"] == "assistant"
+    assert tokens(chat.answer("and again")) == fresh(chat)
+
+
+def test_an_answer_gets_the_room_that_the_context_leaves() -> None:
+    model = chatting(max_position_embeddings=24)
+    chat = Chat(model, options={"max_tokens": 16})
+    assert len(tokens(chat.answer("ten letter"))) == 25 - 12
+    with pytest.raises(InputError, match="/new"):
+        list(chat.answer("no room"))
+    assert len(chat.messages) == 2
+    chat.options["overflow"] = "roll"  # which the decoder of the first answer cannot
+    assert tokens(chat.answer("room now")) == fresh(chat)
+    rolling = Chat(model, options={"max_tokens": 16, "overflow": "roll"})
+    rolling.add(fitted(model), 2.0)
+    for question in QUESTIONS:
+        assert tokens(rolling.answer(question)) == fresh(rolling)
+    assert np.all(np.isfinite(rolling.track().steered.feature))
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"max_tokens": 0}, {"stop": ("",)}, {"overflow": "spill"}])
+def test_wrong_options_are_refused_before_anything_is_said(options: Options) -> None:
+    with pytest.raises(InputError):
+        Chat(chatting(), options=options)
+
+
+def test_a_transcript_brings_the_conversation_back(tmp_path: Path) -> None:
+    model = chatting()
+    chat = Chat(model, [{"role": "system", "content": "Be brief.\nVery."}], options={"max_tokens": 6})
+    chat.add(fitted(model), 3.0)
+    chat.add(fitted(model, "b"), 0.5)
+    list(chat.answer("hello"))
+    chat.save(tmp_path / "chat.json")
+    other = Chat(model, options={"max_tokens": 6})
+    other.add(fitted(model), 1.0)
+    (note,) = other.load(tmp_path / "chat.json")
+    assert "steered by b" in note
+    other.add(fitted(model, "b"), 1.0)
+    assert other.load(tmp_path / "chat.json") == []
+    assert other.strengths == chat.strengths == {"a": 3.0, "b": 0.5}
+    assert other.messages == chat.messages
+    assert tokens(other.answer("more")) == tokens(chat.answer("more"))
+    model.name = "another"
+    (note,) = other.load(tmp_path / "chat.json")
+    assert "of tiny-llama; another goes on" in note
+
+
+SOUND: dict[str, Any] = {
+    "model": "m",
+    "strengths": {},
+    "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xff\xfe", "UTF-16"),
+        (b"{half", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[]", "damaged"),
+        (b"3", "damaged"),
+        ({key: SOUND[key] for key in ("model", "strengths")}, "no 'messages'"),
+        ({**SOUND, "strengths": {"a": "much"}}, "strength"),
+        ({**SOUND, "strengths": {"a": float("nan")}}, "finite"),
+        ({**SOUND, "messages": "hello"}, "wrong kind"),
+        ({**SOUND, "messages": ["hello"]}, "message 1 has no text"),
+        ({**SOUND, "messages": [{"role": "user", "content": None}]}, "message 1 has no text"),
+        ({**SOUND, "messages": [{"role": "robot", "content": "a"}]}, "message 1 is of 'robot'"),
+        ({**SOUND, "messages": [{"content": "a"}]}, "no 'role'"),
+        ({**SOUND, "messages": [{"role": ["user"], "content": "a"}]}, "message 1 is of"),
+        ({**SOUND, "messages": [SOUND["messages"][1]]}, "message 1 is of 'assistant'"),
+        ({**SOUND, "messages": [*SOUND["messages"], SOUND["messages"][1]]}, "message 3 is of 'assistant'"),
+        ({**SOUND, "messages": [*SOUND["messages"], {"role": "system", "content": "a"}]}, "message 3 is of 'system'"),
+        ({**SOUND, "messages": [SOUND["messages"][0]]}, "no answer"),
+    ],
+)
+def test_a_damaged_transcript_is_refused_and_changes_nothing(content: Any, says: str, tmp_path: Path) -> None:
+    model = chatting()
+    chat = Chat(model, options={"max_tokens": 4})
+    list(chat.answer("hello"))
+    before = list(chat.messages)
+    file = tmp_path / "chat.json"
+    file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(InputError, match=says) as refusal:
+        chat.load(file)
+    assert "\n" not in str(refusal.value)
+    assert chat.messages == before
+
+
+def test_a_chat_in_a_pipe(dog: Path, tmp_path: Path) -> None:
+    """Only answers on stdout, a line continued by a backslash, and every command."""
+    saved = tmp_path / "chat.json"
+    lines = ["What animal\\", "barks?", "/strength 0", "/strength dog 3.5", "/strength", "And now?", f"/save {saved}"]
+    lines += ["/new", f"/load {saved}", "/off dog", f"/add {dog}:2", "/off", "/new", "/help", "/quit", "not read"]
+    result = run("chat", "demo", "-c", f"{dog}:2", "-n", 6, "--system", "Be brief.", text="\n".join(lines))
+    assert result.exit_code == 0, result.output
+    transcript = json.loads(saved.read_text())
+    roles = [message["role"] for message in transcript["messages"]]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert transcript["messages"][1]["content"] == "What animal\nbarks?"
+    answers = [message["content"] for message in transcript["messages"][2::2]]
+    assert result.stdout == "".join(answer + "\n" for answer in answers)
+    assert transcript["strengths"] == {"dog": 3.5}
+    states = [line for line in result.stderr.splitlines() if "teered" in line][:7]
+    assert [state.rpartition("teered")[2] for state in states] == [
+        ": dog 0.",
+        ": dog 3.5.",
+        ": dog 3.5.",
+        ": dog 3.5.",
+        ".",
+        ": dog 2.",
+        ".",
+    ]
+    assert f"5 messages of {saved}" in result.stderr
+    assert "Alt-Enter" in result.stderr
+
+
+def test_the_options_and_the_strength_arrive_in_chat(smollm2: Model, dog: Path) -> None:
+    question = "Tell me about your day."
+    given = ["-n", 12, "--temperature", 1.5, "--top-k", 40, "--seed", 5, "--repetition-penalty", 1.2, "--stop", "zzz"]
+    live = run("chat", "demo", "-c", f"{dog}:0", *given, text=f"/strength 4\n{question}\n").stdout
+    options: Options = {"max_tokens": 12, "temperature": 1.5, "top_k": 40, "seed": 5, "repetition_penalty": 1.2}
+    prompt = smollm2.tokenizer.chat([{"role": "user", "content": question}])
+    controller = Controller.load(dog)
+    assert live == mlx_lqr.generate(smollm2, prompt, controller=controller, strength=4.0, **options) + "\n"
+    assert live != mlx_lqr.generate(smollm2, prompt, **options) + "\n"
+
+
+def test_compare_and_track_are_drawn_in_a_pipe(dog: Path) -> None:
+    result = run("chat", "demo", "-c", f"{dog}:4", "-n", 6, text="What barks?\n/compare\n/track\n/compare\n")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    headings = [i for i, line in enumerate(lines) if line.split() == ["Steered:", "dog", "4.", "Not", "steered."]]
+    assert len(headings) == 2
+    steered, plain = lines[headings[0] + 2][:40].strip(), lines[headings[0] + 2][40:].strip()
+    assert lines[0].startswith(steered)
+    assert plain
+    assert plain != steered
+    assert [int(line.split()[0]) for line in lines if "┃" in line[:-1] and line.strip()[0].isdigit()] == [
+        *range(20, 30)
+    ]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("/strength lots", "strength must be a number"),
+        ("/strength cat 2", "no concept 'cat'"),
+        ("/strength nan", "finite"),
+        ("/dance", "no command /dance"),
+        ("/add missing.safetensors", "no file missing.safetensors"),
+        ("/add", "name a file"),
+        ("/off cat", "no concept 'cat'"),
+        ("/compare", "no answer"),
+        ("/track", "no answer"),
+        ("/save", "name a file"),
+        ("/save /dev/null/chat.json", "cannot write"),
+        ("/load", "name a file"),
+        ("/load missing.json", "cannot read missing.json"),
+    ],
+)
+def test_mistakes_in_chat(line: str, says: str, dog: Path) -> None:
+    assert says in refused("chat", "demo", "-c", dog, text=line + "\n")
+
+
+def test_an_overflow_ends_a_pipe_with_one_line(dog: Path) -> None:
+    assert "lower the strength" in refused("chat", "demo", "-c", f"{dog}:1e30", text="hello\n")
+
+
+def test_mistakes_in_the_options_of_chat() -> None:
+    assert "temperature" in refused("chat", "demo", "--temperature", -1, text="")
+    assert "max_tokens" in refused("chat", "demo", "-n", 0, text="")
+    command = [sys.executable, "-c", "from mlx_lqr.commands import main; main()", "chat", "demo"]
+    done = subprocess.run(command, input=b"\xff\xfe\n", capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"Error: what comes through the pipe is not UTF-8 text" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_base_model_does_not_chat(tmp_path: Path, smollm2: Model) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in demo_model().iterdir():
+        if file.suffix == ".safetensors":
+            (base / file.name).symlink_to(file)
+        elif file.name != "chat_template.jinja":
+            shutil.copy(file, base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "no chat template" in refused("chat", base, text="hi\n")
+
+
+def read_until(source: int, wanted: bytes, seconds: float = 60) -> bytes:
+    """What comes from a file descriptor until `wanted` has come."""
+    found, deadline = b"", time.monotonic() + seconds
+    while wanted not in found:
+        assert time.monotonic() < deadline, found
+        if select.select([source], [], [], 0.2)[0]:
+            part = os.read(source, 4096)
+            assert part, found
+            found += part
+    return found
+
+
+def test_ctrl_c_stops_an_answer_in_a_pipe(tmp_path: Path, smollm2: Model) -> None:
+    command = [sys.executable, "-c", "from mlx_lqr.commands import main; main()", "chat", "demo", "-n", "4000"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(b"Write a very long story.\n")
+        process.stdin.flush()
+        first = read_until(process.stdout.fileno(), b" ")
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(f"/save {tmp_path}/chat.json\n".encode(), timeout=60)
+    assert process.returncode == 0, errors
+    assert b"[stopped]" in errors
+    assert b"Traceback" not in errors
+    (_, answer) = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    assert (first + rest).decode() == answer["content"] + "\n"
+
+
+@contextmanager
+def on_a_terminal(*arguments: str, cache: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """`mlx-lqr chat demo` with a terminal for its input and messages and a pipe for its answers."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x28\x00\x78\x00\x00\x00\x00\x00")  # 40 rows, 120 columns
+    code = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from mlx_lqr.commands import main; main()"
+    command = [sys.executable, "-c", code, "chat", "demo", *arguments]
+    environment = {**os.environ, "TERM": "xterm", "MLX_LQR_CACHE": str(cache), "PROMPT_TOOLKIT_NO_CPR": "1"}
+    streams: dict[str, Any] = {"stdin": theirs, "stdout": subprocess.PIPE, "stderr": theirs}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+    os.close(theirs)
+    with process:
+        try:
+            yield process, ours
+        finally:
+            process.kill()
+            os.close(ours)
+
+
+def test_a_chat_on_a_terminal(tmp_path: Path, smollm2: Model) -> None:
+    """Several lines in one message, Ctrl-C at the prompt and during an answer, a mistake, and Ctrl-D."""
+    (tmp_path / "demo").symlink_to(demo_model().parent)
+    saved = tmp_path / "chat.json"
+    with on_a_terminal("-n", "4000", cache=tmp_path) as (process, terminal):
+        assert process.stdout is not None
+        read_until(terminal, EDITING)
+        os.write(terminal, b"never sent\x03")
+        read_until(terminal, EDITING)
+        os.write(terminal, b"One\x1b\rtwo\\\rthree\x1b[200~ and\nfour\x1b[201~, a long story\r")
+        answer = read_until(process.stdout.fileno(), b" ")
+        os.write(terminal, b"typed")
+        answer += read_until(process.stdout.fileno(), b" ")
+        os.write(terminal, b"\x03")
+        shown = read_until(terminal, EDITING)
+        assert b"[stopped]" in shown
+        assert b"typed" not in shown  # keys pressed during an answer do not appear in it
+        os.write(terminal, b"/track\r")
+        assert b"Error: the last answer was not steered" in read_until(terminal, EDITING)
+        os.write(terminal, f"/save {saved}\r".encode())
+        read_until(terminal, EDITING)
+        os.write(terminal, b"\x04")
+        answer += process.stdout.read()
+        assert process.wait(60) == 0
+        assert termios.tcgetattr(terminal)[3] & termios.ECHO
+    question, reply = json.loads(saved.read_text())["messages"]
+    assert question["content"] == "One\ntwo\nthree and\nfour, a long story"
+    assert answer.decode() == reply["content"] + "\n"
+    assert "four, a long story" in (tmp_path / "chat_history").read_text()

@@ -1,0 +1,217 @@
+"""The decode loop: which positions are steered, what it leaves alone, where it stops. test_backends.py has the rest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.tiny import FAMILY, tiny
+
+import mlx_lqr
+from mlx_lqr import InputError
+from mlx_lqr.backends.mlx.model import MLXModel
+from mlx_lqr.backends.mlx.sampling import LIKELIEST, nucleus
+from mlx_lqr.backends.protocol import Model, Sampling
+from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.runtime.decode import decode
+from mlx_lqr.runtime.stopping import StopStrings
+
+PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33, 21, 40]
+
+
+class NoEnd:
+    """A tokenizer for models that have none: nothing ends a text."""
+
+    end_tokens: frozenset[int] = frozenset()
+
+
+def with_tokenizer(family: str = "llama", **changes: object) -> MLXModel:
+    model = tiny(family, **changes)
+    model._tokenizer = NoEnd()  # type: ignore[assignment]
+    return model
+
+
+def decoded(model: Model, prompt: list[int], **options: Any) -> list[int]:
+    """The tokens that follow one prompt."""
+    return [token for _, token in decode(model, [prompt], **options)]
+
+
+def law_for(model: Model, strength: float = 2.0) -> LinearFeedback:
+    return LinearFeedback(mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, layers="all"), strength)
+
+
+def steered_step_by_step(model: MLXModel, law: LinearFeedback, tokens: list[int], first: int) -> list[np.ndarray]:
+    """u_k applied by hand, block after block in NumPy, at positions from `first` on, in one pass without a cache."""
+    from mlx_lqr.backends.hooks import BlockCall
+    from mlx_lqr.backends.mlx.blocks import hooked
+
+    seen: list[np.ndarray] = []
+
+    def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
+        output = np.array(call(z))
+        control = law(k, np.array(z), np.zeros_like(output)) if k in law.layers else np.zeros_like(output)
+        control[:, :first] = 0
+        seen.append(output + control)
+        return mx.array(output + control)
+
+    with hooked(model.blocks, hook, range(model.num_layers)):
+        logits = model.module(mx.array([tokens]))
+    return [np.array(logits)[0]]
+
+
+@pytest.mark.parametrize("steer_all", [False, True])
+@pytest.mark.parametrize("family", sorted(FAMILY))
+def test_steered_decoding_equals_the_law_applied_by_hand(family: str, steer_all: bool) -> None:
+    model = with_tokenizer(family)
+    law = law_for(model)
+    found = decoded(model, PROMPT, law=law, steer_all=steer_all, max_tokens=5)
+    tokens = list(PROMPT)
+    for token in found:
+        logits = steered_step_by_step(model, law, tokens, 0 if steer_all else len(PROMPT) - 1)[0]
+        assert token == int(logits[-1].argmax())
+        tokens.append(token)
+    assert found != decoded(model, PROMPT, max_tokens=5)
+
+
+def test_residuals_under_a_law_are_those_of_the_decoder() -> None:
+    model = tiny("llama")
+    law = law_for(model)
+    for steer_all in (False, True):
+        last = mx.array(model.residuals([PROMPT], law=law, steer_all=steer_all)[0, -1])
+        logits = model.module.model.embed_tokens.as_linear(model.module.model.norm(last))
+        assert np.abs(np.array(logits) - model.logits(PROMPT, law=law, steer_all=steer_all)).max() < 1e-4
+
+
+def test_sampling_leaves_the_callers_random_state_alone() -> None:
+    model = with_tokenizer()  # whose weights are drawn from it
+    before = np.array(mx.random.state[0])
+    decoded(model, PROMPT, sampling=Sampling(temperature=2.0), max_tokens=20)
+    assert np.array_equal(before, np.array(mx.random.state[0]))
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
+                                     {"top_k": -1}, {"min_p": 1}, {"seed": -1}])  # fmt: skip
+def test_sampling_options_out_of_range_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(InputError):
+        Sampling(**options)  # type: ignore[arg-type]
+
+
+def test_decoding_stops_at_an_end_token() -> None:
+    model = with_tokenizer()
+    free = decoded(model, PROMPT, max_tokens=20)
+    model._tokenizer.end_tokens = frozenset({free[2]})  # type: ignore[misc, union-attr]
+    assert decoded(model, PROMPT, max_tokens=20) == free[: free.index(free[2])]
+
+
+def test_memory_does_not_grow_with_the_tokens() -> None:
+    model = with_tokenizer(max_position_embeddings=64)
+    used = []
+    for count, _ in enumerate(decode(model, [PROMPT], law=law_for(model), max_tokens=2500, overflow="roll")):
+        if count in (500, 2499):
+            mx.synchronize()
+            used.append(mx.get_active_memory())
+    assert used[1] <= used[0] + 20_000
+
+
+def test_a_controller_that_is_not_finite_is_refused_before_the_first_token() -> None:
+    model = with_tokenizer()
+    controller = mlx_lqr.fit(model, [[1, 2, 3]], [[6, 7]], layers="all")
+    gain = controller.gain.copy()
+    gain[2, 3] = np.nan
+    with pytest.raises(InputError, match="gain has values that are not finite"):
+        mlx_lqr.stream(model, PROMPT, controller=replace(controller, gain=gain))
+
+
+def test_adaptive_generation_runs_the_prompt_once() -> None:
+    model = with_tokenizer("gemma3_text")
+    controller = mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, layers="all")
+    passes: list[int] = []
+    original = type(model.module).__call__
+
+    def counted(self: Any, tokens: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        passes.append(tokens.shape[1])
+        return original(self, tokens, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.module), "__call__", counted)
+        adapt = partial(readapted, model, controller)
+        decoded(model, PROMPT, max_tokens=8, adapted=lambda trace: LinearFeedback(adapt(trace), 2.0))
+    assert passes.count(len(PROMPT) - 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [("fox", "the quick brown "), (["jumps", "brown fox j"], "the quick "), ("never", "the quick brown fox jumps nev")],
+)
+def test_stop_strings_end_the_text_across_pieces(stop: str | list[str], expected: str) -> None:
+    stops = StopStrings(StopStrings.check(stop))
+    said = ""
+    for piece in ["the qui", "ck b", "rown f", "o", "x ju", "mps", " nev"]:
+        text, found = stops.add(piece)
+        said += text
+        assert not any(text in said for text in StopStrings.check(stop))
+        if found:
+            break
+    assert said + stops.rest() == expected
+    with pytest.raises(InputError, match="stop"):
+        StopStrings.check(["a", ""])
+
+
+def test_generation_ends_at_a_stop_string(smollm2: Model) -> None:
+    prompts = ["The capital of France is", "Once upon a time,"]
+    whole = [mlx_lqr.generate(smollm2, prompt, max_tokens=16) for prompt in prompts]
+    stop = whole[0][12:18]
+    expected = [text.split(stop)[0] for text in whole]
+    assert mlx_lqr.batch_generate(smollm2, prompts, stop=stop, max_tokens=16) == expected
+    assert mlx_lqr.generate(smollm2, prompts[0], stop=stop, max_tokens=16) == expected[0]
+
+
+def test_unusable_requests_are_refused_at_the_call() -> None:
+    model = with_tokenizer(max_position_embeddings=8)
+    with pytest.raises(InputError, match="12 tokens and the model's context 8"):
+        mlx_lqr.stream(model, PROMPT)
+    with pytest.raises(InputError, match="empty"):
+        mlx_lqr.stream(model, [])
+    with pytest.raises(TypeError, match="no option warmth"):
+        mlx_lqr.generate(model, [1], warmth=1.0)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match="max_tokens"):
+        mlx_lqr.stream(model, [1], max_tokens=0)
+    with pytest.raises(InputError, match="temperature"):
+        mlx_lqr.stream(model, [1], temperature=-1)
+
+
+def test_a_stream_never_splits_a_character(smollm2: Model) -> None:
+    text = "naïve 🦙👩‍👩‍👧 日本語 ✓"
+    detokenizer = smollm2.tokenizer.stream()
+    tokens = smollm2.tokenizer.encode(text)
+    pieces = [detokenizer.add(token) for token in tokens]
+    assert "".join(pieces) == text
+    assert "" in pieces
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_pieces_of_a_stream_make_the_text(smollm2: Model) -> None:
+    pieces = list(mlx_lqr.stream(smollm2, "The capital of France is", max_tokens=12))
+    assert "".join(piece.text for piece in pieces) == mlx_lqr.generate(
+        smollm2, "The capital of France is", max_tokens=12
+    )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.97])
+def test_the_nucleus_is_the_likeliest_tokens_with_the_mass_asked_for(flat: bool, top_p: float) -> None:
+    """Against float64, for rows whose nucleus is among the tokens looked at first, and for rows where it is not."""
+    logits = np.random.default_rng(0).normal(size=(3, 20 * LIKELIEST)) * (0.5 if flat else 6.0)
+    probability = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probability /= probability.sum(axis=1, keepdims=True)
+    kept = np.isfinite(np.asarray(nucleus(mx.array(np.log(probability), mx.float32), top_p)))
+    assert (kept.sum(axis=1) > LIKELIEST).all() == flat
+    for own, chosen in zip(probability, kept, strict=True):
+        assert own[chosen].min() >= own[~chosen].max()
+        assert own[chosen].sum() == pytest.approx(top_p, abs=own[chosen].min() + 1e-4)
+        assert own[chosen].sum() >= top_p - 1e-4

@@ -1,0 +1,134 @@
+"""What a command's streams may do to it: a full disk, an encoding without our characters, Ctrl-C, a pipe's newline."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import refused, run
+
+from mlx_lqr.analysis.tracking import TrackedAnswer, Tracking
+from mlx_lqr.backends.protocol import Model
+from mlx_lqr.commands import chat_view
+from mlx_lqr.commands.tables import show_table
+from mlx_lqr.runtime.__main__ import main as edge
+
+COMMAND = [sys.executable, "-c", "from mlx_lqr.commands import main; main()"]
+
+
+def started(*arguments: str, encoding: str = "utf-8", out: str | None = None, **options: Any) -> Any:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    with open(out if out is not None else os.devnull, "w") as place:
+        stdout = place if out is not None else subprocess.PIPE
+        return subprocess.run(
+            [*COMMAND, *arguments], stdout=stdout, stderr=subprocess.PIPE, env=environment, check=False, **options
+        )
+
+
+@pytest.mark.parametrize("arguments", [["concepts", "--json"], ["--help"], ["generate", "demo", "-p", "Hi", "-n", "2"]])
+def test_a_full_disk_is_one_line(arguments: list[str], smollm2: Model) -> None:
+    done = started(*arguments, out="/dev/full")
+    assert done.stderr.decode().splitlines()[-1] == "Error: cannot write the output: No space left on device"
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+
+
+def test_a_full_disk_under_the_small_runtime(smollm2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert edge(["demo", "-p", "Hi", "-n", "2"]) == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_an_encoding_does_not_have_is_escaped(encoding: str, tmp_path: Path) -> None:
+    """Names of a user's own, tables and bars: what every command prints comes from these."""
+    file = tmp_path / "chats \N{DOG FACE}.json"
+    code = (
+        "import sys, numpy as np; from test_streams import show; "
+        "from mlx_lqr.runtime.streams import accept_any_text; accept_any_text(); show()"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("█".encode() in done.stdout) == (encoding == "utf-8")
+    assert (b"\\U0001f436" in done.stdout) == (encoding != "utf-8")
+    if encoding == "latin-1":
+        done = started("generate", str(file), "-p", "x", encoding=encoding)
+        assert done.returncode == 2
+        assert b"Traceback" not in done.stderr
+
+
+def show() -> None:
+    import numpy as np
+
+    from mlx_lqr.lqr.controller import Controller
+
+    class Drawn:
+        concepts, num_layers = ("\N{DOG FACE}",), 2
+        setpoint, offset = np.ones((2, 1), np.float32), np.zeros((2, 1), np.float32)
+
+    some = Tracking(np.full((2, 1), 0.5, np.float32), np.ones((2, 1), np.float32))
+    controller: Controller = Drawn()  # type: ignore[assignment]
+    chat_view.draw_tracking(TrackedAnswer(controller, (1.0,), some, some, np.ones((2, 3, 1), np.float32)))
+    chat_view.draw_comparison([("\N{DOG FACE}", iter([]))])
+    show_table(["task", "±"], [["\N{DOG FACE}", "1"]])
+    print("\N{DOG FACE}")
+
+
+@pytest.mark.parametrize("text", ["Once\n", "Once\r\n", "\ufeffOnce\n"])
+def test_a_pipe_ends_in_one_newline_that_is_not_the_prompts(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    module = importlib.import_module("mlx_lqr.commands.generate")
+    monkeypatch.setattr(module, "load", lambda *_, **__: None)
+    monkeypatch.setattr(module, "stream", lambda _, prompt, **__: iter(seen.append(prompt) or []))
+    for piped, expected in ((text, "Once"), (text + "\n", "Once\n"), (text.rstrip(), "Once")):
+        assert run("generate", "demo", text=piped).exit_code == 0
+        assert seen.pop() == expected
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n\n", "\u2003"])
+def test_a_blank_prompt_is_refused(prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing but spaces" in refused("generate", "no-model-is-loaded", "-p", prompt)
+    assert "nothing but spaces" in refused("generate", "no-model-is-loaded", text=prompt)
+    assert edge(["no-model-is-loaded", "-p", prompt]) == 2
+
+
+def test_more_tokens_than_the_context_holds_names_the_option(smollm2: Model) -> None:
+    for tokens in ("99999999", "0", "-3"):
+        assert "-n" in refused("generate", "demo", "-p", "Hi", "-n", tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["fit", "demo", "--concept", "dog", "-o", "x.safetensors"], "Stopped. Nothing was written."),
+        (["linearize", "demo", "-o", "x.safetensors"], "Stopped. The same command goes on from here."),
+        (["convert", "demo", "out"], "Stopped. Nothing was written."),
+        (["generate", "demo", "-p", "Hi"], "Stopped."),
+        (["demo"], "Stopped."),
+        (["linearity", "demo"], "Stopped. Nothing was written."),
+        (["tune", "concept", "demo", "--concept", "dog", "-o", "x.safetensors"], "Stopped. The same command goes on"),
+        (["eval", "concept", "demo", "--words", "dog", "-o", "out"], "Stopped. The same command goes on from here."),
+    ],
+)
+def test_ctrl_c_is_status_130_and_says_what_is_left(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("fit", "generate", "demo", "linearity", "task_options"):
+        monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", stopped)
+    monkeypatch.setattr("mlx_lqr.convert.folder.convert", stopped)
+    result = run(*arguments)
+    assert result.exit_code == 130
+    assert result.stderr.strip().startswith(says)
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
