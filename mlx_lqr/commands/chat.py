@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mlx_lqr.commands.chat_view import draw_comparison, draw_tracking
+from mlx_lqr.commands.help import TEXT, command, option
 from mlx_lqr.commands.options import (
     Loading,
     adaptive_option,
@@ -18,14 +19,14 @@ from mlx_lqr.commands.options import (
     decoding_options,
     loading_options,
     model_argument,
-    progress_bars,
 )
+from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.loading import load
 from mlx_lqr.methods.baseline import combine
 from mlx_lqr.runtime import Options
-from mlx_lqr.runtime.arguments import parse_controller
+from mlx_lqr.runtime.arguments import ControllerChoice, load_controller, parse_controller
 from mlx_lqr.runtime.chat import Chat
 from mlx_lqr.runtime.streams import keys_unseen
 
@@ -45,23 +46,26 @@ From a pipe, every line is a message or a command, and a backslash at its end go
 A message that begins with a slash: put a space before it."""
 
 
-@click.command()
+@command()
 @model_argument
-@controller_option
+@option("--system", metavar="TEXT", heading=TEXT, help="A system prompt.")
+@controller_option()
 @adaptive_option
-@click.option("--system", help="A system prompt.")
 @decoding_options(512)
 @loading_options
 def chat(
     model: str,
-    controllers: tuple[str, ...],
+    controllers: tuple[ControllerChoice, ...],
     adaptive: bool | None,
     system: str | None,
     loading: Loading,
     **decoding: Any,
 ) -> None:
-    """Talk to MODEL, steered or not, in its own chat template. Type /help for the commands."""
-    parsed = [parse_controller(text, model) for text in controllers]
+    """Talk to a model, steered or not.
+
+    Messages are put into the model's own chat template. Type /help for what else there is to do.
+    """
+    parsed = [load_controller(choice, model) for choice in controllers]
     if parsed:
         combine([controller for controller, _ in parsed])  # what cannot be is refused before the model is loaded
     with progress_bars() as progress:
@@ -148,7 +152,7 @@ def _strength(session: Chat, rest: str) -> None:
 
 
 def _add(session: Chat, rest: str) -> None:
-    session.add(*parse_controller(_file(rest, "/add dog.safetensors:2")))
+    session.add(*load_controller(parse_controller(_file(rest, "/add dog.safetensors:2"))))
     click.echo(_state(session), err=True)
 
 
