@@ -40,9 +40,8 @@ from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.controller import Controller
-from mlx_lqr.methods.baseline import load_steering
+from mlx_lqr.methods.steering import load_steering, only_controller
 from mlx_lqr.runtime.arguments import ControllerChoice
-from mlx_lqr.runtime.generate import only_controller
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

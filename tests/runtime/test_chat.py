@@ -35,7 +35,7 @@ from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.commands.chat_view import draw_tracking
 from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.lqr.controller import Controller
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.runtime import Chat, stream
 
 EDITING = b"\x1b[?2004h"
