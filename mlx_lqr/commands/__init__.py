@@ -49,7 +49,7 @@ class _Main(Group):
 
 
 def _broken(error: OSError) -> int:
-    """The exit status, after saying what is wrong where there is still somebody to read it."""
+    """Say what is wrong if anybody still reads it, and return the exit status."""
     if not reader_has_gone(error):
         _say(f"Error: {describe(error)}")
     drop_output()

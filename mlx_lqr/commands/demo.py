@@ -1,4 +1,4 @@
-"""mlx-lqr demo: the main job on the demonstration model, and what came of it."""
+"""mlx-lqr demo: fit a concept on a small model, steer with it, and show text and tracking."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
 
     Fits the concept on SmolLM2-135M, and shows what the model writes unsteered and at three strengths.
     """
-    bundled_prompts(concept)  # an unknown concept is refused before the model is fetched
+    bundled_prompts(concept)  # refuses an unknown concept before the model is fetched
     with progress_bars() as progress:
         model = load("demo", **loading, progress=progress)
     controller = _controller(model, concept)
@@ -59,7 +59,7 @@ def _controller(model: Model, concept: str) -> Controller:
     positive, negative = bundled_prompts(concept)
     with progress_bars() as progress:
         controller = fit(model, positive, negative, concept=concept, progress=progress)
-    controller.save(file, force=True)  # also where a damaged one stands
+    controller.save(file, force=True)  # even over a damaged one
     return controller
 
 

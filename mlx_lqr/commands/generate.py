@@ -127,14 +127,14 @@ class _Answer:
 def _answer_all(
     model: Model, prompts: list[str], settings: Options, show: Callable[[_Answer], str], tracked: bool
 ) -> None:
-    """Print what follows each prompt, in order, as soon as the prompts decoded side by side with it are done."""
+    """Print the answers in order, each as soon as the batch that it belongs to is done."""
     records = [Recording() for _ in prompts] if tracked else None
     answers = [
         _Answer(prompt, i + 1, recording=records[i] if records is not None else None)
         for i, prompt in enumerate(prompts)
     ]
     printed = 0
-    out = sys.stdout  # which a progress bar takes for its own
+    out = sys.stdout  # a progress bar replaces sys.stdout
     # On a terminal the answers themselves show how far things are, and a bar would be drawn across them.
     with nullcontext(None) if out.isatty() else progress_bars() as report:
 
@@ -186,8 +186,8 @@ def _tracking(
 
 
 def _control(model: Model, controller: Controller, answer: _Answer) -> dict[str, Any]:
-    """What the law measured and did: alpha_k of every concept and |u_k|, at the prompt's last token and then at every
-    token that was run, at the layers with control; and, where the controller knows one, how far from its region."""
+    """What the law measured and did: alpha_k of every concept and |u_k|, at the prompt's last token and at every token
+    after it, in the layers with control; and how far it left the linear region, if the controller knows one."""
     assert answer.recording is not None
     prompt_length = len(tokenise(model, answer.prompt, any_length=True))
     error, push = answer.recording.answer(controller, prompt_length, len(answer.tokens))

@@ -110,6 +110,8 @@ def _write_parameters(command: click.Command, ctx: click.Context, formatter: cli
 def option(*declarations: str, heading: str, help: str, **attributes: Any) -> Decorator:
     """`click.option` under a heading; a default is always shown."""
     attributes.setdefault("show_default", True)
+    if isinstance(attributes.get("type"), click.IntRange):
+        attributes.setdefault("metavar", "INTEGER")  # and not INTEGER RANGE: the range is shown beside the default
     return click.option(*declarations, cls=Option, heading=heading, help=help, **attributes)
 
 

@@ -136,7 +136,7 @@ def lm_eval(
 
 
 def _announce(stage: str, done: int, total: int) -> None:
-    """A line for each task, since mlx-lm has progress bars of its own."""
+    """A line for each task: mlx-lm shows progress bars of its own."""
     click.echo(f"{stage} ({done + 1} of {total})", err=True)
 
 

@@ -85,7 +85,7 @@ def controller_option(
         several_strengths: FILE:1,2,3 is fine too.
         repeat: what several of them are for.
     """
-    default = "at each of --strengths" if swept else "at what the file recommends (see `mlx-lqr tune`), or 1"
+    otherwise = "each of --strengths" if swept else "the strength that the file recommends (see `mlx-lqr tune`), or 1"
     return option(
         "-c",
         "--controller",
@@ -95,7 +95,7 @@ def controller_option(
         required=required,
         metavar="FILE[:STRENGTH]",
         heading=STEERING,
-        help=f"Steer with the controller in FILE, at STRENGTH; by default {default}. {repeat}".strip(),
+        help=f"Steer with the controller in FILE at STRENGTH; without one, at {otherwise}. {repeat}".strip(),
     )
 
 
@@ -253,7 +253,7 @@ def output_option(help: str, *, required: bool = True, metavar: str = "FILE") ->
     return option("-o", "--output", type=click.Path(), required=required, metavar=metavar, heading=OUTPUT, help=help)
 
 
-force_option = option("--force", is_flag=True, heading=OUTPUT, help="Replace the output even if it is of another kind.")
+force_option = option("--force", is_flag=True, heading=OUTPUT, help="Replace whatever file is there, of any kind.")
 
 
 def json_option(help: str = "Print everything as JSON, for scripts.") -> Decorator:

@@ -38,11 +38,10 @@ from mlx_lqr.tasks.run import Part
 from mlx_lqr.tasks.scorers import DEFAULT
 from mlx_lqr.tasks.truthfulness import EXAMPLES
 
-Options = dict[str, Any]
-_DATA = option(
+_rows_option = option(
     "--data", required=True, type=click.Path(), metavar="FILE", heading=TASK, help="The task's rows, as JSON lines."
 )
-_CHAT = option("--chat/--no-chat", default=True, heading=TASK, help="Use the model's chat template, or plain text.")
+_template_option = option("--chat/--no-chat", default=True, heading=TASK, help="Use the model's chat template.")
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Request:
     as_json: bool
     force: bool
     concepts: Sequence[str]
-    """Of what steers"""
+    """Of the controllers"""
     make: Callable[[Judge, Sequence[str]], Task]
 
     def check(self) -> Task:
@@ -72,7 +71,7 @@ class Request:
 
     @property
     def judge_name(self) -> str:
-        """Whose perplexity it is."""
+        """Whose perplexity is reported."""
         return self.judge or "the unsteered model itself"
 
     @property
@@ -92,7 +91,7 @@ class _Kind:
 
 
 def _concept(
-    options: Options, concepts: Sequence[str], openings: Sequence[str], limit: int | None, **shared: Any
+    options: dict[str, Any], concepts: Sequence[str], openings: Sequence[str], limit: int | None, **shared: Any
 ) -> Task:
     words = options["words"].split(",") if options["words"] is not None else _family(concepts)
     openings = read_prompts(options["openings"]) if options["openings"] is not None else openings
@@ -106,7 +105,7 @@ def _family(concepts: Sequence[str]) -> list[str]:
 
 def _only(concepts: Sequence[str]) -> str:
     if len(set(concepts)) != 1:
-        raise InputError("which words to look for? give them, --words ocean,sea,wave*")
+        raise InputError("say which words to look for: --words ocean,sea,wave*")
     return concepts[0]
 
 
@@ -141,7 +140,7 @@ KINDS = {
     ),
     "toxicity": _Kind(
         (
-            _DATA,
+            _rows_option,
             option("--scorer", default=DEFAULT, heading=TASK, help="What scores the texts, as module:function."),
             option("--threshold", default=0.5, heading=TASK, help="A text with this score or more is toxic."),
         ),
@@ -153,9 +152,9 @@ KINDS = {
     ),
     "truthfulness": _Kind(
         (
-            _DATA,
+            _rows_option,
             option("--examples", default=len(EXAMPLES), heading=TASK, help="Solved examples before each choice."),
-            _CHAT,
+            _template_option,
         ),
         Decoding(temperature=0.0),
         _with_data(truthfulness_task),
@@ -164,7 +163,7 @@ KINDS = {
         Rows of --data: question, best_answer, correct_answers, incorrect_answers.""",
     ),
     "refusal": _Kind(
-        (_DATA, _CHAT),
+        (_rows_option, _template_option),
         Decoding(max_tokens=48, temperature=0.0),
         _with_data(refusal_task),
         """XSTest: which requests are refused.
@@ -241,7 +240,12 @@ def _command(
 def _shared(decoding: Decoding) -> tuple[Decorator, ...]:
     return (
         limit_option("Take only this many rows, spread evenly."),
-        option("--judge", metavar="MODEL", heading=MEASURING, help="For perplexity; by default the unsteered model."),
+        option(
+            "--judge",
+            metavar="MODEL",
+            heading=MEASURING,
+            help="For perplexity, instead of the unsteered model.",
+        ),
         option(
             "--capability",
             type=click.Path(),
