@@ -28,7 +28,7 @@ from mlx_lqr.commands.help import (
 from mlx_lqr.commands.values import ControllerType, LayersType, StrengthsType
 from mlx_lqr.loading import BackendName
 from mlx_lqr.lqr.riccati import WEIGHT
-from mlx_lqr.runtime.arguments import DECODING_HELP
+from mlx_lqr.runtime.arguments import DECODING_HELP, DTYPE_DEFAULT
 from mlx_lqr.runtime.decode import Overflow
 
 model_argument = argument("model", help='An MLX or Hugging Face folder, a hub id, a .gguf file, or "demo".')
@@ -63,7 +63,7 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
             heading=LOADING,
             help="For torch: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.",
         ),
-        dtype_option("by default the checkpoint's own on a GPU, and float32 on a CPU."),
+        dtype_option(DTYPE_DEFAULT),
     )
     @functools.wraps(command)
     def collected(*, backend: BackendName, device: str | None, dtype: str | None, **others: Any) -> Any:
