@@ -22,7 +22,7 @@ from typing import Any, NoReturn, get_args
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options, stream
-from mlx_lqr.runtime.arguments import DECODING_HELP, given_or_piped, load_controllers, parse_controller
+from mlx_lqr.runtime.arguments import DECODING_HELP, DTYPE_DEFAULT, given_or_piped, load_controllers, parse_controller
 from mlx_lqr.runtime.decode import Overflow
 from mlx_lqr.runtime.streams import STOPPED, accept_any_text, describe, drop_output, reader_has_gone
 
@@ -98,11 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     decoding("--seed", type=int)
     decoding("--stop", action="append", metavar="TEXT")
     decoding("--overflow", choices=get_args(Overflow))
-    add(
-        "--dtype",
-        default=None,
-        help="float32, float16 or bfloat16; by default the checkpoint's own on a GPU, and float32 on a CPU.",
-    )
+    add("--dtype", default=None, help=f"float32, float16 or bfloat16; {DTYPE_DEFAULT}")
     return parser
 
 
