@@ -34,6 +34,7 @@ OWN = {
     "odesteer": "mlx_lqr.methods.odesteer:ODESteer",
     "angular": "mlx_lqr.methods.angular:Angular",
     "adaptive-angular": "mlx_lqr.methods.angular:AdaptiveAngular",
+    "pca": "mlx_lqr.methods.pca:PCA",
 }
 
 
