@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.platforms import posix
 
 from mlx_lqr.loading import resolve
 
@@ -132,6 +133,7 @@ def test_a_model_runs_on_torch_without_mlx() -> None:
     assert not any(name.startswith("mlx.") for name in loaded - {"mlx.core"})
 
 
+@posix
 def test_mlx_lm_is_whole_when_it_is_wanted() -> None:
     """Our short cut to mlx-lm's model classes must not show, in whichever order things are imported."""
     run_apart(
