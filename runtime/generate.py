@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from mlx_lqr.backends.protocol import Decoder, Model, Progress, Sampling, Trace
 from mlx_lqr.errors import InputError
-from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.lqr.strength import default_strength
@@ -204,7 +204,7 @@ def _stream(
 
     def adapted(trace: Trace) -> AdjustableLaw:
         assert fixed is not None
-        return feedback(model, readapted(model, fixed, trace), strength, record)
+        return feedback(model, adapt_at(model, fixed, trace), strength, record)
 
     if record is not None and len(prompts) > 1:
         raise InputError("a batch cannot be recorded: decode one prompt at a time, or give batch_stream `records`")

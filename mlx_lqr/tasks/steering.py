@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_lqr.backends.protocol import Continued, Float32, Law, Model
 from mlx_lqr.errors import InputError, OverflowingError
-from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.methods import baseline
@@ -176,7 +176,7 @@ class Steered:
         controller = only_controller(steering.controller, "adaptive")
         found: list[Float32] = []
         for prompt, own in groupby(pairs, key=lambda pair: list(pair[0])):
-            anew = readapted(self.model, controller, self.model.trace(prompt))
+            anew = adapt_at(self.model, controller, self.model.trace(prompt))
             law = feedback(self.model, anew, steering.strength(self.strength))
             found += run(list(own), law=law, steer_all=self.steer_all)
         return found
