@@ -31,8 +31,8 @@ from mlx_lqr.backends.torch.calls import cache_argument
 from mlx_lqr.backends.torch.model import TorchModel
 from mlx_lqr.commands import main
 from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.running import law_on
 from mlx_lqr.runtime.decode import decode
-from mlx_lqr.runtime.generate import feedback
 
 CPU = torch.device("cpu")
 STEERED = ["llama", "gemma3_text"]  # the latter's sliding window is shorter than the prompts
@@ -46,7 +46,7 @@ def small(family: str = "llama", **changes: Any) -> TorchModel:
 
 
 def ours(model: TorchModel, prompt: list[int], controller: mlx_lqr.Controller, max_tokens: int = 8) -> list[int]:
-    law, steer_all = feedback(model, controller, 2.0), controller.positions == "all"
+    law, steer_all = law_on(model, controller, 2.0), controller.positions == "all"
     return decoded(model, prompt, law=law, steer_all=steer_all, max_tokens=max_tokens)
 
 
@@ -138,7 +138,7 @@ def test_exactly_the_last_prompt_token_and_the_generated_tokens_are_steered() ->
 def test_a_direct_call_is_steered_at_its_last_position() -> None:
     model = small()
     controller = controller_for(model)
-    expected = model.logits(PROMPT, law=feedback(model, controller, 2.0))
+    expected = model.logits(PROMPT, law=law_on(model, controller, 2.0))
     with torch.no_grad():
         plain = model.module(torch.tensor([PROMPT])).logits[0].numpy()
         with mlx_lqr.steer(model, controller, 2.0):

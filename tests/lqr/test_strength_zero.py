@@ -15,13 +15,14 @@ from test_chat import chatting
 import mlx_lqr
 from mlx_lqr import Controller, InputError
 from mlx_lqr.analysis.rollout import roll_out
-from mlx_lqr.analysis.tracking import track, track_answer
+from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.chat import _state
 from mlx_lqr.methods.baseline import METHODS, Steering, combine
 from mlx_lqr.methods.laws import law_of
 from mlx_lqr.runtime import Chat, batch_stream
 from mlx_lqr.runtime.monitor import largest_excess
+from mlx_lqr.runtime.tracking import track_answer
 from mlx_lqr.tasks.steering import Steered, check_strengths
 from mlx_lqr.tasks.steering import Steering as Named
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from test_cli import refused, run
 
-from mlx_lqr.analysis.tracking import TrackedAnswer, Tracking
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands import chat_view
 from mlx_lqr.commands.tables import show_table
+from mlx_lqr.lqr.tracking import Tracking
 from mlx_lqr.runtime.__main__ import main as edge
+from mlx_lqr.runtime.tracking import TrackedAnswer
 
 COMMAND = [sys.executable, "-c", "from mlx_lqr.commands import main; main()"]
 
