@@ -30,10 +30,10 @@ from mlx_lqr.lqr.adapt import adapt
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import tokenise
 from mlx_lqr.methods.laws import Recording
+from mlx_lqr.methods.running import adapts, only_controller
 from mlx_lqr.runtime import Options, Piece, batch_stream, stream
 from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
 from mlx_lqr.runtime.decode import MAX_TOKENS
-from mlx_lqr.runtime.generate import adapts, only_controller
 from mlx_lqr.runtime.monitor import largest_excess
 
 

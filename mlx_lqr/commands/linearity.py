@@ -29,7 +29,7 @@ from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.loading import load
 from mlx_lqr.methods.baseline import load_steering
-from mlx_lqr.runtime.generate import only_controller
+from mlx_lqr.methods.running import only_controller
 
 PROMPTS = 8
 FEW_PROMPTS = 4

@@ -28,7 +28,7 @@ def tokenise(model: Model, prompt: Prompt, *, any_length: bool = False) -> list[
 def tokenise_sets(
     model: Model, positive: Sequence[Prompt], negative: Sequence[Prompt]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of two sets of prompts, checked: each prompt as in `tokenise`, no set empty, the two not the same."""
+    """Token ids of two sets of prompts, checked: each prompt as in `tokenise`, no set empty, the sets different."""
     sets = _tokenise_set(model, positive, "positive"), _tokenise_set(model, negative, "negative")
     if sorted(sets[0]) == sorted(sets[1]):
         raise InputError("the positive and the negative prompts are the same: there is nothing to tell apart")

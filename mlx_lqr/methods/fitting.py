@@ -28,7 +28,7 @@ import numpy as np
 
 from mlx_lqr.backends.protocol import Float32, Model, Progress
 from mlx_lqr.errors import InputError
-from mlx_lqr.lqr.contrast import Contrast, activations, check_finite, contrast_of, unit
+from mlx_lqr.lqr.contrast import Contrast, activations, contrast_of, unit
 from mlx_lqr.lqr.controller import Positions
 from mlx_lqr.lqr.layers import Layers, check_layers, separating
 from mlx_lqr.lqr.prompts import Prompt, tokenise_sets
@@ -231,7 +231,6 @@ def _transport(
     for done, k in enumerate(layers):
         if steered is not None and done:
             source = steered(law=law_of(fitted))
-            check_finite(source)
         if linear:
             tensors["scale"][k], tensors["shift"][k] = linear_map(source[:, k + 1], target[:, k + 1])
         else:

@@ -21,7 +21,6 @@ import numpy as np
 
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.errors import InputError
-from mlx_lqr.lqr.contrast import check_finite
 from mlx_lqr.methods.baseline import Baseline
 from mlx_lqr.methods.probes import held_out
 
@@ -48,10 +47,9 @@ def intervention(
         heads: how many to choose; by default the share `HEADS` of the model's.
 
     Raises:
-        InputError: fewer heads than are to be chosen, too few prompts to hold some out, or outputs that are not finite.
+        InputError: fewer heads than are to be chosen, or too few prompts to hold some out.
     """
     outputs = model.head_outputs([*positive, *negative], progress=progress)  # (n, T, H, head_dim)
-    check_finite(outputs, "outputs of attention heads")
     _, T, H, _ = outputs.shape
     count = max(1, round(HEADS * T * H)) if heads is None else heads
     if heads is not None and heads > len(layers) * H:

@@ -66,7 +66,7 @@ def alqr_space(
         raise InputError(f"contrast and Jacobians are not of {model.name}: make them with this model")
     T = model.num_layers
     layers = _ranges({"last third": range(2 * T // 3, T), "all": range(T)}, T)
-    if contrast.spread is not None:
+    if contrast.std is not None:
         layers = _ranges({"auto": choose_layers("auto", contrast)}, T) | layers
     factors: dict[str, list[Any]] = {
         "layers": _distinct(layers),

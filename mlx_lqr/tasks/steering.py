@@ -13,12 +13,12 @@ import numpy as np
 
 from mlx_lqr.backends.protocol import Continued, Float32, Law, Model
 from mlx_lqr.errors import InputError, OverflowingError
-from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.methods import baseline
+from mlx_lqr.methods.running import adapts, law_on, only_controller
 from mlx_lqr.runtime import Options, batch_stream
-from mlx_lqr.runtime.generate import adapts, feedback, only_controller
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ class Steered:
     def law(self) -> Law | None:
         if self.steering is None or self.strength == 0:
             return None
-        return feedback(self.model, self.steering.controller, self.steering.strength(self.strength))
+        return law_on(self.model, self.steering.controller, self.steering.strength(self.strength))
 
     @property
     def unsteered(self) -> Steered:
@@ -176,8 +176,8 @@ class Steered:
         controller = only_controller(steering.controller, "adaptive")
         found: list[Float32] = []
         for prompt, own in groupby(pairs, key=lambda pair: list(pair[0])):
-            anew = readapted(self.model, controller, self.model.trace(prompt))
-            law = feedback(self.model, anew, steering.strength(self.strength))
+            anew = adapt_at(self.model, controller, self.model.trace(prompt))
+            law = law_on(self.model, anew, steering.strength(self.strength))
             found += run(list(own), law=law, steer_all=self.steer_all)
         return found
 

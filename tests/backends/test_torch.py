@@ -34,8 +34,8 @@ from mlx_lqr.backends.torch.calls import cache_argument
 from mlx_lqr.backends.torch.model import TorchModel
 from mlx_lqr.commands import main
 from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.running import law_on
 from mlx_lqr.runtime.decode import decode
-from mlx_lqr.runtime.generate import feedback
 
 CPU = torch.device("cpu")
 
@@ -121,7 +121,7 @@ def test_exactly_the_last_prompt_token_and_the_generated_tokens_are_steered() ->
 def test_a_direct_call_is_steered_at_its_last_position() -> None:
     model = small()
     controller = controller_for(model)
-    expected = model.logits(PROMPT, law=feedback(model, controller, 2.0))
+    expected = model.logits(PROMPT, law=law_on(model, controller, 2.0))
     with torch.no_grad():
         plain = model.module(torch.tensor([PROMPT])).logits[0].numpy()
         with mlx_lqr.steer(model, controller, 2.0):

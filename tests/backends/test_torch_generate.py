@@ -25,7 +25,7 @@ from mlx_lqr import InputError
 from mlx_lqr.backends.torch.calls import Call, cache_argument
 from mlx_lqr.backends.torch.generate import Positions, Prompt
 from mlx_lqr.backends.torch.model import TorchModel
-from mlx_lqr.runtime.generate import feedback
+from mlx_lqr.methods.running import law_on
 
 
 def lively(family: str = "llama") -> TorchModel:
@@ -82,7 +82,7 @@ def test_a_conversation_goes_on_from_the_cache_of_its_first_answer() -> None:
         first = theirs(model, PROMPT, 4, **in_cache(model, cache))
         second = [*PROMPT, *first, 3, 9, 4]
         found = theirs(model, second, 6, **in_cache(model, cache))
-    decoder = model.decoder(feedback(model, controller, 2.0))
+    decoder = model.decoder(law_on(model, controller, 2.0))
     decoder.fill([PROMPT[:-1]], steered=False)
     for token in [PROMPT[-1], *first[:-1]]:
         decoder.step([token])
@@ -130,7 +130,7 @@ def test_beams_and_samples_are_those_of_the_steered_distribution() -> None:
     """Scores of the sequences that transformers returns, against our own log-probabilities of the same tokens."""
     model = lively()
     controller = controller_for(model)
-    law = feedback(model, controller, 2.0)
+    law = law_on(model, controller, 2.0)
     tokens = torch.tensor([PROMPT])
     for options in ({"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0},
                     {"do_sample": True, "num_return_sequences": 3, "top_k": 0}):  # fmt: skip
@@ -294,7 +294,7 @@ def test_answers_that_are_read_again_as_prompts_are_refused() -> None:
 def test_texts_packed_in_one_row_are_steered_each_at_its_last_position() -> None:
     model = lively()
     controller = controller_for(model)
-    law = feedback(model, controller, 2.0)
+    law = law_on(model, controller, 2.0)
     row = torch.tensor([[token for prompt in BATCH for token in prompt]])
     positions = torch.tensor([[place for prompt in BATCH for place in range(len(prompt))]])
     with torch.no_grad(), mlx_lqr.steer(model, controller, 2.0):
@@ -411,7 +411,7 @@ def test_nothing_of_ours_warns(caplog: pytest.LogCaptureFixture, capfd: pytest.C
         controller = controller_for(model)
         model.residuals([PROMPT])
         model.head_outputs([PROMPT])
-        model.log_probabilities([(PROMPT, [1, 2])], law=feedback(model, controller, 2.0))
+        model.log_probabilities([(PROMPT, [1, 2])], law=law_on(model, controller, 2.0))
         expected = ours(model, PROMPT, controller)
         with mlx_lqr.steer(model, controller, 2.0):
             found = theirs(model, PROMPT)

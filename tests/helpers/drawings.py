@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlx_lqr.analysis.tracking import TrackedAnswer, Tracking
 from mlx_lqr.commands import chat_view
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.tracking import Tracking
+from mlx_lqr.runtime.tracking import TrackedAnswer
 
 NAME = "\N{DOG FACE}"
 

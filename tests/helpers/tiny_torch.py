@@ -10,7 +10,7 @@ import mlx_lqr
 from helpers.backends import tiny_on
 from helpers.decoding import decoded
 from mlx_lqr.backends.torch.model import TorchModel
-from mlx_lqr.runtime.generate import feedback
+from mlx_lqr.methods.running import law_on
 
 STEERED = ["llama", "gemma3_text"]
 """The latter's sliding window is shorter than the prompts."""
@@ -24,7 +24,7 @@ def small(family: str = "llama", **changes: Any) -> TorchModel:
 
 
 def ours(model: TorchModel, prompt: list[int], controller: mlx_lqr.Controller, max_tokens: int = 8) -> list[int]:
-    law, steer_all = feedback(model, controller, 2.0), controller.positions == "all"
+    law, steer_all = law_on(model, controller, 2.0), controller.positions == "all"
     return decoded(model, prompt, law=law, steer_all=steer_all, max_tokens=max_tokens)
 
 

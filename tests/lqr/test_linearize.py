@@ -41,19 +41,19 @@ def test_attention_is_expanded_head_by_head_only_where_heads_are_independent(
     family: str, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OLMo 2 norms its queries across all heads, Phi-3 has its projections in one: what cannot be expanded is not."""
-    found: dict[str, bool] = {}
+    expanded: dict[str, bool] = {}
     for name in ("_attention_expansion", "_mlp_expansion"):
         expand = getattr(mlx_expansion, name)
 
         def watched(*args: Any, name: str = name, expand: Any = expand) -> Any:
             result = expand(*args)
-            found[name] = result is not None
+            expanded[name] = result is not None
             return result
 
         monkeypatch.setattr(mlx_expansion, name, watched)
     model = tiny(family)
     model.jacobian(model.trace(PROMPT), 0)
-    assert found == {"_attention_expansion": products == "both", "_mlp_expansion": products != "none"}
+    assert expanded == {"_attention_expansion": products == "both", "_mlp_expansion": products != "none"}
 
 
 @pytest.mark.slow
@@ -92,10 +92,10 @@ def test_quantised_model_is_linearised_as_its_unpacked_self(family: str, bits: i
             packing = {"group_size": source.group_size, "bits": source.bits}
             leaf.weight = mx.dequantize(source.weight, source.scales, source.biases, **packing)
     before = {name: type(module) for name, module in packed.items()}
-    found, expected = mlx_lqr.linearize(model, [PROMPT]), mlx_lqr.linearize(unpacked, [PROMPT])
+    jacobians, expected = mlx_lqr.linearize(model, [PROMPT]), mlx_lqr.linearize(unpacked, [PROMPT])
     assert {name: type(module) for name, module in model.module.named_modules()} == before
     for k in range(model.num_layers):
-        assert np.abs(found[k] - expected[k]).max() < 1e-4 * np.abs(expected[k]).max()
+        assert np.abs(jacobians[k] - expected[k]).max() < 1e-4 * np.abs(expected[k]).max()
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -103,8 +103,8 @@ def test_a_16_bit_model_is_linearised_in_float32(dtype: mx.Dtype) -> None:
     """Its Jacobian is that of the same weights in float32, up to where the 16-bit forward pass put the prefix."""
     model, exact = tiny("llama", dtype=dtype), tiny("llama", dtype=dtype)
     exact.module.set_dtype(mx.float32)
-    found, expected = mlx_lqr.linearize(model, [[7]]), mlx_lqr.linearize(exact, [[7]])
-    assert np.abs(found[0] - expected[0]).max() < 1e-5 * np.abs(expected[0]).max()
+    jacobians, expected = mlx_lqr.linearize(model, [[7]]), mlx_lqr.linearize(exact, [[7]])
+    assert np.abs(jacobians[0] - expected[0]).max() < 1e-5 * np.abs(expected[0]).max()
     assert model.blocks[0].mlp.down_proj.weight.dtype == dtype
 
 
@@ -180,9 +180,9 @@ def test_another_run_does_not_go_on_from_it(tmp_path: Path) -> None:
         Interrupting(model, 2, patch)
         with pytest.raises(KeyboardInterrupt):
             mlx_lqr.linearize(model, [PROMPT], store=file)
-    found = mlx_lqr.linearize(model, [PROMPT[:3]], store=file)
+    stored = mlx_lqr.linearize(model, [PROMPT[:3]], store=file)
     expected = mlx_lqr.linearize(model, [PROMPT[:3]])
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(stored, expected, strict=True))
 
 
 def test_a_save_takes_nothing_over_from_another_one(tmp_path: Path) -> None:

@@ -52,16 +52,16 @@ def test_centred_strengths_0_and_1_are_the_levels_of_the_sets(backend: str) -> N
 
 def test_centred_everywhere_a_setpoint_is_chosen() -> None:
     model = tiny_on("mlx", "llama")
-    found = mlx_lqr.contrast(model, *SETS)
+    contrast = mlx_lqr.contrast(model, *SETS)
     jacobians = mlx_lqr.linearize(model, SETS[0])
-    expected = np.einsum("kd,kd->k", found.unit_direction, found.mean_negative)[:, None]
+    expected = np.einsum("kd,kd->k", contrast.unit_direction, contrast.mean_negative)[:, None]
     gains = mlx_lqr.solve(jacobians)
     for controller in (
         mlx_lqr.fit(model, *SETS, setpoint="centred", cost="feature", layers="all"),
         mlx_lqr.fit(model, *SETS, setpoint="centred", jacobians=jacobians, layers="all"),
-        mlx_lqr.compile(gains, found, setpoint="centred"),
-        mlx_lqr.adapt(model, found, [1, 2], setpoint="centred"),
-        mlx_lqr.adapt(model, mlx_lqr.compile(gains, found, setpoint="centred"), [1, 2]),
+        mlx_lqr.compile(gains, contrast, setpoint="centred"),
+        mlx_lqr.adapt(model, contrast, [1, 2], setpoint="centred"),
+        mlx_lqr.adapt(model, mlx_lqr.compile(gains, contrast, setpoint="centred"), [1, 2]),
     ):
         assert np.allclose(controller.offset, expected, atol=1e-5)
     paper = mlx_lqr.fit(model, *SETS, concept="one", layers="all", setpoint="paper")

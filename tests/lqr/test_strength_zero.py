@@ -15,13 +15,14 @@ from helpers.tiny_tokenizers import chatting
 import mlx_lqr
 from mlx_lqr import Controller, InputError
 from mlx_lqr.analysis.rollout import roll_out
-from mlx_lqr.analysis.tracking import track, track_answer
+from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.chat import _state
 from mlx_lqr.methods.baseline import METHODS, Steering, combine
 from mlx_lqr.methods.laws import law_of
 from mlx_lqr.runtime import Chat, batch_stream
 from mlx_lqr.runtime.monitor import largest_excess
+from mlx_lqr.runtime.tracking import track_answer
 from mlx_lqr.tasks.steering import Steered, check_strengths
 from mlx_lqr.tasks.steering import Steering as Named
 
@@ -98,8 +99,8 @@ def test_steering_in_place() -> None:
         tokens = mx.array([PROMPT]) if backend == "mlx" else torch.tensor([PROMPT])
 
         def logits(model: Any = model, tokens: Any = tokens, backend: str = backend) -> np.ndarray:
-            found = model.module(tokens)
-            return np.array(found) if backend == "mlx" else found.logits.detach().numpy()
+            output = model.module(tokens)
+            return np.array(output) if backend == "mlx" else output.logits.detach().numpy()
 
         expected = logits()
         for kind in ("centred", "all positions", "angular", "proportional"):
@@ -123,8 +124,8 @@ def test_one_of_several_is_as_if_it_were_not_there(backend: str, kind: str) -> N
             own = [strengths[i] for i in kept]
             some = [0.0 if i in gone else strength for i, strength in enumerate(strengths)]
             expected = model.logits(PROMPT, law=law_of(combine([parts[i] for i in kept]), own), steer_all=steer_all)
-            found = model.logits(PROMPT, law=law_of(combine(parts), some), steer_all=steer_all)
-            assert found == pytest.approx(expected, abs=2e-5)
+            logits = model.logits(PROMPT, law=law_of(combine(parts), some), steer_all=steer_all)
+            assert logits == pytest.approx(expected, abs=2e-5)
             alone = answer(model, controller=combine([parts[i] for i in kept]), strength=own)
             assert answer(model, controller=combine(parts), strength=some) == alone
     off_alone = model.logits(PROMPT, law=law_of(combine(parts), [0, 0, 0]), steer_all=steer_all)

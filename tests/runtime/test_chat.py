@@ -263,7 +263,7 @@ def test_a_transcript_brings_the_conversation_back(tmp_path: Path) -> None:
     assert tokens(other.answer("more")) == tokens(chat.answer("more"))
     model.name = "another"
     (note,) = other.load(tmp_path / "chat.json")
-    assert "of tiny-llama; another goes on" in note
+    assert "of tiny-llama; another continues it" in note
 
 
 SOUND: dict[str, Any] = {
@@ -284,15 +284,18 @@ SOUND: dict[str, Any] = {
         ({key: SOUND[key] for key in ("model", "strengths")}, "no 'messages'"),
         ({**SOUND, "strengths": {"a": "much"}}, "strength"),
         ({**SOUND, "strengths": {"a": float("nan")}}, "finite"),
-        ({**SOUND, "messages": "hello"}, "wrong kind"),
+        ({**SOUND, "messages": "hello"}, "wrong type"),
         ({**SOUND, "messages": ["hello"]}, "message 1 has no text"),
         ({**SOUND, "messages": [{"role": "user", "content": None}]}, "message 1 has no text"),
-        ({**SOUND, "messages": [{"role": "robot", "content": "a"}]}, "message 1 is of 'robot'"),
+        ({**SOUND, "messages": [{"role": "robot", "content": "a"}]}, "message 1 has the role 'robot'"),
         ({**SOUND, "messages": [{"content": "a"}]}, "no 'role'"),
-        ({**SOUND, "messages": [{"role": ["user"], "content": "a"}]}, "message 1 is of"),
-        ({**SOUND, "messages": [SOUND["messages"][1]]}, "message 1 is of 'assistant'"),
-        ({**SOUND, "messages": [*SOUND["messages"], SOUND["messages"][1]]}, "message 3 is of 'assistant'"),
-        ({**SOUND, "messages": [*SOUND["messages"], {"role": "system", "content": "a"}]}, "message 3 is of 'system'"),
+        ({**SOUND, "messages": [{"role": ["user"], "content": "a"}]}, "message 1 has the role"),
+        ({**SOUND, "messages": [SOUND["messages"][1]]}, "message 1 has the role 'assistant'"),
+        ({**SOUND, "messages": [*SOUND["messages"], SOUND["messages"][1]]}, "message 3 has the role 'assistant'"),
+        (
+            {**SOUND, "messages": [*SOUND["messages"], {"role": "system", "content": "a"}]},
+            "message 3 has the role 'system'",
+        ),
         ({**SOUND, "messages": [SOUND["messages"][0]]}, "no answer"),
     ],
 )

@@ -23,8 +23,8 @@ from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.chat_view import draw_tracking
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.methods.laws import LinearFeedback, RecordedFeedback, Recording
+from mlx_lqr.methods.running import law_on
 from mlx_lqr.runtime import Chat, Options, batch_stream, stream
-from mlx_lqr.runtime.generate import feedback
 from mlx_lqr.runtime.monitor import largest_excess
 
 
@@ -91,9 +91,9 @@ def test_many_prompts_go_one_by_one_where_they_must(own: Options) -> None:
 
 def test_nothing_is_kept_where_nobody_asks() -> None:
     model = tiny("llama")
-    law = feedback(model, controller_for(model), 1.0)
+    law = law_on(model, controller_for(model), 1.0)
     assert type(law) is LinearFeedback
-    assert type(feedback(model, controller_for(model), 1.0, Recording())) is RecordedFeedback
+    assert type(law_on(model, controller_for(model), 1.0, Recording())) is RecordedFeedback
     assert Recording().feature_error().size == Recording().push().size == 0
     with pytest.raises(InputError, match="one prompt at a time"):
         mlx_lqr.batch_generate(model, [[1], [2]], controller=controller_for(model), record=Recording())

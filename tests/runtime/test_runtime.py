@@ -20,7 +20,7 @@ from mlx_lqr import InputError
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.mlx.sampling import LIKELIEST, nucleus
 from mlx_lqr.backends.protocol import Model, Sampling
-from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.methods.laws import LinearFeedback
 from mlx_lqr.runtime.decode import decode
 from mlx_lqr.runtime.stopping import StopStrings
@@ -120,7 +120,7 @@ def test_adaptive_generation_runs_the_prompt_once() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model.module), "__call__", counted)
-        adapt = partial(readapted, model, controller)
+        adapt = partial(adapt_at, model, controller)
         decoded(model, PROMPT, max_tokens=8, adapted=lambda trace: LinearFeedback(adapt(trace), 2.0))
     assert passes.count(len(PROMPT) - 1) == 1
 

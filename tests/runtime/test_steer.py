@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerFast
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.mlx.model import MLXModel
+from mlx_lqr.methods.running import law_on
 from mlx_lqr.runtime.decode import decode
-from mlx_lqr.runtime.generate import feedback
 
 FAMILIES = ["llama", "gemma3_text"]  # the latter's sliding window is shorter than the prompts
 LETTERS = {chr(0x100 + token): token for token in range(64)}
@@ -52,7 +52,7 @@ def tokens_of(text: str) -> list[int]:
 
 
 def ours(model: MLXModel, prompt: Sequence[int], controller: mlx_lqr.Controller, max_tokens: int = 8) -> list[int]:
-    law, steer_all = feedback(model, controller, 2.0), controller.positions == "all"
+    law, steer_all = law_on(model, controller, 2.0), controller.positions == "all"
     return [token for _, token in decode(model, [prompt], law=law, steer_all=steer_all, max_tokens=max_tokens)]
 
 
@@ -179,7 +179,7 @@ def test_a_direct_call_is_steered_at_its_last_position() -> None:
     with mlx_lqr.steer(model, controller, 2.0):
         for _ in theirs_unfinished(model):  # also while a generator of mlx_lm is suspended
             found = np.array(model.module(mx.array([PROMPT]))[0])
-    assert np.abs(found[-1] - model.logits(PROMPT, law=feedback(model, controller, 2.0))).max() < 1e-4
+    assert np.abs(found[-1] - model.logits(PROMPT, law=law_on(model, controller, 2.0))).max() < 1e-4
     assert np.abs(found[:-1] - plain[:-1]).max() == 0
 
 
