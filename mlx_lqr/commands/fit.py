@@ -9,17 +9,9 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
-from mlx_lqr.commands.options import (
-    NOTHING_WRITTEN,
-    Loading,
-    force_option,
-    going_on_later,
-    loading_options,
-    model_argument,
-    parse_layers,
-    progress_bars,
-    stopping,
-)
+from mlx_lqr.commands.options import Loading, force_option, loading_options, model_argument
+from mlx_lqr.commands.progress import NOTHING_WRITTEN, going_on_later, progress_bars, stopping
+from mlx_lqr.commands.values import parse_layers
 from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
@@ -47,9 +39,9 @@ from mlx_lqr.methods.fitting import check_options, fit_baseline
 def linearize(
     model: str, output: str, prompts: str | None, nominal: str | None, store: str, force: bool, loading: Loading
 ) -> None:
-    """Compute and store the layer Jacobians of MODEL, to be used for any concept and any weights (fit --jacobians).
+    """Store a model's Jacobians for `fit`.
 
-    Interrupted, the same command goes on where it stopped.
+    They serve (fit --jacobians) for any concept and any weights. If it is interrupted, the same command goes on.
     """
     check_writable(output, "Jacobians", force=force)
     if prompts is not None and nominal is not None:
@@ -143,7 +135,10 @@ def fit(
     loading: Loading,
     **gains: float | None,
 ) -> None:
-    """Fit a controller, or the steering of another method, for a concept on MODEL."""
+    """Fit a controller for a concept.
+
+    It may also be the steering of another method (--method).
+    """
     Weights(q, r, qf)  # mistakes are refused before the model is loaded
     check_writable(output, "controller", force=force)
     chosen = parse_layers(layers)

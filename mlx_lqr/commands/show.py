@@ -15,7 +15,7 @@ from mlx_lqr.methods.baseline import METHODS, Baseline, Steering, load_steering
 @click.argument("file", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def show(file: str, as_json: bool) -> None:
-    """Show what a controller FILE, or one of another method, holds."""
+    """Show what a controller's FILE holds."""
     controller = load_steering(file)
     if isinstance(controller, Baseline):
         _show_baseline(controller, as_json)

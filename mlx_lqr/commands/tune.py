@@ -12,9 +12,11 @@ import click
 from mlx_lqr.analysis.results import as_json
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.commands.fit import contrast_prompts, note_few_prompts, say_how_to_use
-from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
+from mlx_lqr.commands.options import output_option
+from mlx_lqr.commands.progress import going_on_later, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
+from mlx_lqr.commands.values import parse_strengths
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.lqr.contrast import contrast
@@ -29,10 +31,11 @@ from mlx_lqr.tasks.tuning import DAMAGE, Trial, Tuned, check_limit, tune
 
 @click.group("tune")
 def tuning() -> None:
-    """Find the options and the strength that control most within a limit on damage.
+    """Find the best options and strength.
 
-    A handful of evaluations, not a grid. What is found is written as a controller file with its strength, which chat
-    and generate then take; every evaluation is kept in a folder beside it. Interrupted, the same command goes on.
+    Those that control most within a limit on damage, in a handful of evaluations. The best is written as a controller
+    file with its strength, which chat and generate then take; every evaluation is kept in a folder beside it. If it is
+    interrupted, the same command goes on.
 
     Tune on other rows than those you report: the concept task has openings of its own for it.
     """
@@ -229,6 +232,6 @@ add_tasks(
     tuning,
     _run,
     _options(),
-    output_help="The controller file to write; a folder FILE-tuning beside it keeps all that was measured.",
+    output=output_option("The controller file to write; FILE-tuning, a folder beside it, keeps all that was measured."),
     openings=bundled_openings("tuning"),
 )

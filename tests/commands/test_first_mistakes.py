@@ -97,7 +97,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Model:
     """Let commands load a model that takes any text."""
     model = chatting()
     model._tokenizer.encode = lambda text, **_: [ord(letter) % 59 for letter in text][-8:]  # type: ignore[attr-defined]
-    for name in ("fit", "linearity", "certify"):
+    for name in ("fit", "analysis"):
         monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", lambda *_, **__: model)
     return model
 
