@@ -22,7 +22,7 @@ from mlx_lqr.lqr.controller import Positions
 from mlx_lqr.lqr.linearize import Jacobians, linearize
 from mlx_lqr.methods.baseline import METHODS, known_method
 from mlx_lqr.tasks.concept import bundled_openings
-from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.spaces import STRENGTHS, alqr_space, baseline_space
 from mlx_lqr.tasks.tuning import DAMAGE, Trial, Tuned, check_limit, tune
 

@@ -359,7 +359,10 @@ SOUND: dict[str, Any] = {
         ({**SOUND, "messages": [{"role": ["user"], "content": "a"}]}, "message 1 has the role"),
         ({**SOUND, "messages": [SOUND["messages"][1]]}, "message 1 has the role 'assistant'"),
         ({**SOUND, "messages": [*SOUND["messages"], SOUND["messages"][1]]}, "message 3 has the role 'assistant'"),
-        ({**SOUND, "messages": [*SOUND["messages"], {"role": "system", "content": "a"}]}, "message 3 has the role 'system'"),
+        (
+            {**SOUND, "messages": [*SOUND["messages"], {"role": "system", "content": "a"}]},
+            "message 3 has the role 'system'",
+        ),
         ({**SOUND, "messages": [SOUND["messages"][0]]}, "no answer"),
     ],
 )
