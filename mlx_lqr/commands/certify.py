@@ -11,8 +11,7 @@ import numpy as np
 
 from mlx_lqr.analysis.certificate import TOLERANCE, Certificate, Linearised
 from mlx_lqr.analysis.certificate import certify as bound
-from mlx_lqr.analysis.results import as_json, write_json
-from mlx_lqr.analysis.rollout import check_steering, default_prompts
+from mlx_lqr.analysis.inputs import check_strengths, default_prompts
 from mlx_lqr.commands.options import (
     NOTHING_WRITTEN,
     Loading,
@@ -28,6 +27,7 @@ from mlx_lqr.commands.options import (
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
+from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.linearize import Jacobians
 from mlx_lqr.methods.baseline import load_steering
@@ -77,7 +77,7 @@ def certify(
 ) -> None:
     """Bound a controller's tracking error on MODEL, from estimated constants, and check it on held-out prompts."""
     chosen = parse_strengths(strengths)
-    check_steering(chosen)
+    check_strengths(chosen)
     steering = only_controller(load_steering(controller, model), "certified")
     stored = Jacobians.load(jacobians) if jacobians is not None else None
     plots = plots_or_refusal() if output is not None else None

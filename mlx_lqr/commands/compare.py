@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import click
 
-from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.runtime.arguments import split_file
 from mlx_lqr.tasks import Task, load_steering
 from mlx_lqr.tasks.compare import Comparison, Method, check_budgets

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.runtime.arguments import parse_strength, split_file
 from mlx_lqr.tasks import Evaluation, Steering, evaluate, load_steering
 from mlx_lqr.tasks.compare import output_name

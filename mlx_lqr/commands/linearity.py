@@ -8,10 +8,9 @@ from pathlib import Path
 import click
 import numpy as np
 
+from mlx_lqr.analysis.inputs import check_strengths, default_prompts
 from mlx_lqr.analysis.linearity import Linearity, monitored
 from mlx_lqr.analysis.linearity import linearity as measure
-from mlx_lqr.analysis.results import as_json, write_json
-from mlx_lqr.analysis.rollout import check_steering, default_prompts
 from mlx_lqr.commands.options import (
     NOTHING_WRITTEN,
     Loading,
@@ -27,6 +26,7 @@ from mlx_lqr.commands.options import (
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
+from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.loading import load
 from mlx_lqr.methods.baseline import load_steering
 from mlx_lqr.methods.running import only_controller
@@ -67,7 +67,7 @@ def linearity(
         raise InputError(f"--modes must be at least 1, not {modes}")
     chosen = parse_strengths(strengths)
     if controller is not None:
-        check_steering(chosen)
+        check_strengths(chosen)
     steering = only_controller(load_steering(controller, model), "looked at here") if controller is not None else None
     plots = plots_or_refusal() if output is not None else None
     if output is not None:

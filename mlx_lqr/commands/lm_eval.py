@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.commands.evaluate import parse_steering, steering_options
 from mlx_lqr.commands.options import (
     Loading,
@@ -23,6 +22,7 @@ from mlx_lqr.commands.options import (
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.tasks.lm_eval import LMEvaluation, Settings, evaluate, load_evaluator, load_tasks
 
 _controller, _strengths = steering_options

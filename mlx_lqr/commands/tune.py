@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from mlx_lqr.analysis.results import as_json
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.commands.fit import contrast_prompts, note_few_prompts, say_how_to_use
 from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
@@ -17,6 +16,7 @@ from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.results import as_json
 from mlx_lqr.lqr.contrast import contrast
 from mlx_lqr.lqr.controller import Positions
 from mlx_lqr.lqr.linearize import Jacobians, linearize

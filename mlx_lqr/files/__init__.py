@@ -1,1 +1,1 @@
-"""Reading and writing files: atomic writes, safetensors, Jacobians layer by layer, text and prompts, the cache."""
+"""Reading and writing files: atomic writes, safetensors, Jacobians by layer, text, prompts, results, the cache folder."""

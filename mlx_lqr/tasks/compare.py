@@ -59,7 +59,7 @@ def check_budgets(methods: Sequence[Method]) -> None:
         raise InputError(f"methods need different names, not {', '.join(names)}: rename a file")
     for method in methods:
         if not method.strengths or 0 in method.strengths or len(set(method.strengths)) < len(method.strengths):
-            raise InputError(f"{method.steering.name} needs strengths that differ and are not 0, which is run anyway")
+            raise InputError(f"{method.steering.name} needs different strengths, all other than 0, which is always run")
     if len({len(method.strengths) for method in methods}) > 1:
         counts = ", ".join(f"{method.steering.name} {len(method.strengths)}" for method in methods)
         raise InputError(f"every method needs the same budget: give all of them equally many strengths ({counts})")

@@ -424,7 +424,7 @@ def test_every_method_gets_the_same_budget(
         compare(model, task, [Method(steering, (1.0, 2.0)), Method(other, (1.0,))])
     with pytest.raises(InputError, match=r"different names.*rename a file"):
         compare(model, task, [Method(steering, (1.0,)), Method(steering, (1.0,))])
-    with pytest.raises(InputError, match="that differ and are not 0"):
+    with pytest.raises(InputError, match="other than 0"):
         compare(model, task, [Method(steering, (0.0,))])
     methods = [Method(steering, (1.0, 2.0)), Method(other, (1.5, 2.0))]
     found = compare(model, task, methods, folder=tmp_path)
