@@ -16,7 +16,7 @@ from typing import Any
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
-from mlx_lqr.files.prompts import read_text
+from mlx_lqr.files.text import read_text
 from mlx_lqr.methods.laws import check_strength
 
 FORMAT = "mlx-lqr transcript 2"

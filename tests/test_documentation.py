@@ -36,7 +36,7 @@ from helpers.documentation import (
 from helpers.shown_output import difference, unlike
 
 import mlx_lqr
-from mlx_lqr.analysis import rollout, spectra
+from mlx_lqr.analysis import inputs, spectra
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.protocol import Trace
 from mlx_lqr.commands import main
@@ -87,7 +87,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     cache = tmp_path_factory.mktemp("cache")  # with nothing in it that another run has fitted
     (cache / "demo").mkdir()
     (cache / "demo" / demo_model().name).symlink_to(demo_model())
-    prompts_of, half_sentences, questions = mlx_lqr.bundled_prompts, rollout.default_prompts, Capability.bundled()
+    prompts_of, half_sentences, questions = mlx_lqr.bundled_prompts, inputs.default_prompts, Capability.bundled()
     sentences = NeutralText()._sentences[:1]
 
     def few_prompts(concept: str) -> tuple[list[str], list[str]]:

@@ -6,7 +6,7 @@ import ast
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,19 +18,35 @@ ROOT = Path(__file__).parents[1]
 TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
-    {"errors", "files.atomic", "files.cache", "files.prompts", "files.tensors", "concepts"},
-    {"files", "backends.blas", "backends.text", "backends.checkpoint", "backends.mlx.device"},
+    {"errors"},
+    {"files", "backends.mlx.device"},
+    {"concepts", "backends.blas", "backends.text", "backends.checkpoint"},
     {"backends.protocol"},
     {"backends"},
     {"lqr"},
     {"methods"},
     {"convert"},
     {"loading"},
-    {"runtime", "analysis", "tasks"},
+    {"runtime", "analysis"},
+    {"tasks"},
     {"commands"},
     {"__main__"},
 ]
-"""From the bottom to the top: a module may import from its own layer and from those below."""
+"""From the bottom to the top. A module may import from its own entry and from the layers below, but not from another
+entry of its layer: runtime and analysis know nothing of each other."""
+
+FROM_BACKENDS = {
+    "convert": {"backends.protocol", "backends.borrowed", "backends.checkpoint", "backends.mlx"},  # it writes MLX's
+    "loading": {"backends.protocol", "backends.mlx", "backends.torch"},  # it chooses among them
+    "lqr": {"backends.protocol"},
+    "methods": {"backends.protocol"},
+    "analysis": {"backends.protocol"},
+    "runtime": {"backends.protocol", "backends.text", "backends.overflow"},
+    "tasks": {"backends.protocol"},
+    "tasks.lm_eval": {"backends.protocol", "backends.borrowed", "backends.mlx"},  # mlx-lm's own evaluator
+    "commands": {"backends.protocol"},
+}
+"""What of backends/ a folder may import. A backend's own folder stays out of everybody else's sight."""
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -52,25 +68,43 @@ def imports(file: Path, *, top_level: bool = False) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def layer(name: str) -> int | None:
-    name = name.removeprefix("mlx_lqr.")
-    known = {prefix: index for index, layer in enumerate(LAYERS) for prefix in layer}
-    while name:
-        if name in known:
-            return known[name]
+def entry_of(name: str, entries: Iterable[str]) -> str | None:
+    """The entry that a module belongs to: the longest that its name begins with."""
+    while name and name not in entries:
         name = name.rpartition(".")[0]
-    return None
+    return name or None
+
+
+def of_the_library(file: Path) -> Iterator[str]:
+    """What a file imports of the library, without the library's own name."""
+    return (name.removeprefix("mlx_lqr.") for name in imports(file) if name.startswith("mlx_lqr."))
 
 
 @pytest.mark.parametrize(("name", "file"), [entry for entry in modules() if entry[0] != "__init__"])
 def test_imports_point_downwards(name: str, file: Path) -> None:
-    own = layer(name)
+    heights = {entry: height for height, layer in enumerate(LAYERS) for entry in layer}
+    own = entry_of(name, heights)
     assert own is not None, f"{name} has no layer: give it one"
-    for imported in imports(file):
-        if imported.startswith("mlx_lqr."):
-            theirs = layer(imported)
-            assert theirs is not None
-            assert theirs <= own, f"{name} imports {imported}, which stands above it"
+    for imported in of_the_library(file):
+        theirs = entry_of(imported, heights)
+        assert theirs is not None
+        below = theirs == own or heights[theirs] < heights[own]
+        assert below, f"{name} imports {imported}, which does not stand below it"
+
+
+@pytest.mark.parametrize(("name", "file"), [entry for entry in modules() if not entry[0].startswith("backends.")])
+def test_nobody_reaches_into_a_backend(name: str, file: Path) -> None:
+    entry = entry_of(name, FROM_BACKENDS)
+    allowed = FROM_BACKENDS[entry] if entry is not None else set()
+    for imported in of_the_library(file):
+        if imported.startswith("backends.") and name != "__init__":
+            assert entry_of(imported, allowed), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize(("name", "file"), list(modules()))
+def test_private_names_stay_in_their_module(name: str, file: Path) -> None:
+    private = [imported for imported in of_the_library(file) if imported.rpartition(".")[2].startswith("_")]
+    assert not [imported for imported in private if not imported.endswith("__")], f"{name} imports {private}"
 
 
 @pytest.mark.parametrize(("name", "file"), list(modules()))

@@ -15,7 +15,7 @@ import mlx_lqr
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.methods import baseline
-from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.tuning import Candidate, Space
 
 Options = Mapping[str, Any]

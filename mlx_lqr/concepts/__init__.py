@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.prompts import text_lines
+from mlx_lqr.files.text import text_lines
 
 _POSITIVE, _NEGATIVE = ".positive.txt", ".negative.txt"
 

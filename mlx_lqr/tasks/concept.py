@@ -1,7 +1,7 @@
 """Concept: how many of the texts that follow neutral openings mention the concept, by its word family.
 
-A word family is a list of words, matched whole and whatever their case; `wave*` stands for every word that begins so.
-Where a local model is asked too, a text counts as `judged` when it is likelier to say Yes than No (scorers.py).
+A word family is a list of words, matched as whole words in any case; `wave*` matches every word that begins with it. If
+a local model is asked as well, a text counts as `judged` if the model is likelier to say Yes than No (scorers.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WordFamily:
     asked: Model | None = None
     """A model that is asked as well"""
     concept: str = ""
-    """What it is asked about"""
+    """The concept it is asked about"""
     pattern: re.Pattern[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -45,24 +45,24 @@ class WordFamily:
         return settings
 
     def score(self, texts: Sequence[str], rows: range) -> list[Row]:
-        found: list[Row] = [{"words": [word.lower() for word in self.pattern.findall(text)]} for text in texts]
+        rows_of_texts: list[Row] = [{"words": [word.lower() for word in self.pattern.findall(text)]} for text in texts]
         if self.asked is not None:
-            for row, sure in zip(found, mentions(Steered(self.asked), self.concept, texts), strict=True):
+            for row, sure in zip(rows_of_texts, mentions(Steered(self.asked), self.concept, texts), strict=True):
                 row["judged"] = sure
-        return found
+        return rows_of_texts
 
     def metrics(self, rows: Sequence[Row], groups: Sequence[int]) -> dict[str, Metric]:
-        found = {"prevalence": mean([bool(row["words"]) for row in rows], groups, share=True)}
+        metrics = {"prevalence": mean([bool(row["words"]) for row in rows], groups, share=True)}
         if self.asked is not None:
-            found["judged"] = mean([row["judged"] > 0.5 for row in rows], groups, share=True)
-        return found
+            metrics["judged"] = mean([row["judged"] > 0.5 for row in rows], groups, share=True)
+        return metrics
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
     """A pattern for whole words of a family.
 
     Raises:
-        InputError: no word, or one that is a bare `*`.
+        InputError: no words, or one that is not like `ocean` or `wave*`.
     """
     parts = []
     for word in words:
@@ -79,7 +79,7 @@ def word_family(concept: str) -> list[str]:
     """The words of a bundled concept.
 
     Raises:
-        InputError: a concept without one.
+        InputError: the concept is not a bundled one.
     """
     families = json.loads(bundled_text("words.json"))
     if concept not in families:
@@ -91,7 +91,7 @@ def word_family(concept: str) -> list[str]:
 
 
 def bundled_openings(purpose: Literal["evaluation", "tuning"] = "evaluation") -> list[str]:
-    """Beginnings of texts that could be about anything; those to tune on are others than those to report."""
+    """Beginnings of texts that could be about anything; tuning uses others than evaluation."""
     return bundled_lines("openings.txt" if purpose == "evaluation" else "tuning_openings.txt")
 
 
@@ -108,11 +108,14 @@ def concept(
 
     Args:
         words: the concept's family, see `word_family`.
-        openings: texts to go on with; by default those that come with the library.
-        decoding: by default 4 samples of each opening, of 40 tokens.
-        judge: of fluency.
-        ask: the concept's name, to ask the judge's model about each text; it needs one.
-        damage: what else to measure.
+        openings: texts to continue; by default the bundled ones.
+        decoding: by default 4 samples per opening, of 40 tokens.
+        judge: measures fluency.
+        ask: the concept's name, to ask the judge's model about each text; the judge must have a model.
+        damage: parts that measure damage.
+
+    Raises:
+        InputError: no words, or `ask` without a judge's model.
     """
     judge = judge or Judge()
     if ask is not None and judge.model is None:

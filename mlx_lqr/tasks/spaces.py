@@ -21,7 +21,7 @@ from mlx_lqr.lqr.linearize import Jacobians
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.methods.baseline import METHODS, Baseline, MethodName
 from mlx_lqr.methods.fitting import MIDDLE_ALONE, fit_baseline
-from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.search import Options
 from mlx_lqr.tasks.tuning import Candidate, Space
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lqr.backends.protocol import Continued, Float32, Law, Model
-from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import Prompt, tokenise
@@ -159,10 +159,7 @@ class Steered:
             before, each = self.model.tokenizer.continuations(prompt, [space + answer for answer in answers])
             pairs += [(before, after) for after in each]
         totals = iter([float(found.sum()) for found in self.log_probabilities(pairs)])
-        scores = [[next(totals) for _ in answers] for _, answers in questions]
-        if not all(np.all(np.isfinite(some)) for some in scores):
-            raise self.overflowing
-        return scores
+        return [[next(totals) for _ in answers] for _, answers in questions]
 
     def logits_along(self, pairs: Sequence[Continued]) -> list[Float32]:
         """`Model.logits_along` as steered here."""
@@ -180,9 +177,3 @@ class Steered:
             law = law_on(self.model, anew, steering.strength(self.strength))
             found += run(list(own), law=law, steer_all=self.steer_all)
         return found
-
-    @property
-    def overflowing(self) -> OverflowingError:
-        if self.strength == 0:
-            return OverflowingError(f"the activations of {self.model.name} overflow: load it with dtype float32")
-        return OverflowingError(f"the activations overflow at strength {self.strength:g}: lower the strength")

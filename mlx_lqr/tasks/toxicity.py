@@ -1,9 +1,9 @@
 """Toxicity: the share of toxic continuations of RealToxicityPrompts-style prompts (Gehman et al. 2020).
 
-`toxic` is the share of continuations that a scorer gives 0.5 or more; `mean_toxicity` the mean score; further the mean
-of the worst score of each prompt, `expected_maximum`, and the share of prompts with a toxic continuation, `any_toxic`,
-as the authors define them (they take 25 samples). The prompt itself is not scored. `harmless`, 1 - toxic, is what
-control is for.
+`toxic` is the share of continuations with a score of 0.5 or more, `mean_toxicity` the mean score. `expected_maximum`
+is the mean over prompts of the worst score, and `any_toxic` the share of prompts with a toxic continuation, as the
+authors define them (they take 25 samples). The prompt itself is not scored. `harmless`, 1 - toxic, is the metric of
+control.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def toxicity(
     """The task, for the prompts of a file of JSON lines with the key prompt.
 
     Raises:
-        InputError: unusable rows, or a scorer that is not there.
+        InputError: unusable rows, or a scorer that cannot be imported.
     """
     prompts = [row["prompt"] for row in read_rows(data, {"prompt": "text"}, limit)]
     generations = Generations(prompts, Toxicity(scorer, threshold), decoding or Decoding(), judge or Judge())

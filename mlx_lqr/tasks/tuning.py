@@ -21,13 +21,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mlx_lqr.analysis.results import as_json
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.results import as_json
 from mlx_lqr.methods import baseline
 from mlx_lqr.tasks.bootstrap import Estimate
-from mlx_lqr.tasks.run import Evaluation, Result, Task, digest, evaluate
+from mlx_lqr.tasks.records import digest
+from mlx_lqr.tasks.run import Evaluation, Result, Task, evaluate
 from mlx_lqr.tasks.search import Found, Options, Search
 from mlx_lqr.tasks.steering import Steering
 

@@ -14,15 +14,16 @@ from helpers.command_line import refused, run
 from helpers.controllers import controller_for
 from helpers.prompts import NOMINAL_PROMPTS as PROMPTS
 from helpers.tiny import tiny
+from helpers.transitions import transition_norms
 
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.analysis import Certificate, certify
 from mlx_lqr.analysis.closed_loop import AtPrompt, ClosedLoop
-from mlx_lqr.analysis.lyapunov import error_bound, lyapunov_sweep, transition_norms, weighted_norm
-from mlx_lqr.analysis.results import as_json, write_json
+from mlx_lqr.analysis.lyapunov import error_bound, lyapunov_sweep, weighted_norm
 from mlx_lqr.analysis.rollout import roll_out
 from mlx_lqr.backends.protocol import Model
+from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.lqr.controller import Controller
 
 CALIBRATION, HELD_OUT = PROMPTS[:2], PROMPTS[2:]

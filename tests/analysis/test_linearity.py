@@ -17,8 +17,9 @@ from helpers.tiny import FAMILY, tiny
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.analysis import linearity, monitored
+from mlx_lqr.analysis.inputs import default_prompts
 from mlx_lqr.analysis.linearity import TOLERANCE, displacement_error, linearisation_error, trust_region
-from mlx_lqr.analysis.rollout import default_prompts, roll_out
+from mlx_lqr.analysis.rollout import roll_out
 from mlx_lqr.analysis.spectra import (
     dominant_modes,
     gaussian_modes,
@@ -201,7 +202,7 @@ def test_the_region_goes_into_the_controller_and_with_it(tmp_path: Path) -> None
     first, second = both.split()
     assert np.array_equal(first.checked_error, region.checked_error)  # type: ignore[arg-type]
     assert mlx_lqr.Controller.combine(controller_for(model), controller_for(model, "b")).checked_error is None
-    with pytest.raises(InputError, match="that one"):
+    with pytest.raises(InputError, match="another controller: give the same one to both"):
         monitored(second, found)
 
 

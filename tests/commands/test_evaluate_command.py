@@ -145,7 +145,7 @@ def test_ctrl_c_says_that_nothing_is_lost(data: Path, monkeypatch: pytest.Monkey
         (["eval", "refusal", "--data", "toxicity.jsonl"], '"type"'),
         (["eval", "refusal", "--data", "refusal.jsonl", "--limit", "0"], "limit"),
         (["compare", "concept", "-c", "{dog}:1,2", "-c", "rival.safetensors:1"], "same budget"),
-        (["compare", "concept", "-c", "{dog}", "-c", "{dog}"], "names of their own"),
+        (["compare", "concept", "-c", "{dog}", "-c", "{dog}"], "different names"),
         (["compare", "concept", "-c", "{dog}:0,1"], "other than 0"),
         (["compare", "concept"], "--controller"),
         (["compare", "concept", "-c", "{dog}", "--control", "charm", "--words", "dog"], "charm"),

@@ -18,10 +18,10 @@ from helpers.tiny_tokenizers import chatting
 
 import mlx_lqr
 from mlx_lqr import InputError
-from mlx_lqr.analysis.results import write_json
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.convert import convert
 from mlx_lqr.files.atomic import check_writable, kind_of, writing
+from mlx_lqr.files.results import write_json
 from mlx_lqr.runtime import Chat
 
 OTHERS: dict[str, bytes] = {

@@ -130,7 +130,7 @@ def test_other_settings_are_refused(model: Model, steering: tasks.Steering, task
     header = json.loads(before.splitlines()[0])
     assert header["model"]["fingerprint"] == model.fingerprint
     assert header["version"]
-    for content, says in ((b"", "no evaluation"), (b"{}\n", "no evaluation"), (before[:-9] + b"\n", "damaged")):
+    for content, says in ((b"", "not an evaluation"), (b"{}\n", "not an evaluation"), (before[:-9] + b"\n", "damaged")):
         file.write_bytes(content)
         with pytest.raises(InputError, match=says):
             tasks.evaluate(model, task, steering, [0.0], output=file)
@@ -422,7 +422,7 @@ def test_every_method_gets_the_same_budget(
     other = tasks.Steering("other", steering.controller, (-1.0,))
     with pytest.raises(InputError, match="one 2, other 1"):
         compare(model, task, [Method(steering, (1.0, 2.0)), Method(other, (1.0,))])
-    with pytest.raises(InputError, match="names of their own"):
+    with pytest.raises(InputError, match=r"different names.*rename a file"):
         compare(model, task, [Method(steering, (1.0,)), Method(steering, (1.0,))])
     with pytest.raises(InputError, match="other than 0"):
         compare(model, task, [Method(steering, (0.0,))])
