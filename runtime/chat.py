@@ -9,7 +9,7 @@ from os import PathLike
 import numpy as np
 
 from mlx_lqr.analysis.tracking import TrackedAnswer, track_answer
-from mlx_lqr.backends.protocol import Decoder, Law, Model
+from mlx_lqr.backends.protocol import Decoder, Law, Runner
 from mlx_lqr.backends.text.detokenizer import common_length
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
@@ -33,7 +33,7 @@ class Chat:
         InputError: an option that no answer could be decoded with.
     """
 
-    model: Model
+    model: Runner
     messages: list[Message] = field(default_factory=list)
     options: Options = field(default_factory=Options)
     """How answers are decoded; controller and strength are the chat's own. `max_tokens` shrinks to what fits."""

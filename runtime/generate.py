@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from mlx_lqr.backends.protocol import Decoder, Model, Progress, Sampling, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, require
+from mlx_lqr.backends.protocol import Decoder, Progress, Runner, Sampling, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.adapt import readapted
 from mlx_lqr.lqr.controller import Controller
@@ -73,7 +74,7 @@ class Piece:
     """None for text that was held back, such as the possible beginning of a stop string, when nothing more comes."""
 
 
-def generate(model: Model, prompt: Prompt, **options: Unpack[Options]) -> str:
+def generate(model: Runner, prompt: Prompt, **options: Unpack[Options]) -> str:
     """The text that follows `prompt`, steered by `controller` if one is given.
 
     Args:
@@ -89,14 +90,14 @@ def generate(model: Model, prompt: Prompt, **options: Unpack[Options]) -> str:
 
 
 def stream(
-    model: Model, prompt: Prompt, *, decoder: Decoder | None = None, **options: Unpack[Options]
+    model: Runner, prompt: Prompt, *, decoder: Decoder | None = None, **options: Unpack[Options]
 ) -> Iterator[Piece]:
     """The same, piece by piece as it is decoded. Wrong arguments are refused at the call, not at the first piece."""
     return (piece for _, piece in _stream(model, [prompt], options, decoder))
 
 
 def batch_generate(
-    model: Model,
+    model: Runner,
     prompts: Sequence[Prompt],
     *,
     progress: Progress | None = None,
@@ -122,7 +123,7 @@ def batch_generate(
 
 
 def batch_stream(
-    model: Model,
+    model: Runner,
     prompts: Sequence[Prompt],
     *,
     records: Sequence[Recording] | None = None,
@@ -162,12 +163,15 @@ def _one_after_another(
 
 
 def feedback(
-    model: Model, controller: Steering, strength: Strength = None, record: Recording | None = None
+    model: Runner, controller: Steering, strength: Strength = None, record: Recording | None = None
 ) -> AdjustableLaw:
     """The law of a controller or of any other method, after checking that it was fitted on this model."""
     controller.check_model(model)
     if record is None:
-        return law_of(controller, strength)
+        law = law_of(controller, strength)
+        if law.site == "attention":
+            require(model, HEAD_RECORDER, "steer inside attention, as iti does")
+        return law
     strength = default_strength(controller) if strength is None else strength
     return RecordedFeedback(only_controller(controller, "recorded"), strength, record)
 
@@ -189,7 +193,7 @@ def only_controller(steering: Steering, what: str) -> Controller:
 
 
 def _stream(
-    model: Model, prompts: Sequence[Prompt], options: Options, decoder: Decoder | None = None
+    model: Runner, prompts: Sequence[Prompt], options: Options, decoder: Decoder | None = None
 ) -> Iterator[tuple[int, Piece]]:
     settings: dict[str, Any] = dict(options)
     controller, strength = settings.pop("controller", None), settings.pop("strength", None)
@@ -202,9 +206,12 @@ def _stream(
     law = feedback(model, controller, strength, record) if controller is not None else None
     fixed = only_controller(controller, "adaptive") if adaptive and controller is not None else None
 
+    differentiable = require(model, DIFFERENTIABLE, "adapt gains to a prompt") if fixed is not None else None
+
     def adapted(trace: Trace) -> AdjustableLaw:
         assert fixed is not None
-        return feedback(model, readapted(model, fixed, trace), strength, record)
+        assert differentiable is not None
+        return feedback(model, readapted(differentiable, fixed, trace), strength, record)
 
     if record is not None and len(prompts) > 1:
         raise InputError("a batch cannot be recorded: decode one prompt at a time, or give batch_stream `records`")
@@ -225,7 +232,7 @@ def _stream(
 
 
 def _pieces(
-    model: Model,
+    model: Runner,
     tokens: Iterator[tuple[int, int]],
     prompts: Sequence[Sequence[int]],
     stop: tuple[str, ...],

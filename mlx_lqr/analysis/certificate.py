@@ -25,7 +25,8 @@ import numpy as np
 from mlx_lqr.analysis.closed_loop import SAMPLES, AtPrompt, Averaged, ClosedLoop, Contraction, Swept
 from mlx_lqr.analysis.lyapunov import Float64, error_bound, prior_bound, remainder_bound
 from mlx_lqr.analysis.rollout import Rollout, check_seed, check_single, check_steering, roll_out
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.linearize import Jacobians, linearize
@@ -127,7 +128,7 @@ class Certificate:
 
 
 def certify(
-    model: Model,
+    model: Differentiable,
     controller: Controller,
     calibration: Sequence[Prompt],
     held_out: Sequence[Prompt],
@@ -163,6 +164,7 @@ def certify(
         InputError: unusable prompts or options, a controller or Jacobians of another model, a controller of several
             concepts, activations that overflow.
     """
+    require(model, DIFFERENTIABLE, "certify controllers")
     check_single(controller, model)
     _check(model, controller, calibration, held_out, strengths, linearised, jacobians, quantile, seed)
     runs: list[Rollout] = []
@@ -193,7 +195,7 @@ def certify(
 
 
 def _check(
-    model: Model,
+    model: Differentiable,
     controller: Controller,
     calibration: Sequence[Prompt],
     held_out: Sequence[Prompt],

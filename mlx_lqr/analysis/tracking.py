@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import AddProduct, Array, Float32, Law, Model, Renew, Site
+from mlx_lqr.backends.protocol import AddProduct, Array, Float32, Law, Recorder, Renew, Runner, Site
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.methods.laws import LinearFeedback, check_strength
@@ -56,7 +56,7 @@ class TrackedAnswer:
 
 
 def track(
-    model: Model,
+    model: Recorder,
     prompt: Prompt,
     controller: Controller,
     strength: float | Sequence[float],
@@ -75,7 +75,7 @@ def track(
 
 
 def track_answer(
-    model: Model,
+    model: Runner,
     prompt: Sequence[int],
     answer: Sequence[int],
     controller: Controller,

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Model, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.controller import Controller, Positions, Setpoint, assemble
@@ -17,7 +18,7 @@ from mlx_lqr.lqr.riccati import WEIGHT, Product, Weights
 
 
 def adapt(
-    model: Model,
+    model: Differentiable,
     concept: Contrast | Controller,
     prompt: Prompt,
     *,
@@ -41,6 +42,7 @@ def adapt(
     Raises:
         InputError: an unusable prompt or option, or a contrast or controller of another model.
     """
+    require(model, DIFFERENTIABLE, "adapt gains to a prompt")
     if isinstance(concept, Controller):
         concept.check_model(model)
         return readapted(model, concept, model.trace(tokenise(model, prompt)))
@@ -52,7 +54,7 @@ def adapt(
     return assemble(concept, feedback, weights, 1, name, positions, "feature", setpoint)
 
 
-def readapted(model: Model, controller: Controller, trace: Trace) -> Controller:
+def readapted(model: Differentiable, controller: Controller, trace: Trace) -> Controller:
     """The controller with gains for the feature cost at this trace."""
     product = pull_back(model, [trace])
     return Controller.combine(*(_readapted(one, product) for one in controller.split()))

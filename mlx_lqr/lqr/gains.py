@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import LinearAlgebra, Matrix, Model, Progress, Trace
+from mlx_lqr.backends.protocol import Differentiable, LinearAlgebra, Matrix, Progress, Trace
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.riccati import Product, Weights, feature_sweep, sweep
 
@@ -31,7 +31,7 @@ def aims(found: Contrast) -> tuple[Matrix, Matrix, Matrix]:
     return found.unit_direction, found.magnitude, found.output_direction
 
 
-def pull_back(model: Model, traces: Sequence[Trace]) -> Product:
+def pull_back(model: Differentiable, traces: Sequence[Trace]) -> Product:
     """(k, X) -> A_k' X with the Jacobians averaged over traces, none of which is ever formed."""
 
     def product(k: int, X: Matrix) -> Matrix:

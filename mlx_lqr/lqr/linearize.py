@@ -14,7 +14,8 @@ from os import PathLike
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Float32, Model, Progress, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Float32, Progress, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.jacobians import JacobianWriter, StoredJacobians
@@ -65,7 +66,7 @@ class Jacobians(Sequence[Float32]):
 
 
 def linearize(
-    model: Model,
+    model: Differentiable,
     prompts: Sequence[Prompt],
     *,
     store: str | PathLike[str] | None = None,
@@ -87,6 +88,7 @@ def linearize(
     Raises:
         InputError: unusable prompts, or a place that cannot be written.
     """
+    require(model, DIFFERENTIABLE, "compute Jacobians")
     if store is None:
         found = dict(stream_jacobians(model, prompts, progress=progress))
         return Jacobians([found[k] for k in range(len(found))], model.fingerprint, model.name, len(prompts))
@@ -102,7 +104,7 @@ def linearize(
     return Jacobians.load(store)
 
 
-def traces(model: Model, prompts: Sequence[Prompt]) -> list[Trace]:
+def traces(model: Differentiable, prompts: Sequence[Prompt]) -> list[Trace]:
     """Run each prompt, at most 32 tokens of it, up to where it is linearised.
 
     Raises:
@@ -114,7 +116,7 @@ def traces(model: Model, prompts: Sequence[Prompt]) -> list[Trace]:
 
 
 def stream_jacobians(
-    model: Model, prompts: Sequence[Prompt], *, lowest: int = 0, progress: Progress | None = None
+    model: Differentiable, prompts: Sequence[Prompt], *, lowest: int = 0, progress: Progress | None = None
 ) -> Iterator[tuple[int, Float32]]:
     """Yield (k, A_k), averaged over prompts, from the last layer down to `lowest` (higher gains need no more).
 
@@ -125,7 +127,7 @@ def stream_jacobians(
 
 
 def _stream(
-    model: Model, points: Sequence[Trace], highest: int, lowest: int, progress: Progress | None
+    model: Differentiable, points: Sequence[Trace], highest: int, lowest: int, progress: Progress | None
 ) -> Iterator[tuple[int, Float32]]:
     steps = (model.num_layers - lowest) * len(points)
     for k in reversed(range(lowest, highest + 1)):

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Continued, Model, Sampling
+from mlx_lqr.backends.protocol import Continued, Recorder, Runner, Sampling
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.runtime import Options
@@ -72,7 +72,7 @@ class Judge:
     better judge. Perplexities are per token of the judge, and compare only under one judge.
     """
 
-    model: Model | None = None
+    model: Recorder | None = None
 
     @property
     def settings(self) -> Row | str:
@@ -108,7 +108,7 @@ class Generations:
     def __len__(self) -> int:
         return len(self.prompts) * self.decoding.samples
 
-    def settings(self, model: Model) -> Row:
+    def settings(self, model: Runner) -> Row:
         return {
             "prompts": digest(list(self.prompts)),
             "chat": self.chat,
@@ -142,14 +142,14 @@ class Generations:
         }
 
 
-def chat_prompt(model: Model, message: str) -> Prompt:
+def chat_prompt(model: Runner, message: str) -> Prompt:
     """A user's message in the model's chat template; the message itself and a line's end for a model without one."""
     if model.tokenizer.has_chat_template:
         return model.tokenizer.chat([{"role": "user", "content": message}])
     return message + "\n"
 
 
-def _continued(model: Model, prompt: str, text: str, chat: bool) -> Continued:
+def _continued(model: Recorder, prompt: str, text: str, chat: bool) -> Continued:
     """Token ids of a prompt and of the text that was written after it."""
     tokenizer = model.tokenizer
     if chat and tokenizer.has_chat_template:

@@ -15,7 +15,7 @@ from importlib import metadata
 from os import PathLike
 from typing import Any, Protocol
 
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Progress, Recorder, Runner
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, difference, estimate
 from mlx_lqr.tasks.records import CHUNK, Records, Row
 from mlx_lqr.tasks.steering import Steered, Steering, check_strengths
@@ -30,7 +30,7 @@ class Part(Protocol):
     def __len__(self) -> int:
         """How many rows there are at one strength."""
 
-    def settings(self, model: Model) -> Row:
+    def settings(self, model: Runner) -> Row:
         """Everything but model, steering and strength that the rows depend on, as JSON."""
 
     def rows(self, steered: Steered, indices: range) -> list[Row]:
@@ -98,7 +98,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model,
+    model: Recorder,
     task: Task,
     steering: Steering | None = None,
     strengths: Sequence[float] = (0.0,),
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def describe(
-    model: Model, task: Task, steering: Steering | None = None, loading: Mapping[str, str | None] | None = None
+    model: Recorder, task: Task, steering: Steering | None = None, loading: Mapping[str, str | None] | None = None
 ) -> Row:
     """All that an evaluation's rows depend on but the strength."""
     return {

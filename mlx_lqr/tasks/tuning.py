@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lqr.analysis.results import as_json
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Differentiable, Progress
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.methods import baseline
@@ -123,7 +123,7 @@ class Tuned:
 
 
 def tune(
-    model: Model,
+    model: Differentiable,
     task: Task,
     space: Space,
     *,
@@ -182,7 +182,7 @@ def check_limit(task: Task, control: str, damage: str, limit: float | None) -> f
 class _Run:
     """The trials so far, and what makes the next one."""
 
-    model: Model
+    model: Differentiable
     task: Task
     space: Space
     control: str

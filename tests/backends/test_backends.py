@@ -86,7 +86,7 @@ def test_numbers_agree(backend: str, family: str, random: np.random.Generator) -
 def test_logits_and_probabilities_along_texts_are_those_of_the_steps(
     backend: str, family: str, steer_all: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_lqr.backends.protocol.BATCH_TOKENS", 20)  # two batches
+    monkeypatch.setattr("mlx_lqr.backends.batching.BATCH_TOKENS", 20)  # two batches
     model = tiny_on(backend, family)
     pairs = [([5], [6, 7, 8, 9]), (PROMPT[:5], PROMPT[5:]), ([1, 2, 3], [4]), ([3, 1], [4, 1, 5])]
     laws = [None, law_for(model)]
