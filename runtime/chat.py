@@ -8,7 +8,7 @@ from os import PathLike
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Decoder, Law, Model
+from mlx_lqr.backends.protocol import Decoder, Law, Runner
 from mlx_lqr.backends.text.detokenizer import common_length
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
@@ -34,7 +34,7 @@ class Chat:
         InputError: options that cannot be used for decoding.
     """
 
-    model: Model
+    model: Runner
     messages: list[Message] = field(default_factory=list)
     options: Options = field(default_factory=Options)
     """How answers are decoded. Controller and strength come from the chat; `max_tokens` is cut to what fits."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from mlx_lqr.backends.overflow import first_overflow
-from mlx_lqr.backends.protocol import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace
+from mlx_lqr.backends.protocol import GREEDY, OVERFLOWED, Decoder, Law, Runner, Sampling, Trace, TracingDecoder
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 
@@ -17,7 +17,7 @@ MAX_TOKENS = 256
 
 
 def decode(
-    model: Model,
+    model: Runner,
     prompts: Sequence[Prompt],
     *,
     law: Law | None = None,
@@ -74,13 +74,13 @@ def decode(
     return _decode(model, tokens, begin, another, steer_all, max_tokens, set() if ended is None else ended, adapted)
 
 
-def room_after(model: Model, prompt_length: int) -> int:
+def room_after(model: Runner, prompt_length: int) -> int:
     """How many new tokens fit the model's context after a prompt. The last one is never fed back, so needs no room."""
     return model.context_length + 1 - prompt_length
 
 
 def _decode(
-    model: Model,
+    model: Runner,
     prompts: Sequence[Sequence[int]],
     begin: Callable[[], Decoder],
     another: Callable[[], Decoder],
@@ -98,7 +98,7 @@ def _decode(
         return another().overflow(sequences[i], 0 if steer_all else len(prompts[i]) - 1)
 
     if adapted is not None:
-        trace = decoder.trace(last[0])
+        trace = cast(TracingDecoder, decoder).trace(last[0])  # whoever adapts has asked for one
         if first_overflow(trace.residual) is not None:
             raise overflow(0)
         decoder.law = adapted(trace)

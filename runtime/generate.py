@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from mlx_lqr.backends.protocol import Decoder, Model, Progress, Sampling, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Decoder, Progress, Runner, Sampling, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.prompts import Prompt, tokenise
@@ -72,7 +73,7 @@ class Piece:
     """None for text that was held back until the end, such as one that could have begun a stop string."""
 
 
-def generate(model: Model, prompt: Prompt, **options: Unpack[Options]) -> str:
+def generate(model: Runner, prompt: Prompt, **options: Unpack[Options]) -> str:
     """The text that follows `prompt`, steered if a `controller` is given.
 
     Args:
@@ -88,14 +89,14 @@ def generate(model: Model, prompt: Prompt, **options: Unpack[Options]) -> str:
 
 
 def stream(
-    model: Model, prompt: Prompt, *, decoder: Decoder | None = None, **options: Unpack[Options]
+    model: Runner, prompt: Prompt, *, decoder: Decoder | None = None, **options: Unpack[Options]
 ) -> Iterator[Piece]:
     """`generate`, piece by piece as it is decoded. Wrong arguments are refused at the call, not at the first piece."""
     return (piece for _, piece in _stream(model, [prompt], options, decoder))
 
 
 def batch_generate(
-    model: Model,
+    model: Runner,
     prompts: Sequence[Prompt],
     *,
     progress: Progress | None = None,
@@ -121,7 +122,7 @@ def batch_generate(
 
 
 def batch_stream(
-    model: Model,
+    model: Runner,
     prompts: Sequence[Prompt],
     *,
     records: Sequence[Recording] | None = None,
@@ -161,7 +162,7 @@ def _one_after_another(
 
 
 def _stream(
-    model: Model, prompts: Sequence[Prompt], options: Options, decoder: Decoder | None = None
+    model: Runner, prompts: Sequence[Prompt], options: Options, decoder: Decoder | None = None
 ) -> Iterator[tuple[int, Piece]]:
     settings: dict[str, Any] = dict(options)
     controller, strength = settings.pop("controller", None), settings.pop("strength", None)
@@ -173,10 +174,12 @@ def _stream(
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
     law = law_on(model, controller, strength, record) if controller is not None else None
     fixed = only_controller(controller, "adaptive") if adaptive and controller is not None else None
+    differentiable = require(model, DIFFERENTIABLE, "adapt gains to a prompt") if fixed is not None else None
 
     def adapted(trace: Trace) -> AdjustableLaw:
         assert fixed is not None
-        return law_on(model, adapt_at(model, fixed, trace), strength, record)
+        assert differentiable is not None
+        return law_on(model, adapt_at(differentiable, fixed, trace), strength, record)
 
     if record is not None and len(prompts) > 1:
         raise InputError("a batch cannot be recorded: decode one prompt at a time, or give batch_stream `records`")
@@ -197,7 +200,7 @@ def _stream(
 
 
 def _pieces(
-    model: Model,
+    model: Runner,
     tokens: Iterator[tuple[int, int]],
     prompts: Sequence[Sequence[int]],
     stop: tuple[str, ...],

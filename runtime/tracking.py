@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import AddProduct, Array, Float32, Law, Model, Renew, Site
+from mlx_lqr.backends.protocol import AddProduct, Array, Float32, Law, Renew, Runner, Site
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.tracking import Tracking
 from mlx_lqr.methods.laws import LinearFeedback
@@ -40,7 +40,7 @@ class TrackedAnswer:
 
 
 def track_answer(
-    model: Model,
+    model: Runner,
     prompt: Sequence[int],
     answer: Sequence[int],
     controller: Controller,

@@ -114,10 +114,10 @@ def test_only_backends_and_converters_know_a_tensor_framework(name: str, file: P
         assert frameworks <= {"torch", "transformers"}
     elif name.startswith("backends.mlx") or name.startswith("convert."):
         assert frameworks <= {"mlx", "mlx_lm", "transformers"}  # the last for tokenizers in older formats
-    elif name == "loading":
-        assert not {imported.partition(".")[0] for imported in imports(file, top_level=True)} & TENSOR_FRAMEWORKS
     else:
         assert not frameworks
+    if name.startswith("backends.") and name.endswith(".backend"):  # is imported to list the backends
+        assert not {imported.partition(".")[0] for imported in imports(file, top_level=True)} & TENSOR_FRAMEWORKS
 
 
 def loaded_after(code: str) -> set[str]:
@@ -216,7 +216,7 @@ ASKS = {"default_device", "is_available", "metal", "gpu", "platform", "machine",
 MAY_ASK = {
     "backends.mlx.device": ASKS,
     "backends.blas": {"platform", "machine"},  # in which words to say how to install one
-    "loading": {"platform", "is_available"},  # how NVIDIA's driver is called on Windows; torch.cuda
+    "backends.torch.backend": {"platform", "is_available"},  # what NVIDIA's driver is called on Windows; torch.cuda
     "backends.torch.load": {"is_available"},  # torch.cuda
 }
 

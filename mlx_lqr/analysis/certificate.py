@@ -26,7 +26,8 @@ from mlx_lqr.analysis.closed_loop import SAMPLES, AtPrompt, Averaged, ClosedLoop
 from mlx_lqr.analysis.inputs import check_seed, check_single, check_strengths
 from mlx_lqr.analysis.lyapunov import Float64, error_bound, prior_bound, remainder_bound
 from mlx_lqr.analysis.rollout import Rollout, roll_out
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.linearize import Jacobians, linearize
@@ -129,7 +130,7 @@ class Certificate:
 
 
 def certify(
-    model: Model,
+    model: Differentiable,
     controller: Controller,
     calibration: Sequence[Prompt],
     held_out: Sequence[Prompt],
@@ -165,6 +166,7 @@ def certify(
         InputError: unusable prompts or options, a controller or Jacobians of another model, a controller of several
             concepts, or activations overflow.
     """
+    require(model, DIFFERENTIABLE, "certify controllers")
     check_single(controller, model)
     _check(model, controller, calibration, held_out, strengths, linearised, jacobians, quantile, seed)
     runs: list[Rollout] = []
@@ -195,7 +197,7 @@ def certify(
 
 
 def _check(
-    model: Model,
+    model: Differentiable,
     controller: Controller,
     calibration: Sequence[Prompt],
     held_out: Sequence[Prompt],

@@ -23,7 +23,7 @@ from mlx_lqr.analysis.lyapunov import (
     weighted_norm,
 )
 from mlx_lqr.analysis.rollout import Rollout
-from mlx_lqr.backends.protocol import Float32, Model, Trace
+from mlx_lqr.backends.protocol import Differentiable, Float32, Trace
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.linearize import Jacobians
 from mlx_lqr.lqr.riccati import cost_to_go
@@ -60,7 +60,7 @@ class Averaged:
 class AtPrompt:
     """Jacobians at one prompt."""
 
-    model: Model
+    model: Differentiable
     trace: Trace
 
     def matrix(self, layer: int) -> Float64:
@@ -119,7 +119,9 @@ class Swept:
 class ClosedLoop:
     """The linear model of the closed loop: v_k, g_k and F_k = A_k - g_k v_k'."""
 
-    def __init__(self, model: Model, controller: Controller, strengths: Sequence[float], linear: LinearModel) -> None:
+    def __init__(
+        self, model: Differentiable, controller: Controller, strengths: Sequence[float], linear: LinearModel
+    ) -> None:
         self.model, self.controller, self.linear = model, controller, linear
         self.strengths = np.asarray(strengths, np.float64)
         self.T, self.d = model.num_layers, model.hidden_size

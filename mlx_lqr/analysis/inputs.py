@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.concepts import bundled_concepts, bundled_prompts
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.controller import Controller
@@ -39,7 +39,7 @@ def check_seed(seed: int) -> None:
         raise InputError(f"seed must be zero or above, not {seed}")
 
 
-def check_single(controller: Controller, model: Model) -> None:
+def check_single(controller: Controller, model: Runner) -> None:
     """Raise `InputError` unless the controller is of this model, has one concept and steers at some layer."""
     controller.check_model(model)
     if len(controller.concepts) > 1:

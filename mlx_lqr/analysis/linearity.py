@@ -22,7 +22,8 @@ from mlx_lqr.analysis.spectra import (
     similarity_matrix,
     spectral_similarity,
 )
-from mlx_lqr.backends.protocol import Float32, Model, Progress, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Float32, Progress, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.linearize import traces
@@ -93,7 +94,7 @@ class Linearity:
 
 
 def linearity(
-    model: Model,
+    model: Differentiable,
     prompts: Sequence[Prompt],
     controller: Controller | None = None,
     *,
@@ -117,6 +118,7 @@ def linearity(
     Raises:
         InputError: fewer than two prompts, an unusable prompt, or a controller of another model or of several concepts.
     """
+    require(model, DIFFERENTIABLE, "measure how linear its blocks are")
     if isinstance(prompts, str) or len(prompts) < 2:
         raise InputError("linearity compares prompts: give at least two")
     if controller is not None:
@@ -172,7 +174,9 @@ def linearity(
     )
 
 
-def linearisation_error(model: Model, trace: Trace, layer: int, directions: Float32, sizes: Float32) -> Float32:
+def linearisation_error(
+    model: Differentiable, trace: Trace, layer: int, directions: Float32, sizes: Float32
+) -> Float32:
     """|phi(z + dz) - phi(z) - A dz| / |A dz| for dz = size x direction, the worst over the directions: (s,).
 
     Args:
@@ -187,7 +191,7 @@ def linearisation_error(model: Model, trace: Trace, layer: int, directions: Floa
 
 
 def displacement_error(
-    model: Model, trace: Trace, layer: int, z: Float32, steps: Float32, linear: Float32 | None = None
+    model: Differentiable, trace: Trace, layer: int, z: Float32, steps: Float32, linear: Float32 | None = None
 ) -> Float32:
     """The linearisation error of each step dz, the rows of `steps` (n, d), from z: (n,); NaN where A dz is zero.
 
@@ -242,7 +246,7 @@ def _directions(
 
 
 def _applied(
-    model: Model,
+    model: Differentiable,
     prompts: Sequence[Prompt],
     controller: Controller,
     strengths: Sequence[float],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Float32, Model, Trace
+from mlx_lqr.backends.protocol import Differentiable, Float32, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.linearize import MAX_TOKENS
@@ -36,7 +36,7 @@ class Rollout:
     """(S, T): |u_k|, in the same units"""
 
 
-def roll_out(model: Model, prompt: Prompt, controller: Controller, strengths: Sequence[float]) -> Rollout:
+def roll_out(model: Differentiable, prompt: Prompt, controller: Controller, strengths: Sequence[float]) -> Rollout:
     """Run the last token of a prompt (at most 32 tokens of it) at every strength; 0 is not steered.
 
     Raises:
@@ -56,7 +56,7 @@ def roll_out(model: Model, prompt: Prompt, controller: Controller, strengths: Se
 
 
 def _run(
-    model: Model, trace: Trace, controller: Controller, strengths: Sequence[float]
+    model: Differentiable, trace: Trace, controller: Controller, strengths: Sequence[float]
 ) -> tuple[Float32, Float32, Float32, Float32]:
     """Unsteered and steered residual streams (S, T + 1, d), alpha (S, T) and |u| (S, T) of one trace."""
     S, T, d = len(strengths), model.num_layers, model.hidden_size
@@ -79,7 +79,9 @@ def _run(
     return unsteered, z[1:], error, push.astype(np.float32)
 
 
-def _trace_after_steered_prefix(model: Model, tokens: list[int], controller: Controller, strength: float) -> Trace:
+def _trace_after_steered_prefix(
+    model: Differentiable, tokens: list[int], controller: Controller, strength: float
+) -> Trace:
     decoder = model.decoder(LinearFeedback(controller, strength))
     decoder.fill([tokens[:-1]], steered=True)
     return decoder.trace(tokens[-1])

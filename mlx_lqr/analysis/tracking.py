@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import Recorder
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.lqr.tracking import Tracking
@@ -12,7 +12,7 @@ from mlx_lqr.methods.laws import LinearFeedback, check_strength
 
 
 def track(
-    model: Model,
+    model: Recorder,
     prompt: Prompt,
     controller: Controller,
     strength: float | Sequence[float],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import OVERFLOWED, Array, Continued, Decoder, Float32, Model, Progress
+from mlx_lqr.backends.protocol import OVERFLOWED, Array, Continued, Decoder, Float32, Progress, Runner
 
 BATCH_TOKENS = 512
 """Tokens, padding included, per forward pass over many prompts."""
@@ -57,12 +57,12 @@ def in_batches(
 
 @dataclass(frozen=True)
 class Stretches:
-    """What `Model.logits_along` is asked for of some pairs, side by side: where it begins, and every position of it."""
+    """What `Recorder.logits_along` is asked for of some pairs, side by side: where it begins, and every position."""
 
     pairs: Sequence[Continued]
 
     @classmethod
-    def batches(cls, model: Model, pairs: Sequence[Continued]) -> Iterator[tuple[list[int], Stretches]]:
+    def batches(cls, model: Runner, pairs: Sequence[Continued]) -> Iterator[tuple[list[int], Stretches]]:
         """The numbers of the pairs of each batch, and the batch."""
         lengths = [len(prompt) + len(continuation) for prompt, continuation in pairs]
         for batch in batches(lengths, min(BATCH_TOKENS, BATCH_LOGITS // model.vocab_size)):

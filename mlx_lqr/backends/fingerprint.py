@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import Runner
 
 
-def fingerprint_of(model: Model, norms: Iterable[tuple[str, bytes]]) -> str:
+def fingerprint_of(model: Runner, norms: Iterable[tuple[str, bytes]]) -> str:
     """A digest of a model's sizes and of its blocks' norm weights.
 
     Args:

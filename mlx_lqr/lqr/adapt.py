@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Model, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.controller import Controller, Positions, Setpoint, assemble
@@ -17,7 +18,7 @@ from mlx_lqr.lqr.riccati import WEIGHT, Product, Weights
 
 
 def adapt(
-    model: Model,
+    model: Differentiable,
     contrast: Contrast | Controller,
     prompt: Prompt,
     *,
@@ -42,6 +43,7 @@ def adapt(
     Raises:
         InputError: an unusable prompt or option, or a contrast or controller of another model.
     """
+    require(model, DIFFERENTIABLE, "adapt gains to a prompt")
     if isinstance(contrast, Controller):
         contrast.check_model(model)
         return adapt_at(model, contrast, model.trace(tokenise(model, prompt)))
@@ -53,7 +55,7 @@ def adapt(
     return assemble(contrast, gains, weights, 1, concept, positions, "feature", setpoint)
 
 
-def adapt_at(model: Model, controller: Controller, trace: Trace) -> Controller:
+def adapt_at(model: Differentiable, controller: Controller, trace: Trace) -> Controller:
     """The controller with gains for the feature cost, recomputed at this trace."""
     product = pull_back(model, [trace])
     return Controller.combine(*(_with_gains_for(product, one) for one in controller.split()))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Float32, Model, Progress
+from mlx_lqr.backends.protocol import Float32, Progress, Recorder, Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.prompts import Prompt, tokenise_sets
 
@@ -73,7 +73,7 @@ class Contrast:
 
 
 def contrast(
-    model: Model,
+    model: Recorder,
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],
     *,
@@ -94,7 +94,10 @@ def contrast(
 
 
 def activations(
-    model: Model, positive: Sequence[Sequence[int]], negative: Sequence[Sequence[int]], progress: Progress | None = None
+    model: Recorder,
+    positive: Sequence[Sequence[int]],
+    negative: Sequence[Sequence[int]],
+    progress: Progress | None = None,
 ) -> tuple[Float32, Float32]:
     """z_0..z_T at the last token of each prompt of two sets, as token ids: (n, T + 1, d) and (m, T + 1, d)
 
@@ -105,7 +108,7 @@ def activations(
     return residuals[: len(positive)], residuals[len(positive) :]
 
 
-def contrast_of(model: Model, positive: Float32, negative: Float32) -> Contrast:
+def contrast_of(model: Runner, positive: Float32, negative: Float32) -> Contrast:
     """The contrast of two sets of prompts from their `activations`.
 
     Raises:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlx_lqr.backends.protocol import LinearAlgebra, Model, Progress
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, LinearAlgebra, Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, contrast
 from mlx_lqr.lqr.controller import Controller, Cost, Positions, Setpoint, assemble, check_choice
@@ -16,7 +17,7 @@ from mlx_lqr.lqr.riccati import WEIGHT, Weights
 
 
 def fit(
-    model: Model,
+    model: Differentiable,
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],
     *,
@@ -56,6 +57,7 @@ def fit(
     Raises:
         InputError: unusable prompts or options; the message says what to do.
     """
+    require(model, DIFFERENTIABLE, "fit controllers")
     weights = Weights(q, r, qf)
     layers = _check_options(model.num_layers, layers, cost, setpoint, positions)
     if jacobians is not None and jacobians.fingerprint != model.fingerprint:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import LinearAlgebra, Matrix, Model, Progress, Trace
+from mlx_lqr.backends.protocol import Differentiable, LinearAlgebra, Matrix, Progress, Trace
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.riccati import Product, Weights, feature_sweep, sweep
 
@@ -31,7 +31,7 @@ def directions_of(contrast: Contrast) -> tuple[Matrix, Matrix, Matrix]:
     return contrast.unit_direction, contrast.magnitude, contrast.output_direction
 
 
-def pull_back(model: Model, traces: Sequence[Trace]) -> Product:
+def pull_back(model: Differentiable, traces: Sequence[Trace]) -> Product:
     """(k, X) -> A_k' X, averaged over the traces, without forming a Jacobian."""
 
     def product(k: int, X: Matrix) -> Matrix:

@@ -13,7 +13,8 @@ from os import PathLike
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Float32, Model, Progress, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Float32, Progress, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.jacobians import JacobianWriter, StoredJacobians
@@ -64,7 +65,7 @@ class Jacobians(Sequence[Float32]):
 
 
 def linearize(
-    model: Model,
+    model: Differentiable,
     prompts: Sequence[Prompt],
     *,
     store: str | PathLike[str] | None = None,
@@ -86,6 +87,7 @@ def linearize(
     Raises:
         InputError: unusable prompts, or a place that cannot be written.
     """
+    require(model, DIFFERENTIABLE, "compute Jacobians")
     if store is None:
         jacobians = dict(stream_jacobians(model, prompts, progress=progress))
         return Jacobians([jacobians[k] for k in range(len(jacobians))], model.fingerprint, model.name, len(prompts))
@@ -101,7 +103,7 @@ def linearize(
     return Jacobians.load(store)
 
 
-def traces(model: Model, prompts: Sequence[Prompt]) -> list[Trace]:
+def traces(model: Differentiable, prompts: Sequence[Prompt]) -> list[Trace]:
     """Run each prompt (at most 32 tokens of it) and keep what the Jacobians at its last token need.
 
     Raises:
@@ -113,7 +115,7 @@ def traces(model: Model, prompts: Sequence[Prompt]) -> list[Trace]:
 
 
 def stream_jacobians(
-    model: Model, prompts: Sequence[Prompt], *, lowest: int = 0, progress: Progress | None = None
+    model: Differentiable, prompts: Sequence[Prompt], *, lowest: int = 0, progress: Progress | None = None
 ) -> Iterator[tuple[int, Float32]]:
     """Yield (k, A_k), averaged over prompts, from the last layer down to `lowest`.
 
@@ -126,7 +128,7 @@ def stream_jacobians(
 
 
 def _stream(
-    model: Model, points: Sequence[Trace], highest: int, lowest: int, progress: Progress | None
+    model: Differentiable, points: Sequence[Trace], highest: int, lowest: int, progress: Progress | None
 ) -> Iterator[tuple[int, Float32]]:
     steps = (model.num_layers - lowest) * len(points)
     for k in reversed(range(lowest, highest + 1)):

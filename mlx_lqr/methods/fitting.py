@@ -26,7 +26,8 @@ from functools import partial
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Float32, Model, Progress
+from mlx_lqr.backends.capabilities import HEAD_RECORDER, require
+from mlx_lqr.backends.protocol import Float32, Progress, Recorder
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, activations, contrast_of, unit
 from mlx_lqr.lqr.controller import Positions
@@ -45,7 +46,7 @@ every block, and not the outputs of norms as the paper does, left no text of Smo
 
 
 def fit_baseline(
-    model: Model,
+    model: Recorder,
     method: MethodName,
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],
@@ -116,7 +117,8 @@ def fit_baseline(
     )
     token_sets = tokenise_sets(model, positive, negative)
     if method == "iti":
-        return intervention(model, blank, given or check_layers("all", T), *token_sets, heads, progress)
+        recorder = require(model, HEAD_RECORDER, "record attention heads, as iti does")
+        return intervention(recorder, blank, given or check_layers("all", T), *token_sets, heads, progress)
     residuals = activations(model, *token_sets, progress)
     found = contrast_of(model, *residuals)
     chosen = _separating(method, found) if automatic else given

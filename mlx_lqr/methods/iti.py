@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import HeadRecorder, Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.methods.baseline import Baseline
 from mlx_lqr.methods.probes import held_out
@@ -29,7 +29,7 @@ HEADS = 48 / 1024
 
 
 def intervention(
-    model: Model,
+    model: HeadRecorder,
     blank: Baseline,
     layers: Sequence[int],
     positive: Sequence[Sequence[int]],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.capabilities import HEAD_RECORDER, require
+from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.strength import default_strength
@@ -13,7 +14,7 @@ from mlx_lqr.methods.laws import AdjustableLaw, RecordedFeedback, Recording, law
 
 
 def law_on(
-    model: Model, steering: Steering, strength: float | Sequence[float] | None = None, record: Recording | None = None
+    model: Runner, steering: Steering, strength: float | Sequence[float] | None = None, record: Recording | None = None
 ) -> AdjustableLaw:
     """The law of a controller, or of the steering of any other method, for the model that it was fitted on.
 
@@ -26,7 +27,10 @@ def law_on(
     """
     steering.check_model(model)
     if record is None:
-        return law_of(steering, strength)
+        law = law_of(steering, strength)
+        if law.site == "attention":
+            require(model, HEAD_RECORDER, "steer inside attention, as iti does")
+        return law
     strength = default_strength(steering) if strength is None else strength
     return RecordedFeedback(only_controller(steering, "recorded"), strength, record)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Progress, Recorder
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.run import Evaluation, Result, Task, evaluate
 from mlx_lqr.tasks.steering import Steering
@@ -66,7 +66,7 @@ def check_budgets(methods: Sequence[Method]) -> None:
 
 
 def compare(
-    model: Model,
+    model: Recorder,
     task: Task,
     methods: Sequence[Method],
     *,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import Recorder
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.generations import Decoding, Generations, Judge
@@ -28,7 +28,7 @@ class WordFamily:
     """The scorer: whether a text has a word of the family."""
 
     words: Sequence[str]
-    asked: Model | None = None
+    asked: Recorder | None = None
     """A model that is asked as well"""
     concept: str = ""
     """The concept it is asked about"""

@@ -15,7 +15,7 @@ from os import PathLike
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.prompts import tokenise
 from mlx_lqr.tasks.bootstrap import Metric, mean
@@ -41,7 +41,7 @@ class NeutralText:
     def __len__(self) -> int:
         return len(self._sentences)
 
-    def settings(self, model: Model) -> Row:
+    def settings(self, model: Runner) -> Row:
         return {"sentences": digest(list(self._sentences)), "prefix": PREFIX, "positions": POSITIONS}
 
     def rows(self, steered: Steered, indices: range) -> list[Row]:
@@ -108,7 +108,7 @@ class Capability:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def settings(self, model: Model) -> Row:
+    def settings(self, model: Runner) -> Row:
         return {"questions": digest([(one.prompt, one.answer, one.others) for one in self.questions])}
 
     def rows(self, steered: Steered, indices: range) -> list[Row]:

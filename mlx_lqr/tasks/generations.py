@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Continued, Model, Sampling
+from mlx_lqr.backends.protocol import Continued, Recorder, Runner, Sampling
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.runtime import Options
@@ -72,7 +72,7 @@ class Judge:
     better judge. Perplexities are per token of the judge, so they can be compared only under the same judge.
     """
 
-    model: Model | None = None
+    model: Recorder | None = None
 
     @property
     def settings(self) -> Row | str:
@@ -106,7 +106,7 @@ class Generations:
     def __len__(self) -> int:
         return len(self.prompts) * self.decoding.samples
 
-    def settings(self, model: Model) -> Row:
+    def settings(self, model: Runner) -> Row:
         return {
             "prompts": digest(list(self.prompts)),
             "chat": self.chat,
@@ -140,14 +140,14 @@ class Generations:
         }
 
 
-def chat_prompt(model: Model, message: str) -> Prompt:
+def chat_prompt(model: Runner, message: str) -> Prompt:
     """A user's message in the model's chat template; for a model without one, the message and a newline."""
     if model.tokenizer.has_chat_template:
         return model.tokenizer.chat([{"role": "user", "content": message}])
     return message + "\n"
 
 
-def _continued(model: Model, prompt: str, text: str, chat: bool) -> Continued:
+def _continued(model: Recorder, prompt: str, text: str, chat: bool) -> Continued:
     """Token ids of a prompt, and of the text that follows it."""
     tokenizer = model.tokenizer
     if chat and tokenizer.has_chat_template:

@@ -13,7 +13,7 @@ from importlib import metadata
 from os import PathLike
 from typing import Protocol
 
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Progress, Recorder, Runner
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, difference, estimate
 from mlx_lqr.tasks.records import CHUNK, Records, Row
 from mlx_lqr.tasks.steering import Steered, Steering, check_strengths
@@ -28,7 +28,7 @@ class Part(Protocol):
     def __len__(self) -> int:
         """How many rows there are at one strength."""
 
-    def settings(self, model: Model) -> Row:
+    def settings(self, model: Runner) -> Row:
         """Everything that the rows depend on except model, steering and strength, as JSON."""
 
     def rows(self, steered: Steered, indices: range) -> list[Row]:
@@ -96,7 +96,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model,
+    model: Recorder,
     task: Task,
     steering: Steering | None = None,
     strengths: Sequence[float] = (0.0,),
@@ -143,7 +143,7 @@ def evaluate(
 
 
 def describe(
-    model: Model, task: Task, steering: Steering | None = None, loading: Mapping[str, str | None] | None = None
+    model: Recorder, task: Task, steering: Steering | None = None, loading: Mapping[str, str | None] | None = None
 ) -> Row:
     """Everything that an evaluation's rows depend on except the strength."""
     return {

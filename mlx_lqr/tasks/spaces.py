@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import Differentiable
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.controller import Controller, Positions
@@ -43,7 +43,7 @@ _STRENGTHS: Mapping[MethodName, tuple[float, float]] = {
 
 
 def alqr_space(
-    model: Model,
+    model: Differentiable,
     contrast: Contrast,
     jacobians: Jacobians,
     *,
@@ -99,7 +99,7 @@ def alqr_space(
 
 
 def baseline_space(
-    model: Model,
+    model: Differentiable,
     method: MethodName,
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Continued, Float32, Law, Model
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Continued, Float32, Law, Recorder, Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.controller import Controller
@@ -89,7 +90,7 @@ def load_steering(files: Sequence[tuple[str, float]], name: str | None = None) -
     return Steering(name or "+".join(Path(path).stem for path, _ in files), controller, shares)
 
 
-def check_strengths(model: Model, steering: Steering | None, strengths: Sequence[float]) -> list[float]:
+def check_strengths(model: Runner, steering: Steering | None, strengths: Sequence[float]) -> list[float]:
     """Each of the strengths once.
 
     Raises:
@@ -107,7 +108,7 @@ def check_strengths(model: Model, steering: Steering | None, strengths: Sequence
 class Steered:
     """A model, steered at one strength or not at all."""
 
-    model: Model
+    model: Recorder
     steering: Steering | None = None
     strength: float = 0.0
 
@@ -171,9 +172,10 @@ class Steered:
         if steering is None or self.strength == 0 or not adapts(steering.controller):
             return run(pairs, law=self.law, steer_all=self.steer_all)
         controller = only_controller(steering.controller, "adaptive")
+        model = require(self.model, DIFFERENTIABLE, "adapt gains to a prompt")
         found: list[Float32] = []
         for prompt, own in groupby(pairs, key=lambda pair: list(pair[0])):
-            anew = adapt_at(self.model, controller, self.model.trace(prompt))
+            anew = adapt_at(model, controller, model.trace(prompt))
             law = law_on(self.model, anew, steering.strength(self.strength))
             found += run(list(own), law=law, steer_all=self.steer_all)
         return found

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.generations import Decoding, Generations, Judge
@@ -69,7 +69,7 @@ class Choices:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def settings(self, model: Model) -> Row:
+    def settings(self, model: Runner) -> Row:
         questions = digest([(one.question, one.best, one.true, one.false) for one in self.questions])
         return {"questions": questions, "examples": digest(EXAMPLES[: self.examples])}
 

@@ -21,7 +21,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Differentiable, Progress
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.results import as_json
@@ -124,7 +124,7 @@ class Tuned:
 
 
 def tune(
-    model: Model,
+    model: Differentiable,
     task: Task,
     space: Space,
     *,
@@ -183,7 +183,7 @@ def check_limit(task: Task, control: str, damage: str, limit: float | None) -> f
 class _Run:
     """The trials so far, and what makes the next one."""
 
-    model: Model
+    model: Differentiable
     task: Task
     space: Space
     control: str

@@ -17,13 +17,14 @@ from helpers.tiny import COMMON, families
 from oldest import PYPROJECT, oldest
 
 import mlx_lqr
-from mlx_lqr import InputError, loading
+from mlx_lqr import InputError
 from mlx_lqr.backends import borrowed
 from mlx_lqr.backends.borrowed import BORROWED, Borrowed, Moment, check_borrowed
 from mlx_lqr.backends.checkpoint.config import model_config
 from mlx_lqr.backends.mlx import family as mlx_family
 from mlx_lqr.backends.mlx.mlx_lm_models import import_mlx_lm, model_classes
 from mlx_lqr.backends.torch import decoder as torch_decoder
+from mlx_lqr.backends.torch.backend import OLDEST
 
 ROOT = PYPROJECT.parent
 SOURCES = [file for folder in ("mlx_lqr", "runtime", "convert") for file in sorted((ROOT / folder).rglob("*.py"))]
@@ -199,7 +200,7 @@ def test_every_private_name_of_another_library_is_on_the_list() -> None:
 
 def test_the_oldest_versions_are_those_of_pyproject() -> None:
     found = oldest(PYPROJECT.read_text("utf-8"))
-    for package, numbers in loading._OLDEST.items():
+    for package, numbers in OLDEST.items():
         assert found[package] == ".".join(map(str, numbers))
     assert {"mlx", "mlx-lm", "torch", "tokenizers", "numpy"} <= set(found)
     with pytest.raises(ValueError, match="'rich' has no lower bound"):

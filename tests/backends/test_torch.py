@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import mlx_lqr
 from mlx_lqr import InputError, loading
+from mlx_lqr.backends.torch import backend as torch_backend
 from mlx_lqr.backends.torch import decoder as torch_decoder
 from mlx_lqr.backends.torch.algebra import TorchAlgebra
 from mlx_lqr.backends.torch.calls import cache_argument
@@ -300,10 +301,10 @@ def test_a_fit_uses_the_models_own_algebra(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_auto_takes_torch_only_where_a_gpu_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(loading, "_nvidia_driver", lambda: False)
+    monkeypatch.setattr(torch_backend, "nvidia_driver", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for nothing"))
     assert loading.preferred_backend() == "mlx"
-    monkeypatch.setattr(loading, "_nvidia_driver", lambda: True)
+    monkeypatch.setattr(torch_backend, "nvidia_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert loading.preferred_backend() == "torch"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -61,6 +61,7 @@ def load(folder: Path, name: str, dtype: str | None = None) -> MLXModel:
 class MLXModel:
     """An mlx-lm module behind the `Model` protocol (see base.py)."""
 
+    backend = "mlx"
     algebra = None  # MLX has no float64 on a GPU
 
     def __init__(self, module: nn.Module, name: str, tokenizer: Tokenizer | None = None) -> None:

@@ -63,6 +63,8 @@ def load(folder: Path, name: str, dtype: str | None = None, device: str | None =
 class TorchModel:
     """A transformers model for causal language modelling behind the `Model` protocol (see base.py)."""
 
+    backend = "torch"
+
     def __init__(self, module: Any, name: str, tokenizer: Tokenizer | None = None) -> None:
         check_borrowed("torch")
         check_family(str(module.config.model_type))
