@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON_OLDEST ?= $(PYTHON)
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest test-gpu test-metal lint clean
+.PHONY: demo test test-oldest test-gpu test-metal lint docs figures clean
 
 demo: $(VENV)/core
 	$(BIN)/mlx-lqr demo
@@ -34,6 +34,14 @@ lint: $(VENV)/lint
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/typecheck.py
 
+# The documentation as a site in build/site; a page or a link that is wrong fails it. Nothing is fetched.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The pictures of README.md, measured anew; by hand, after what the model says has changed.
+figures: $(VENV)/core
+	$(BIN)/python benchmarks/figures.py
+
 clean:
 	rm -rf $(VENV) $(OLDEST) build *.egg-info
 
@@ -54,6 +62,10 @@ $(OLDEST)/test: pyproject.toml tests/oldest.py
 	$(PYTHON_OLDEST) -m venv $(OLDEST)
 	$(OLDEST)/bin/python tests/oldest.py constraints > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --editable '.[torch,test-oldest]' --constraint $(OLDEST)/constraints.txt
+	touch $@
+
+$(VENV)/docs: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(VENV)/lint: $(BIN)/python pyproject.toml
