@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -70,7 +71,7 @@ def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
     click.echo("Numbers are in the residual stream's units, bars in strengths.")
     click.echo("alpha: setpoint less feature; |u|: length of what all concepts add to the layer.")
     if excess is not None:
-        click.echo(f"Over the whole answer: {excess}.")
+        click.echo(textwrap.fill(f"Over the whole answer: {excess}.", console.width))
 
 
 def _tracking_table(tracked: TrackedAnswer, i: int, width: int, marks: Marks) -> None:

@@ -10,6 +10,9 @@ import click
 
 from mlx_lqr.tasks import Estimate
 
+UNLIMITED = 10_000
+"""Characters, wider than any table"""
+
 
 def show_table(
     head: Sequence[str],
@@ -54,13 +57,16 @@ def _draw(
     from rich.text import Text
 
     columns = [
-        Column(Text(name), justify="left" if i in left else "right", no_wrap=not name) for i, name in enumerate(head)
+        Column(Text(name), justify="left" if i in left else "right", overflow="fold") for i, name in enumerate(head)
     ]
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title and Text(title))
     table.title_justify = "left"
     for i, row in enumerate(rows):
         table.add_row(*map(Text, row), style="dim" if i in dim else None)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    needed = console.measure(table, options=console.options.update(max_width=UNLIMITED)).minimum
+    console.width = max(console.width, needed)  # cells are folded at spaces, never within a number
+    console.print(table)
 
 
 def cell(estimate: Estimate) -> str:
