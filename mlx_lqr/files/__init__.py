@@ -1,1 +1,1 @@
-"""Reading and writing files: atomic writes, safetensors, Jacobians by layer, text, prompts, results, the cache folder."""
+"""Reading and writing files: atomic writes, safetensors, Jacobians by layer, text, prompts, results, the cache."""

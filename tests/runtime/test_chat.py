@@ -138,11 +138,11 @@ def by_hand(model: Model, law: LinearFeedback, prompt: list[int], strengths: lis
     """Tokens from one step after another, step i under strengths[i]."""
     decoder = model.decoder(law)
     decoder.fill([prompt[:-1]], steered=False)
-    found = [prompt[-1]]
+    decoded = [prompt[-1]]
     for strength in strengths:
         law.strength = strength
-        found += decoder.sample(decoder.step(found[-1:])).tolist()
-    return found[1:]
+        decoded += decoder.sample(decoder.step(decoded[-1:])).tolist()
+    return decoded[1:]
 
 
 def test_a_strength_changed_during_an_answer_acts_from_the_next_step_on() -> None:
@@ -151,24 +151,24 @@ def test_a_strength_changed_during_an_answer_acts_from_the_next_step_on() -> Non
     controller = fitted(model)
     chat.add(controller, 1.0)
     pieces = chat.answer("hello")
-    found = tokens(islice(pieces, 3))
+    answered = tokens(islice(pieces, 3))
     chat.set_strength(6.0)
-    found += tokens(pieces)
+    answered += tokens(pieces)
     prompt = model.tokenizer.chat(chat.messages[:-1])
     law = LinearFeedback(controller, 1.0)
     # With the third token, the step that makes the fourth has begun.
-    assert found == by_hand(model, law, prompt, [1.0] * 4 + [6.0] * 8)
-    assert found != by_hand(model, law, prompt, [1.0] * 12)
+    assert answered == by_hand(model, law, prompt, [1.0] * 4 + [6.0] * 8)
+    assert answered != by_hand(model, law, prompt, [1.0] * 12)
     assert chat.track().strength == (6.0,)
 
 
 def last_features(model: MLXModel, controller: Controller, run: list[int], strengths: list[float | None]) -> np.ndarray:
     """v_k . z_k (T, m) at the last token of one pass without a cache, position i steered by hand with strengths[i]."""
-    found = []
+    features = []
 
     def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
         output, x = np.array(call(z)), np.array(z)
-        found.append(x[0, -1] @ controller.direction[k])
+        features.append(x[0, -1] @ controller.direction[k])
         for i, strength in enumerate(strengths):
             if strength is not None:
                 error = controller.offset[k] + strength * controller.setpoint[k] - x[0, i] @ controller.direction[k]
@@ -177,7 +177,7 @@ def last_features(model: MLXModel, controller: Controller, run: list[int], stren
 
     with hooked(model.blocks, hook, range(model.num_layers)):
         mx.eval(model.module(mx.array([run])))
-    return np.array(found)
+    return np.array(features)
 
 
 @pytest.mark.parametrize(("positions", "adaptive"), [("last", False), ("all", False), ("last", True)])
@@ -486,14 +486,14 @@ def test_a_base_model_does_not_chat(tmp_path: Path, smollm2: Model) -> None:
 
 def read_until(source: int, wanted: bytes, seconds: float = 60) -> bytes:
     """What comes from a file descriptor until `wanted` has come."""
-    found, deadline = b"", time.monotonic() + seconds
-    while wanted not in found:
-        assert time.monotonic() < deadline, found
+    received, deadline = b"", time.monotonic() + seconds
+    while wanted not in received:
+        assert time.monotonic() < deadline, received
         if select.select([source], [], [], 0.2)[0]:
             part = os.read(source, 4096)
-            assert part, found
-            found += part
-    return found
+            assert part, received
+            received += part
+    return received
 
 
 def test_ctrl_c_stops_an_answer_in_a_pipe(tmp_path: Path, smollm2: Model) -> None:
