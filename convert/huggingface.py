@@ -1,7 +1,7 @@
 """A Hugging Face folder or hub id -> an MLX folder, through mlx-lm's own model classes.
 
-mlx-lm renames and reshapes weights per architecture (`sanitize`); its lazily loaded model gives the final weights here,
-and they are read from the disk only as they are written. No code of the checkpoint is ever run, nothing is unpickled.
+mlx-lm renames and reshapes weights for each architecture (`sanitize`). The final weights come from its lazily loaded
+model, so each is read from the disk only when it is written. No code of the checkpoint is run; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -55,12 +55,15 @@ def convert_folder(
         flat = explicit(meaning) | flat | {"tie_word_embeddings": given["tie_word_embeddings"]}
         if scaling := flat.get("rope_scaling"):
             kind = scaling.get("rope_type", scaling.get("type"))
-            flat["rope_scaling"] = scaling | {"type": kind, "rope_type": kind}  # some of mlx-lm's read the old name
+            flat["rope_scaling"] = scaling | {
+                "type": kind,
+                "rope_type": kind,
+            }  # some mlx-lm models read the old name
     model, loaded = _load(source, given, files)
     config = flat
     if quantize is not None:
         if "quantization" in loaded:
-            raise InputError(f"{source} is quantised already: leave --quantize away, or start from the original model")
+            raise InputError(f"{source} is already quantised: leave out --quantize, or start from the original model")
         loaded["quantization"] = _quantize(model, quantize, group_size)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
@@ -81,15 +84,13 @@ def _checked_config(source: Path) -> dict[str, Any]:
     """config.json of `source`, without what points to code."""
     config = _read_json(source / "config.json", f"{source} has no config.json: give the folder of a whole model")
     if "model_file" in config:
-        raise InputError(
-            f"{source} wants its own code run ({config['model_file']}), which is never done: use another model"
-        )
+        raise InputError(f"{source} needs its own code ({config['model_file']}), which is never run: use another model")
     if not isinstance(model_type := config.get("model_type"), str):
         raise InputError(f"{source}/config.json states no model_type: give the folder of a language model")
-    # the name becomes a module's name
+    # mlx-lm imports a module of this name
     if not re.fullmatch(r"[\w-]+", model_type) or not _is_known(config):
         raise InputError(f"{source} has the model_type {model_type!r}, which mlx-lm does not know: use another model")
-    config.pop("auto_map", None)  # the code it names is not taken along
+    config.pop("auto_map", None)  # the code that it names is not copied
     config.pop("_name_or_path", None)
     return config
 
@@ -102,7 +103,7 @@ def _weight_files(source: Path) -> Weights:
     pickled = next((file.name for file in source.iterdir() if file.suffix in (".bin", ".pt", ".pth")), None)
     if pickled is not None and not any(source.glob("*.safetensors")):
         raise InputError(
-            f"{source} has only pickled weights ({pickled}), which can run code when read: get them as safetensors"
+            f"{source} only has pickled weights ({pickled}), which can run code when they are read: use safetensors"
         )
     return weights_of(source)
 
@@ -121,7 +122,7 @@ def _load(source: Path, config: dict[str, Any], files: Weights) -> tuple[nn.Modu
 
 
 def _quantize(model: nn.Module, bits: int, group_size: int) -> dict[str, Any]:
-    """Quantise `model` (lazily) and return the config's entry, which names every module that differs from the rest."""
+    """Quantise `model` (lazily) and return the config's entry, which names the modules with other settings."""
     common: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
     entry = dict(common)
     wanted = getattr(model, "quant_predicate", None)
@@ -145,7 +146,7 @@ def _quantize(model: nn.Module, bits: int, group_size: int) -> dict[str, Any]:
 
 
 def _weights(model: nn.Module, dtype: mx.Dtype | None) -> Iterator[tuple[str, mx.array]]:
-    """Take the weights out of `model`, so that each is let go once it is written."""
+    """Take the weights out of `model`, so that each is freed once it is written."""
     castable = getattr(model, "cast_predicate", lambda name: True)
     weights = dict(tree_flatten(model.parameters()))
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
@@ -173,7 +174,7 @@ def _build_tokenizer(source: Path, out: Path) -> None:
 
     try:
         AutoTokenizer.from_pretrained(str(source), trust_remote_code=False).save_pretrained(str(out))
-    except Exception as error:  # transformers raises whatever the files make it stumble over
+    except Exception as error:  # transformers can raise anything for a damaged file
         reason = first_line(error)
         raise InputError(f"{source} has no tokenizer.json and none can be built ({reason}): add one") from error
     if not (out / "tokenizer.json").exists():

@@ -21,12 +21,11 @@ def steer(model: Any, controller: Steering, strength: Strength = None) -> Abstra
         controller: a controller, or the steering of any other method, fitted on this model.
         strength: as in `generate`; by default the recommended strength, or 1.
 
-    Steered are `mlx_lm.generate`, `stream_generate` (with a `draft_model` too), `batch_generate` and mlx_lm's server,
-    at the prompt's last token and at every generated token, however the prompt is split into chunks. mlx_lm's
-    evaluator (`mlx_lm.evaluate.MLXLM`, imported before the block) is steered at a context's last token and at every
-    token scored after it. In a direct call `model(tokens)` the last position is steered. A controller for the positions
-    "all" steers every position of every call. Several models may be steered at once, and one model from several
-    threads.
+    `mlx_lm.generate`, `stream_generate` (with a `draft_model` too), `batch_generate` and mlx_lm's server are steered at
+    the prompt's last token and at every generated token, however the prompt is split into chunks. mlx_lm's evaluator
+    (`mlx_lm.evaluate.MLXLM`, imported before the block) is steered at a context's last token and at every token scored
+    after it. In a direct call `model(tokens)` the last position is steered. A controller for the positions "all" steers
+    every position of every call. Several models may be steered at once, and one model from several threads.
 
     Of a transformers model, `generate` is steered in the same way, with padding on the left, any kind of cache, chunked
     prefill and assisted decoding. So is `generate_batch`; its requests then share no keys and values. Inside the block

@@ -1,6 +1,6 @@
 """Are the blocks locally linear? |phi_k(z + dz) - phi_k(z) - A_k dz| / |A_k dz| against |dz|; are the A_k alike?
 
-A_k is the Jacobian at the prompt in hand. The trust region of a layer along a direction is the size at which that
+A_k is the Jacobian at the prompt's last token. The trust region of a layer along a direction is the size at which that
 error passes 10 %. Sizes are multiples of |z_k|, the length of the residual stream, which grows from layer to layer.
 """
 

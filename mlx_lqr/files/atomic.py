@@ -120,8 +120,7 @@ def _check_replaceable(target: Path, folder: bool, kind: Kind | None, force: boo
         raise InputError(f"{target} is no file but a device: name a file")
     if kind is not None and not force and target.stat().st_size and kind_of(target) != kind:
         raise InputError(
-            f"{target} is there already and is not {_NAMES[kind]} of mlx-lqr: name another place, or replace it with "
-            "--force"
+            f"{target} exists and is not {_NAMES[kind]} of mlx-lqr: name another file, or replace it with --force"
         )
 
 

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -131,7 +131,11 @@ class StoredJacobians(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, layer):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, layer: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[np.ndarray]: ...
+    def __getitem__(self, layer: int | slice) -> np.ndarray | Sequence[np.ndarray]:
         if isinstance(layer, slice):
             return [self[k] for k in range(*layer.indices(self._count))]
         k = range(self._count)[layer]

@@ -56,7 +56,7 @@ def feature_gains(
     output_magnitude = float(np.linalg.norm(output_direction))
     directions = np.vstack([unit, output_direction / (output_magnitude or 1.0)])
     gains = np.zeros(unit.shape)
-    # These products are too small for NumPy's threads, which would keep the backend's cores busy while they wait.
+    # NumPy's threads do not help with products this small; while idle, they spin on cores that the backend needs.
     with ThreadpoolController().select(internal_api="openblas").limit(limits=1):
         for k, gain in feature_sweep(product, directions, np.append(magnitudes, output_magnitude), weights, layers):
             gains[k] = gain

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import overload
 
 import numpy as np
 
@@ -37,7 +38,11 @@ class Jacobians(Sequence[Float32]):
     def __len__(self) -> int:
         return len(self.matrices)
 
-    def __getitem__(self, layer):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, layer: int) -> Float32: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[Float32]: ...
+    def __getitem__(self, layer: int | slice) -> Float32 | Sequence[Float32]:
         return self.matrices[layer]
 
     def save(self, path: str | PathLike[str], *, dtype: str = "float32", force: bool = False) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -49,7 +49,7 @@ class Weights:
         if self.r <= 0:
             raise InputError(f"r must be above zero (r = {self.r:g}): it is the price of control")
         if self.q == 0 and self.qf == 0:
-            raise InputError("q and qf are both zero, so that no control is optimal: give one of them a weight")
+            raise InputError("q and qf are both zero, and then doing nothing is optimal: give one of them a weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,11 @@ class Gains(Sequence[Matrix]):
     def __len__(self) -> int:
         return len(self.matrices)
 
-    def __getitem__(self, layer):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, layer: int) -> Matrix: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[Matrix]: ...
+    def __getitem__(self, layer: int | slice) -> Matrix | Sequence[Matrix]:
         return self.matrices[layer]
 
     def apply(self, layer: int, vectors: ArrayLike) -> Matrix:

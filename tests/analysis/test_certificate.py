@@ -39,7 +39,7 @@ def test_the_prediction_is_the_linear_loop(family: str, setpoint: str, linearise
     """Step by step with dense matrices, from the unsteered residual stream alone."""
     model = tiny(family, num_hidden_layers=4)
     controller = controller_for(model, layers=[1, 2, 3], setpoint=setpoint)
-    found = certified(model, controller, strengths=(1.0, 2.5), linearised=linearised)
+    certificate = certified(model, controller, strengths=(1.0, 2.5), linearised=linearised)
     v, g = controller.direction[:, :, 0].astype(np.float64), controller.gain[:, :, 0].astype(np.float64)
     for n, prompt in enumerate(HELD_OUT):
         A = mlx_lqr.linearize(model, [prompt] if linearised == "prompt" else CALIBRATION)
@@ -50,13 +50,14 @@ def test_the_prediction_is_the_linear_loop(family: str, setpoint: str, linearise
                 u = (controller.offset[k, 0] + strength * controller.setpoint[k, 0] - v[k] @ (z0[k] + p)) * g[k]
                 p = A[k] @ p + u
                 if k < 3:
-                    assert found.predicted[n, s, k + 1] == pytest.approx(v[k + 1] @ (z0[k + 1] + p), abs=2e-3)
+                    assert certificate.predicted[n, s, k + 1] == pytest.approx(v[k + 1] @ (z0[k + 1] + p), abs=2e-3)
     wanted = controller.offset[:, 0] + np.array([[1.0], [2.5]]) * controller.setpoint[:, 0]
-    assert found.setpoint[:, :-1] == pytest.approx(wanted, rel=1e-6)
-    assert np.all(np.isnan(found.setpoint[:, -1])) == (setpoint == "centred")
-    assert found.first == 1
-    assert found.feature[:, :, 1] == pytest.approx(found.predicted[:, :, 1], abs=1e-4)  # nothing is displaced yet
-    assert found.feature_posterior[..., :2].max() < 1e-4  # but for rounding
+    assert certificate.setpoint[:, :-1] == pytest.approx(wanted, rel=1e-6)
+    assert np.all(np.isnan(certificate.setpoint[:, -1])) == (setpoint == "centred")
+    assert certificate.first == 1
+    # Nothing is displaced yet.
+    assert certificate.feature[:, :, 1] == pytest.approx(certificate.predicted[:, :, 1], abs=1e-4)
+    assert certificate.feature_posterior[..., :2].max() < 1e-4  # but for rounding
 
 
 def test_a_bound_from_the_very_samples_always_holds() -> None:
@@ -64,13 +65,15 @@ def test_a_bound_from_the_very_samples_always_holds() -> None:
     model = tiny("llama", num_hidden_layers=5)
     controller = controller_for(model)
     for linearised in ("prompt", "average"):
-        found = certify(model, controller, PROMPTS, PROMPTS, quantile=1.0, linearised=linearised, strengths=(1.0, 3.0))
+        certificate = certify(
+            model, controller, PROMPTS, PROMPTS, quantile=1.0, linearised=linearised, strengths=(1.0, 3.0)
+        )
         for quantity in ("feature", "deviation"):
             for kind in ("posterior", "prior"):
-                assert np.all(found.held(quantity, kind) == 1), (linearised, quantity, kind)
-        assert np.all(found.remainder_held == 1)
-        assert np.all(found.feature_posterior <= found.feature_prior * (1 + 1e-4) + 1e-4)
-        assert np.all(found.feature_posterior[..., found.first + 2 :] > 0)
+                assert np.all(certificate.held(quantity, kind) == 1), (linearised, quantity, kind)
+        assert np.all(certificate.remainder_held == 1)
+        assert np.all(certificate.feature_posterior <= certificate.feature_prior * (1 + 1e-4) + 1e-4)
+        assert np.all(certificate.feature_posterior[..., certificate.first + 2 :] > 0)
 
 
 def test_own_jacobians_leave_no_mismatch_and_a_tighter_bound() -> None:
@@ -94,24 +97,25 @@ def test_the_deviation_is_of_second_order() -> None:
     off = []
     for share in (0.5, 0.25):
         weaker = replace(controller, gain=controller.gain * np.float32(share))
-        found = certified(model, weaker, strengths=(1.0,))
-        off.append(found.deviation[..., 2])
+        certificate = certified(model, weaker, strengths=(1.0,))
+        off.append(certificate.deviation[..., 2])
     assert np.median(off[0] / off[1]) == pytest.approx(4, rel=0.35)
 
 
 def test_the_certified_band_is_where_the_prior_bound_is_small() -> None:
     model = tiny("llama")
     controller = controller_for(model, layers=[0, 1])
-    found = certified(model, controller, strengths=(0.5, 1.0, 2.0, 4.0))
-    for k in range(found.first, 4):
-        low, high = found.certified_band[k]
-        for s, strength in enumerate(found.strengths):
-            within = np.all(found.feature_prior[:, s, k] <= 0.5 * found.magnitude[k])
+    certificate = certified(model, controller, strengths=(0.5, 1.0, 2.0, 4.0))
+    for k in range(certificate.first, 4):
+        low, high = certificate.certified_band[k]
+        for s, strength in enumerate(certificate.strengths):
+            within = np.all(certificate.feature_prior[:, s, k] <= 0.5 * certificate.magnitude[k])
             if not np.isnan(low) and low <= strength <= high:
                 assert within, (k, strength)
-    assert found.certified_band[found.first].tolist() == [-8, 8]  # there nothing is displaced, whatever the strength
-    assert len(found.measured_band()) == 4
-    assert set(found.measured_band()[found.first]) == set(found.strengths)
+    # At the first layer nothing is displaced, whatever the strength.
+    assert certificate.certified_band[certificate.first].tolist() == [-8, 8]
+    assert len(certificate.measured_band()) == 4
+    assert set(certificate.measured_band()[certificate.first]) == set(certificate.strengths)
 
 
 def test_the_papers_bound_holds_for_the_full_state_feedback() -> None:
@@ -179,12 +183,12 @@ def test_what_cannot_be_certified_is_refused() -> None:
 
 def test_results_are_written_as_json(tmp_path: Path) -> None:
     model = tiny("llama")
-    found = certified(model, controller_for(model), strengths=(1.0,))
-    write_json(tmp_path / "a.json", found)
+    certificate = certified(model, controller_for(model), strengths=(1.0,))
+    write_json(tmp_path / "a.json", certificate)
     read = json.loads((tmp_path / "a.json").read_text())
     assert read["strengths"] == [1.0]
-    assert np.allclose(read["feature"], found.feature, rtol=1e-5)
-    assert read["contraction"]["step_norm"] == pytest.approx(found.contraction.step_norm.tolist(), rel=1e-5)
+    assert np.allclose(read["feature"], certificate.feature, rtol=1e-5)
+    assert read["contraction"]["step_norm"] == pytest.approx(certificate.contraction.step_norm.tolist(), rel=1e-5)
     assert as_json({"a": np.float32(np.nan), "b": (1, np.inf)}) == {"a": None, "b": [1, None]}
 
 
@@ -272,11 +276,13 @@ def test_the_real_model_is_certified(smollm2: Model, dog: Path) -> None:
     """The linear prediction is close where the paper says that it is: late layers, moderate strengths."""
     controller = Controller.load(dog)
     controller = replace(controller, gain=controller.gain * (np.arange(30) >= 25)[:, None, None].astype(np.float32))
-    found = certify(smollm2, controller, ["The weather in", "She told me"], ["Once upon a time,"], strengths=(1.0,))
-    assert found.first == 25
-    off = np.abs(found.feature - found.predicted)[0, 0, 27:30] / found.magnitude[27:30]
+    certificate = certify(
+        smollm2, controller, ["The weather in", "She told me"], ["Once upon a time,"], strengths=(1.0,)
+    )
+    assert certificate.first == 25
+    off = np.abs(certificate.feature - certificate.predicted)[0, 0, 27:30] / certificate.magnitude[27:30]
     assert off.max() < 0.15
-    moved = np.abs(found.feature - found.unsteered)[0, 0, 27:30] / found.magnitude[27:30]
+    moved = np.abs(certificate.feature - certificate.unsteered)[0, 0, 27:30] / certificate.magnitude[27:30]
     assert np.median(off / moved) < 0.1
-    assert np.all(found.contraction.step_norm[25:] < 1)
-    assert np.median(found.held()[25:]) == 1
+    assert np.all(certificate.contraction.step_norm[25:] < 1)
+    assert np.median(certificate.held()[25:]) == 1

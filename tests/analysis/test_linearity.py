@@ -103,9 +103,9 @@ def test_the_error_falls_in_proportion_to_the_step(random: np.random.Generator) 
     A = model.jacobian(trace, 1)
     with mx.stream(mx.cpu):
         at_rest = shifted_output(exact, PROMPT, 1, 0 * w)
-        for size, found in zip(sizes, error, strict=True):
+        for size, measured in zip(sizes, error, strict=True):
             remainder = shifted_output(exact, PROMPT, 1, size * w) - at_rest - A @ (size * w)
-            assert found == pytest.approx(np.linalg.norm(remainder) / np.linalg.norm(A @ (size * w)), rel=0.05)
+            assert measured == pytest.approx(np.linalg.norm(remainder) / np.linalg.norm(A @ (size * w)), rel=0.05)
     steps = sizes[:, None] * w
     assert displacement_error(model, trace, 1, trace.residual[1], steps) == pytest.approx(error, rel=1e-2)
     assert np.isnan(displacement_error(model, trace, 1, trace.residual[1], 0 * steps)).all()
@@ -116,12 +116,12 @@ def test_the_error_falls_in_proportion_to_the_step(random: np.random.Generator) 
 def test_the_trust_region_ends_where_the_error_passes_ten_per_cent() -> None:
     sizes = np.array([0.01, 0.1, 1.0, 10.0], np.float32)
     curves = np.array([sizes / 3, sizes * 100, sizes / 1e6, np.full(4, np.nan), [0.01, 0.5, 0.05, 0.01]], np.float32)
-    found = trust_region(sizes, curves)
-    assert found[0] == pytest.approx(3 * TOLERANCE)
-    assert found[1] == pytest.approx(TOLERANCE / 100)  # below the smallest size
-    assert np.isinf(found[2])
-    assert np.isnan(found[3])
-    assert 0.01 < found[4] < 0.1  # the first passage counts
+    radius = trust_region(sizes, curves)
+    assert radius[0] == pytest.approx(3 * TOLERANCE)
+    assert radius[1] == pytest.approx(TOLERANCE / 100)  # below the smallest size
+    assert np.isinf(radius[2])
+    assert np.isnan(radius[3])
+    assert 0.01 < radius[4] < 0.1  # the first passage counts
     assert trust_region(sizes, curves.reshape(1, 5, 4)).shape == (1, 5)
 
 
@@ -151,29 +151,29 @@ def test_linearity_of_a_small_model() -> None:
     model = tiny("llama")
     controller = controller_for(model, layers=[0, 1])
     reported: list[tuple[str, int, int]] = []
-    found = linearity(
+    measured = linearity(
         model, PROMPTS, controller, strengths=(1.0, 4.0), modes=4, progress=lambda *step: reported.append(step)
     )
     n, T = 4, 3
     singular = np.stack(
         [[np.linalg.svd(mlx_lqr.linearize(model, [p])[k], compute_uv=False) for p in PROMPTS] for k in range(T)]
     )
-    assert found.singular_values[1] == pytest.approx(np.median(singular, axis=1), rel=1e-3, abs=1e-4)
-    assert np.all(found.singular_values[0] <= found.singular_values[2])
+    assert measured.singular_values[1] == pytest.approx(np.median(singular, axis=1), rel=1e-3, abs=1e-4)
+    assert np.all(measured.singular_values[0] <= measured.singular_values[2])
     pair = [mlx_lqr.linearize(model, [p])[2] for p in PROMPTS[:2]]
-    assert found.similarity[2, 0, 1] == pytest.approx(by_definition(*pair, 4), rel=1e-3)
-    j = found.mode_counts.index(4)
-    assert found.similarity_by_modes[2, j] == pytest.approx(mean_of_pairs(found.similarity[2]), rel=1e-3)
-    assert found.error["concept"].shape == (n, T, len(found.sizes))
-    assert np.isnan(found.error["push"][:, 0]).all()  # nothing is pushed before layer 0
-    assert not np.isnan(found.error["push"][:, 1:]).any()
-    assert found.trust_radius("random").shape == (T,)
+    assert measured.similarity[2, 0, 1] == pytest.approx(by_definition(*pair, 4), rel=1e-3)
+    j = measured.mode_counts.index(4)
+    assert measured.similarity_by_modes[2, j] == pytest.approx(mean_of_pairs(measured.similarity[2]), rel=1e-3)
+    assert measured.error["concept"].shape == (n, T, len(measured.sizes))
+    assert np.isnan(measured.error["push"][:, 0]).all()  # nothing is pushed before layer 0
+    assert not np.isnan(measured.error["push"][:, 1:]).any()
+    assert measured.trust_radius("random").shape == (T,)
     norms = np.linalg.norm(model.residuals(PROMPTS)[:, :-1], axis=2)
-    assert found.norm == pytest.approx(norms, rel=1e-4)
-    assert found.applied is not None
-    assert np.isnan(found.applied.displacement_error[:, :, 0]).all()
-    assert np.all(found.applied.displacement[:, 1, 1:] > 0)
-    assert np.all(found.applied.displacement[:, :, 0] == 0)
+    assert measured.norm == pytest.approx(norms, rel=1e-4)
+    assert measured.applied is not None
+    assert np.isnan(measured.applied.displacement_error[:, :, 0]).all()
+    assert np.all(measured.applied.displacement[:, 1, 1:] > 0)
+    assert np.all(measured.applied.displacement[:, :, 0] == 0)
     assert reported[T * n - 1] == ("Layers", T * n, T * n)
     alone = linearity(model, PROMPTS)
     assert set(alone.error) == {"random"}
@@ -183,14 +183,14 @@ def test_linearity_of_a_small_model() -> None:
 def test_the_region_goes_into_the_controller_and_with_it(tmp_path: Path) -> None:
     model = tiny("llama")
     controller = controller_for(model, layers=[0, 1])
-    found = linearity(model, PROMPTS, controller)
-    region = monitored(controller, found)
+    measured = linearity(model, PROMPTS, controller)
+    region = monitored(controller, measured)
     assert region.checked_error is not None
     assert region.checked_push is not None
     assert np.allclose(
-        region.checked_error[1], np.quantile(found.trust["concept"][:, 1] * found.norm[:, 1], 0.1, method="lower")
+        region.checked_error[1], np.quantile(measured.trust["concept"][:, 1] * measured.norm[:, 1], 0.1, method="lower")
     )
-    assert np.allclose(region.checked_push[0], found.trust_radius("push", 0.1)[1])
+    assert np.allclose(region.checked_push[0], measured.trust_radius("push", 0.1)[1])
     assert np.isinf(region.checked_push[-1])  # no block comes after the last
     region.save(tmp_path / "a.safetensors")
     loaded = mlx_lqr.Controller.load(tmp_path / "a.safetensors")
@@ -203,7 +203,7 @@ def test_the_region_goes_into_the_controller_and_with_it(tmp_path: Path) -> None
     assert np.array_equal(first.checked_error, region.checked_error)  # type: ignore[arg-type]
     assert mlx_lqr.Controller.combine(controller_for(model), controller_for(model, "b")).checked_error is None
     with pytest.raises(InputError, match="another controller: give the same one to both"):
-        monitored(second, found)
+        monitored(second, measured)
 
 
 def test_what_cannot_be_measured_is_refused(smollm2: Model) -> None:

@@ -62,13 +62,13 @@ def test_pictures_of_a_certificate_show_its_numbers(certificate: Certificate) ->
 
 def tradeoffs() -> list[plots.Tradeoff]:
     """Made up: two methods at three strengths."""
-    found = []
+    results = []
     for method, price in (("A-LQR", 1.0), ("additive", 2.0)):
         for strength in (3.0, 1.0, 2.0):
             control, damage = min(0.95, 0.3 * strength), 8 + price * strength
             intervals = (control - 0.08, control + 0.05), (damage - 0.4, damage + 0.6)
-            found.append(plots.Tradeoff(method, strength, control, damage, *intervals))
-    return found
+            results.append(plots.Tradeoff(method, strength, control, damage, *intervals))
+    return results
 
 
 def test_control_against_damage_joins_a_methods_strengths() -> None:

@@ -89,11 +89,11 @@ def by_hand(model: Model, law: LinearFeedback, prompt: list[int], strengths: lis
     """Tokens from one step after another, step i under strengths[i]."""
     decoder = model.decoder(law)
     decoder.fill([prompt[:-1]], steered=False)
-    found = [prompt[-1]]
+    decoded = [prompt[-1]]
     for strength in strengths:
         law.strength = strength
-        found += decoder.sample(decoder.step(found[-1:])).tolist()
-    return found[1:]
+        decoded += decoder.sample(decoder.step(decoded[-1:])).tolist()
+    return decoded[1:]
 
 
 def test_a_strength_changed_during_an_answer_acts_from_the_next_step_on() -> None:
@@ -102,14 +102,14 @@ def test_a_strength_changed_during_an_answer_acts_from_the_next_step_on() -> Non
     controller = controller_for(model)
     chat.add(controller, 1.0)
     pieces = chat.answer("hello")
-    found = tokens(islice(pieces, 3))
+    answered = tokens(islice(pieces, 3))
     chat.set_strength(6.0)
-    found += tokens(pieces)
+    answered += tokens(pieces)
     prompt = model.tokenizer.chat(chat.messages[:-1])
     law = LinearFeedback(controller, 1.0)
     # With the third token, the step that makes the fourth has begun.
-    assert found == by_hand(model, law, prompt, [1.0] * 4 + [6.0] * 8)
-    assert found != by_hand(model, law, prompt, [1.0] * 12)
+    assert answered == by_hand(model, law, prompt, [1.0] * 4 + [6.0] * 8)
+    assert answered != by_hand(model, law, prompt, [1.0] * 12)
     assert chat.track().strength == (6.0,)
 
 

@@ -38,9 +38,9 @@ def test_what_is_recorded_is_what_happened(family: str, positions: Any) -> None:
     )
     recording, prompt, strength = Recording(), [5, 17, 3, 42], [2.0, -1.0]
     options: mlx_lqr.Options = {"controller": controller, "strength": strength, "max_tokens": 5}
-    found = tokens(stream(model, prompt, record=recording, **options))
-    assert found == tokens(stream(model, prompt, **options))  # recording changes nothing
-    run_tokens = [*prompt, *(token for token in found if token is not None)][:-1]  # the last one is never run
+    recorded = tokens(stream(model, prompt, record=recording, **options))
+    assert recorded == tokens(stream(model, prompt, **options))  # recording changes nothing
+    run_tokens = [*prompt, *(token for token in recorded if token is not None)][:-1]  # the last one is never run
     first = 0 if positions == "all" else len(prompt) - 1
     error, push = recording.feature_error(), recording.push()
     assert error.shape == (len(run_tokens) - first, 3, 2)
@@ -120,10 +120,10 @@ def test_the_excess_is_the_largest_of_all_ratios() -> None:
     assert largest_excess(known, np.empty((0, 0, 0)), np.empty((0, 0))) is None  # no token
     error = np.array([[[0.5], [-3.0], [99.0]], [[0.9], [1.0], [5.0]]])
     push = np.array([[np.nan, 1.0, 1.0], [1.0, 1.0, 1.0]])
-    found = largest_excess(known, error, push)
-    assert found is not None
-    assert (found.quantity, found.layer, found.token, found.ratio, found.outside) == ("alpha", 1, 0, 1.5, 0.5)
-    assert str(found) == (
+    excess = largest_excess(known, error, push)
+    assert excess is not None
+    assert (excess.quantity, excess.layer, excess.token, excess.ratio, excess.outside) == ("alpha", 1, 0, 1.5, 0.5)
+    assert str(excess) == (
         "|alpha_k| of a at layer 1, the prompt's last token, is 3, 1.5 times what was checked; 50% of the tokens left "
         "the linear region"
     )

@@ -50,13 +50,13 @@ def steered_step_by_step(model: MLXModel, law: LinearFeedback, tokens: list[int]
 def test_steered_decoding_equals_the_law_applied_by_hand(family: str, steer_all: bool) -> None:
     model = with_tokenizer(family)
     law = law_for(model)
-    found = decoded(model, PROMPT, law=law, steer_all=steer_all, max_tokens=5)
+    steered = decoded(model, PROMPT, law=law, steer_all=steer_all, max_tokens=5)
     tokens = list(PROMPT)
-    for token in found:
+    for token in steered:
         logits = steered_step_by_step(model, law, tokens, 0 if steer_all else len(PROMPT) - 1)[0]
         assert token == int(logits[-1].argmax())
         tokens.append(token)
-    assert found != decoded(model, PROMPT, max_tokens=5)
+    assert steered != decoded(model, PROMPT, max_tokens=5)
 
 
 def test_residuals_under_a_law_are_those_of_the_decoder() -> None:
@@ -133,10 +133,10 @@ def test_stop_strings_end_the_text_across_pieces(stop: str | list[str], expected
     stops = StopStrings(StopStrings.check(stop))
     said = ""
     for piece in ["the qui", "ck b", "rown f", "o", "x ju", "mps", " nev"]:
-        text, found = stops.add(piece)
+        text, stopped = stops.add(piece)
         said += text
         assert not any(text in said for text in StopStrings.check(stop))
-        if found:
+        if stopped:
             break
     assert said + stops.rest() == expected
     with pytest.raises(InputError, match="stop"):

@@ -131,8 +131,8 @@ def test_exactly_the_last_prompt_token_and_the_generated_tokens_are_steered(chun
         ).caches
     plain = keys([*PROMPT, *ours(model, PROMPT, controller)], max_tokens=0)
     batched = np.array(cache[-1].keys[0, :, : plain.shape[1]])
-    for found in (steered, batched):
-        moved = np.abs(found - plain[:, : found.shape[1]]).max(axis=(0, 2))
+    for keys_of_run in (steered, batched):
+        moved = np.abs(keys_of_run - plain[:, : keys_of_run.shape[1]]).max(axis=(0, 2))
         assert moved[:last].max() < 1e-5
         assert moved[last:].min() > 1e-2
 
@@ -178,9 +178,9 @@ def test_a_direct_call_is_steered_at_its_last_position() -> None:
     plain = np.array(model.module(mx.array([PROMPT]))[0])
     with mlx_lqr.steer(model, controller, 2.0):
         for _ in theirs_unfinished(model):  # also while a generator of mlx_lm is suspended
-            found = np.array(model.module(mx.array([PROMPT]))[0])
-    assert np.abs(found[-1] - model.logits(PROMPT, law=law_on(model, controller, 2.0))).max() < 1e-4
-    assert np.abs(found[:-1] - plain[:-1]).max() == 0
+            logits = np.array(model.module(mx.array([PROMPT]))[0])
+    assert np.abs(logits[-1] - model.logits(PROMPT, law=law_on(model, controller, 2.0))).max() < 1e-4
+    assert np.abs(logits[:-1] - plain[:-1]).max() == 0
 
 
 def theirs_unfinished(model: MLXModel) -> list[int]:
@@ -214,8 +214,8 @@ def test_generate_step_is_steered_for_those_who_import_it_by_name() -> None:
     before = generate_step
     with mlx_lqr.steer(model, controller, 2.0):
         steps = generate_step(mx.array(PROMPT), model.module, max_tokens=8, prefill_step_size=5)
-        found = [int(token) for token, _ in steps]
-    assert found == ours(model, PROMPT, controller)
+        tokens = [int(token) for token, _ in steps]
+    assert tokens == ours(model, PROMPT, controller)
     assert generate_step is before
 
 
@@ -235,9 +235,9 @@ def test_a_thread_does_not_disturb_the_calls_of_another() -> None:
         return np.array(model.module(mx.array([PROMPT])))
 
     with mlx_lqr.steer(model, controller_for(model), 2.0), ThreadPoolExecutor() as pool:
-        found: list[np.ndarray] = []
-        theirs(model, PROMPT, prompt_progress_callback=lambda *_: found.append(pool.submit(direct).result()))
-        assert all(np.array_equal(logits, direct()) for logits in found)
+        from_the_thread: list[np.ndarray] = []
+        theirs(model, PROMPT, prompt_progress_callback=lambda *_: from_the_thread.append(pool.submit(direct).result()))
+        assert all(np.array_equal(logits, direct()) for logits in from_the_thread)
 
 
 @pytest.mark.parametrize("left", ["by itself", "unfinished", RuntimeError, KeyboardInterrupt])

@@ -22,7 +22,7 @@ from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
 from mlx_lqr.backends.mlx.device import on_gpu, on_linux
 from mlx_lqr.backends.mlx.family import ALWAYS_TIED, arguments, complete
 from mlx_lqr.backends.mlx.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -63,12 +63,12 @@ def load_module(folder: Path, config: dict[str, Any], meaning: ModelConfig, dtyp
     except (TypeError, ValueError, KeyError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"the weights in {folder} do not fit its config.json: {_first_line(error)}") from error
+        raise InputError(f"the weights in {folder} do not fit its config.json: {first_line(error)}") from error
     cast(module, dtype)
     try:
         mx.eval(module.parameters())
     except RuntimeError as error:
-        raise InputError(f"the weights in {folder} cannot be read: {_first_line(error)}") from error
+        raise InputError(f"the weights in {folder} cannot be read: {first_line(error)}") from error
     if on_linux() and not on_gpu():
         _lay_out_for_single_tokens(module)
     return module
@@ -243,7 +243,3 @@ def _quantize(module: nn.Module, quantization: dict[str, Any], weights: dict[str
         mode=quantization.get("mode", "affine"),
         class_predicate=packed,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ from mlx_lqr.backends.mlx.family import complete
 from mlx_lqr.backends.mlx.load import arguments_for, as_mlx_lm_reads, cast
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.text.tokenizer import at_border
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 
 _NEVER = "\ud800"
 """Half of a character, which is in no text, for mlx-lm must have something to stop at"""
@@ -79,7 +79,7 @@ class Evaluator(MLXLM):
         except Exception as error:  # whatever a template brings about
             folded = _without_system(chat_history)
             if folded is None:
-                raise InputError(f"the model's chat template refuses the conversation: {_line(error)}") from error
+                raise InputError(f"the model's chat template refuses the conversation: {first_line(error)}") from error
         warnings.warn("the chat template has no system role: its text begins the user's message instead", stacklevel=2)
         return self.apply_chat_template(folded, add_generation_prompt)
 
@@ -186,10 +186,6 @@ def _without_system(history: list[dict[str, str]]) -> list[dict[str, str]] | Non
         return None
     system, user = history[0]["content"].strip(), history[1]
     return [{**user, "content": f"{system}\n\n{user['content']}"}, *history[2:]]
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_finite(scores: Sequence[float]) -> None:

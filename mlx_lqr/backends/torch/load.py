@@ -24,7 +24,7 @@ from mlx_lqr.backends.checkpoint.families import SETTINGS
 from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, check_dtype
 from mlx_lqr.backends.checkpoint.weight_files import INDEX, SINGLE, Weights, weights_of
 from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 
 _FAMILIES = sorted((*FAMILIES, "ministral"))
 """With what transformers makes of a Mistral with layers of two kinds."""
@@ -91,8 +91,7 @@ def load_module(
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, AssertionError) as error:
         if isinstance(error, InputError) or out_of_memory(error):
             raise
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the weights in {folder} do not fit its config.json: {line}") from error
+        raise InputError(f"the weights in {folder} do not fit its config.json: {first_line(error)}") from error
     if files.formats == {"mlx"} and meaning.family == "gemma3_text":
         # Whoever wrote this folder reckoned with mlx-lm, which rounds the embedding's scale in every dtype.
         scale = torch.tensor(math.sqrt(module.config.hidden_size)).bfloat16()
