@@ -11,7 +11,7 @@ from pathlib import Path
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.text import is_unicode
 from mlx_lqr.lqr.strength import Strengths, default_strength
-from mlx_lqr.methods.baseline import Steering, combine, load_steering
+from mlx_lqr.methods.steering import Steering, combine, load_steering
 
 DECODING_HELP: Mapping[str, str] = {
     "max_tokens": "At most this many tokens.",

@@ -11,9 +11,10 @@ from mlx_lqr.backends.protocol import Decoder, Progress, Runner, Sampling, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.prompts import Prompt, tokenise
-from mlx_lqr.methods.baseline import Steering
-from mlx_lqr.methods.laws import AdjustableLaw, Recording
-from mlx_lqr.methods.running import adapts, law_on, only_controller
+from mlx_lqr.methods.law import AdjustableLaw
+from mlx_lqr.methods.recording import Recording
+from mlx_lqr.methods.running import adapts, law_on
+from mlx_lqr.methods.steering import Steering, only_controller
 from mlx_lqr.runtime.decode import Overflow, decode
 from mlx_lqr.runtime.stopping import StopStrings
 

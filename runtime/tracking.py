@@ -12,7 +12,7 @@ import numpy as np
 from mlx_lqr.backends.protocol import AddProduct, Array, Float32, Law, Renew, Runner, Site
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.tracking import Tracking
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from mlx_lqr.backends.protocol import Recorder
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.lqr.tracking import Tracking
-from mlx_lqr.methods.laws import LinearFeedback, check_strength
+from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.law import check_strength
 
 
 def track(

@@ -40,8 +40,7 @@ from mlx_lqr.files.results import as_json as to_json
 from mlx_lqr.files.results import write_json
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.controller import Controller
-from mlx_lqr.methods.baseline import load_steering
-from mlx_lqr.methods.running import only_controller
+from mlx_lqr.methods.steering import load_steering, only_controller
 from mlx_lqr.runtime.arguments import ControllerChoice
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.loading import load
-from mlx_lqr.methods.baseline import combine
+from mlx_lqr.methods.steering import combine
 from mlx_lqr.runtime import Options
 from mlx_lqr.runtime.arguments import ControllerChoice, load_controller, parse_controller
 from mlx_lqr.runtime.chat import Chat

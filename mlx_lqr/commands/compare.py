@@ -18,7 +18,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.runtime.arguments import ControllerChoice
-from mlx_lqr.tasks import Task, load_steering
+from mlx_lqr.tasks import Task, named_steering
 from mlx_lqr.tasks.compare import Comparison, Method, check_budgets
 from mlx_lqr.tasks.compare import compare as compare_methods
 
@@ -41,7 +41,7 @@ def compare_group() -> None:
 
 def _methods(controllers: Sequence[ControllerChoice], strengths: list[float] | None) -> list[Method]:
     return [
-        Method(load_steering([(choice.file, 1.0)]), chosen) for choice, chosen in strengths_of(controllers, strengths)
+        Method(named_steering([(choice.file, 1.0)]), chosen) for choice, chosen in strengths_of(controllers, strengths)
     ]
 
 

@@ -17,7 +17,7 @@ from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.runtime.arguments import ControllerChoice
-from mlx_lqr.tasks import Evaluation, Steering, evaluate
+from mlx_lqr.tasks import Evaluation, NamedSteering, evaluate
 from mlx_lqr.tasks.compare import output_name
 
 steering_options = (
@@ -72,7 +72,7 @@ def _run(
     click.echo(f"Wrote {file} and {summary_file.name}")
 
 
-def say_shares(steering: Steering | None) -> None:
+def say_shares(steering: NamedSteering | None) -> None:
     """A line where concepts get different shares of the strengths in a table's head."""
     if steering is not None and set(steering.shares) - {1.0}:
         shares = zip(steering.controller.concepts, steering.shares, strict=True)

@@ -33,8 +33,9 @@ from mlx_lqr.loading import load
 from mlx_lqr.lqr.adapt import adapt
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import tokenise
-from mlx_lqr.methods.laws import Recording
-from mlx_lqr.methods.running import adapts, only_controller
+from mlx_lqr.methods.recording import Recording
+from mlx_lqr.methods.running import adapts
+from mlx_lqr.methods.steering import only_controller
 from mlx_lqr.runtime import Options, Piece, batch_stream, stream
 from mlx_lqr.runtime.arguments import ControllerChoice, given_or_piped, load_controllers
 from mlx_lqr.runtime.decode import MAX_TOKENS
@@ -165,10 +166,11 @@ def _fields(model: Model, answer: _Answer, settings: Options, tracked: bool) -> 
     if controller is None or not isinstance(strengths, list):
         return fields
     fields["concepts"] = dict(zip(controller.concepts, strengths, strict=True))
-    if tracked and isinstance(controller, Controller):
-        used = adapt(model, controller, answer.prompt) if adapts(controller, settings.get("adaptive")) else controller
+    if tracked:
+        stored = only_controller(controller, "tracked")
+        used = adapt(model, stored, answer.prompt) if adapts(stored, settings.get("adaptive")) else stored
         fields["tracking"] = _tracking(model, answer.prompt, used, strengths)
-        fields["control"] = _control(model, controller, answer)
+        fields["control"] = _control(model, stored, answer)
     return fields
 
 

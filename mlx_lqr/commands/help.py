@@ -120,9 +120,11 @@ def argument(name: str, *, help: str, **attributes: Any) -> Decorator:
     return click.argument(name, cls=Argument, help=help, **attributes)
 
 
-def command(name: str | None = None, **attributes: Any) -> Callable[[Callable[..., Any]], Command]:
+def command(
+    name: str | None = None, cls: type[Command] = Command, **attributes: Any
+) -> Callable[[Callable[..., Any]], Command]:
     """`click.command` whose help has headings. The docstring's first sentence is its line in the list of commands."""
-    return click.command(name, cls=Command, **attributes)
+    return click.command(name, cls=cls, **attributes)
 
 
 def together(*options: Decorator) -> Callable[[C], C]:

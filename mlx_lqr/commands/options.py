@@ -27,7 +27,6 @@ from mlx_lqr.commands.help import (
 )
 from mlx_lqr.commands.values import ControllerType, LayersType, StrengthsType
 from mlx_lqr.loading import BackendName
-from mlx_lqr.lqr.riccati import WEIGHT
 from mlx_lqr.runtime.arguments import DECODING_HELP, DTYPE_DEFAULT
 from mlx_lqr.runtime.decode import Overflow
 
@@ -171,16 +170,6 @@ contrast_options = together(
     ),
     option("--negative", type=click.Path(), metavar="FILE", heading=CONCEPT, help="Prompts that lack it."),
 )
-weight_options = together(
-    option(
-        "--q",
-        default=WEIGHT,
-        heading=METHOD,
-        help="Weight of the state; more steers harder. Only q/r and qf/r matter.",
-    ),
-    option("--r", default=1.0, heading=METHOD, help="Weight of the control."),
-    option("--qf", default=WEIGHT, heading=METHOD, help="Weight of the last layer's output."),
-)
 
 
 def method_option(names: Sequence[str], default: str) -> Decorator:
@@ -205,10 +194,6 @@ def positions_option(help: str) -> Decorator:
 
 def jacobians_option(help: str, heading: str = METHOD) -> Decorator:
     return option("--jacobians", type=click.Path(), metavar="FILE", heading=heading, help=help)
-
-
-def jacobian_prompts_option(help: str) -> Decorator:
-    return option("--jacobian-prompts", default=8, heading=METHOD, help=help)
 
 
 def limit_option(help: str) -> Decorator:

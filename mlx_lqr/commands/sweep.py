@@ -14,7 +14,7 @@ from mlx_lqr.commands.help import STEERING, option
 from mlx_lqr.commands.values import StrengthsType
 from mlx_lqr.errors import InputError
 from mlx_lqr.runtime.arguments import ControllerChoice
-from mlx_lqr.tasks import Steering, load_steering
+from mlx_lqr.tasks import NamedSteering, named_steering
 
 STRENGTHS = (1.0, 2.0, 3.0)
 """Where nobody names any"""
@@ -55,7 +55,7 @@ def refuse_both(choices: Sequence[ControllerChoice], name: str, numbers: Sequenc
 
 def sweep(
     choices: Sequence[ControllerChoice], strengths: Sequence[float] | None, shares: Sequence[float] | None
-) -> tuple[Steering | None, list[float]]:
+) -> tuple[NamedSteering | None, list[float]]:
     """All the -c options as one steering, and the strengths to run it at; without any, the unsteered model alone.
 
     Args:
@@ -86,7 +86,7 @@ def sweep(
     return _together(choices, own), [1.0]
 
 
-def _together(choices: Sequence[ControllerChoice], shares: Sequence[float] | None) -> Steering:
-    return load_steering(
+def _together(choices: Sequence[ControllerChoice], shares: Sequence[float] | None) -> NamedSteering:
+    return named_steering(
         [(choice.file, share) for choice, share in zip(choices, shares or [1.0] * len(choices), strict=True)]
     )

@@ -180,6 +180,7 @@ def add_tasks(
     *,
     output: Decorator | None = None,
     openings: Sequence[str] = (),
+    cls: type[Command] = Command,
 ) -> None:
     """A command for each task.
 
@@ -189,10 +190,11 @@ def add_tasks(
         own: options besides the task's.
         output: the option for `Request.output`; by default a folder.
         openings: of the concept task, where none are given; by default those to evaluate on.
+        cls: what the commands are.
     """
     folder = output_option("A folder; if a run is interrupted, it goes on from there.", metavar="FOLDER")
     for name, kind in KINDS.items():
-        group.add_command(_command(name, kind, run, own, output or folder, openings or bundled_openings()))
+        group.add_command(_command(name, kind, run, own, output or folder, openings or bundled_openings(), cls))
 
 
 def _command(
@@ -202,6 +204,7 @@ def _command(
     own: Sequence[Decorator],
     output_option: Decorator,
     openings: Sequence[str],
+    cls: type[Command],
 ) -> Command:
     own_names = _names(kind.options)
     run_names = _names(own)
@@ -231,7 +234,7 @@ def _command(
         run(functools.partial(Request, name, model, loading, judge, Path(output), as_json, force, make=make), **values)
 
     options = model_argument, *own, *kind.options, *_shared(kind.decoding), output_option, force_option, json_option()
-    return command(name, help=kind.help)(together(*options)(loading_options(callback)))
+    return command(name, help=kind.help, cls=cls)(together(*options)(loading_options(callback)))
 
 
 def _shared(decoding: Decoding) -> tuple[Decorator, ...]:

@@ -1,4 +1,4 @@
-"""Fitted steering on a model: its law, and what only an A-LQR controller can do (adapt, be recorded or tracked)."""
+"""Fitted steering on the model that it was fitted on: its law, and whether gains are recomputed for each prompt."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from mlx_lqr.backends.capabilities import HEAD_RECORDER, require
 from mlx_lqr.backends.protocol import Runner
-from mlx_lqr.errors import InputError
-from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.strength import default_strength
-from mlx_lqr.methods.baseline import Steering
-from mlx_lqr.methods.laws import AdjustableLaw, RecordedFeedback, Recording, law_of
+from mlx_lqr.methods.law import AdjustableLaw
+from mlx_lqr.methods.recording import RecordedFeedback, Recording
+from mlx_lqr.methods.steering import Steering, law_of, only_controller
 
 
 def law_on(
@@ -37,15 +36,4 @@ def law_on(
 
 def adapts(steering: Steering | None, adaptive: bool | None = None) -> bool:
     """Whether gains are recomputed for each prompt: as `adaptive` says, or, where it is None, as it was fitted."""
-    return adaptive if adaptive is not None else isinstance(steering, Controller) and steering.cost == "adaptive"
-
-
-def only_controller(steering: Steering, what: str) -> Controller:
-    """`steering`, if it is an A-LQR controller.
-
-    Raises:
-        InputError: it is of another method, which cannot be `what` ("tracked", "certified", ...).
-    """
-    if isinstance(steering, Controller):
-        return steering
-    raise InputError(f"steering of the method {steering.method} cannot be {what}: this needs an A-LQR controller")
+    return adaptive if adaptive is not None else steering is not None and steering.adaptive

@@ -16,7 +16,7 @@ from typing import Protocol
 from mlx_lqr.backends.protocol import Progress, Recorder, Runner
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, difference, estimate
 from mlx_lqr.tasks.records import CHUNK, Records, Row
-from mlx_lqr.tasks.steering import Steered, Steering, check_strengths
+from mlx_lqr.tasks.steering import NamedSteering, Steered, check_strengths
 
 
 class Part(Protocol):
@@ -98,7 +98,7 @@ class Evaluation:
 def evaluate(
     model: Recorder,
     task: Task,
-    steering: Steering | None = None,
+    steering: NamedSteering | None = None,
     strengths: Sequence[float] = (0.0,),
     *,
     output: str | PathLike[str] | None = None,
@@ -143,7 +143,7 @@ def evaluate(
 
 
 def describe(
-    model: Recorder, task: Task, steering: Steering | None = None, loading: Mapping[str, str | None] | None = None
+    model: Recorder, task: Task, steering: NamedSteering | None = None, loading: Mapping[str, str | None] | None = None
 ) -> Row:
     """Everything that an evaluation's rows depend on except the strength."""
     return {

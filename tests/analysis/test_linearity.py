@@ -29,7 +29,7 @@ from mlx_lqr.analysis.spectra import (
     spectral_similarity,
 )
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))

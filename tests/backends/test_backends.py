@@ -17,8 +17,9 @@ from helpers.tiny import families
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.protocol import Sampling
-from mlx_lqr.lqr.adapt import readapted
-from mlx_lqr.methods.laws import LinearFeedback, law_of
+from mlx_lqr.lqr.adapt import adapt_at
+from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.steering import law_of
 from mlx_lqr.runtime.decode import decode
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -330,7 +331,7 @@ def test_adaptive_generation_linearises_during_prefill(backend: str) -> None:
     prompt = PROMPT * 2  # longer than the sliding window
     law = LinearFeedback(mlx_lqr.adapt(model, controller, prompt), 2.0)
     expected = decoded(model, prompt, law=law, max_tokens=8)
-    adapt = partial(readapted, model, controller)
+    adapt = partial(adapt_at, model, controller)
     found = decoded(model, prompt, max_tokens=8, adapted=lambda trace: LinearFeedback(adapt(trace), 2.0))
     assert found == expected
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx_lqr
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 
 POSITIVE, NEGATIVE = [[1, 2, 3], [4, 5]], [[6, 7], [8]]
 CONTRASTS = {"a": (POSITIVE, NEGATIVE), "b": ([[9, 10]], [[11, 12, 13]])}

@@ -18,13 +18,12 @@ from mlx_lqr.analysis.rollout import roll_out
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.chat import _state
-from mlx_lqr.methods.baseline import METHODS, Steering, combine
-from mlx_lqr.methods.laws import law_of
+from mlx_lqr.methods.registry import METHODS
+from mlx_lqr.methods.steering import Steering, combine, law_of
 from mlx_lqr.runtime import Chat, batch_stream
 from mlx_lqr.runtime.monitor import largest_excess
 from mlx_lqr.runtime.tracking import track_answer
-from mlx_lqr.tasks.steering import Steered, check_strengths
-from mlx_lqr.tasks.steering import Steering as Named
+from mlx_lqr.tasks.steering import NamedSteering, Steered, check_strengths
 
 SETS = {
     "one": ([[1, 2, 3], [4, 5, 6], [7, 9]], [[9, 8, 7], [6, 5], [11, 12]]),
@@ -85,10 +84,10 @@ def test_batches_and_tasks(backend: str) -> None:
     ]
     assert runs[0] == runs[1]
     for strength, shares in ((-0.0, (1.0,)), (2.0, (0.0,))):
-        steered = Steered(model, Named("a", controller, shares), strength)
+        steered = Steered(model, NamedSteering("a", controller, shares), strength)
         assert np.array_equal(steered.logits_along([(PROMPT, [1])])[0], model.logits_along([(PROMPT, [1])])[0])
         assert steered.texts(prompts, {"max_tokens": 6}) == Steered(model).texts(prompts, {"max_tokens": 6})
-    assert str(check_strengths(model, Named("a", controller), [-0.0, 0.0, 1.0])) == "[0.0, 1.0]"
+    assert str(check_strengths(model, NamedSteering("a", controller), [-0.0, 0.0, 1.0])) == "[0.0, 1.0]"
 
 
 def test_steering_in_place() -> None:

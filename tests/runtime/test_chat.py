@@ -24,7 +24,7 @@ from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.chat_view import draw_tracking
 from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.lqr.controller import Controller
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.runtime import Chat, stream
 
 QUESTIONS = ["hello", "tell me more", "and then"]
