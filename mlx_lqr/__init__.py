@@ -22,9 +22,11 @@ from mlx_lqr.lqr.fit import fit  # noqa: E402
 from mlx_lqr.lqr.layers import choose_layers  # noqa: E402
 from mlx_lqr.lqr.linearize import Jacobians, linearize  # noqa: E402
 from mlx_lqr.lqr.riccati import Gains, solve  # noqa: E402
-from mlx_lqr.methods.baseline import METHODS, Baseline, load_steering  # noqa: E402
+from mlx_lqr.methods.baseline import Baseline  # noqa: E402
 from mlx_lqr.methods.fitting import fit_baseline  # noqa: E402
-from mlx_lqr.methods.laws import Recording  # noqa: E402
+from mlx_lqr.methods.recording import Recording  # noqa: E402
+from mlx_lqr.methods.registry import METHODS  # noqa: E402
+from mlx_lqr.methods.steering import load_steering  # noqa: E402
 from mlx_lqr.runtime import Options, Piece, batch_generate, batch_stream, generate, steer, stream  # noqa: E402
 
 __all__ = [

@@ -22,7 +22,7 @@ from typing import NoReturn, get_args
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options, stream
-from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
+from mlx_lqr.runtime.arguments import given_or_piped, load_controllers, parse_controller
 from mlx_lqr.runtime.decode import Overflow
 from mlx_lqr.runtime.streams import STOPPED, accept_any_text, describe, drop_output, reader_has_gone
 
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _generate(given: argparse.Namespace) -> None:
     text = given_or_piped(given.prompt)
-    controller, strengths = parse_controllers(given.controllers, given.model)
+    choices = [parse_controller(text) for text in given.controllers]
+    controller, strengths = load_controllers(choices, given.model)
     model = load(given.model, dtype=given.dtype)
     options: Options = {name: getattr(given, name) for name in Options.__annotations__ if hasattr(given, name)}  # type: ignore[assignment]
     if controller is not None:

@@ -5,31 +5,50 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.prompts import is_unicode
 from mlx_lqr.lqr.strength import Strengths, default_strength
-from mlx_lqr.methods.baseline import Steering, combine, load_steering
+from mlx_lqr.methods.steering import Steering, combine, load_steering
 
 
-def parse_controller(text: str, model: str = "MODEL") -> tuple[Steering, Strengths]:
-    """FILE[:STRENGTH] and the strength of each concept, which is by default what the file recommends, or 1."""
-    file, number = split_file(text)
-    strength = parse_strength(number) if number is not None else None
-    steering = load_steering(file, model)
-    return steering, default_strength(steering) if strength is None else (strength,) * len(steering.concepts)
+@dataclass(frozen=True)
+class ControllerChoice:
+    """What follows a -c: a controller's file, and at which strengths it is to steer."""
+
+    file: str
+    strengths: tuple[float, ...] = ()
+    """Empty where the person named none"""
+
+    def __str__(self) -> str:
+        """As the person may have written it."""
+        if not self.strengths:
+            return self.file
+        return f"{self.file}:{','.join(f'{strength:g}' for strength in self.strengths)}"
 
 
-def split_file(text: str) -> tuple[str, str | None]:
-    """FILE[:WHAT] -> the file, and what stands after the colon; a file whose own name has a colon is found as well."""
-    if Path(text).is_file() or ":" not in text:
-        return text, None
-    file, _, what = text.rpartition(":")
-    return file, what
+def parse_controller(text: str, *, several_strengths: bool = False) -> ControllerChoice:
+    """FILE[:STRENGTH], the one meaning of every -c. A file whose own name has a colon is fine.
+
+    Args:
+        text: what the person wrote.
+        several_strengths: also take FILE:1,2,3.
+
+    Raises:
+        InputError: STRENGTH is not a finite number, or there are several where one is meant.
+    """
+    file, colon, strengths = text.rpartition(":")
+    if not colon or Path(text).is_file() or "/" in strengths or "\\" in strengths:
+        return ControllerChoice(text)
+    numbers = tuple(_strength(number) for number in strengths.split(","))
+    if len(numbers) > 1 and not several_strengths:
+        raise InputError(f"one strength here, not {strengths!r}: write -c FILE:STRENGTH")
+    return ControllerChoice(file, numbers)
 
 
-def parse_strength(number: str) -> float:
+def _strength(number: str) -> float:
     try:
         strength = float(number)
     except ValueError:
@@ -39,13 +58,22 @@ def parse_strength(number: str) -> float:
     return strength
 
 
-def parse_controllers(texts: Sequence[str], model: str = "MODEL") -> tuple[Steering | None, list[float]]:
+def load_controller(choice: ControllerChoice, model: str = "MODEL") -> tuple[Steering, Strengths]:
+    """The controller, and a strength for each of its concepts: by default what the file recommends, or 1."""
+    steering = load_steering(choice.file, model)
+    if not choice.strengths:
+        return steering, default_strength(steering)
+    (strength,) = choice.strengths
+    return steering, (strength,) * len(steering.concepts)
+
+
+def load_controllers(choices: Sequence[ControllerChoice], model: str = "MODEL") -> tuple[Steering | None, list[float]]:
     """All the -c options as one steering and a strength for each of its concepts."""
-    loaded = [parse_controller(text, model) for text in texts]
+    loaded = [load_controller(choice, model) for choice in choices]
     if not loaded:
         return None, []
     strengths = [strength for _, own in loaded for strength in own]
-    return combine([controller for controller, _ in loaded]), strengths
+    return combine([steering for steering, _ in loaded]), strengths
 
 
 def given_or_piped(prompt: str | None) -> str:

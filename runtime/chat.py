@@ -13,12 +13,13 @@ from mlx_lqr.backends.protocol import Decoder, Law, Model
 from mlx_lqr.backends.text.detokenizer import common_length
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
-from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.strength import default_strength
-from mlx_lqr.methods.baseline import Steering, combine
-from mlx_lqr.methods.laws import AdjustableLaw, LinearFeedback, RecordedFeedback, Recording, check_strength
+from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.law import AdjustableLaw, check_strength
+from mlx_lqr.methods.recording import RecordedFeedback, Recording
+from mlx_lqr.methods.steering import Steering, combine, only_controller
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
-from mlx_lqr.runtime.generate import Options, Piece, Strength, only_controller, stream
+from mlx_lqr.runtime.generate import Options, Piece, Strength, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
 from mlx_lqr.runtime.transcript import Given, read_transcript, write_transcript
 
@@ -184,9 +185,9 @@ class Chat:
         None where nothing was steered, or no controller knows such a region (`mlx-lqr linearity -c FILE --write`).
         """
         turn = self._turn
-        if turn is None or not isinstance(turn.controller, Controller):
+        if turn is None or turn.controller is None or not turn.controller.checked:
             return None
-        return largest_excess(turn.controller, *turn.measured())
+        return largest_excess(only_controller(turn.controller, "checked"), *turn.measured())
 
     def restart(self) -> None:
         """Forget the conversation, but for a system prompt."""
@@ -256,7 +257,7 @@ class Chat:
         controller = self.controller
         options = self._decoding(controller, len(prompt))
         decoder = self._decoder_for(prompt, controller)
-        if isinstance(controller, Controller) and controller.checked_error is not None:
+        if controller is not None and controller.checked:
             options["record"] = Recording()
         pieces = stream(self.model, prompt, decoder=decoder, **options)
         self._turn = _Turn(prompt, reply, self._controllers, controller, decoder, self._rolling, options.get("record"))
@@ -318,7 +319,7 @@ class _Turn:
 
     def measured(self) -> tuple[np.ndarray, np.ndarray]:
         """alpha_k (n, T, m) and |u_k| (n, T) at the prompt's last token and at every token of the answer run so far."""
-        if self.recording is None or not isinstance(self.controller, Controller):
+        if self.recording is None or self.controller is None:
             return np.empty((0, 0, 0)), np.empty((0, 0))
         return self.recording.answer(self.controller, len(self.prompt), len(self.tokens))
 

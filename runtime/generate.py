@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from mlx_lqr.backends.protocol import Decoder, Model, Progress, Sampling, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.adapt import readapted
-from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.lqr.strength import default_strength
-from mlx_lqr.methods.baseline import Steering
-from mlx_lqr.methods.laws import AdjustableLaw, RecordedFeedback, Recording, law_of
+from mlx_lqr.methods.law import AdjustableLaw
+from mlx_lqr.methods.recording import RecordedFeedback, Recording
+from mlx_lqr.methods.steering import Steering, law_of, only_controller
 from mlx_lqr.runtime.decode import Overflow, decode
 from mlx_lqr.runtime.stopping import StopStrings
 
@@ -173,19 +173,8 @@ def feedback(
 
 
 def adapts(controller: Steering | None, adaptive: bool | None = None) -> bool:
-    """Whether gains are made anew at every prompt: as asked for, or else as the controller was fitted."""
-    return adaptive if adaptive is not None else isinstance(controller, Controller) and controller.cost == "adaptive"
-
-
-def only_controller(steering: Steering, what: str) -> Controller:
-    """`steering`, if it is a controller.
-
-    Raises:
-        InputError: it is of another method, of which this cannot be done.
-    """
-    if isinstance(steering, Controller):
-        return steering
-    raise InputError(f"steering of the method {steering.method} cannot be {what}: this needs an A-LQR controller")
+    """Whether gains are recomputed for each prompt: as asked for, or else as the controller was fitted."""
+    return adaptive if adaptive is not None else controller is not None and controller.adaptive
 
 
 def _stream(

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_lqr.backends.protocol import CarryingLaw
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import adopt
-from mlx_lqr.methods.baseline import Steering
+from mlx_lqr.methods.steering import Steering
 from mlx_lqr.runtime.generate import Strength, adapts, feedback
 
 

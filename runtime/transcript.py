@@ -17,7 +17,7 @@ from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.prompts import read_text
-from mlx_lqr.methods.laws import check_strength
+from mlx_lqr.methods.law import check_strength
 
 FORMAT = "mlx-lqr transcript 2"
 """Version 1 had no format entry, and no strengths of each answer."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.experiments import Experiment, Setting
-from benchmarks.comparison.methods import CENTRED, METHODS, PAPER, REMOVES, Fitter, space
+from benchmarks.comparison.methods import METHODS, REMOVES, WITHOUT_CURVE, Fitter, space
 from mlx_lqr import tasks
 from mlx_lqr.analysis import write_json
 from mlx_lqr.backends.protocol import Progress
@@ -72,7 +72,7 @@ def measure(
         strengths = [found.best.strength]
         if experiment.curve and method in _with_curve(tuned):
             strengths += [float(f"{factor * found.best.strength:.3g}") for factor in CURVE]
-        steering = tasks.Steering(method, found.steering)
+        steering = tasks.NamedSteering(method, found.steering)
         output = folder / "report" / f"{_safe(method)}.jsonl"
         runs[method] = tasks.evaluate(setting.model, report, steering, strengths, output=output, **options)
     result = {
@@ -101,7 +101,7 @@ def _with_curve(tuned: Mapping[str, Tuned]) -> set[str]:
     control = {
         method: found.best.control.value
         for method, found in tuned.items()
-        if found.best is not None and method not in ("alqr", PAPER, CENTRED, "angular")  # whose strength is an angle
+        if found.best is not None and method != "alqr" and method not in WITHOUT_CURVE
     }
     return {"alqr", *sorted(control, key=lambda method: -control[method])[:RIVALS]}
 

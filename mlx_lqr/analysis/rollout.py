@@ -18,7 +18,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.linearize import MAX_TOKENS
 from mlx_lqr.lqr.prompts import Prompt, tokenise
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ import numpy as np
 from mlx_lqr.backends.protocol import AddProduct, Array, Float32, Law, Model, Renew, Site
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import Prompt, tokenise
-from mlx_lqr.methods.laws import LinearFeedback, check_strength
+from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.law import check_strength
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import click
 
 from mlx_lqr.commands.certify import certify
 from mlx_lqr.commands.chat import chat
-from mlx_lqr.commands.compare import comparison
+from mlx_lqr.commands.compare import compare_group
 from mlx_lqr.commands.concepts import concepts
 from mlx_lqr.commands.convert import convert
 from mlx_lqr.commands.demo import demo
-from mlx_lqr.commands.evaluate import evaluation
+from mlx_lqr.commands.evaluate import eval_group
 from mlx_lqr.commands.fit import fit, linearize
 from mlx_lqr.commands.generate import generate
+from mlx_lqr.commands.help import Group
 from mlx_lqr.commands.linearity import linearity
 from mlx_lqr.commands.lm_eval import lm_eval
 from mlx_lqr.commands.show import show
@@ -26,7 +27,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.runtime.streams import STOPPED, accept_any_text, describe, drop_output, reader_has_gone
 
 
-class _Group(click.Group):
+class _Main(Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         accept_any_text()
         try:
@@ -48,7 +49,7 @@ class _Group(click.Group):
 
 
 def _broken(error: OSError) -> int:
-    """The exit status, after saying what is wrong where there is still somebody to read it."""
+    """Say what is wrong if anybody still reads it, and return the exit status."""
     if not reader_has_gone(error):
         _say(f"Error: {describe(error)}")
     drop_output()
@@ -60,12 +61,12 @@ def _say(line: str) -> None:
         click.echo(line, err=True)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mlx-lqr")
 def main() -> None:
-    """Steer language models on your own machine: closed-loop activation steering (A-LQR).
+    """Steer language models on your own machine, in closed loop (A-LQR).
 
-    MODEL is an MLX or Hugging Face folder, a hub id, a .gguf file, or "demo".
+    MODEL, which most commands take, is an MLX or Hugging Face folder, a hub id, a .gguf file, or "demo".
     """
     warnings.showwarning = _show_warning
 
@@ -74,20 +75,9 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     click.echo(f"Note: {message}", err=True)
 
 
-for command in (
-    demo,
-    convert,
-    concepts,
-    linearize,
-    fit,
-    generate,
-    chat,
-    show,
-    evaluation,
-    comparison,
-    tuning,
-    linearity,
-    certify,
-):
-    main.add_command(command)
-evaluation.add_command(lm_eval)
+main.add_section("Start here", [demo, concepts])
+main.add_section("Fit a controller", [fit, tuning, linearize])
+main.add_section("Steer a model", [generate, chat])
+main.add_section("Measure", [eval_group, compare_group, linearity, certify])
+main.add_section("Files", [show, convert])
+eval_group.add_command(lm_eval)

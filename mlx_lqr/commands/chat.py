@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mlx_lqr.commands.chat_view import draw_comparison, draw_tracking
+from mlx_lqr.commands.help import TEXT, command, option
 from mlx_lqr.commands.options import (
     Loading,
     adaptive_option,
@@ -18,52 +19,55 @@ from mlx_lqr.commands.options import (
     decoding_options,
     loading_options,
     model_argument,
-    progress_bars,
 )
+from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.loading import load
-from mlx_lqr.methods.baseline import combine
+from mlx_lqr.methods.steering import combine
 from mlx_lqr.runtime import Options
-from mlx_lqr.runtime.arguments import parse_controller
+from mlx_lqr.runtime.arguments import ControllerChoice, load_controller, parse_controller
 from mlx_lqr.runtime.chat import Chat
 from mlx_lqr.runtime.streams import keys_unseen
 
 HELP = """\
 /strength 2         set the strength of every concept; /strength dog 2 sets one, /strength shows them
 /add FILE[:2]       steer with one more controller
-/off                steer no more; /off dog drops one concept
+/off                stop steering; /off dog drops one concept
 /compare            the last answer with and without steering, side by side
 /track              for the last answer: feature against setpoint and the control, layer by layer
 /save FILE          write the transcript (JSON); /load FILE goes on with one; /save --force FILE replaces any file
-/new                forget the conversation, but for the system prompt
+/new                begin a new conversation, with the same system prompt
 /help               this
 /quit               leave (or Ctrl-D)
-Enter sends. A message goes on in a new line after Alt-Enter (or Esc, Enter), and where a line ends in a backslash;
-lines pasted together stay together. Ctrl-C stops an answer, or clears what is being typed.
-From a pipe, every line is a message or a command, and a backslash at its end goes on in the next.
-A message that begins with a slash: put a space before it."""
+Enter sends. For a new line in a message press Alt-Enter (or Esc, Enter), or end the line with a backslash;
+lines that are pasted together stay together. Ctrl-C stops an answer, or clears what is being typed.
+In a pipe every line is a message or a command; a backslash at its end joins it to the next.
+If a message begins with a slash, put a space before it."""
 
 
-@click.command()
+@command()
 @model_argument
-@controller_option
+@option("--system", metavar="TEXT", heading=TEXT, help="A system prompt.")
+@controller_option()
 @adaptive_option
-@click.option("--system", help="A system prompt.")
 @decoding_options(512)
 @loading_options
 def chat(
     model: str,
-    controllers: tuple[str, ...],
+    controllers: tuple[ControllerChoice, ...],
     adaptive: bool | None,
     system: str | None,
     loading: Loading,
     **decoding: Any,
 ) -> None:
-    """Talk to MODEL, steered or not, in its own chat template. Type /help for the commands."""
-    parsed = [parse_controller(text, model) for text in controllers]
+    """Talk to a model, steered or not.
+
+    Messages are put into the model's own chat template. Type /help for what else there is to do.
+    """
+    parsed = [load_controller(choice, model) for choice in controllers]
     if parsed:
-        combine([controller for controller, _ in parsed])  # what cannot be is refused before the model is loaded
+        combine([controller for controller, _ in parsed])  # refuses those that do not go together
     with progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
     if not loaded.tokenizer.has_chat_template:
@@ -77,15 +81,15 @@ def chat(
     for controller, strength in parsed:
         session.add(controller, strength)
     if sys.stdin is None:
-        raise InputError("there is no input: run it on a terminal, or give the messages through a pipe")
-    # The line editor draws on a terminal, never on a pipe that the answers go through.
+        raise InputError("there is no input: run this in a terminal, or pipe messages in")
+    # The line editor draws on a terminal, never into a pipe that takes the answers.
     interactive = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     read = _line_editor() if interactive else _piped_lines
     if interactive:
         click.echo(f"{loaded.name}. {_state(session)} /help lists the commands.", err=True)
     while (line := read()) is not None:
         try:
-            with keys_unseen() if interactive else nullcontext():  # those typed meanwhile come to the next prompt
+            with keys_unseen() if interactive else nullcontext():  # keys typed meanwhile go to the next prompt
                 if line.startswith("/"):
                     if _command(session, line[1:].strip()):
                         break
@@ -97,7 +101,7 @@ def chat(
             click.echo(f"Error: {error}", err=True)
             if not interactive:
                 raise click.exceptions.Exit(2) from error
-        except (RuntimeError, MemoryError) as error:  # the backend is out of memory: there is a transcript to save
+        except (RuntimeError, MemoryError) as error:  # out of memory: the transcript can still be saved
             if not interactive:
                 raise
             click.echo(f"Error: {error}", err=True)
@@ -148,7 +152,7 @@ def _strength(session: Chat, rest: str) -> None:
 
 
 def _add(session: Chat, rest: str) -> None:
-    session.add(*parse_controller(_file(rest, "/add dog.safetensors:2")))
+    session.add(*load_controller(parse_controller(_file(rest, "/add dog.safetensors:2"))))
     click.echo(_state(session), err=True)
 
 
@@ -203,12 +207,12 @@ def _file(rest: str, example: str) -> str:
         raise InputError(f"name a file: {example}")
     try:
         return str(Path(rest).expanduser())
-    except RuntimeError:  # ~somebody who is not known here
+    except RuntimeError:  # ~name, of a user who does not exist here
         return rest
 
 
 def _text(typed: str) -> str:
-    """What was typed, with question marks for bytes that are no text."""
+    """What was typed, with question marks for bytes that are not text."""
     return typed.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -220,7 +224,7 @@ def _state(session: Chat) -> str:
 
 
 def _piped_lines() -> str | None:
-    """The next message, of one line or of several joined by backslashes; None at the end."""
+    """The next message, one line or several joined by backslashes; None at the end."""
     lines: list[str] = []
     while raw := sys.stdin.buffer.readline():
         try:

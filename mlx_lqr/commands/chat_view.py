@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import click
 import numpy as np
 
 from mlx_lqr.analysis.tracking import TrackedAnswer, as_strength
 from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.commands.tables import show_table
 from mlx_lqr.runtime import Piece
 from mlx_lqr.runtime.monitor import Excess
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-REACHED, AIM, WITHOUT = MARKS = "█", "┃", "○"
+Marks = tuple[str, str, str]
+"""For the feature, the setpoint, and the feature without steering"""
+MARKS = "█", "┃", "○"
 PLAIN_MARKS = "#", "|", "o"
-"""Where the output's encoding does not have the others."""
+"""Where the output's encoding does not have the others"""
+OF_NUMBERS = 62
+"""Characters of a line of `draw_tracking` that its numbers may take"""
 
 
 def draw_comparison(answers: Sequence[tuple[str, Iterator[Piece]]]) -> None:
@@ -53,42 +60,42 @@ def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
 
     Bars are in strengths, because the residual stream grows from layer to layer.
     """
-    from rich.table import Column, Table
-    from rich.text import Text
-
     console = _console()
     marks = _marks(console.encoding)
-    width = max(12, console.width - 62)  # what the columns of numbers leave
-    for i, concept in enumerate(tracked.controller.concepts):
-        columns = tracked.steered.setpoint[:, i], tracked.steered.feature[:, i], tracked.unsteered.feature[:, i]
-        strengths = [as_strength(tracked.controller, column, i) for column in columns]
-        axis = _Axis.over(strengths[0], strengths[1], width)
-        numbers = [
-            Column(Text(name), justify="right") for name in ("layer", "setpoint", "feature", "without", "alpha", "|u|")
-        ]
-        table = Table(
-            *numbers,
-            Column(Text(axis.labels()), no_wrap=True),
-            box=None,
-            title=Text(f"{concept}, strength {tracked.strength[i]:g}, at the last token of the answer"),
-            title_justify="left",
-        )
-        for k in range(tracked.controller.num_layers):
-            acts = bool(np.any(tracked.gain[k, :, i]))
-            setpoint, feature, without = (float(strength[k]) for strength in strengths)
-            bar = axis.bar(feature, without, setpoint if acts else None, marks)
-            cells = [f"{column[k]:.4g}" for column in columns]
-            control = [f"{tracked.error[k, i]:.3g}", f"{tracked.push[k]:.3g}"] if acts else ["-", "-"]
-            row = [str(k), cells[0] if acts else "-", *cells[1:], *control]
-            table.add_row(*row, Text(bar), style=None if acts else "dim")
-        console.print(table)
-        console.print()
+    for i in range(len(tracked.controller.concepts)):
+        _tracking_table(tracked, i, max(12, console.width - OF_NUMBERS), marks)
+        click.echo()
     reached, aim, other = marks
-    console.print(Text(f"{reached} feature  {aim} setpoint (-: no control here)  {other} feature without steering"))
-    console.print("Numbers are in the residual stream's units, bars in strengths.")
-    console.print("alpha: setpoint less feature; |u|: length of what all concepts add to the layer.")
+    click.echo(f"{reached} feature  {aim} setpoint (-: no control here)  {other} feature without steering")
+    click.echo("Numbers are in the residual stream's units, bars in strengths.")
+    click.echo("alpha: setpoint less feature; |u|: length of what all concepts add to the layer.")
     if excess is not None:
-        console.print(Text(f"Over the whole answer: {excess}."))
+        click.echo(textwrap.fill(f"Over the whole answer: {excess}.", console.width))
+
+
+def _tracking_table(tracked: TrackedAnswer, i: int, width: int, marks: Marks) -> None:
+    """The table of concept i, with bars of this many characters."""
+    controller = tracked.controller
+    columns = tracked.steered.setpoint[:, i], tracked.steered.feature[:, i], tracked.unsteered.feature[:, i]
+    strengths = [as_strength(controller, column, i) for column in columns]
+    axis = _Axis.over(strengths[0], strengths[1], width)
+    rows = []
+    idle = [k for k in range(controller.num_layers) if not np.any(tracked.gain[k, :, i])]
+    for k in range(controller.num_layers):
+        setpoint, feature, without = (f"{column[k]:.4g}" for column in columns)
+        aim, reached, unsteered = (float(strength[k]) for strength in strengths)
+        if k in idle:
+            rows.append([str(k), "-", feature, without, "-", "-", axis.bar(reached, unsteered, None, marks)])
+        else:
+            control = f"{tracked.error[k, i]:.3g}", f"{tracked.push[k]:.3g}"
+            rows.append([str(k), setpoint, feature, without, *control, axis.bar(reached, unsteered, aim, marks)])
+    show_table(
+        ["layer", "setpoint", "feature", "without", "alpha", "|u|", axis.labels()],
+        rows,
+        left=(6,),
+        title=f"{controller.concepts[i]}, strength {tracked.strength[i]:g}, at the last token of the answer",
+        dim=idle,
+    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ class _Axis:
         high = min(max(0.0, float(setpoints.max()), float(features.max())), max(0.0, float(setpoints.max())) + span)
         return cls(low, max(high, low + 1), width)
 
-    def bar(self, feature: float, without: float, setpoint: float | None, marks: tuple[str, str, str] = MARKS) -> str:
+    def bar(self, feature: float, without: float, setpoint: float | None, marks: Marks = MARKS) -> str:
         """From zero to the feature, with the marks upon it; what lies beyond the axis is drawn at its end."""
         first, last = sorted((self._cell(0.0), self._cell(feature)))
         cells = [marks[0] if first <= cell <= last else " " for cell in range(self.width)]
@@ -130,7 +137,7 @@ class _Axis:
         return min(self.width - 1, max(0, round(share * (self.width - 1))))
 
 
-def _marks(encoding: str) -> tuple[str, str, str]:
+def _marks(encoding: str) -> Marks:
     try:
         "".join(MARKS).encode(encoding)
     except (LookupError, UnicodeEncodeError):

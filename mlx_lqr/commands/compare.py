@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import click
 
 from mlx_lqr.analysis.results import as_json, write_json
-from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
+from mlx_lqr.commands.help import Group
+from mlx_lqr.commands.options import controller_option, strengths_option, tradeoff_options
+from mlx_lqr.commands.progress import going_on_later, progress_bars
+from mlx_lqr.commands.sweep import strengths_of
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
-from mlx_lqr.runtime.arguments import split_file
-from mlx_lqr.tasks import Task, load_steering
+from mlx_lqr.runtime.arguments import ControllerChoice
+from mlx_lqr.tasks import Task, named_steering
 from mlx_lqr.tasks.compare import Comparison, Method, check_budgets
 from mlx_lqr.tasks.compare import compare as compare_methods
 
@@ -27,24 +30,27 @@ DAMAGE = {
 COLUMNS = ("perplexity", "distinct_2", "repetition", "kl", "capability")
 
 
-@click.group("compare")
-def comparison() -> None:
-    """Compare controllers on a task: each at as many strengths as the others, with intervals, table and plot.
+@click.group("compare", cls=Group)
+def compare_group() -> None:
+    """Compare controllers on the same task.
 
-    What `mlx-lqr eval` or an earlier comparison left in the output folder is not run again where settings are the same.
+    Each runs at as many strengths as the others; a table with intervals and a plot come out. What `mlx-lqr eval` or an
+    earlier comparison has left in the output folder is not run again if the settings are the same.
     """
 
 
-def _methods(controllers: tuple[str, ...], strengths: str) -> list[Method]:
-    methods = []
-    for text in controllers:
-        file, own = split_file(text)
-        methods.append(Method(load_steering([(file, 1.0)]), tuple(parse_strengths(own or strengths))))
-    return methods
+def _methods(controllers: Sequence[ControllerChoice], strengths: list[float] | None) -> list[Method]:
+    return [
+        Method(named_steering([(choice.file, 1.0)]), chosen) for choice, chosen in strengths_of(controllers, strengths)
+    ]
 
 
 def _run(
-    request: Callable[..., Request], controllers: tuple[str, ...], strengths: str, control: str | None, damage: str
+    request: Callable[..., Request],
+    controllers: tuple[ControllerChoice, ...],
+    strengths: list[float] | None,
+    control: str | None,
+    damage: str,
 ) -> None:
     methods = _methods(controllers, strengths)
     check_budgets(methods)
@@ -56,29 +62,29 @@ def _run(
     check_writable(wanted.output / f"{name}.json", "results", force=wanted.force)
     with going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
-        found = compare_methods(
+        comparison = compare_methods(
             model, task, methods, folder=wanted.output, loading=wanted.recorded_loading, progress=progress
         )
     control = control or task.control
-    numbers = {**as_json(found), "budget": found.budget, "judge": wanted.judge_name}
+    numbers = {**as_json(comparison), "budget": comparison.budget, "judge": wanted.judge_name}
     write_json(wanted.output / f"{name}.json", numbers, force=wanted.force)
     if importlib.util.find_spec("matplotlib") is None:
         click.echo("Note: the plot needs matplotlib: pip install 'mlx-lqr[plots]', then run this again", err=True)
     else:
         label = task.control_label if control == task.control else control.replace("_", " ")
-        _plot(found, control, label, damage, DAMAGE[damage].format(judge=wanted.judge_name), wanted)
+        _plot(comparison, control, label, damage, DAMAGE[damage].format(judge=wanted.judge_name), wanted)
     if wanted.as_json:
         click.echo(json.dumps(numbers))
         return
-    _table(found, task, control)
+    _table(comparison, task, control)
     click.echo(f"with 95 % bootstrap intervals over prompts; perplexity under {wanted.judge_name}")
-    click.echo(found.budget)
+    click.echo(comparison.budget)
     click.echo(f"Wrote {wanted.output / name}.json")
 
 
-def _table(found: Comparison, task: Task, control: str) -> None:
-    rows = [("unsteered", found.unsteered)]
-    rows += [(method, result) for method, results in found.methods.items() for result in results]
+def _table(comparison: Comparison, task: Task, control: str) -> None:
+    rows = [("unsteered", comparison.unsteered)]
+    rows += [(method, result) for method, results in comparison.methods.items() for result in results]
     columns = list(dict.fromkeys((control, task.control, *COLUMNS)))
     show_table(
         [task.name, "strength", *columns],
@@ -89,12 +95,14 @@ def _table(found: Comparison, task: Task, control: str) -> None:
     )
 
 
-def _plot(found: Comparison, control: str, control_label: str, damage: str, damage_label: str, wanted: Request) -> None:
+def _plot(
+    comparison: Comparison, control: str, control_label: str, damage: str, damage_label: str, wanted: Request
+) -> None:
     from mlx_lqr.analysis import plots
 
     points = []
-    for method, results in found.methods.items():
-        for result in (found.unsteered, *results):
+    for method, results in comparison.methods.items():
+        for result in (comparison.unsteered, *results):
             good, bad = result.metrics[control], result.metrics[damage]
             intervals = (good.low, good.high), (bad.low, bad.high)
             points.append(plots.Tradeoff(method, result.strength, good.value, bad.value, *intervals))
@@ -103,20 +111,16 @@ def _plot(found: Comparison, control: str, control_label: str, damage: str, dama
 
 
 add_tasks(
-    comparison,
+    compare_group,
     _run,
     (
-        click.option(
-            "-c",
-            "--controller",
-            "controllers",
-            multiple=True,
+        controller_option(
+            swept=True,
             required=True,
-            metavar="FILE[:1,2,3]",
-            help="A method to compare, and strengths of its own, as many as the others'; repeat it.",
+            several_strengths=True,
+            repeat="Repeat it for each method to compare. FILE:1,2,3 gives one its own list, as long as the others'.",
         ),
-        click.option("--strengths", default="1,2,3", show_default=True, help="Of all methods without their own."),
-        click.option("--control", metavar="METRIC", help="For table and plot; by default what the task is about."),
-        click.option("--damage", type=click.Choice(list(DAMAGE)), default="perplexity", show_default=True),
+        strengths_option,
+        tradeoff_options(tuple(DAMAGE), "What to show in the table and the plot"),
     ),
 )

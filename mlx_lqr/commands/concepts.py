@@ -6,13 +6,18 @@ import json
 
 import click
 
+from mlx_lqr.commands.help import command
+from mlx_lqr.commands.options import json_option
 from mlx_lqr.concepts import bundled_concepts, bundled_prompts
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+@command()
+@json_option()
 def concepts(as_json: bool) -> None:
-    """List the bundled contrast sets, with an example of each."""
+    """List the bundled contrast sets.
+
+    Each with its number of prompts, and one prompt with the concept (+) and one without it (-).
+    """
     sets = {name: bundled_prompts(name) for name in bundled_concepts()}
     if as_json:
         rows = [

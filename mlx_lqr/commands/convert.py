@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import click
 
-from mlx_lqr.commands.options import NOTHING_WRITTEN, force_option, progress_bars, stopping
+from mlx_lqr.commands.help import OUTPUT, argument, command, option
+from mlx_lqr.commands.options import dtype_option, force_option
+from mlx_lqr.commands.progress import NOTHING_WRITTEN, progress_bars, stopping
 
 
-@click.command()
-@click.argument("source")
-@click.argument("out", type=click.Path())
-@click.option("--dtype", help="float32, float16 or bfloat16; by default the source's own.")
-@click.option("--quantize", type=int, help="Pack the weights in this many bits: 4 or 8.")
+@command()
+@argument(
+    "source",
+    help='A Hugging Face folder, a hub id, a .gguf file of the Llama, Qwen2/3 or Gemma 2/3 families, or "demo".',
+)
+@argument("out", type=click.Path(), help="The folder to write.")
+@option("--quantize", type=int, metavar="BITS", heading=OUTPUT, help="Pack the weights in this many bits: 4 or 8.")
+@dtype_option("by default the source's own.", heading=OUTPUT)
 @force_option
 def convert(source: str, out: str, dtype: str | None, quantize: int | None, force: bool) -> None:
-    """Convert SOURCE to an MLX model folder OUT, which mlx-lm loads too.
+    """Convert a model to an MLX folder.
 
-    SOURCE is a Hugging Face folder, a hub id, a .gguf file of the Llama, Qwen2/3 or Gemma 2/3 families, or "demo".
+    mlx-lm loads the folder too.
     """
     from mlx_lqr.convert import convert as convert_model
 

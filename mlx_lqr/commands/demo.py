@@ -1,4 +1,4 @@
-"""mlx-lqr demo: the main job on the demonstration model, and what came of it."""
+"""mlx-lqr demo: fit a concept on a small model, steer with it, and show text and tracking."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import click
 
 from mlx_lqr.analysis.tracking import as_strength, track
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.commands.options import Loading, loading_options, progress_bars
+from mlx_lqr.commands.help import command
+from mlx_lqr.commands.options import Loading, concept_option, loading_options, max_tokens_option, prompt_option
+from mlx_lqr.commands.progress import progress_bars
+from mlx_lqr.commands.tables import show_table
 from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
@@ -20,14 +23,17 @@ from mlx_lqr.runtime import stream
 STRENGTHS = (1.0, 2.0, 4.0)
 
 
-@click.command()
-@click.option("--concept", default="dog", show_default=True, help="One of `mlx-lqr concepts`.")
-@click.option("-p", "--prompt", default="Once upon a time,", show_default=True, help="The text to continue.")
-@click.option("-n", "--max-tokens", default=40, show_default=True, help="Tokens a sample.")
+@command()
+@concept_option("One of `mlx-lqr concepts`.", default="dog")
+@prompt_option("The text to continue.", default="Once upon a time,")
+@max_tokens_option(40)
 @loading_options
 def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
-    """Fit a concept on SmolLM2-135M and show unsteered beside steered text."""
-    bundled_prompts(concept)  # an unknown concept is refused before the model is fetched
+    """Steer a small model towards a concept.
+
+    Fits the concept on SmolLM2-135M, and shows what the model writes unsteered and at three strengths.
+    """
+    bundled_prompts(concept)  # refuses an unknown concept before the model is fetched
     with progress_bars() as progress:
         model = load("demo", **loading, progress=progress)
     controller = _controller(model, concept)
@@ -53,7 +59,7 @@ def _controller(model: Model, concept: str) -> Controller:
     positive, negative = bundled_prompts(concept)
     with progress_bars() as progress:
         controller = fit(model, positive, negative, concept=concept, progress=progress)
-    controller.save(file, force=True)  # also where a damaged one stands
+    controller.save(file, force=True)  # even over a damaged one
     return controller
 
 
@@ -73,9 +79,11 @@ def _sample(
 def _tracking_table(model: Model, prompt: str, controller: Controller) -> None:
     """Feature against setpoint at the prompt's last token, as strengths."""
     click.echo("Tracking at the prompt's last token: the strength that the feature v_k.z_k of layer k amounts to")
-    click.echo("layer  not steered" + "".join(f"{f'strength {s:g}':>18}" for s in STRENGTHS))
     unsteered = track(model, prompt, controller, 0.0, steered=False).feature
     features = [unsteered, *(track(model, prompt, controller, strength).feature for strength in STRENGTHS)]
     reached = [as_strength(controller, feature[:, 0]) for feature in features]
-    for k in controller.active_layers:
-        click.echo(f"{k:5d}{reached[0][k]:13.2f}" + "".join(f"{one[k]:18.2f}" for one in reached[1:]))
+    show_table(
+        ["layer", "not steered", *(f"strength {strength:g}" for strength in STRENGTHS)],
+        [[str(k), *(f"{column[k]:.2f}" for column in reached)] for k in controller.active_layers],
+        left=(),
+    )

@@ -9,58 +9,48 @@ from typing import Any
 import click
 
 from mlx_lqr.analysis.results import as_json, write_json
-from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
+from mlx_lqr.commands.help import Group
+from mlx_lqr.commands.options import controller_option, strengths_option
+from mlx_lqr.commands.progress import going_on_later, progress_bars
+from mlx_lqr.commands.sweep import shares_option, sweep
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.files.atomic import check_writable
-from mlx_lqr.runtime.arguments import parse_strength, split_file
-from mlx_lqr.tasks import Evaluation, Steering, evaluate, load_steering
+from mlx_lqr.runtime.arguments import ControllerChoice
+from mlx_lqr.tasks import Evaluation, NamedSteering, evaluate
 from mlx_lqr.tasks.compare import output_name
 
 steering_options = (
-    click.option(
-        "-c",
-        "--controller",
-        "controllers",
-        multiple=True,
-        metavar="FILE[:SHARE]",
-        help="Steer with this; repeat it to steer with several at once, each at SHARE (1) times the strength. "
-        "Without any, the unsteered model alone is measured.",
-    ),
-    click.option("--strengths", default="1,2,3", show_default=True, help="At which to steer, besides 0."),
+    controller_option(swept=True, repeat="Repeat it for several at once; with none, the unsteered model is measured."),
+    strengths_option,
+    shares_option,
 )
 
 
-@click.group("eval")
-def evaluation() -> None:
-    """Measure what a controller does on a task, and what it costs, at several strengths.
+@click.group("eval", cls=Group)
+def eval_group() -> None:
+    """Measure what steering does and costs.
 
-    Strength 0 is the unsteered model and is always included. Perplexity of the texts, distinct-n, repetition, KL on
-    neutral text and a capability set are measured with every task but lm-eval's. Interrupted, the same command goes on.
+    Strength 0 is the unsteered model and is always included. Every task but lm-eval's also measures the perplexity of
+    the texts, distinct-n, repetition, KL on neutral text, and answers to a set of questions. If it is interrupted, the
+    same command goes on.
     """
 
 
-def parse_steering(controllers: tuple[str, ...]) -> Steering | None:
-    """All the -c options, FILE[:SHARE], as one."""
-    parts = [split_file(text) for text in controllers]
-    if not parts:
-        return None
-    return load_steering([(file, 1.0 if share is None else parse_strength(share)) for file, share in parts])
-
-
-def _run(request: Callable[..., Request], controllers: tuple[str, ...], strengths: str) -> None:
-    chosen = parse_strengths(strengths)
-    steering = parse_steering(controllers)
+def _run(
+    request: Callable[..., Request],
+    controllers: tuple[ControllerChoice, ...],
+    strengths: list[float] | None,
+    shares: list[float] | None,
+) -> None:
+    steering, chosen = sweep(controllers, strengths, shares)
     wanted: Request = request(concepts=steering.controller.concepts if steering is not None else ())
-    wanted.check()
-    if steering is None:
-        chosen = [0.0]
-    summary_file = (wanted.output / output_name(wanted.check(), steering)).with_suffix(".summary.json")
+    file = wanted.output / output_name(wanted.check(), steering)
+    summary_file = file.with_suffix(".summary.json")
     check_writable(summary_file, "results", force=wanted.force)
     with going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
-        file = wanted.output / output_name(task, steering)
-        found = evaluate(
+        evaluation = evaluate(
             model,
             task,
             steering,
@@ -69,20 +59,29 @@ def _run(request: Callable[..., Request], controllers: tuple[str, ...], strength
             loading=wanted.recorded_loading,
             progress=progress,
         )
-    summary = _summary(found)
+    summary = _summary(evaluation)
     write_json(summary_file, summary, force=wanted.force)
     if wanted.as_json:
         click.echo(json.dumps(as_json(summary)))
         return
-    results = found.results()
+    results = evaluation.results()
     head = [task.name, *(f"strength {result.strength:g}" if result.strength else "unsteered" for result in results)]
     show_table(head, [[name, *(cell(result.metrics[name]) for result in results)] for name in results[0].metrics])
     click.echo(f"with 95 % bootstrap intervals over prompts; perplexity under {wanted.judge_name}")
+    say_shares(steering)
     click.echo(f"Wrote {file} and {summary_file.name}")
 
 
-def _summary(found: Evaluation) -> dict[str, Any]:
-    return {"method": found.method, "control": found.task.control, **found.header, "strengths": found.results()}
+def say_shares(steering: NamedSteering | None) -> None:
+    """A line where concepts get different shares of the strengths in a table's head."""
+    if steering is not None and set(steering.shares) - {1.0}:
+        shares = zip(steering.controller.concepts, steering.shares, strict=True)
+        click.echo(f"times the strength: {', '.join(f'{concept} {share:g}' for concept, share in shares)}")
 
 
-add_tasks(evaluation, _run, steering_options)
+def _summary(evaluation: Evaluation) -> dict[str, Any]:
+    fields = {"method": evaluation.method, "control": evaluation.task.control, **evaluation.header}
+    return {**fields, "strengths": evaluation.results()}
+
+
+add_tasks(eval_group, _run, steering_options)

@@ -2,54 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
 
 import click
-from click.core import ParameterSource
 
+from mlx_lqr.commands.help import OUTPUT, TEXT, command, option, together
+from mlx_lqr.commands.method_options import MethodCommand, method_choice
 from mlx_lqr.commands.options import (
-    NOTHING_WRITTEN,
     Loading,
+    contrast_options,
     force_option,
-    going_on_later,
     loading_options,
     model_argument,
-    parse_layers,
-    progress_bars,
-    stopping,
+    output_option,
+    prompts_option,
 )
+from mlx_lqr.commands.progress import NOTHING_WRITTEN, going_on_later, progress_bars, stopping
 from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.loading import load
-from mlx_lqr.lqr.controller import Cost, Positions, Setpoint
-from mlx_lqr.lqr.fit import fit as fit_controller
-from mlx_lqr.lqr.linearize import Jacobians
 from mlx_lqr.lqr.linearize import linearize as linearize_model
-from mlx_lqr.lqr.riccati import WEIGHT, Weights
-from mlx_lqr.methods.baseline import METHODS, MethodName, known_method
-from mlx_lqr.methods.fitting import check_options, fit_baseline
 
 
-@click.command()
-@model_argument
-@click.option("-o", "--output", required=True, type=click.Path(), help="The file to write.")
-@click.option(
-    "--prompts", type=click.Path(), help="Nominal prompts; by default eight of the bundled neutral sentences."
+@command()
+@together(
+    model_argument,
+    prompts_option("Nominal prompts; by default eight of the bundled neutral sentences."),
+    option("--nominal", metavar="TEXT", heading=TEXT, help="Linearise at this one prompt."),
+    output_option("The file to write."),
+    option("--store", default="float32", heading=OUTPUT, help="float32, or float16 for half the size."),
+    force_option,
+    loading_options,
 )
-@click.option("--nominal", metavar="TEXT", help="Linearise at this one prompt.")
-@click.option("--store", default="float32", show_default=True, help="float32, or float16 for half the size.")
-@force_option
-@loading_options
 def linearize(
     model: str, output: str, prompts: str | None, nominal: str | None, store: str, force: bool, loading: Loading
 ) -> None:
-    """Compute and store the layer Jacobians of MODEL, to be used for any concept and any weights (fit --jacobians).
+    """Store a model's Jacobians for `fit`.
 
-    Interrupted, the same command goes on where it stopped.
+    They serve (fit --jacobians) for any concept and any weights. If it is interrupted, the same command goes on.
     """
     check_writable(output, "Jacobians", force=force)
     if prompts is not None and nominal is not None:
@@ -63,144 +56,45 @@ def linearize(
     click.echo(f"Wrote {output}: {len(jacobians)} Jacobians averaged over {jacobians.prompt_count} prompts")
 
 
-@click.command()
-@model_argument
-@click.option("-o", "--output", required=True, type=click.Path(), help="The controller file to write.")
-@click.option(
-    "--method",
-    type=click.Choice(["alqr", *METHODS]),
-    default="alqr",
-    show_default=True,
-    help="Activation LQR, or one of the methods that it is compared with.",
+@command(cls=MethodCommand)
+@together(
+    model_argument,
+    contrast_options,
+    output_option("The controller file to write."),
+    force_option,
+    loading_options,
 )
-@click.option("--concept", help="A bundled contrast set (see `mlx-lqr concepts`), or the name of your own.")
-@click.option(
-    "--positive", type=click.Path(), help="Prompts with the concept: one a line, or JSON lines with a prompt key."
-)
-@click.option("--negative", type=click.Path(), help="Prompts without it.")
-@click.option("--jacobians", type=click.Path(), help="Jacobians stored by `mlx-lqr linearize`.")
-@click.option("--jacobian-prompts", default=8, show_default=True, help="Positive prompts to linearise at.")
-@click.option(
-    "--q", default=WEIGHT, show_default=True, help="Weight of the state. Only q/r and qf/r matter; more steers harder."
-)
-@click.option("--r", default=1.0, show_default=True, help="Weight of the control.")
-@click.option("--qf", default=WEIGHT, show_default=True, help="Weight of the last layer's output.")
-@click.option(
-    "--layers",
-    help="Where control may act, such as 20-29 or all; auto, the default of alqr, is the layers that tell the prompts "
-    "apart. By default the other methods act at all (actadd, odesteer, angular: at the middle one).",
-)
-@click.option(
-    "--cost",
-    type=click.Choice(get_args(Cost)),
-    default="state",
-    show_default=True,
-    help="Penalise any error of the state, or that of the concept's feature alone, which is much cheaper to fit; "
-    "adaptive: the same, made anew at every prompt.",
-)
-@click.option(
-    "--setpoint",
-    type=click.Choice(get_args(Setpoint)),
-    default="centred",
-    show_default=True,
-    help="What strengths count from: as much of the feature as the negative prompts have, or (the paper's) none of it. "
-    "Strength 0 itself does not steer.",
-)
-@click.option(
-    "--positions",
-    type=click.Choice(["last", "all"]),
-    help="Steer from the prompt's last token on, or every prompt token too; by default as the method's paper does: "
-    "last, and all for ablation, the AcT family and angular steering.",
-)
-@click.option("--kp", type=float, help="Proportional gain (proportional, spid, pid-act).")
-@click.option("--ki", type=float, help="Integral gain (spid, pid-act).")
-@click.option("--kd", type=float, help="Derivative gain (spid, pid-act).")
-@click.option("--heads", type=int, help="How many attention heads are moved (iti); by default 48 of every 1024.")
-@click.option("--source-layer", type=int, help="Whose direction is ablated at every layer (ablation).")
-@click.option("--simultaneous", is_flag=True, help="Fit all layers at once, not one after the other (the AcT family).")
-@force_option
-@loading_options
 def fit(
     model: str,
     output: str,
-    method: str,
     concept: str | None,
     positive: str | None,
     negative: str | None,
-    jacobians: str | None,
-    jacobian_prompts: int,
-    q: float,
-    r: float,
-    qf: float,
-    layers: str | None,
-    cost: Cost,
-    setpoint: Setpoint,
-    positions: Positions | None,
-    simultaneous: bool,
-    source_layer: int | None,
-    heads: int | None,
     force: bool,
     loading: Loading,
-    **gains: float | None,
 ) -> None:
-    """Fit a controller, or the steering of another method, for a concept on MODEL."""
-    Weights(q, r, qf)  # mistakes are refused before the model is loaded
+    """Fit a controller for a concept.
+
+    By activation LQR, or by another --method.
+    """
+    choice = method_choice()  # mistakes are refused before the model is loaded
     check_writable(output, "controller", force=force)
-    chosen = parse_layers(layers)
     name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
-    known = known_method(method)
-    _refuse_options_of_others(_OF_BASELINES if known is None else _OF_ALQR, method)
-    if known is not None:
-        options: dict[str, Any] = {
-            "numbers": {number: value for number, value in gains.items() if value is not None},
-            "source_layer": source_layer,
-            "incremental": not simultaneous,
-            "heads": heads,
-        }
-        check_options(known, **options)
-        with stopping(NOTHING_WRITTEN), progress_bars() as progress:
-            loaded = load(model, **loading, progress=progress)
-            prompts = positive_prompts, negative_prompts
-            options |= {"concept": name, "layers": chosen, "positions": positions, "progress": progress}
-            fit_baseline(loaded, known, *prompts, **options).save(output, force=force)
-        note_few_prompts(positive_prompts, negative_prompts)
-        say_how_to_use(model, output, _WORTH_TRYING.get(known, "1"))
-        return
-    stored = Jacobians.load(jacobians) if jacobians is not None else None
     with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
-        controller = fit_controller(
+        steering = choice.method.fit_prompts(
             loaded,
             positive_prompts,
             negative_prompts,
+            choice.options,
             concept=name,
-            q=q,
-            r=r,
-            qf=qf,
-            layers=chosen,
-            cost=cost,
-            setpoint=setpoint,
-            positions=positions or "last",
-            jacobian_prompts=jacobian_prompts,
-            jacobians=stored,
+            layers=choice.layers,
+            positions=choice.positions,
             progress=progress,
         )
-        controller.save(output, force=force)
+        steering.save(output, force=force)
     note_few_prompts(positive_prompts, negative_prompts)
-    say_how_to_use(model, output, "2")
-
-
-_WORTH_TRYING: Mapping[MethodName, str] = {"angular": "90", "adaptive-angular": "90", "iti": "5", "odesteer": "2"}
-_OF_ALQR = ("q", "r", "qf", "cost", "setpoint", "jacobians", "jacobian_prompts")
-_OF_BASELINES = ("kp", "ki", "kd", "source_layer", "simultaneous", "heads")
-
-
-def _refuse_options_of_others(names: tuple[str, ...], method: str) -> None:
-    context = click.get_current_context()
-    for name in names:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"{option} is not for the method {method}: leave it out, or choose another --method")
+    say_how_to_use(model, output, f"{choice.method.strengths.suggested:g}")
 
 
 FEW_PROMPTS = 8

@@ -14,56 +14,67 @@ import numpy as np
 
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
+from mlx_lqr.commands.help import OUTPUT, command, option
 from mlx_lqr.commands.options import (
     Loading,
     adaptive_option,
     controller_option,
     decoding_options,
+    json_option,
     loading_options,
     model_argument,
-    progress_bars,
+    prompt_option,
+    prompts_option,
 )
+from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.adapt import adapt
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import tokenise
-from mlx_lqr.methods.laws import Recording
+from mlx_lqr.methods.recording import Recording
+from mlx_lqr.methods.steering import only_controller
 from mlx_lqr.runtime import Options, Piece, batch_stream, stream
-from mlx_lqr.runtime.arguments import given_or_piped, parse_controllers
+from mlx_lqr.runtime.arguments import ControllerChoice, given_or_piped, load_controllers
 from mlx_lqr.runtime.decode import MAX_TOKENS
-from mlx_lqr.runtime.generate import adapts, only_controller
+from mlx_lqr.runtime.generate import adapts
 from mlx_lqr.runtime.monitor import largest_excess
 
 
-@click.command()
+@command()
 @model_argument
-@click.option("-p", "--prompt", help="The text to continue; read from a pipe where not given.")
-@click.option(
-    "--prompts",
-    "prompt_file",
-    metavar="FILE",
-    help='Continue every prompt of a file, side by side: one a line, or JSON lines with a "prompt" key.',
+@prompt_option("The text to continue; without it, what comes through a pipe.")
+@prompts_option(
+    'Continue every prompt of a file, several at a time: one a line, or JSON lines with a "prompt" key.', "prompt_file"
 )
-@controller_option
+@controller_option()
 @adaptive_option
 @decoding_options(MAX_TOKENS)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a prompt instead of text.")
-@click.option("--track", "tracked", is_flag=True, help="Add feature, setpoint and control in every layer (--json).")
+@json_option("Print one JSON object a prompt instead of text.")
+@option(
+    "--track",
+    "tracked",
+    is_flag=True,
+    heading=OUTPUT,
+    help="With --json: add each layer's feature, setpoint and control.",
+)
 @loading_options
 def generate(
     model: str,
     prompt: str | None,
     prompt_file: str | None,
-    controllers: tuple[str, ...],
+    controllers: tuple[ControllerChoice, ...],
     adaptive: bool | None,
     as_json: bool,
     tracked: bool,
     loading: Loading,
     **options: Any,
 ) -> None:
-    """Continue a text, steered or not. No chat template is applied: see `mlx-lqr chat` for that."""
+    """Continue a text, steered or not.
+
+    The text is taken as it is, without a chat template: `mlx-lqr chat` applies one.
+    """
     if prompt is not None and prompt_file is not None:
         raise InputError("give one text with -p or a file with --prompts, not both")
     if tracked and not as_json:
@@ -71,7 +82,7 @@ def generate(
     if tracked and not controllers:
         raise InputError("--track compares a controller's features with their setpoints: add -c FILE")
     prompts = read_prompts(prompt_file) if prompt_file is not None else [given_or_piped(prompt)]
-    controller, strengths = parse_controllers(controllers, model)
+    controller, strengths = load_controllers(controllers, model)
     if tracked and controller is not None:
         only_controller(controller, "tracked")
     with progress_bars() as progress:
@@ -116,14 +127,14 @@ class _Answer:
 def _answer_all(
     model: Model, prompts: list[str], settings: Options, show: Callable[[_Answer], str], tracked: bool
 ) -> None:
-    """Print what follows each prompt, in order, as soon as the prompts decoded side by side with it are done."""
+    """Print the answers in order, each as soon as the batch that it belongs to is done."""
     records = [Recording() for _ in prompts] if tracked else None
     answers = [
         _Answer(prompt, i + 1, recording=records[i] if records is not None else None)
         for i, prompt in enumerate(prompts)
     ]
     printed = 0
-    out = sys.stdout  # which a progress bar takes for its own
+    out = sys.stdout  # a progress bar replaces sys.stdout
     # On a terminal the answers themselves show how far things are, and a bar would be drawn across them.
     with nullcontext(None) if out.isatty() else progress_bars() as report:
 
@@ -145,16 +156,22 @@ def _block(answer: _Answer) -> str:
 
 def _fields(model: Model, answer: _Answer, settings: Options, tracked: bool) -> dict[str, Any]:
     """The JSON object of an answer."""
-    found: dict[str, Any] = {"model": model.name, "prompt": answer.prompt, "text": answer.text, "tokens": answer.tokens}
+    fields: dict[str, Any] = {
+        "model": model.name,
+        "prompt": answer.prompt,
+        "text": answer.text,
+        "tokens": answer.tokens,
+    }
     controller, strengths = settings.get("controller"), settings.get("strength")
     if controller is None or not isinstance(strengths, list):
-        return found
-    found["concepts"] = dict(zip(controller.concepts, strengths, strict=True))
-    if tracked and isinstance(controller, Controller):
-        used = adapt(model, controller, answer.prompt) if adapts(controller, settings.get("adaptive")) else controller
-        found["tracking"] = _tracking(model, answer.prompt, used, strengths)
-        found["control"] = _control(model, controller, answer)
-    return found
+        return fields
+    fields["concepts"] = dict(zip(controller.concepts, strengths, strict=True))
+    if tracked:
+        stored = only_controller(controller, "tracked")
+        used = adapt(model, stored, answer.prompt) if adapts(stored, settings.get("adaptive")) else stored
+        fields["tracking"] = _tracking(model, answer.prompt, used, strengths)
+        fields["control"] = _control(model, stored, answer)
+    return fields
 
 
 def _tracking(
@@ -169,8 +186,8 @@ def _tracking(
 
 
 def _control(model: Model, controller: Controller, answer: _Answer) -> dict[str, Any]:
-    """What the law measured and did: alpha_k of every concept and |u_k|, at the prompt's last token and then at every
-    token that was run, at the layers with control; and, where the controller knows one, how far from its region."""
+    """What the law measured and did: alpha_k of every concept and |u_k|, at the prompt's last token and at every token
+    after it, in the layers with control; and how far it left the linear region, if the controller knows one."""
     assert answer.recording is not None
     prompt_length = len(tokenise(model, answer.prompt, any_length=True))
     error, push = answer.recording.answer(controller, prompt_length, len(answer.tokens))
@@ -186,7 +203,7 @@ def _control(model: Model, controller: Controller, answer: _Answer) -> dict[str,
 
 def _or_null(values: np.ndarray) -> list[Any]:
     """As nested lists, None for NaN, which JSON does not have."""
-    found = values.astype(object)
-    found[np.isnan(values)] = None
-    nested: list[Any] = found.tolist()
+    cells = values.astype(object)
+    cells[np.isnan(values)] = None
+    nested: list[Any] = cells.tolist()
     return nested

@@ -9,69 +9,98 @@ from typing import Any
 
 import click
 
-from mlx_lqr.analysis.results import as_json, write_json
-from mlx_lqr.commands.evaluate import parse_steering, steering_options
+from mlx_lqr.analysis.results import as_json as to_json
+from mlx_lqr.analysis.results import write_json
+from mlx_lqr.commands.evaluate import say_shares, steering_options
+from mlx_lqr.commands.help import TASK, command, option, together
 from mlx_lqr.commands.options import (
     Loading,
     force_option,
-    going_on_later,
+    json_option,
+    limit_option,
     loading_options,
+    max_tokens_option,
     model_argument,
-    parse_strengths,
-    progress_bars,
+    output_option,
+    seed_option,
 )
+from mlx_lqr.commands.progress import going_on_later, progress_bars
+from mlx_lqr.commands.sweep import sweep
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.runtime.arguments import ControllerChoice
 from mlx_lqr.tasks.lm_eval import LMEvaluation, Settings, evaluate, load_evaluator, load_tasks
 
-_controller, _strengths = steering_options
 
-
-@click.command("lm-eval")
+@command("lm-eval")
 @model_argument
-@_controller
-@_strengths
-@click.option("--tasks", "names", required=True, metavar="NAMES", help="lm-eval's, or your own: arc_easy,hellaswag")
-@click.option("--include-path", type=click.Path(), metavar="DIR", help="A folder of tasks of your own, as YAML files.")
-@click.option("-o", "--output", required=True, type=click.Path(), help="A folder; interrupted, a run goes on.")
-@click.option("--limit", type=click.IntRange(min=1), help="Take only so many documents of each task.")
-@click.option("--num-shots", type=click.IntRange(min=0), help="Solved examples before a question, if not the task's.")
-@click.option(
+@together(*steering_options)
+@option(
+    "--tasks",
+    "names",
+    required=True,
+    metavar="NAMES",
+    heading=TASK,
+    help="Tasks of lm-eval, or your own: arc_easy,hellaswag",
+)
+@option(
+    "--include-path",
+    type=click.Path(),
+    metavar="DIR",
+    heading=TASK,
+    help="A folder with tasks of your own, as YAML files.",
+)
+@option(
+    "--num-shots",
+    type=click.IntRange(min=0),
+    heading=TASK,
+    help="Solved examples before each question; by default what the task says.",
+)
+@option(
     "--apply-chat-template/--no-apply-chat-template",
     default=None,
-    help="Put prompts into the model's chat template; by default where it has one.",
+    heading=TASK,
+    help="Put prompts into the model's chat template; by default if it has one.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Texts side by side.")
-@click.option("-n", "--max-tokens", type=click.IntRange(min=1), help="Of each text, at most, if not the task's.")
-@click.option("--seed", default=Settings.seed, show_default=True, help="For the choice of solved examples.")
-@click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run the code that the model writes.")
+@option(
+    "--confirm-run-unsafe-code",
+    is_flag=True,
+    heading=TASK,
+    help="Allow tasks that run code written by the model.",
+)
+@option("--batch-size", type=click.IntRange(min=1), default=8, heading=TASK, help="Texts that run side by side.")
+@limit_option("Take only this many documents of each task.")
+@seed_option("For the choice of solved examples.", Settings.seed)
+@max_tokens_option(None, "At most this many tokens a text; by default what the task says.", type=click.IntRange(min=1))
+@output_option("A folder; if a run is interrupted, it goes on from there.", metavar="FOLDER")
 @force_option
-@click.option("--json", "as_json_text", is_flag=True, help="All numbers to stdout, for scripts.")
+@json_option()
 @loading_options
 def lm_eval(
     model: str,
-    controllers: tuple[str, ...],
-    strengths: str,
+    controllers: tuple[ControllerChoice, ...],
+    strengths: list[float] | None,
+    shares: list[float] | None,
     names: str,
     include_path: str | None,
     output: str,
     apply_chat_template: bool | None,
     batch_size: int,
     max_tokens: int | None,
-    as_json_text: bool,
+    as_json: bool,
     force: bool,
     loading: Loading,
     **settings: Any,
 ) -> None:
-    """Run tasks of lm-eval (the lm-evaluation-harness) through mlx-lm's evaluator, steered.
+    """Run tasks of the lm-evaluation-harness.
 
-    Of a context the last token is steered, and everything after it. This needs the extra lm-eval, and MLX.
+    They run through mlx-lm's evaluator, steered from the last token of each context on. This needs MLX, and the extra
+    lm-eval: pip install 'mlx-lqr[lm-eval]'.
     """
     if loading["backend"] == "torch" or loading["device"] is not None:
         raise InputError("lm-eval's tasks run through mlx-lm's evaluator, which has no torch: use --backend mlx")
-    chosen = parse_strengths(strengths)
-    steering = parse_steering(controllers)
+    steering, chosen = sweep(controllers, strengths, shares)
     file = Path(output) / f"lm-eval-{steering.name if steering is not None else 'unsteered'}.jsonl"
     tasks = load_tasks([name.strip() for name in names.split(",") if name.strip()], include_path)
     check_writable(file.with_suffix(".summary.json"), "results", force=force)
@@ -85,46 +114,50 @@ def lm_eval(
             progress=progress,
         )
     with going_on_later():
-        found = evaluate(
+        evaluation = evaluate(
             evaluator,
             tasks,
             steering,
-            [0.0, *chosen] if steering is not None else [0.0],
+            [0.0, *chosen],
             settings=Settings(**settings),
             output=file,
             progress=_announce,
         )
-    summary = _summary(found)
+    summary = _summary(evaluation)
     write_json(file.with_suffix(".summary.json"), summary, force=force)
-    if as_json_text:
-        click.echo(json.dumps(as_json(summary)))
+    if as_json:
+        click.echo(json.dumps(to_json(summary)))
         return
-    head = [f"strength {strength:g}" if strength else "unsteered" for strength in found.results]
-    show_table(["lm-eval", *head], list(_rows(found)))
+    head = [f"strength {strength:g}" if strength else "unsteered" for strength in evaluation.results]
+    show_table(["lm-eval", *head], list(_rows(evaluation)))
     click.echo("with the standard errors that lm-eval gives")
+    say_shares(steering)
     click.echo(f"Wrote {file} and {file.with_suffix('.summary.json').name}")
 
 
 def _announce(stage: str, done: int, total: int) -> None:
-    """A line for each task, since mlx-lm has progress bars of its own."""
+    """A line for each task: mlx-lm shows progress bars of its own."""
     click.echo(f"{stage} ({done + 1} of {total})", err=True)
 
 
-def _summary(found: LMEvaluation) -> dict[str, Any]:
-    strengths = [{"strength": strength, "results": results} for strength, results in found.results.items()]
-    return {"method": found.method, **found.header, "strengths": strengths}
+def _summary(evaluation: LMEvaluation) -> dict[str, Any]:
+    strengths = [{"strength": strength, "results": results} for strength, results in evaluation.results.items()]
+    return {"method": evaluation.method, **evaluation.header, "strengths": strengths}
 
 
-def _rows(found: LMEvaluation) -> Iterator[list[str]]:
+def _rows(evaluation: LMEvaluation) -> Iterator[list[str]]:
     """A row for each metric of each task: its name, and its value at each strength."""
-    for task, entry in next(iter(found.results.values())).items():
+    for task, entry in next(iter(evaluation.results.values())).items():
         for key in entry:
             metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
             name = f"{task} {metric}" if filter_name == "none" else f"{task} {metric} ({filter_name})"
             error = f"{metric}_stderr,{filter_name}"
-            yield [name, *(_cell(results[task][key], results[task].get(error)) for results in found.results.values())]
+            yield [
+                name,
+                *(_cell(results[task][key], results[task].get(error)) for results in evaluation.results.values()),
+            ]
 
 
 def _cell(value: Any, error: Any) -> str:

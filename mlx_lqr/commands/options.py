@@ -1,23 +1,35 @@
-"""What several commands share: how controllers and layers are written, and how long work is shown."""
+"""Every option that several commands have, declared once: its name, its meaning and its heading in `--help`.
+
+What differs from command to command is an argument here: a default, or the words for what the option does there.
+"""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal, TypedDict, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, get_args
 
 import click
 
-from mlx_lqr.backends.protocol import Progress
-from mlx_lqr.errors import InputError
+from mlx_lqr.commands.help import (
+    CONCEPT,
+    DECODING,
+    LOADING,
+    MEASURING,
+    METHOD,
+    OUTPUT,
+    STEERING,
+    TEXT,
+    Decorator,
+    argument,
+    option,
+    together,
+)
+from mlx_lqr.commands.values import ControllerType, LayersType, StrengthsType
 from mlx_lqr.loading import BackendName
 from mlx_lqr.runtime.decode import Overflow
 
-model_argument = click.argument("model")
-NOTHING_WRITTEN = "Nothing was written."
+model_argument = argument("model", help='An MLX or Hugging Face folder, a hub id, a .gguf file, or "demo".')
 
 
 class Loading(TypedDict):
@@ -28,20 +40,28 @@ class Loading(TypedDict):
     dtype: str | None
 
 
-def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for how the model is loaded, which the command gets as one argument `loading`."""
+def dtype_option(help: str, heading: str = LOADING) -> Decorator:
+    return option("--dtype", metavar="DTYPE", heading=heading, help=f"float32, float16 or bfloat16; {help}")
 
-    @click.option(
-        "--backend",
-        type=click.Choice(get_args(BackendName)),
-        default="auto",
-        show_default=True,
-        help="auto takes MLX on Metal, torch on CUDA, and MLX on a bare CPU.",
-    )
-    @click.option("--device", help="cpu, cuda or cuda:NUMBER, for torch; by default a GPU where there is one.")
-    @click.option(
-        "--dtype",
-        help="float32, float16 or bfloat16; by default the checkpoint's own on a GPU and float32 on the CPU.",
+
+def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How the model is loaded, which the command gets as one argument `loading`."""
+
+    @together(
+        option(
+            "--backend",
+            type=click.Choice(get_args(BackendName)),
+            default="auto",
+            heading=LOADING,
+            help="What computes. auto is MLX on a Mac's GPU, torch with CUDA, and MLX where there is only a CPU.",
+        ),
+        option(
+            "--device",
+            metavar="DEVICE",
+            heading=LOADING,
+            help="For torch: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.",
+        ),
+        dtype_option("by default the checkpoint's own on a GPU, and float32 on a CPU."),
     )
     @functools.wraps(command)
     def collected(*, backend: BackendName, device: str | None, dtype: str | None, **others: Any) -> Any:
@@ -50,141 +70,191 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return collected
 
 
-controller_option = click.option(
-    "-c",
-    "--controller",
-    "controllers",
-    multiple=True,
-    metavar="FILE[:STRENGTH]",
-    help="Steer with this controller; repeat it for several concepts. STRENGTH is by default what the file "
-    "recommends (see `mlx-lqr tune`), or 1.",
+def controller_option(
+    *,
+    swept: bool = False,
+    required: bool = False,
+    several_strengths: bool = False,
+    repeat: str = "Repeat it for several at once.",
+) -> Decorator:
+    """-c FILE[:STRENGTH], which a command gets as a tuple of `ControllerChoice`.
+
+    Args:
+        swept: the command runs at several strengths, those of `strengths_option`.
+        required: there must be at least one.
+        several_strengths: FILE:1,2,3 is fine too.
+        repeat: what several of them are for.
+    """
+    otherwise = "each of --strengths" if swept else "the strength that the file recommends (see `mlx-lqr tune`), or 1"
+    return option(
+        "-c",
+        "--controller",
+        "controllers",
+        type=ControllerType(several_strengths=several_strengths),
+        multiple=True,
+        required=required,
+        metavar="FILE[:STRENGTH]",
+        heading=STEERING,
+        help=f"Steer with the controller in FILE at STRENGTH; without one, at {otherwise}. {repeat}".strip(),
+    )
+
+
+strengths_option = option(
+    "--strengths",
+    type=StrengthsType(),
+    metavar="NUMBERS",
+    heading=STEERING,
+    help="The strengths to run at, for each FILE without a STRENGTH of its own; 1,2,3 if not given.",
 )
-strengths_option = click.option(
-    "--strengths", default="1,2,3", show_default=True, help="At which to run the controller, separated by commas."
-)
-force_option = click.option("--force", is_flag=True, help="Replace a file of another kind, too, at the output.")
-adaptive_option = click.option(
+adaptive_option = option(
     "--adaptive/--stored",
     default=None,
-    help="Compute the gains anew at the very prompt, or take the stored ones; by default what the file was fitted for.",
+    heading=STEERING,
+    help="Recompute the gains for each prompt, or use those in the file. By default what the file was fitted for.",
 )
 
 
-def decoding_options(max_tokens: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def prompt_option(help: str, default: str | None = None) -> Decorator:
+    return option("-p", "--prompt", metavar="TEXT", default=default, heading=TEXT, help=help)
+
+
+def prompts_option(help: str, name: str = "prompts") -> Decorator:
+    return option("--prompts", name, type=click.Path(), metavar="FILE", heading=TEXT, help=help)
+
+
+def max_tokens_option(default: int | None, help: str = "At most this many tokens.", type: Any = int) -> Decorator:
+    return option("-n", "--max-tokens", type=type, default=default, heading=DECODING, help=help)
+
+
+def temperature_option(default: float) -> Decorator:
+    return option(
+        "--temperature",
+        default=default,
+        heading=DECODING,
+        help="Higher is more random; 0 always takes the likeliest token.",
+    )
+
+
+def top_p_option(default: float) -> Decorator:
+    return option(
+        "--top-p",
+        default=default,
+        heading=DECODING,
+        help="Sample from the likeliest tokens that have this share of the probability.",
+    )
+
+
+def seed_option(help: str, default: int | None = None, heading: str = MEASURING) -> Decorator:
+    return option("--seed", type=int, default=default, heading=heading, help=help)
+
+
+def decoding_options(max_tokens: int) -> Decorator:
     """The options of `mlx_lqr.Options` that are plain values, under the same names; `stop` is a tuple."""
-    made = (
-        click.option("-n", "--max-tokens", default=max_tokens, show_default=True, help="Tokens at most."),
-        click.option("--temperature", default=0.0, show_default=True, help="0 takes the most likely token each time."),
-        click.option(
-            "--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens that make this."
+    return together(
+        max_tokens_option(max_tokens),
+        temperature_option(0.0),
+        top_p_option(1.0),
+        option("--top-k", default=0, heading=DECODING, help="Sample from this many likeliest tokens; 0: from all."),
+        option(
+            "--min-p",
+            default=0.0,
+            heading=DECODING,
+            help="Sample from tokens that have at least this share of the likeliest one's probability.",
         ),
-        click.option("--top-k", default=0, show_default=True, help="Sample from this many tokens; 0 from all."),
-        click.option("--min-p", default=0.0, show_default=True, help="Least probability, relative to the likeliest."),
-        click.option(
-            "--repetition-penalty", default=1.0, show_default=True, help="Above 1, tokens seen before get rarer."
+        option(
+            "--repetition-penalty",
+            default=1.0,
+            heading=DECODING,
+            help="Above 1, tokens that have occurred become less likely.",
         ),
-        click.option("--seed", type=int, help="Makes sampling repeatable."),
-        click.option(
-            "--stop", multiple=True, metavar="TEXT", help="Ends the answer, without being part of it; repeat."
+        seed_option("Makes sampling repeatable.", heading=DECODING),
+        option(
+            "--stop",
+            multiple=True,
+            metavar="TEXT",
+            heading=DECODING,
+            help="End the answer before this; may be repeated.",
         ),
-        click.option(
+        option(
             "--overflow",
             type=click.Choice(get_args(Overflow)),
             default="error",
-            show_default=True,
-            help="Where the context is full: refuse, or roll on without the oldest tokens.",
+            heading=DECODING,
+            help="When the context is full: stop with an error, or roll on without the oldest tokens.",
         ),
     )
 
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(made):
-            command = option(command)
-        return command
 
-    return decorate
+def concept_option(help: str, default: str | None = None) -> Decorator:
+    return option("--concept", metavar="NAME", default=default, heading=CONCEPT, help=help)
 
 
-MOST_LAYERS = 10_000
-"""More than any model has, and few enough to list."""
+contrast_options = together(
+    concept_option("A bundled contrast set (see `mlx-lqr concepts`), or a name for your own."),
+    option(
+        "--positive",
+        type=click.Path(),
+        metavar="FILE",
+        heading=CONCEPT,
+        help='Prompts that have the concept: one a line, or JSON lines with a "prompt" key.',
+    ),
+    option("--negative", type=click.Path(), metavar="FILE", heading=CONCEPT, help="Prompts that lack it."),
+)
 
 
-def parse_layers(text: str | None) -> list[int] | Literal["auto", "all"] | None:
-    """Layers such as "20-29", "0,4,8-11", "auto" or "all"."""
-    if text is None:
-        return None
-    if text == "auto":
-        return "auto"
-    if text == "all":
-        return "all"
-    layers: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            found = range(int(first), int(last if dash else first) + 1)
-            if len(found) > MOST_LAYERS:
-                raise ValueError(part)
-            layers.extend(found)
-    except (OverflowError, ValueError):
-        raise InputError(f"layers must look like 20-29, 0,4,8-11, auto or all, not {text!r}") from None
-    return layers
+def method_option(names: Sequence[str], default: str) -> Decorator:
+    return option(
+        "--method",
+        type=click.Choice(names),
+        metavar="METHOD",
+        default=default,
+        heading=METHOD,
+        help=f"How to steer: {', '.join(names)}.",
+    )
 
 
-def parse_strengths(text: str) -> list[float]:
-    """Strengths such as "0,1.5,3"."""
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"strengths must look like 1,2,3, not {text!r}") from None
-    if not all(math.isfinite(strength) for strength in found):
-        raise InputError(f"strengths must be finite numbers, not {text!r}")
-    return found
+def layers_option(help: str) -> Decorator:
+    """--layers, which a command gets as a list of numbers, "auto", "all" or None."""
+    return option("--layers", type=LayersType(), metavar="LAYERS", heading=METHOD, help=help)
 
 
-def plots_or_refusal() -> Any:
-    """The module that draws, refused before long work where matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("plots need matplotlib: pip install 'mlx-lqr[plots]', or leave -o out")
-    from mlx_lqr.analysis import plots
-
-    return plots
+def positions_option(help: str) -> Decorator:
+    return option("--positions", type=click.Choice(["last", "all"]), heading=METHOD, help=help)
 
 
-@contextmanager
-def stopping(left: str) -> Iterator[None]:
-    """Say, when Ctrl-C ends it, what is left of the work."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Stopped. {left}") from None
+def jacobians_option(help: str, heading: str = METHOD) -> Decorator:
+    return option("--jacobians", type=click.Path(), metavar="FILE", heading=heading, help=help)
 
 
-def going_on_later() -> AbstractContextManager[None]:
-    """Say, when Ctrl-C ends it, that nothing that was finished is lost."""
-    return stopping("The same command goes on from here.")
+def limit_option(help: str) -> Decorator:
+    return option("--limit", type=click.IntRange(min=1), heading=MEASURING, help=help)
 
 
-@contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """A progress bar on stderr for every stage that is reported."""
-    with ExitStack() as stack:
-        bars: Any = None
-        tasks: dict[str, Any] = {}
+def tradeoff_options(damages: Sequence[str], control: str) -> Decorator:
+    """--control and --damage: what steering is for, and what it costs.
 
-        def report(stage: str, done: int, total: int) -> None:
-            nonlocal bars
-            if bars is None:  # rich takes a tenth of a second, and mostly there is nothing to report
-                bars = stack.enter_context(_bars())
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+    Args:
+        damages: the metrics to choose from.
+        control: what --control is there for.
+    """
+    return together(
+        option("--control", metavar="METRIC", heading=MEASURING, help=f"{control}; by default what the task is about."),
+        option(
+            "--damage",
+            type=click.Choice(damages),
+            default="perplexity",
+            heading=MEASURING,
+            help="What steering costs, in this metric.",
+        ),
+    )
 
-        yield report
+
+def output_option(help: str, *, required: bool = True, metavar: str = "FILE") -> Decorator:
+    return option("-o", "--output", type=click.Path(), required=required, metavar=metavar, heading=OUTPUT, help=help)
 
 
-def _bars() -> AbstractContextManager[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
+force_option = option("--force", is_flag=True, heading=OUTPUT, help="Replace whatever file is there, of any kind.")
 
-    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Bars(*columns, console=Console(stderr=True))
+
+def json_option(help: str = "Print everything as JSON, for scripts.") -> Decorator:
+    return option("--json", "as_json", is_flag=True, heading=OUTPUT, help=help)

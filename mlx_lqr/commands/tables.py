@@ -1,41 +1,77 @@
-"""A table on a terminal, and aligned columns in a pipe."""
+"""The one way to print a table: drawn on a terminal, and aligned columns in a pipe."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import click
 
 from mlx_lqr.tasks import Estimate
 
+UNLIMITED = 10_000
+"""Characters, wider than any table"""
 
-def show_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """The first column to the left, the others to the right."""
+
+def show_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Collection[int] = (0,),
+    title: str | None = None,
+    dim: Collection[int] = (),
+) -> None:
+    """Print rows of cells under their heads.
+
+    Args:
+        head: of each column.
+        rows: as many cells each as there are columns.
+        left: columns of words, which are aligned to the left; numbers are aligned to the right.
+        title: a line above.
+        dim: rows that a terminal shows in grey.
+    """
     if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*head)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+        _draw(head, rows, left, title, dim)
         return
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    if title is not None:
+        click.echo(title)
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
-        first, *others = (
-            cell.rjust(width) if i else cell.ljust(width)
+        cells = [
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        click.echo("  ".join((first, *others)).rstrip())
+        ]
+        click.echo("  ".join(cells).rstrip())
 
 
-def cell(found: Estimate) -> str:
+def _draw(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Collection[int],
+    title: str | None,
+    dim: Collection[int],
+) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    columns = [
+        Column(Text(name), justify="left" if i in left else "right", overflow="fold") for i, name in enumerate(head)
+    ]
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title and Text(title))
+    table.title_justify = "left"
+    for i, row in enumerate(rows):
+        table.add_row(*map(Text, row), style="dim" if i in dim else None)
+    console = Console(highlight=False)
+    needed = console.measure(table, options=console.options.update(max_width=UNLIMITED)).minimum
+    console.width = max(console.width, needed)  # cells are folded at spaces, never within a number
+    console.print(table)
+
+
+def cell(estimate: Estimate) -> str:
     """A number and its interval."""
-    return f"{_number(found.value)} ({_number(found.low)} to {_number(found.high)})"
+    return f"{_number(estimate.value)} ({_number(estimate.low)} to {_number(estimate.high)})"
 
 
 def _number(value: float) -> str:

@@ -11,7 +11,20 @@ from typing import Any
 import click
 
 from mlx_lqr.backends.protocol import Model, Progress
-from mlx_lqr.commands.options import Loading, force_option, loading_options, model_argument
+from mlx_lqr.commands.help import DECODING, MEASURING, TASK, Command, Decorator, command, option, together
+from mlx_lqr.commands.options import (
+    Loading,
+    force_option,
+    json_option,
+    limit_option,
+    loading_options,
+    max_tokens_option,
+    model_argument,
+    output_option,
+    seed_option,
+    temperature_option,
+    top_p_option,
+)
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.loading import load
@@ -25,9 +38,10 @@ from mlx_lqr.tasks.run import Part
 from mlx_lqr.tasks.scorers import DEFAULT
 from mlx_lqr.tasks.truthfulness import EXAMPLES
 
-Options = dict[str, Any]
-_DATA = click.option("--data", required=True, type=click.Path(), metavar="FILE", help="The task's rows, as JSON lines.")
-_CHAT = click.option("--chat/--no-chat", default=True, show_default=True, help="Use the model's chat template.")
+_rows_option = option(
+    "--data", required=True, type=click.Path(), metavar="FILE", heading=TASK, help="The task's rows, as JSON lines."
+)
+_template_option = option("--chat/--no-chat", default=True, heading=TASK, help="Use the model's chat template.")
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ class Request:
     as_json: bool
     force: bool
     concepts: Sequence[str]
-    """Of what steers"""
+    """Of the controllers"""
     make: Callable[[Judge, Sequence[str]], Task]
 
     def check(self) -> Task:
@@ -57,7 +71,7 @@ class Request:
 
     @property
     def judge_name(self) -> str:
-        """Whose perplexity it is."""
+        """Whose perplexity is reported."""
         return self.judge or "the unsteered model itself"
 
     @property
@@ -69,7 +83,7 @@ class Request:
 class _Kind:
     """A task's own options, its defaults for decoding, and how it is made of them."""
 
-    options: tuple[Callable[[Any], Any], ...]
+    options: tuple[Decorator, ...]
     decoding: Decoding
     make: Callable[..., Task]
     """make(options, concepts, openings, limit=, decoding=, judge=, damage=)"""
@@ -77,7 +91,7 @@ class _Kind:
 
 
 def _concept(
-    options: Options, concepts: Sequence[str], openings: Sequence[str], limit: int | None, **shared: Any
+    options: dict[str, Any], concepts: Sequence[str], openings: Sequence[str], limit: int | None, **shared: Any
 ) -> Task:
     words = options["words"].split(",") if options["words"] is not None else _family(concepts)
     openings = read_prompts(options["openings"]) if options["openings"] is not None else openings
@@ -91,7 +105,7 @@ def _family(concepts: Sequence[str]) -> list[str]:
 
 def _only(concepts: Sequence[str]) -> str:
     if len(set(concepts)) != 1:
-        raise InputError("which words to look for? give them, --words ocean,sea,wave*")
+        raise InputError("say which words to look for: --words ocean,sea,wave*")
     return concepts[0]
 
 
@@ -103,39 +117,58 @@ def _with_data(task: Callable[..., Task]) -> Callable[..., Task]:
 KINDS = {
     "concept": _Kind(
         (
-            click.option("--words", metavar="WORDS", help="ocean,sea,wave*; by default those of a bundled concept."),
-            click.option("--openings", type=click.Path(), metavar="FILE", help="Texts to go on with, instead of ours."),
-            click.option("--ask", is_flag=True, help="Ask the judge too whether texts have to do with the concept."),
+            option(
+                "--words",
+                metavar="WORDS",
+                heading=TASK,
+                help="Such as ocean,sea,wave*; by default those of a bundled concept.",
+            ),
+            option(
+                "--openings",
+                type=click.Path(),
+                metavar="FILE",
+                heading=TASK,
+                help="Texts to continue, instead of ours.",
+            ),
+            option("--ask", is_flag=True, heading=TASK, help="Also ask the judge if texts are about the concept."),
         ),
         Decoding(samples=4),
         _concept,
-        "How many texts from neutral openings mention the concept.",
+        """How many texts mention the concept.
+
+        The texts continue neutral openings.""",
     ),
     "toxicity": _Kind(
         (
-            _DATA,
-            click.option("--scorer", default=DEFAULT, show_default=True, help="module:function, texts to scores."),
-            click.option("--threshold", default=0.5, show_default=True, help="From which score on a text is toxic."),
+            _rows_option,
+            option("--scorer", default=DEFAULT, heading=TASK, help="What scores the texts, as module:function."),
+            option("--threshold", default=0.5, heading=TASK, help="A text with this score or more is toxic."),
         ),
         Decoding(max_tokens=20),
         _with_data(toxicity_task),
-        "How many continuations of prompts are toxic (rows: prompt).",
+        """How many continuations are toxic.
+
+        Rows of --data: prompt.""",
     ),
     "truthfulness": _Kind(
         (
-            _DATA,
-            click.option("--examples", default=len(EXAMPLES), show_default=True, help="Solved examples before MC."),
-            _CHAT,
+            _rows_option,
+            option("--examples", default=len(EXAMPLES), heading=TASK, help="Solved examples before each choice."),
+            _template_option,
         ),
         Decoding(temperature=0.0),
         _with_data(truthfulness_task),
-        "TruthfulQA: MC1, MC2 and own answers (rows: question, best_answer, correct_answers, incorrect_answers).",
+        """TruthfulQA: MC1, MC2 and own answers.
+
+        Rows of --data: question, best_answer, correct_answers, incorrect_answers.""",
     ),
     "refusal": _Kind(
-        (_DATA, _CHAT),
+        (_rows_option, _template_option),
         Decoding(max_tokens=48, temperature=0.0),
         _with_data(refusal_task),
-        "XSTest: how many unsafe and safe requests are refused (rows: prompt, type, label).",
+        """XSTest: which requests are refused.
+
+        Unsafe and safe requests are counted apart. Rows of --data: prompt, type, label.""",
     ),
 }
 
@@ -143,10 +176,11 @@ KINDS = {
 def add_tasks(
     group: click.Group,
     run: Callable[..., None],
-    own: Sequence[Callable[[Any], Any]],
+    own: Sequence[Decorator],
     *,
-    output_help: str = "A folder; interrupted, a run goes on.",
+    output: Decorator | None = None,
     openings: Sequence[str] = (),
+    cls: type[Command] = Command,
 ) -> None:
     """A command for each task.
 
@@ -154,23 +188,26 @@ def add_tasks(
         group: of the commands.
         run: called as run(make_request, **values of `own`).
         own: options besides the task's.
-        output_help: what `Request.output` is.
+        output: the option for `Request.output`; by default a folder.
         openings: of the concept task, where none are given; by default those to evaluate on.
+        cls: what the commands are.
     """
+    folder = output_option("A folder; if a run is interrupted, it goes on from there.", metavar="FOLDER")
     for name, kind in KINDS.items():
-        group.add_command(_command(name, kind, run, own, output_help, openings or bundled_openings()))
+        group.add_command(_command(name, kind, run, own, output or folder, openings or bundled_openings(), cls))
 
 
 def _command(
     name: str,
     kind: _Kind,
     run: Callable[..., None],
-    own: Sequence[Callable[[Any], Any]],
-    output_help: str,
+    own: Sequence[Decorator],
+    output_option: Decorator,
     openings: Sequence[str],
-) -> click.Command:
-    own_names = [parameter.name for parameter in _parameters(kind.options)]
-    run_names = [parameter.name for parameter in _parameters(own)]
+    cls: type[Command],
+) -> Command:
+    own_names = _names(kind.options)
+    run_names = _names(own)
 
     def callback(
         model: str,
@@ -183,8 +220,8 @@ def _command(
         limit: int | None,
         **others: Any,
     ) -> None:
-        options = {str(key): others.pop(str(key)) for key in own_names}
-        values = {str(key): others.pop(str(key)) for key in run_names}
+        options = {key: others.pop(key) for key in own_names}
+        values = {key: others.pop(key) for key in run_names}
         decoding = Decoding(**others)
         if options.get("ask") and judge is None:
             raise InputError("there is no model to ask: name one with --judge")
@@ -196,38 +233,38 @@ def _command(
 
         run(functools.partial(Request, name, model, loading, judge, Path(output), as_json, force, make=make), **values)
 
-    command: Any = loading_options(callback)
-    for option in reversed((model_argument, *own, *kind.options, *_shared(kind.decoding, output_help))):
-        command = option(command)
-    return click.command(name, help=kind.help)(command)
+    options = model_argument, *own, *kind.options, *_shared(kind.decoding), output_option, force_option, json_option()
+    return command(name, help=kind.help, cls=cls)(together(*options)(loading_options(callback)))
 
 
-def _shared(decoding: Decoding, output_help: str) -> tuple[Callable[[Any], Any], ...]:
+def _shared(decoding: Decoding) -> tuple[Decorator, ...]:
     return (
-        click.option("-o", "--output", required=True, type=click.Path(), help=output_help),
-        click.option("--limit", type=click.IntRange(min=1), help="Take only so many rows, spread over the data."),
-        click.option("--samples", default=decoding.samples, show_default=True, help="Texts for each prompt."),
-        click.option("-n", "--max-tokens", default=decoding.max_tokens, show_default=True, help="Of each, at most."),
-        click.option("--temperature", default=decoding.temperature, show_default=True, help="0: likeliest token."),
-        click.option("--top-p", default=decoding.top_p, show_default=True, help="Sample from these likeliest."),
-        click.option("--seed", default=decoding.seed, show_default=True, help="The same for all strengths."),
-        click.option("--judge", metavar="MODEL", help="For perplexity; by default the unsteered model itself."),
-        click.option(
+        limit_option("Take only this many rows, spread evenly."),
+        option(
+            "--judge",
+            metavar="MODEL",
+            heading=MEASURING,
+            help="For perplexity, instead of the unsteered model.",
+        ),
+        option(
             "--capability",
             type=click.Path(),
             metavar="FILE",
-            help="Questions (rows: prompt, answer, others), instead of ours.",
+            heading=MEASURING,
+            help="Questions that the model should still answer, instead of ours (rows: prompt, answer, others).",
         ),
-        force_option,
-        click.option("--json", "as_json", is_flag=True, help="All numbers to stdout, for scripts."),
+        option("--samples", default=decoding.samples, heading=DECODING, help="Texts for each prompt."),
+        max_tokens_option(decoding.max_tokens),
+        temperature_option(decoding.temperature),
+        top_p_option(decoding.top_p),
+        seed_option("The same random numbers for all strengths.", decoding.seed, heading=DECODING),
     )
 
 
-def _parameters(options: Sequence[Callable[[Any], Any]]) -> list[click.Parameter]:
-    """The parameters that decorators add."""
+def _names(options: Sequence[Decorator]) -> list[str]:
+    """Under which names a command gets the values of these options."""
 
+    @together(*options)
     def nothing() -> None: ...
 
-    for option in options:
-        option(nothing)
-    return click.command()(nothing).params
+    return [str(parameter.name) for parameter in click.command()(nothing).params]

@@ -12,27 +12,29 @@ import click
 from mlx_lqr.analysis.results import as_json
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.commands.fit import contrast_prompts, note_few_prompts, say_how_to_use
-from mlx_lqr.commands.options import going_on_later, parse_strengths, progress_bars
+from mlx_lqr.commands.help import MEASURING, SEARCH, Decorator, Group, option
+from mlx_lqr.commands.method_options import MethodChoice, MethodCommand, method_choice
+from mlx_lqr.commands.options import contrast_options, output_option, tradeoff_options
+from mlx_lqr.commands.progress import going_on_later, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
+from mlx_lqr.commands.values import parse_strengths
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
-from mlx_lqr.lqr.contrast import contrast
-from mlx_lqr.lqr.controller import Positions
 from mlx_lqr.lqr.linearize import Jacobians, linearize
-from mlx_lqr.methods.baseline import METHODS, known_method
 from mlx_lqr.tasks.concept import bundled_openings
 from mlx_lqr.tasks.run import digest
-from mlx_lqr.tasks.spaces import STRENGTHS, alqr_space, baseline_space
+from mlx_lqr.tasks.spaces import baseline_space
 from mlx_lqr.tasks.tuning import DAMAGE, Trial, Tuned, check_limit, tune
 
 
-@click.group("tune")
+@click.group("tune", cls=Group)
 def tuning() -> None:
-    """Find the options and the strength that control most within a limit on damage.
+    """Find the best options and strength.
 
-    A handful of evaluations, not a grid. What is found is written as a controller file with its strength, which chat
-    and generate then take; every evaluation is kept in a folder beside it. Interrupted, the same command goes on.
+    Those that control most within a limit on damage, in a handful of evaluations. The best is written as a controller
+    file with its strength, which chat and generate then take; every evaluation is kept in a folder beside it. If it is
+    interrupted, the same command goes on. Options of the method that are given are held fixed and not searched.
 
     Tune on other rows than those you report: the concept task has openings of its own for it.
     """
@@ -40,50 +42,37 @@ def tuning() -> None:
 
 def _run(
     request: Callable[..., Request],
-    method: str,
     concept: str | None,
     positive: str | None,
     negative: str | None,
-    jacobians: str | None,
-    jacobian_prompts: int,
-    positions: Positions | None,
     strengths: str | None,
     control: str | None,
     damage: str,
     at_most: float | None,
     evaluations: int,
 ) -> None:
+    choice = method_choice()
     name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
     wanted: Request = request(concepts=[name])
     unjudged = wanted.check()
     limit = check_limit(unjudged, control or unjudged.control, damage, at_most)
     between = _between(strengths)
-    known = known_method(method)
-    if known is not None and jacobians is not None:
-        raise InputError(f"--jacobians is not for the method {method}: leave it out")
-    if jacobian_prompts < 1:
-        raise InputError("--jacobian-prompts must be at least 1")
-    stored = Jacobians.load(jacobians) if jacobians is not None else None
     check_writable(wanted.output, "controller", force=wanted.force)
     folder = wanted.output.with_name(f"{wanted.output.stem}-tuning")
     with going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
-        if known is not None:
-            space = baseline_space(
-                model,
-                known,
-                positive_prompts,
-                negative_prompts,
-                concept=name,
-                positions=positions,
-                strengths=between,
-            )
-        else:
-            found = contrast(model, positive_prompts, negative_prompts, progress=progress)
-            stored = stored or _jacobians(model, positive_prompts[:jacobian_prompts], folder, progress)
-            space = alqr_space(
-                model, found, stored, concept=name, positions=positions or "last", strengths=between or STRENGTHS
-            )
+        space = baseline_space(
+            model,
+            choice.method.name,
+            positive_prompts,
+            negative_prompts,
+            concept=name,
+            layers=choice.layers,
+            positions=choice.positions,
+            options=_with_jacobians(choice, model, positive_prompts, folder, progress),
+            strengths=between,
+            progress=progress,
+        )
         tuned = tune(
             model,
             task,
@@ -104,6 +93,20 @@ def _run(
         raise InputError(_nothing_found(tuned, folder))
 
 
+def _with_jacobians(
+    choice: MethodChoice, model: Model, positive: list[str], folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """The options, with Jacobians where the method takes some: computed once for all candidates, and kept in the folder
+    for when the command is run again."""
+    complete = choice.method.complete(choice.options)
+    if "jacobians" not in complete or complete["jacobians"] is not None:
+        return choice.options
+    prompts = positive[: complete["jacobian_prompts"]]
+    file = folder / f"jacobians-{digest([model.fingerprint, prompts])}.safetensors"
+    stored = Jacobians.load(file) if file.is_file() else linearize(model, prompts, store=file, progress=progress)
+    return {**choice.options, "jacobians": stored}
+
+
 def _between(strengths: str | None) -> tuple[float, float] | None:
     if strengths is None:
         return None
@@ -111,14 +114,6 @@ def _between(strengths: str | None) -> tuple[float, float] | None:
     if len(found) != 2 or found[0] == found[1]:
         raise InputError(f"--strengths must be two different numbers such as 0,6, not {strengths!r}")
     return found[0], found[1]
-
-
-def _jacobians(model: Model, prompts: list[str], folder: Path, progress: Progress) -> Jacobians:
-    """Those at these prompts, computed once and kept in the folder."""
-    file = folder / f"jacobians-{digest([model.fingerprint, prompts])}.safetensors"
-    if file.is_file():
-        return Jacobians.load(file)
-    return linearize(model, prompts, store=file, progress=progress)
 
 
 def _report(tuned: Tuned, wanted: Request, folder: Path) -> None:
@@ -179,48 +174,32 @@ def _nothing_found(tuned: Tuned, folder: Path) -> str:
     )
 
 
-def _options() -> tuple[Callable[[Any], Any], ...]:
+def _options() -> tuple[Decorator, ...]:
     limits = ", ".join(f"{name} {damage.limit:g}" for name, damage in DAMAGE.items())
     return (
-        click.option(
-            "--method",
-            type=click.Choice(["alqr", *METHODS]),
-            default="alqr",
-            show_default=True,
-            help="Activation LQR, or a method that it is compared with.",
-        ),
-        click.option("--concept", help="A bundled contrast set (see `mlx-lqr concepts`), or the name of your own."),
-        click.option("--positive", type=click.Path(), help="Prompts with the concept, as for `mlx-lqr fit`."),
-        click.option("--negative", type=click.Path(), help="Prompts without it."),
-        click.option("--jacobians", type=click.Path(), help="Jacobians stored by `mlx-lqr linearize`."),
-        click.option(
-            "--jacobian-prompts",
-            default=8,
-            show_default=True,
-            help="Positive prompts to linearise at, where not stored.",
-        ),
-        click.option("--positions", type=click.Choice(["last", "all"]), help="As for `mlx-lqr fit`; not searched."),
-        click.option(
+        contrast_options,
+        option(
             "--strengths",
             metavar="MILD,STRONG",
-            help="From no steering to the strongest to try; 0,-6 for the opposite of the concept. By default 0,6 for "
-            "alqr, and what is sensible for the others.",
+            heading=SEARCH,
+            help="From no steering to the strongest to try; 0,-6 for the opposite of the concept. By default what is "
+            "sensible for the method, 0,6 for alqr.",
         ),
-        click.option("--control", metavar="METRIC", help="What is to be high; by default what the task is about."),
-        click.option("--damage", type=click.Choice(list(DAMAGE)), default="perplexity", show_default=True),
-        click.option(
-            "--at-most",
-            type=float,
-            metavar="LIMIT",
-            help="Of the damage: perplexity, this many times the unsteered model's; the others, so much worse than it. "
-            f"By default {limits}.",
-        ),
-        click.option(
+        option(
             "--evaluations",
             type=click.IntRange(min=1),
             default=16,
-            show_default=True,
+            heading=SEARCH,
             help="How many settings to run, besides the unsteered model.",
+        ),
+        tradeoff_options(list(DAMAGE), "What is to be high"),
+        option(
+            "--at-most",
+            type=float,
+            metavar="LIMIT",
+            heading=MEASURING,
+            help="Of the damage: perplexity, this many times the unsteered model's; the others, so much worse than it. "
+            f"By default {limits}.",
         ),
     )
 
@@ -229,6 +208,7 @@ add_tasks(
     tuning,
     _run,
     _options(),
-    output_help="The controller file to write; a folder FILE-tuning beside it keeps all that was measured.",
+    output=output_option("The controller file to write; FILE-tuning, a folder beside it, keeps all that was measured."),
     openings=bundled_openings("tuning"),
+    cls=MethodCommand,
 )

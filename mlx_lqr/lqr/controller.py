@@ -32,7 +32,7 @@ _OPTIONAL = {"checked_error": "Tm", "checked_push": "Tm"}
 
 Cost = Literal["state", "feature", "adaptive"]
 """What is penalised: any error of the state (Q = qI), or the feature's relative error alone. "adaptive" is the feature
-cost too, but our own decoding makes the gains anew at every prompt; the stored ones are those of the feature cost."""
+cost too, with gains that our own decoding recomputes for each prompt; the stored ones are those of the feature cost."""
 Positions = Literal["last", "all"]
 """Where to steer: the last prompt token and every generated one (A-LQR), or every prompt token too (A-LQR+)."""
 Setpoint = Literal["paper", "centred"]
@@ -70,6 +70,26 @@ class Controller:
     """(T, m): the same for |u_k|, along each concept's own gain"""
     strength: Strengths | None = None
     """The strength recommended for each concept, which steers where no other is asked for; see `tasks.tune`"""
+
+    @property
+    def method(self) -> str:
+        """Its name among the methods."""
+        return "alqr"
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the gains are to be recomputed for each prompt."""
+        return self.cost == "adaptive"
+
+    @property
+    def checked(self) -> bool:
+        """Whether it knows the region in which its linear model was found good."""
+        return self.checked_error is not None
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that the law is made of."""
+        return {name: getattr(self, name) for name in _TENSORS}
 
     @property
     def num_layers(self) -> int:
@@ -191,6 +211,10 @@ class Controller:
             checked_push=_checked([controller.checked_push for controller in controllers], controllers),
             strength=combined_strength(controllers),
         )
+
+    def recommending(self, strength: Strengths) -> Controller:
+        """The same with a recommended strength for each concept."""
+        return replace(self, strength=strength)
 
     def split(self) -> list[Controller]:
         """A controller for each concept alone; `combine` undoes it."""

@@ -1,88 +1,31 @@
-"""Fitted steering of the methods that A-LQR is compared with, in one kind of file: a few vectors per layer.
+"""What most methods fit: a few vectors for each layer, in one kind of file, and the law that is made of them.
 
-What a method keeps is a row of the table `METHODS`; fitting.py makes it and laws/baselines.py acts upon it. Layer k of
-a tensor belongs to block k, and what is added there goes to the block's output z_{k+1} (ITI's to its attention's).
+Layer k of a tensor belongs to block k, and what is added there goes to the block's output z_{k+1}. A method whose file
+this is derives from `BaselineMethod`, says which tensors it keeps, and has a law derived from `BaselineLaw`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata as distribution
 from os import PathLike
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
 from mlx_lqr.backends.protocol import Float32, Model
-from mlx_lqr.concepts import bundled_concepts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
-from mlx_lqr.files.tensors import check_finite, check_shape, read_format, read_tensors, write_tensors
-from mlx_lqr.lqr.controller import Controller, Positions, check_choice, check_fitted_on
+from mlx_lqr.files.tensors import check_finite, check_shape, read_tensors, write_tensors
+from mlx_lqr.lqr.controller import Positions, check_choice, check_fitted_on
 from mlx_lqr.lqr.strength import Strengths, combined_strength, read_strength, strength_metadata
+from mlx_lqr.methods.law import AdjustableLaw
+from mlx_lqr.methods.method import Column, Method, Problem, Shown
+from mlx_lqr.methods.registry import METHODS
 
 FORMAT = "mlx-lqr baseline 1"
-
-MethodName = Literal[
-    "actadd",
-    "proportional",
-    "ablation",
-    "spid",
-    "mean-act",
-    "linear-act",
-    "pid-act",
-    "iti",
-    "odesteer",
-    "angular",
-    "adaptive-angular",
-]
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a method is called and what it keeps."""
-
-    title: str
-    tensors: Mapping[str, str]
-    """Their axes: T layers, width d, m concepts, H attention heads a layer, n prompts."""
-    numbers: Mapping[str, float]
-    """The method's own numbers and what they are where nothing is said."""
-    positions: Positions
-    """Where its paper steers."""
-
-    @property
-    def additive(self) -> bool:
-        """Whether it does nothing but add vectors, so that several concepts are a sum."""
-        return all("m" in axes for axes in self.tensors.values())
-
-
-_SHIFT = {"shift": "Tdm"}
-_HEADS = {"attention_shift": "Tdm", "head_accuracy": "THm", "head_spread": "THm"}
-_BARRIER = {"anchors": "nd", "weights": "n", "distance": "T"}
-_SETPOINT = {"direction": "Td", "setpoint": "T"}
-_PID = {"kp": 0.5, "ki": 0.05, "kd": 0.01}
-
-METHODS: Mapping[MethodName, Method] = {
-    "actadd": Method("ActAdd / CAA", _SHIFT, {}, "last"),
-    "proportional": Method("proportional feedback (ActAdd with the setpoint)", _SETPOINT, {"kp": 1.0}, "last"),
-    "ablation": Method("directional ablation", {"direction": "Td"}, {}, "all"),
-    "spid": Method("S-PID", {**_SETPOINT, "kept": "T"}, _PID, "last"),
-    "mean-act": Method("Mean-AcT", _SHIFT, {}, "all"),
-    "linear-act": Method("Linear-AcT", {"scale": "Td", "shift": "Td"}, {}, "all"),
-    "pid-act": Method("PID-AcT", _SHIFT, {"kp": 1.0, "ki": 0.05, "kd": 0.01}, "all"),
-    "iti": Method("ITI", _HEADS, {}, "last"),
-    "odesteer": Method("ODESteer", _BARRIER, {}, "last"),
-    "angular": Method("angular steering", {"plane": "d2"}, {}, "all"),
-    "adaptive-angular": Method("adaptive angular steering", {"plane": "d2"}, {}, "all"),
-}
-
-
-def known_method(name: str) -> MethodName | None:
-    """The method of this name, None where there is none."""
-    return next((known for known in METHODS if known == name), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +36,9 @@ class Baseline:
         InputError: no such method, or numbers, layers and positions that do not go together.
     """
 
-    method: MethodName
+    method: str
     tensors: Mapping[str, Float32]
-    """What the method keeps (see `METHODS`), zero at layers where it does nothing."""
+    """What the method keeps (`BaselineMethod.tensors`), zero at layers where it does nothing."""
     numbers: Mapping[str, float]
     active_layers: tuple[int, ...]
     """The blocks whose output, or whose attention's, it changes."""
@@ -112,22 +55,28 @@ class Baseline:
     """The strength recommended for each concept, which steers where no other is asked for."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"there is no method {self.method!r}: choose one of {', '.join(METHODS)}")
+        method = METHODS[self.method]
         check_choice("positions", self.positions, Positions)
         for name, number in self.numbers.items():
             if not np.isfinite(number):
                 raise InputError(f"{name} must be a finite number, not {number!r}")
-        if self.carries and self.positions == "all":
-            raise InputError(
-                "the derivative of S-PID goes from one token to the next, while a prompt's tokens are run together: "
-                "use positions 'last', or kd = 0"
-            )
+        method.check(self)
 
     @property
-    def carries(self) -> bool:
-        """Whether what is done at a token depends on what was done at the one before."""
-        return self.method == "spid" and self.numbers["kd"] != 0
+    def adaptive(self) -> bool:
+        """Whether it is recomputed for each prompt."""
+        return False
+
+    @property
+    def checked(self) -> bool:
+        """Whether it knows where its linear model is good: it has none."""
+        return False
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that the law is made of."""
+        numbers = {name: np.asarray(number) for name, number in self.numbers.items()}
+        return {**self.tensors, **numbers, "layers": np.array(self.active_layers)}
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Write one safetensors file, atomically; with `force` in place of a file of any kind."""
@@ -154,27 +103,30 @@ class Baseline:
         """Read and check a file that `save` wrote.
 
         Raises:
-            InputError: missing, damaged, of another format, or with tensors of wrong shapes or values that are not
-            finite.
+            InputError: missing, damaged, of another format, of a method that is not installed, or with tensors of wrong
+            shapes or values that are not finite.
         """
         tensors, metadata = read_tensors(path, FORMAT, "steering of a baseline method")
         try:
-            name = known_method(metadata["method"])
-            if name is None:
-                raise ValueError(f"method {metadata['method']!r}")
+            name = metadata["method"]
+            if name not in METHODS:
+                raise InputError(
+                    f"{path} is of the method {name!r}, which is not installed: install the package that adds it, or "
+                    f"fit it again by one of {', '.join(METHODS)}"
+                )
             method = METHODS[name]
+            if not isinstance(method, BaselineMethod):
+                raise ValueError(f"method {name!r}")
             concepts = tuple(str(concept) for concept in json.loads(metadata["concepts"]))
-            sizes = {"T": int(metadata["T"]), "d": int(metadata["d"]), "m": len(concepts), "2": 2}
+            sizes = {"T": int(metadata["T"]), "d": int(metadata["d"]), "m": len(concepts)}
             layers = tuple(int(k) for k in json.loads(metadata["layers"]))
             numbers = {key: float(number) for key, number in json.loads(metadata["numbers"]).items()}
             if numbers.keys() != method.numbers.keys() or not all(0 <= k < sizes["T"] for k in layers):
                 raise ValueError("its numbers or layers are not those of its method and model")
             if not concepts or (len(concepts) > 1 and not method.additive):
                 raise ValueError(f"{len(concepts)} concepts")
-            sizes["H"] = tensors["head_accuracy"].shape[-2] if "head_accuracy" in method.tensors else 0
-            sizes["n"] = tensors["weights"].shape[0] if "weights" in method.tensors else 0
             for tensor, axes in method.tensors.items():
-                check_shape(tensor, tensors[tensor], axes, sizes)
+                check_shape(tensor, tensors[tensor], axes, _sizes(axes, tensors[tensor], sizes))
                 check_finite(tensor, tensors[tensor])
             return cls(
                 method=name,
@@ -191,12 +143,18 @@ class Baseline:
                 library_version=metadata["library_version"],
                 strength=read_strength(metadata, len(concepts)),
             )
+        except InputError:
+            raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path} is a damaged file of a baseline method ({error}): fit it again") from error
 
     def check_model(self, model: Model) -> None:
         """Raise `InputError` unless this was fitted on `model`."""
         check_fitted_on(self, model.name, model.fingerprint, model.num_layers, model.hidden_size, "this")
+
+    def recommending(self, strength: Strengths) -> Baseline:
+        """The same with a recommended strength."""
+        return replace(self, strength=strength)
 
     def split(self) -> list[Baseline]:
         """One for each concept alone; `combine` undoes it."""
@@ -214,68 +172,97 @@ class Baseline:
         ]
 
 
-Steering = Controller | Baseline
-"""Whatever can steer: `law_of` makes a law of it."""
-
-
-def load_steering(path: str | PathLike[str], model: str = "MODEL") -> Steering:
-    """Read a controller, or the steering of any other method, whichever the file holds.
+class BaselineLaw(AdjustableLaw):
+    """What laws made of a `Baseline` have in common: its tensors and numbers.
 
     Args:
-        path: the file.
-        model: what the model is called where a command to fit one is named.
-
-    Raises:
-        InputError: see `Controller.load` and `Baseline.load`; or the name of a bundled concept instead of a file.
+        steering: what was fitted.
+        strength: for each concept, or one for all.
     """
-    name = os.fspath(path)
-    if name in bundled_concepts() and not os.path.exists(name):
-        file = f"{name}.safetensors"
-        if os.path.exists(file):
-            raise InputError(f"{name} is a bundled concept and no file: did you mean {file}?")
-        raise InputError(
-            f"{name} is a bundled concept and no file: mlx-lqr fit {model} --concept {name} -o {file} makes one, then "
-            f"steer with {file}"
+
+    def __init__(self, steering: Baseline, strength: float | Sequence[float] = 1.0) -> None:
+        for name, tensor in steering.tensors.items():
+            if not np.all(np.isfinite(tensor)):
+                raise InputError(f"the {name} has values that are not finite: fit it again")
+        self._tensors, self._numbers = steering.tensors, steering.numbers
+        scale = METHODS[steering.method].strengths
+        super().__init__(steering.active_layers, len(steering.concepts), strength, scale)
+
+
+class BaselineMethod(Method[Baseline]):
+    """A method that fits a `Baseline`."""
+
+    tensors: Mapping[str, str]
+    """What is kept -> its axes, a letter each: T layers, width d, m concepts (last), a digit for that size, and any
+    other letter for a size of the method's own, the same in all of its tensors."""
+
+    @property
+    def additive(self) -> bool:
+        """Whether it does nothing but add vectors, so that several concepts are a sum."""
+        return all("m" in axes for axes in self.tensors.values())
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The numbers that a file keeps, with their defaults."""
+        return {option.name: option.default for option in self.options if option.kept}
+
+    def blank(self, problem: Problem, options: Mapping[str, Any]) -> Baseline:
+        """Steering of this method before anything is fitted."""
+        return Baseline(
+            method=self.name,
+            tensors={},
+            numbers={name: options[name] for name in self.numbers},
+            active_layers=(),
+            concepts=(problem.concept,),
+            positions=problem.positions,
+            model_name=problem.model.name,
+            fingerprint=problem.model.fingerprint,
+            num_layers=problem.model.num_layers,
+            hidden_size=problem.model.hidden_size,
+            prompt_counts=((len(problem.positive), len(problem.negative)),),
         )
-    return Baseline.load(path) if read_format(path).startswith("mlx-lqr baseline") else Controller.load(path)
 
-
-def combine(steerings: Sequence[Steering]) -> Steering:
-    """Several as one: controllers jointly (see `Controller.combine`), methods that only add vectors by adding.
-
-    Raises:
-        InputError: of different models, positions or methods, a concept twice, or a method of one concept alone.
-    """
-    first = steerings[0]
-    if len(steerings) == 1:
-        return first
-    controllers = [steering for steering in steerings if isinstance(steering, Controller)]
-    if len(controllers) == len(steerings):
-        return Controller.combine(*controllers)
-    baselines = [steering for steering in steerings if isinstance(steering, Baseline)]
-    methods = sorted({steering.method for steering in baselines} | ({"alqr"} if controllers else set()))
-    if len(methods) > 1 or not METHODS[baselines[0].method].additive:
-        raise InputError(
-            f"steering of the methods {', '.join(methods)} cannot be combined: use one file at a time"
-            if len(methods) > 1
-            else f"two files of the method {methods[0]} cannot be combined: use one at a time"
+    def combine(self, steerings: Sequence[Baseline]) -> Baseline:
+        """The sum of several, for methods that do nothing but add vectors."""
+        if not self.additive:
+            raise InputError(f"two files of the method {self.name} cannot be combined: use one at a time")
+        first = steerings[0]
+        for other in steerings[1:]:
+            if other.fingerprint != first.fingerprint:  # which the sizes are a part of
+                raise InputError(f"steering fitted on {first.model_name} and on {other.model_name} cannot be combined")
+            if other.positions != first.positions:
+                raise InputError("steering for the positions 'last' and 'all' cannot be combined: fit them alike")
+        concepts = tuple(concept for steering in steerings for concept in steering.concepts)
+        if len(set(concepts)) < len(concepts):
+            raise InputError(f"a concept appears twice among {', '.join(concepts)}: give each once, with one strength")
+        return replace(
+            first,
+            tensors={name: np.concatenate([one.tensors[name] for one in steerings], axis=-1) for name in first.tensors},
+            active_layers=tuple(sorted({k for one in steerings for k in one.active_layers})),
+            concepts=concepts,
+            prompt_counts=tuple(count for one in steerings for count in one.prompt_counts),
+            strength=combined_strength(steerings),
         )
-    one = baselines[0]
-    for other in baselines[1:]:
-        if other.fingerprint != one.fingerprint:  # which the sizes are a part of
-            raise InputError(f"steering fitted on {one.model_name} and on {other.model_name} cannot be combined")
-        if other.positions != one.positions:
-            raise InputError("steering for the positions 'last' and 'all' cannot be combined: fit them alike")
-    concepts = tuple(concept for baseline in baselines for concept in baseline.concepts)
-    if len(set(concepts)) < len(concepts):
-        raise InputError(f"a concept appears twice among {', '.join(concepts)}: give each once, with one strength")
-    return replace(
-        one,
-        tensors={
-            name: np.concatenate([baseline.tensors[name] for baseline in baselines], axis=-1) for name in one.tensors
-        },
-        active_layers=tuple(sorted({k for baseline in baselines for k in baseline.active_layers})),
-        concepts=concepts,
-        prompt_counts=tuple(count for baseline in baselines for count in baseline.prompt_counts),
-        strength=combined_strength(baselines),
-    )
+
+    def show(self, steering: Baseline) -> Shown:
+        """The length of what is kept for each layer, tensor by tensor."""
+        layered = {name: steering.tensors[name] for name, axes in self.tensors.items() if axes in ("T", "Td", "Tdm")}
+        norms = {name: np.linalg.norm(part.reshape(len(part), -1), axis=1) for name, part in layered.items()}
+        gains = ", ".join(f"{name} = {number:g}" for name, number in steering.numbers.items())
+        return Shown(
+            title=self.title,
+            numbers={"gains": gains} if gains else {},
+            fitted="fitted",
+            columns=[Column(f"|{name}|", max(13, len(name) + 4), norm) for name, norm in norms.items()],
+            fields={
+                "numbers": dict(steering.numbers),
+                "norms": {name: norm.tolist() for name, norm in norms.items()},
+            },
+        )
+
+
+def _sizes(axes: str, tensor: np.ndarray, sizes: dict[str, int]) -> dict[str, int]:
+    """`sizes` with those of `axes`: digits as they are, and a letter met for the first time as this tensor has it."""
+    for axis, size in zip(axes, tensor.shape, strict=False):
+        sizes.setdefault(axis, int(axis) if axis.isdigit() else size)
+    return sizes

@@ -1,7 +1,7 @@
 """Evaluation: does a controller do what it is for, and what does it cost? (needs no tensor framework of its own)
 
 task = tasks.concept(tasks.word_family("dog"), damage=[tasks.NeutralText(), tasks.Capability.bundled()])
-steering = tasks.load_steering([("dog.safetensors", 1.0)])
+steering = tasks.named_steering([("dog.safetensors", 1.0)])
 found = tasks.evaluate(model, task, steering, strengths=[0, 1, 2, 3], output="dog.jsonl")
 for result in found.results(): result.strength, result.metrics["prevalence"], result.change["perplexity"]
 
@@ -17,7 +17,7 @@ from mlx_lqr.tasks.generations import Decoding, Judge
 from mlx_lqr.tasks.refusal import refusal, refuses
 from mlx_lqr.tasks.run import Evaluation, Result, Task, evaluate
 from mlx_lqr.tasks.spaces import alqr_space, baseline_space
-from mlx_lqr.tasks.steering import Steered, Steering, load_steering
+from mlx_lqr.tasks.steering import NamedSteering, Steered, named_steering
 from mlx_lqr.tasks.toxicity import toxicity
 from mlx_lqr.tasks.truthfulness import truthfulness
 from mlx_lqr.tasks.tuning import Candidate, Space, Trial, Tuned, tune
@@ -30,11 +30,11 @@ __all__ = [
     "Evaluation",
     "Judge",
     "Metric",
+    "NamedSteering",
     "NeutralText",
     "Result",
     "Space",
     "Steered",
-    "Steering",
     "Task",
     "Trial",
     "Tuned",
@@ -44,7 +44,7 @@ __all__ = [
     "difference",
     "estimate",
     "evaluate",
-    "load_steering",
+    "named_steering",
     "refusal",
     "refuses",
     "toxicity",

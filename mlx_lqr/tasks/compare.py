@@ -16,14 +16,14 @@ from pathlib import Path
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.run import Evaluation, Result, Task, evaluate
-from mlx_lqr.tasks.steering import Steering
+from mlx_lqr.tasks.steering import NamedSteering
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
     """A steering and the strengths to try it at."""
 
-    steering: Steering
+    steering: NamedSteering
     strengths: tuple[float, ...]
 
 
@@ -88,7 +88,7 @@ def compare(
     for method in methods:
         method.steering.controller.check_model(model)
 
-    def run(steering: Steering | None, strengths: Sequence[float]) -> Evaluation:
+    def run(steering: NamedSteering | None, strengths: Sequence[float]) -> Evaluation:
         output = Path(folder) / output_name(task, steering) if folder is not None else None
         return evaluate(model, task, steering, strengths, output=output, loading=loading, progress=progress)
 
@@ -98,6 +98,6 @@ def compare(
     return Comparison(task.name, reference.results()[0], found, len(methods[0].strengths), rows)
 
 
-def output_name(task: Task, steering: Steering | None) -> str:
+def output_name(task: Task, steering: NamedSteering | None) -> str:
     """The name of a run's file in its folder."""
     return f"{task.name}-{steering.name if steering is not None else 'unsteered'}.jsonl"

@@ -28,7 +28,7 @@ from mlx_lqr.loading import resolve
 from mlx_lqr.runtime import steer
 from mlx_lqr.tasks.records import Records, Row
 from mlx_lqr.tasks.run import digest
-from mlx_lqr.tasks.steering import Steering, check_strengths
+from mlx_lqr.tasks.steering import NamedSteering, check_strengths
 
 if TYPE_CHECKING:
     from mlx_lqr.backends.mlx.mlx_lm_eval import Evaluator
@@ -71,7 +71,7 @@ class LMEvaluation:
 def evaluate(
     evaluator: Evaluator,
     tasks: Tasks,
-    steering: Steering | None = None,
+    steering: NamedSteering | None = None,
     strengths: Sequence[float] = (0.0,),
     *,
     settings: Settings | None = None,
@@ -186,7 +186,7 @@ def _manager(names: Sequence[str], include_path: str | PathLike[str] | None) -> 
         raise InputError(f"lm-eval cannot read the tasks in {include_path}: {_first_line(error)}") from error
 
 
-def _steered(evaluator: Evaluator, steering: Steering | None, strength: float) -> AbstractContextManager[None]:
+def _steered(evaluator: Evaluator, steering: NamedSteering | None, strength: float) -> AbstractContextManager[None]:
     if steering is None or strength == 0:
         return nullcontext()
     return steer(evaluator.model, steering.controller, steering.strength(strength))
@@ -222,7 +222,7 @@ def _run(evaluator: Evaluator, tasks: Tasks, name: str, settings: Settings) -> R
     return json.loads(json.dumps(entries, default=handle_non_serializable), parse_constant=lambda _: None)
 
 
-def _describe(evaluator: Evaluator, tasks: Tasks, steering: Steering | None, settings: Settings) -> Row:
+def _describe(evaluator: Evaluator, tasks: Tasks, steering: NamedSteering | None, settings: Settings) -> Row:
     """All that the results depend on but the strength."""
     return {
         "task": "lm-eval",

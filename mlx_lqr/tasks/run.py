@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, difference, estimate
 from mlx_lqr.tasks.records import CHUNK, Records, Row
-from mlx_lqr.tasks.steering import Steered, Steering, check_strengths
+from mlx_lqr.tasks.steering import NamedSteering, Steered, check_strengths
 
 
 class Part(Protocol):
@@ -100,7 +100,7 @@ class Evaluation:
 def evaluate(
     model: Model,
     task: Task,
-    steering: Steering | None = None,
+    steering: NamedSteering | None = None,
     strengths: Sequence[float] = (0.0,),
     *,
     output: str | PathLike[str] | None = None,
@@ -144,7 +144,7 @@ def evaluate(
 
 
 def describe(
-    model: Model, task: Task, steering: Steering | None = None, loading: Mapping[str, str | None] | None = None
+    model: Model, task: Task, steering: NamedSteering | None = None, loading: Mapping[str, str | None] | None = None
 ) -> Row:
     """All that an evaluation's rows depend on but the strength."""
     return {

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Options = dict[str, Any]
+Values = dict[str, Any]
 """A value for each factor."""
 
 FIRST_DOSE = 0.4
@@ -33,7 +33,7 @@ START_TRIES, TRIES, REFINING = 3, 2, 2
 
 
 @dataclass(frozen=True)
-class Found:
+class Measurement:
     """What was measured."""
 
     control: float
@@ -70,7 +70,7 @@ class Search:
 
     Args:
         factors: their values, in the order in which they are varied.
-        measure: (options, dose) -> what was found there.
+        measure: (options, dose) -> what was measured there.
         evaluations: how often it may be called.
         allowed: the excess at the limit.
     """
@@ -78,17 +78,17 @@ class Search:
     def __init__(
         self,
         factors: Mapping[str, Sequence[Any]],
-        measure: Callable[[Options, float], Found],
+        measure: Callable[[Values, float], Measurement],
         evaluations: int,
         allowed: float,
     ) -> None:
         self._factors, self._measure, self._allowed = factors, measure, allowed
         self._left = evaluations
-        self._tried: list[tuple[Options, list[tuple[float, Found]]]] = []
+        self._tried: list[tuple[Values, list[tuple[float, Measurement]]]] = []
 
     def run(self) -> None:
         """Measure until the budget is used up, or until nothing is left to try."""
-        best: Options = {name: values[0] for name, values in self._factors.items()}
+        best: Values = {name: values[0] for name, values in self._factors.items()}
         self._follow(best, START_TRIES, FIRST_DOSE)
         before = None
         while self._left and self._left != before:
@@ -99,9 +99,9 @@ class Search:
         for options, _ in sorted(self._tried, key=lambda tried: self._rank(tried[0]), reverse=True):
             self._follow(options, self._left, FIRST_DOSE)
 
-    def _vary(self, best: Options) -> Options:
-        """The other values of every factor, one after the other, those first that nothing has had yet; returns the best
-        there is now."""
+    def _vary(self, best: Values) -> Values:
+        """The other values of every factor, one after the other, values not tried yet first; returns the best there is
+        now."""
         values = [(name, value) for name, values in self._factors.items() for value in values]
         for name, value in sorted(values, key=lambda pair: any(tried[pair[0]] == pair[1] for tried, _ in self._tried)):
             other = {**best, name: value}
@@ -112,7 +112,7 @@ class Search:
                     best = other
         return best
 
-    def _follow(self, options: Options, times: int, first: float, rival: Options | None = None) -> None:
+    def _follow(self, options: Values, times: int, first: float, rival: Values | None = None) -> None:
         """Measure at up to `times` more doses, towards the limit; against a rival, no more than is needed to decide."""
         for _ in range(min(times, self._left)):
             points = self._points(options)
@@ -124,26 +124,28 @@ class Search:
             self._points(options).append((dose, self._measure(options, dose)))
             self._left -= 1
 
-    def _decided(self, points: Sequence[tuple[float, Found]], rival: Options) -> bool:
+    def _decided(self, points: Sequence[tuple[float, Measurement]], rival: Values) -> bool:
         last = points[-1][1]
         if last.excess <= self._allowed:
             return last.excess > SLACK * self._allowed
         return last.control <= self._rank(rival)[0]  # a lower dose would control even less
 
-    def _next(self, options: Options) -> float | None:
-        return next_dose([(dose, found.excess) for dose, found in self._points(options)], self._allowed)
+    def _next(self, options: Values) -> float | None:
+        return next_dose([(dose, measured.excess) for dose, measured in self._points(options)], self._allowed)
 
-    def _points(self, options: Options) -> list[tuple[float, Found]]:
+    def _points(self, options: Values) -> list[tuple[float, Measurement]]:
         return next((points for tried, points in self._tried if tried == options), [])
 
-    def _within(self, options: Options) -> list[tuple[float, Found]]:
-        return [(dose, found) for dose, found in self._points(options) if found.excess <= self._allowed]
+    def _within(self, options: Values) -> list[tuple[float, Measurement]]:
+        return [(dose, measured) for dose, measured in self._points(options) if measured.excess <= self._allowed]
 
-    def _rank(self, options: Options) -> tuple[float, float]:
+    def _rank(self, options: Values) -> tuple[float, float]:
         """The most control within the limit, and of equal ones the least damage."""
-        return max(((found.control, -found.excess) for _, found in self._within(options)), default=(-math.inf, 0.0))
+        return max(
+            ((measured.control, -measured.excess) for _, measured in self._within(options)), default=(-math.inf, 0.0)
+        )
 
-    def _dose(self, options: Options) -> float:
+    def _dose(self, options: Values) -> float:
         """The best dose within the limit, or the lowest of those tried."""
         within = self._within(options)
         if within:

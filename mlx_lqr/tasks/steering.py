@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,55 +14,43 @@ import numpy as np
 from mlx_lqr.backends.protocol import Continued, Float32, Law, Model
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.lqr.adapt import readapted
-from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import Prompt, tokenise
-from mlx_lqr.methods import baseline
+from mlx_lqr.methods.steering import Steering, combine, load_steering, only_controller
 from mlx_lqr.runtime import Options, batch_stream
-from mlx_lqr.runtime.generate import adapts, feedback, only_controller
+from mlx_lqr.runtime.generate import adapts, feedback
 
 
 @dataclass(frozen=True, eq=False)
-class Steering:
+class NamedSteering:
     """A controller, or another method's steering, under a name, and what share of the strength each concept gets."""
 
     name: str
-    controller: baseline.Steering
+    controller: Steering
     shares: tuple[float, ...] = ()
     """One number for each concept; by default 1 for all. Strength s means s times the share."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells this steering from another: its numbers' digest, whatever kind of controller it is."""
+        """What tells this steering from another: a digest of its numbers, whatever kind of controller it is."""
         digest = hashlib.sha256()
-        for name, value in sorted(self._numbers().items()):
+        for name, value in sorted(self.controller.arrays.items()):
             digest.update(f"{name} {value.dtype} {value.shape}".encode() + value.tobytes())
         return {
-            "method": getattr(self.controller, "method", "alqr"),
+            "method": self.controller.method,
             "concepts": list(self.controller.concepts),
             "positions": self.controller.positions,
             "shares": list(self._shares),
             "digest": digest.hexdigest()[:16],
-            **self._anew,
+            **self._recomputed,
         }
 
     @property
-    def _anew(self) -> dict[str, Any]:
-        """What gains are made from that are made anew at every prompt."""
-        if not (isinstance(self.controller, Controller) and adapts(self.controller)):
+    def _recomputed(self) -> dict[str, Any]:
+        """What gains are made from that are recomputed for each prompt."""
+        if not self.controller.adaptive:
             return {}
-        return {"adaptive": asdict(self.controller.weights), "layers": list(self.controller.active_layers)}
-
-    def _numbers(self) -> dict[str, np.ndarray]:
-        """All that the law is made of."""
-        if isinstance(self.controller, baseline.Baseline):
-            numbers = {name: np.asarray(number) for name, number in self.controller.numbers.items()}
-            return {**self.controller.tensors, **numbers, "layers": np.array(self.controller.active_layers)}
-        values = {entry.name: getattr(self.controller, entry.name) for entry in fields(self.controller)}
-        return {
-            name: value
-            for name, value in values.items()
-            if isinstance(value, np.ndarray) and not name.startswith("checked")
-        }
+        controller = only_controller(self.controller, "adaptive")
+        return {"adaptive": asdict(controller.weights), "layers": list(controller.active_layers)}
 
     def strength(self, value: float) -> list[float]:
         """A strength for each concept."""
@@ -73,7 +61,7 @@ class Steering:
         return self.shares or (1.0,) * len(self.controller.concepts)
 
 
-def load_steering(files: Sequence[tuple[str, float]], name: str | None = None) -> Steering:
+def named_steering(files: Sequence[tuple[str, float]], name: str | None = None) -> NamedSteering:
     """One steering of several files, each with its share of the strength.
 
     Args:
@@ -81,15 +69,15 @@ def load_steering(files: Sequence[tuple[str, float]], name: str | None = None) -
         name: by default the files' names without their endings.
 
     Raises:
-        InputError: a file that holds no steering, or files that cannot be combined (see `baseline.combine`).
+        InputError: a file that holds no steering, or files that cannot be combined (see `methods.steering.combine`).
     """
-    loaded = [(baseline.load_steering(path), share) for path, share in files]
-    controller = baseline.combine([one for one, _ in loaded])
+    loaded = [(load_steering(path), share) for path, share in files]
+    controller = combine([one for one, _ in loaded])
     shares = tuple(share for one, share in loaded for _ in one.concepts)
-    return Steering(name or "+".join(Path(path).stem for path, _ in files), controller, shares)
+    return NamedSteering(name or "+".join(Path(path).stem for path, _ in files), controller, shares)
 
 
-def check_strengths(model: Model, steering: Steering | None, strengths: Sequence[float]) -> list[float]:
+def check_strengths(model: Model, steering: NamedSteering | None, strengths: Sequence[float]) -> list[float]:
     """Each of the strengths once.
 
     Raises:
@@ -108,7 +96,7 @@ class Steered:
     """A model, steered at one strength or not at all."""
 
     model: Model
-    steering: Steering | None = None
+    steering: NamedSteering | None = None
     strength: float = 0.0
 
     @property
@@ -158,7 +146,7 @@ class Steered:
             space = "" if isinstance(prompt, str) and prompt[-1:].isspace() else " "
             before, each = self.model.tokenizer.continuations(prompt, [space + answer for answer in answers])
             pairs += [(before, after) for after in each]
-        totals = iter([float(found.sum()) for found in self.log_probabilities(pairs)])
+        totals = iter([float(each.sum()) for each in self.log_probabilities(pairs)])
         scores = [[next(totals) for _ in answers] for _, answers in questions]
         if not all(np.all(np.isfinite(some)) for some in scores):
             raise self.overflowing
@@ -174,12 +162,12 @@ class Steered:
         if steering is None or self.strength == 0 or not adapts(steering.controller):
             return run(pairs, law=self.law, steer_all=self.steer_all)
         controller = only_controller(steering.controller, "adaptive")
-        found: list[Float32] = []
+        results: list[Float32] = []
         for prompt, own in groupby(pairs, key=lambda pair: list(pair[0])):
-            anew = readapted(self.model, controller, self.model.trace(prompt))
-            law = feedback(self.model, anew, steering.strength(self.strength))
-            found += run(list(own), law=law, steer_all=self.steer_all)
-        return found
+            adapted = readapted(self.model, controller, self.model.trace(prompt))
+            law = feedback(self.model, adapted, steering.strength(self.strength))
+            results += run(list(own), law=law, steer_all=self.steer_all)
+        return results
 
     @property
     def overflowing(self) -> OverflowingError:

@@ -25,11 +25,11 @@ from mlx_lqr.analysis.results import as_json
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.files.atomic import writing
-from mlx_lqr.methods import baseline
+from mlx_lqr.methods.steering import Steering, load_steering
 from mlx_lqr.tasks.bootstrap import Estimate
 from mlx_lqr.tasks.run import Evaluation, Result, Task, digest, evaluate
-from mlx_lqr.tasks.search import Found, Options, Search
-from mlx_lqr.tasks.steering import Steering
+from mlx_lqr.tasks.search import Measurement, Search, Values
+from mlx_lqr.tasks.steering import NamedSteering
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Candidate:
     name: str
     options: Mapping[str, Any]
     """What it is fitted with, as JSON; tells candidates of a space apart."""
-    fit: Callable[[], baseline.Steering]
+    fit: Callable[[], Steering]
     """Called once at most."""
     strengths: tuple[float, float]
     """From no steering to the strongest that is sensible, in whichever direction this is."""
@@ -51,7 +51,7 @@ class Space:
 
     factors: Mapping[str, Sequence[Any]]
     """Values of each option, as JSON; the first is where the search starts. Earlier factors are varied first."""
-    candidate: Callable[[Options], Candidate]
+    candidate: Callable[[Values], Candidate]
     """The candidate with these values of the factors."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What all candidates depend on, as JSON: prompts, for one. Results in a folder are of the same settings."""
@@ -118,7 +118,7 @@ class Tuned:
     best: Trial | None
     """The most control within the limit, and of equal ones the least damage; None where no trial within it controls
     more than the unsteered model does"""
-    steering: baseline.Steering | None
+    steering: Steering | None
     """What was fitted there, with the recommended strength"""
 
 
@@ -193,7 +193,7 @@ class _Run:
     loading: Mapping[str, str | None] | None
     progress: Progress | None
     trials: list[Trial] = field(default_factory=list)
-    fitted: dict[str, baseline.Steering] = field(default_factory=dict)
+    fitted: dict[str, Steering] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wanted = [part for part in self.task.parts if {self.control, self.damage} & set(part.metrics([]))]
@@ -201,16 +201,16 @@ class _Run:
         self.reference = self._evaluate(None, 0.0, "unsteered", "Unsteered")
         self.unsteered = self.reference.results()[0]
 
-    def measure(self, options: Options, dose: float) -> Found:
+    def measure(self, options: Values, dose: float) -> Measurement:
         """Run the task, or take what an earlier run has left."""
         candidate = self.space.candidate(options)
         mild, strong = candidate.strengths
         strength = float(f"{mild + dose * (strong - mild):.3g}")
-        steering = Steering(candidate.name, self._fit(candidate))
+        steering = NamedSteering(candidate.name, self._fit(candidate))
         kind, stage = DAMAGE[self.damage], f"Trial {len(self.trials) + 1} of {self.evaluations}"
         try:
-            found = self._evaluate(steering, strength, self._key(candidate.options), stage)
-            metrics = found.results(self.reference)[0].metrics
+            evaluation = self._evaluate(steering, strength, self._key(candidate.options), stage)
+            metrics = evaluation.results(self.reference)[0].metrics
             control, damage = metrics[self.control], metrics[self.damage]
             repeats = self._repeats(metrics)
         except OverflowingError:
@@ -221,7 +221,7 @@ class _Run:
         options = dict(candidate.options)
         self.trials.append(Trial(candidate.name, options, strength, control, damage, relative, within, repeats))
         self._log()
-        return Found(control.value, kind.excess(relative) if within or relative > self.limit else math.inf)
+        return Measurement(control.value, kind.excess(relative) if within or relative > self.limit else math.inf)
 
     def _repeats(self, metrics: Mapping[str, Estimate]) -> bool:
         if self.damage == "repetition" or "repetition" not in metrics:
@@ -235,10 +235,10 @@ class _Run:
         steering = None
         if best is not None:
             chosen = self.fitted[self._key(best.options)]
-            steering = replace(chosen, strength=(best.strength,) * len(chosen.concepts))
+            steering = chosen.recommending((best.strength,) * len(chosen.concepts))
         return Tuned(self.control, self.damage, self.limit, self.unsteered, tuple(self.trials), best, steering)
 
-    def _evaluate(self, steering: Steering | None, strength: float, key: str, stage: str) -> Evaluation:
+    def _evaluate(self, steering: NamedSteering | None, strength: float, key: str, stage: str) -> Evaluation:
         output = self.folder / f"{self.task.name}-{key}.jsonl" if self.folder is not None else None
         progress = self.progress
         report = (lambda _, done, total: progress(stage, done, total)) if progress is not None else None
@@ -250,12 +250,12 @@ class _Run:
         """Tells a candidate's files from those of others in the folder, whatever these were made for."""
         return digest([self.model.fingerprint, dict(self.space.settings), dict(options)])
 
-    def _fit(self, candidate: Candidate) -> baseline.Steering:
+    def _fit(self, candidate: Candidate) -> Steering:
         key = self._key(candidate.options)
         if key not in self.fitted:
             file = self.folder / f"{key}.safetensors" if self.folder is not None else None
             if file is not None and file.is_file():
-                self.fitted[key] = baseline.load_steering(file)
+                self.fitted[key] = load_steering(file)
             else:
                 self.fitted[key] = candidate.fit()
                 if file is not None:

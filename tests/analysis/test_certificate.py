@@ -188,16 +188,16 @@ def test_results_are_written_as_json(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def tiny_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+def tiny_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], tuple[Path, Path]]:
     """Makes a command load a tiny model, and gives files of a controller of it and of prompts."""
     import importlib
 
-    def prepare(name: str) -> tuple[Path, Path]:
+    def prepare() -> tuple[Path, Path]:
         model = tiny("llama", num_hidden_layers=4)
         controller = fitted(model, layers=[1, 2, 3])
         controller.save(tmp_path / "a.safetensors")
         (tmp_path / "prompts.txt").write_text("5 17 3\n9 9 41 2\n7\n3 1\n")
-        module = importlib.import_module(f"mlx_lqr.commands.{name}")
+        module = importlib.import_module("mlx_lqr.commands.analysis")
         monkeypatch.setattr(module, "load", lambda *_, **__: model)
         read = lambda path: [[int(word) for word in line.split()] for line in Path(path).read_text().splitlines()]  # noqa: E731
         monkeypatch.setattr(module, "read_prompts", read)
@@ -206,8 +206,8 @@ def tiny_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[s
     return prepare
 
 
-def test_the_command_certify(tiny_command: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    controller, prompts = tiny_command("certify")
+def test_the_command_certify(tiny_command: Callable[[], tuple[Path, Path]], tmp_path: Path) -> None:
+    controller, prompts = tiny_command()
     arguments = "certify", "x", "-c", controller, "--prompts", prompts, "--strengths", "1,2"
     result = run(*arguments, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -227,8 +227,8 @@ def test_the_command_certify(tiny_command: Callable[[str], tuple[Path, Path]], t
     assert json.loads((tmp_path / "out" / "certificate.json").read_text())["held"]["feature_prior"][0] == 1
 
 
-def test_the_command_linearity(tiny_command: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    controller, prompts = tiny_command("linearity")
+def test_the_command_linearity(tiny_command: Callable[[], tuple[Path, Path]], tmp_path: Path) -> None:
+    controller, prompts = tiny_command()
     arguments = "linearity", "x", "--prompts", prompts
     result = run(*arguments, "-c", controller, "--write", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output

@@ -26,7 +26,7 @@ from mlx_lqr.analysis.spectra import (
     spectral_similarity,
 )
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 
 PROMPTS = [PROMPT, PROMPT[:4], [7, 1, 9], [3, 3, 50, 12, 6]]
 

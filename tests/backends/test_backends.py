@@ -16,7 +16,8 @@ import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.protocol import Model, Sampling
 from mlx_lqr.lqr.adapt import readapted
-from mlx_lqr.methods.laws import LinearFeedback, law_of
+from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.steering import law_of
 from mlx_lqr.runtime.decode import decode
 
 PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33, 21, 40]  # longer than the tiny models' sliding windows of 6

@@ -18,7 +18,7 @@ from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.layers import Layers
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 
 PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33]
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(1, 64, 24)]

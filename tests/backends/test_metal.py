@@ -34,8 +34,9 @@ from mlx_lqr.convert import convert
 from mlx_lqr.loading import preferred_backend
 from mlx_lqr.lqr.fit import solve_controller
 from mlx_lqr.lqr.linearize import Jacobians
-from mlx_lqr.methods.baseline import METHODS
-from mlx_lqr.methods.laws import LinearFeedback, law_of
+from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.registry import METHODS
+from mlx_lqr.methods.steering import law_of
 from mlx_lqr.runtime import __main__ as runtime
 from mlx_lqr.runtime.chat import Chat
 from mlx_lqr.runtime.decode import decode
@@ -350,7 +351,7 @@ def test_tasks_measure_what_they_do_in_float32(pair: Pair) -> None:
         decoding = tasks.Decoding(samples=1, max_tokens=2)
         damage = [NeutralText(["The train left the station"]), Capability([question])]
         task = tasks.concept(["sea"], openings=["I like"], decoding=decoding, damage=damage)
-        found.append(tasks.evaluate(model, task, tasks.Steering("sea", fitted()), [0.0, 1.5]).results())
+        found.append(tasks.evaluate(model, task, tasks.NamedSteering("sea", fitted()), [0.0, 1.5]).results())
     for ours, expected in zip(*found, strict=True):
         for name in ("kl", "capability"):
             assert ours.metrics[name].value == pytest.approx(expected.metrics[name].value, abs=pair.tolerance / 5)

@@ -24,8 +24,8 @@ from mlx_lqr import InputError, tasks
 from mlx_lqr.backends.protocol import GREEDY, CarryingLaw, Law, Model, Sampling
 from mlx_lqr.commands import main
 from mlx_lqr.errors import OverflowingError
-from mlx_lqr.methods.laws import LinearFeedback
-from mlx_lqr.methods.laws import law_of as law_of_steering
+from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.steering import law_of as law_of_steering
 from mlx_lqr.runtime.decode import decode
 from mlx_lqr.tasks.damage import NeutralText
 

@@ -30,7 +30,7 @@ from mlx_lqr.backends.torch.algebra import TorchAlgebra
 from mlx_lqr.backends.torch.calls import cache_argument
 from mlx_lqr.backends.torch.model import TorchModel
 from mlx_lqr.commands import main
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.runtime.decode import decode
 from mlx_lqr.runtime.generate import feedback
 

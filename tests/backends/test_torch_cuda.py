@@ -15,8 +15,9 @@ import mlx_lqr
 from mlx_lqr.backends.protocol import Sampling
 from mlx_lqr.backends.torch.algebra import TorchAlgebra
 from mlx_lqr.backends.torch.model import TorchModel
-from mlx_lqr.methods.baseline import METHODS
-from mlx_lqr.methods.laws import LinearFeedback, law_of
+from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.registry import METHODS
+from mlx_lqr.methods.steering import law_of
 from mlx_lqr.runtime.decode import decode
 
 pytestmark = [

@@ -69,8 +69,10 @@ def test_eval_reports_writes_and_goes_on(dog: Path, data: Path, monkeypatch: pyt
     table = succeeded(*command)
     assert table.splitlines()[0].split()[:3] == ["concept", "unsteered", "strength"]
     assert "perplexity under the unsteered model itself" in table
-    command[4] = f"{dog}:2"
-    assert "steering.shares" in refused(*command)
+    assert "steering.shares" in refused(*command, "--shares", "2")
+    at_three = ["eval", "concept", "demo", "-c", f"{dog}:3", *small, "-o", "out"]
+    assert succeeded(*at_three) == table
+    assert "both say how strongly" in refused(*at_three, "--strengths", "3")
 
 
 def test_compare_gives_table_numbers_and_plot(dog: Path, data: Path) -> None:

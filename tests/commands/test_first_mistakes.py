@@ -15,8 +15,8 @@ from test_cli import refused, run
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.methods.baseline import METHODS
-from mlx_lqr.methods.laws import law_of
+from mlx_lqr.methods.registry import METHODS
+from mlx_lqr.methods.steering import law_of
 from mlx_lqr.tasks.records import Records
 
 MODEL = "no-such-model"
@@ -96,7 +96,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Model:
     """Let commands load a model that takes any text."""
     model = chatting()
     model._tokenizer.encode = lambda text, **_: [ord(letter) % 59 for letter in text][-8:]  # type: ignore[attr-defined]
-    for name in ("fit", "linearity", "certify"):
+    for name in ("fit", "analysis"):
         monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", lambda *_, **__: model)
     return model
 
@@ -124,7 +124,7 @@ def test_few_held_out_prompts_are_noted(place: Path, monkeypatch: pytest.MonkeyP
     assert "Note: medians over 2 prompts" in result.stderr
 
 
-@pytest.mark.parametrize("kind", ["alqr", *METHODS])
+@pytest.mark.parametrize("kind", METHODS)
 def test_strengths_beyond_any_use_are_noted(kind: str) -> None:
     model = tiny_on("mlx", "llama")
     sets = [[1, 2, 3], [4, 5], [7, 9]], [[9, 8], [6, 5], [11, 12]]

@@ -12,7 +12,7 @@ from test_cli import refused, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import mlx_lqr
-from mlx_lqr.methods.baseline import load_steering
+from mlx_lqr.methods.steering import load_steering
 from mlx_lqr.tasks.concept import bundled_openings
 from mlx_lqr.tasks.generations import Generations
 

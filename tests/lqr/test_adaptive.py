@@ -14,7 +14,7 @@ import mlx_lqr
 from mlx_lqr import Controller, InputError, tasks
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands import main
-from mlx_lqr.methods.laws import law_of
+from mlx_lqr.methods.steering import law_of
 
 POSITIVE, NEGATIVE = [[1, 2, 3], [4, 5]], [[6, 7], [8]]
 PROMPTS = [[5, 17, 3, 42, 8], [9, 30, 7]]
@@ -59,14 +59,14 @@ def test_decoding_adapts_unless_it_is_told_not_to(model: Model, adaptive: Contro
 
 
 def test_tasks_score_under_the_gains_of_each_prompt(model: Model, adaptive: Controller) -> None:
-    steered = tasks.Steered(model, tasks.Steering("one", adaptive), 3.0)
+    steered = tasks.Steered(model, tasks.NamedSteering("one", adaptive), 3.0)
     pairs = [(PROMPTS[0], [1, 2]), (PROMPTS[0], [3]), (PROMPTS[1], [4, 5, 6])]
     found = steered.logits_along(pairs)
     for (prompt, continuation), logits in zip(pairs, found, strict=True):
         law = law_of(mlx_lqr.adapt(model, adaptive, prompt), 3.0)
         assert np.allclose(logits, model.logits_along([(prompt, continuation)], law=law)[0], atol=1e-4)
     stored = replace(adaptive, cost="feature")
-    plain = tasks.Steered(model, tasks.Steering("one", stored), 3.0)
+    plain = tasks.Steered(model, tasks.NamedSteering("one", stored), 3.0)
     assert max(np.abs(one - two).max() for one, two in zip(found, plain.logits_along(pairs), strict=True)) > 1e-4
     assert steered.steering is not None
     assert plain.steering is not None

@@ -18,7 +18,7 @@ import mlx_lqr
 from mlx_lqr import Contrast, Controller, Gains, InputError
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.lqr.riccati import Weights
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 
 T, D = 4, 12
 

@@ -19,8 +19,7 @@ import mlx_lqr
 from mlx_lqr import Controller, InputError
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.methods.baseline import Steering, combine, load_steering
-from mlx_lqr.methods.laws import law_of
+from mlx_lqr.methods.steering import Steering, combine, law_of, load_steering
 from mlx_lqr.runtime.__main__ import main as edge
 
 SETS = [[1, 2, 3], [4, 5, 6], [7, 9]], [[9, 8, 7], [6, 5], [11, 12]]

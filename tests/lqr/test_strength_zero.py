@@ -18,12 +18,12 @@ from mlx_lqr.analysis.rollout import roll_out
 from mlx_lqr.analysis.tracking import track, track_answer
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.chat import _state
-from mlx_lqr.methods.baseline import METHODS, Steering, combine
-from mlx_lqr.methods.laws import law_of
+from mlx_lqr.methods.registry import METHODS
+from mlx_lqr.methods.steering import Steering, combine, law_of
 from mlx_lqr.runtime import Chat, batch_stream
 from mlx_lqr.runtime.monitor import largest_excess
+from mlx_lqr.tasks.steering import NamedSteering as Named
 from mlx_lqr.tasks.steering import Steered, check_strengths
-from mlx_lqr.tasks.steering import Steering as Named
 
 SETS = {
     "one": ([[1, 2, 3], [4, 5, 6], [7, 9]], [[9, 8, 7], [6, 5], [11, 12]]),

@@ -20,9 +20,9 @@ import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.commands import main
-from mlx_lqr.methods.baseline import Baseline, combine
-from mlx_lqr.methods.laws import law_of
+from mlx_lqr.methods.baseline import Baseline
 from mlx_lqr.methods.probes import held_out, logistic_regression
+from mlx_lqr.methods.steering import combine, law_of
 from mlx_lqr.runtime.decode import decode
 
 POSITIVE, NEGATIVE = [[1, 2, 3], [4, 5], [9, 30, 7]], [[6, 7], [8], [12, 44]]

@@ -35,7 +35,7 @@ from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.commands.chat_view import draw_tracking
 from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.lqr.controller import Controller
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.runtime import Chat, stream
 
 EDITING = b"\x1b[?2004h"
@@ -425,9 +425,7 @@ def test_compare_and_track_are_drawn_in_a_pipe(dog: Path) -> None:
     assert lines[0].startswith(steered)
     assert plain
     assert plain != steered
-    assert [int(line.split()[0]) for line in lines if "┃" in line[:-1] and line.strip()[0].isdigit()] == [
-        *range(20, 30)
-    ]
+    assert [int(line.split()[0]) for line in lines if "┃" in line and line.strip()[0].isdigit()] == [*range(20, 30)]
     assert "Traceback" not in result.stderr
 
 

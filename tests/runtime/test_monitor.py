@@ -20,7 +20,8 @@ from mlx_lqr import InputError
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.chat_view import draw_tracking
 from mlx_lqr.lqr.controller import Controller
-from mlx_lqr.methods.laws import LinearFeedback, RecordedFeedback, Recording
+from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.recording import RecordedFeedback, Recording
 from mlx_lqr.runtime import Chat, Options, batch_stream, stream
 from mlx_lqr.runtime.generate import feedback
 from mlx_lqr.runtime.monitor import largest_excess

@@ -17,7 +17,7 @@ from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.mlx.sampling import LIKELIEST, nucleus
 from mlx_lqr.backends.protocol import Model, Sampling
 from mlx_lqr.lqr.adapt import readapted
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.runtime.decode import decode
 from mlx_lqr.runtime.stopping import StopStrings
 

@@ -124,7 +124,7 @@ def test_ctrl_c_is_status_130_and_says_what_is_left(
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    for name in ("fit", "generate", "demo", "linearity", "task_options"):
+    for name in ("fit", "generate", "demo", "analysis", "task_options"):
         monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", stopped)
     monkeypatch.setattr("mlx_lqr.convert.folder.convert", stopped)
     result = run(*arguments)

@@ -117,7 +117,7 @@ def in_steps_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unsteered_results_are_those_of_mlx_lms_evaluator(
     demo: Evaluator, chosen: lm_eval.Tasks, dog: Path, own: Path
 ) -> None:
-    found = lm_eval.evaluate(demo, chosen, tasks.load_steering([(str(dog), 1.0)]), [0.0]).results[0.0]
+    found = lm_eval.evaluate(demo, chosen, tasks.named_steering([(str(dog), 1.0)]), [0.0]).results[0.0]
     theirs = MLXLM(str(demo_model()), **{name: demo.options[name] for name in demo.options if name != "dtype"})
     manager = lm_eval.load_tasks(list(chosen.loaded), own).manager
     expected = simple_evaluate(theirs, tasks=list(chosen.loaded), task_manager=manager)["results"]
@@ -129,7 +129,7 @@ def test_unsteered_results_are_those_of_mlx_lms_evaluator(
 def test_steered_results_are_those_of_our_own_scores(
     demo: Evaluator, chosen: lm_eval.Tasks, dog: Path, smollm2: Model
 ) -> None:
-    steering = tasks.load_steering([(str(dog), 0.5)])
+    steering = tasks.named_steering([(str(dog), 0.5)])
     found = lm_eval.evaluate(demo, chosen, steering, [0.0, 6.0]).results
     for strength, results in found.items():
         steered = tasks.Steered(smollm2, steering, strength)
@@ -159,7 +159,7 @@ def test_log_likelihoods_are_steered_as_ours_in_any_steps(
 ) -> None:
     evaluator, model = tiny_evaluator(family)
     controller = mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, positions=positions, layers="all")
-    steered = tasks.Steered(model, tasks.Steering("one", controller), 2.0)
+    steered = tasks.Steered(model, tasks.NamedSteering("one", controller), 2.0)
     pairs = [
         ("w5 w17 w3 w42 w8 w29 w11 w60 w2", " w33 w21 w40 w7 w9"),
         ("w5 w17 w3 w42 w8 w29 w11 w60 w2", " w33"),
@@ -283,7 +283,7 @@ def test_what_a_template_refuses_to_the_system_is_the_users(here: Path) -> None:
 
 
 def test_written_texts_are_steered_as_ours(demo: Evaluator, dog: Path, smollm2: Model) -> None:
-    steering = tasks.load_steering([(str(dog), 1.0)])
+    steering = tasks.named_steering([(str(dog), 1.0)])
     prompts = ["Once upon a time,", "My neighbor told me that"]
     arguments = [(prompt, {"until": ["."]}) for prompt in prompts]
     with mlx_lqr.steer(demo.model, steering.controller, 3.0):
@@ -382,7 +382,7 @@ def test_without_lm_eval_its_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_activations_that_overflow_are_no_score(demo: Evaluator, chosen: lm_eval.Tasks, dog: Path) -> None:
     with pytest.raises(InputError, match="overflow at this strength: lower the strength"):
-        lm_eval.evaluate(demo, chosen, tasks.load_steering([(str(dog), 1.0)]), [1e38])
+        lm_eval.evaluate(demo, chosen, tasks.named_steering([(str(dog), 1.0)]), [1e38])
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3"])
@@ -407,7 +407,7 @@ def test_what_cannot_be_steered_is_refused(demo: Evaluator, chosen: lm_eval.Task
     _, other = tiny_evaluator("llama")
     controller = mlx_lqr.fit(other, [[1, 2, 3], [4, 5]], [[6, 7], [8]], layers="all")
     with pytest.raises(InputError):
-        lm_eval.evaluate(demo, chosen, tasks.Steering("other", controller), [1.0])
+        lm_eval.evaluate(demo, chosen, tasks.NamedSteering("other", controller), [1.0])
 
 
 def test_weights_have_the_dtype_they_have_elsewhere(demo: Evaluator) -> None:

@@ -15,7 +15,7 @@ import mlx_lqr
 from mlx_lqr import tasks
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError
-from mlx_lqr.methods.laws import LinearFeedback
+from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.tasks import records
 from mlx_lqr.tasks.compare import Method, compare
 from mlx_lqr.tasks.concept import WordFamily, word_pattern
@@ -49,9 +49,9 @@ def model(folder: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def steering(model: Model) -> tasks.Steering:
+def steering(model: Model) -> tasks.NamedSteering:
     controller = mlx_lqr.fit(model, [[1, 2], [3, 4]], [[5, 6], [7, 8]], q=1.0, qf=1.0, concept="one", layers="all")
-    return tasks.Steering("one", controller)
+    return tasks.NamedSteering("one", controller)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def task() -> tasks.Task:
 
 
 def test_an_interrupted_run_goes_on_to_the_very_same_bytes(
-    model: Model, steering: tasks.Steering, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, steering: tasks.NamedSteering, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strengths = [0.0, 2.0]
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on_to_the_very_same_bytes(
 
 
 def test_what_a_cut_chunk_has_left_is_measured_again(
-    model: Model, steering: tasks.Steering, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, steering: tasks.NamedSteering, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "run.jsonl"
     tasks.evaluate(model, task, steering, [0.0, 2.0], output=file)
@@ -103,7 +103,7 @@ def test_what_a_cut_chunk_has_left_is_measured_again(
 
 
 def test_strengths_may_be_added_to_a_finished_run(
-    model: Model, steering: tasks.Steering, task: tasks.Task, tmp_path: Path
+    model: Model, steering: tasks.NamedSteering, task: tasks.Task, tmp_path: Path
 ) -> None:
     tasks.evaluate(model, task, steering, [0.0], output=tmp_path / "a.jsonl")
     longer = tasks.evaluate(model, task, steering, [0.0, 1.0], output=tmp_path / "a.jsonl")
@@ -111,12 +111,14 @@ def test_strengths_may_be_added_to_a_finished_run(
     assert longer.results() == at_once.results()
 
 
-def test_other_settings_are_refused(model: Model, steering: tasks.Steering, task: tasks.Task, tmp_path: Path) -> None:
+def test_other_settings_are_refused(
+    model: Model, steering: tasks.NamedSteering, task: tasks.Task, tmp_path: Path
+) -> None:
     file = tmp_path / "run.jsonl"
     tasks.evaluate(model, task, steering, [0.0], output=file)
     before = file.read_bytes()
     seeded = tasks.concept(["w1*", "w2"], openings=OPENINGS, decoding=tasks.Decoding(5, 1.0, 1.0, 5, seed=4))
-    other = tasks.Steering("one", steering.controller, (2.0,))
+    other = tasks.NamedSteering("one", steering.controller, (2.0,))
     for changed, says in (
         ((seeded, steering, None), "parts.generations.seed"),
         ((task, other, None), "steering.shares"),
@@ -141,7 +143,7 @@ def test_other_settings_are_refused(model: Model, steering: tasks.Steering, task
 
 
 def test_every_text_is_what_its_prompt_and_seed_make_alone(
-    model: Model, steering: tasks.Steering, task: tasks.Task
+    model: Model, steering: tasks.NamedSteering, task: tasks.Task
 ) -> None:
     found = tasks.evaluate(model, task, steering, [0.0, 2.0])
     assert len(found.rows[0.0]["generations"]) == 20 > records.CHUNK
@@ -161,10 +163,10 @@ def test_every_text_is_what_its_prompt_and_seed_make_alone(
     assert texts[0] != texts[1]
 
 
-def test_strengths_draw_the_same_random_numbers(model: Model, task: tasks.Task, steering: tasks.Steering) -> None:
+def test_strengths_draw_the_same_random_numbers(model: Model, task: tasks.Task, steering: tasks.NamedSteering) -> None:
     controller = steering.controller
     powerless = mlx_lqr.Controller(**{**vars(controller), "gain": controller.gain * 0})
-    found = tasks.evaluate(model, task, tasks.Steering("powerless", powerless), [0.0, 1.0, 3.0])
+    found = tasks.evaluate(model, task, tasks.NamedSteering("powerless", powerless), [0.0, 1.0, 3.0])
     texts = [[row["text"] for row in parts["generations"]] for parts in found.rows.values()]
     assert texts[0] == texts[1] == texts[2]
     change = found.results()[1].change
@@ -179,7 +181,7 @@ def test_divergence_is_that_of_the_models_own_logits(model: Model, positions: An
     found = tasks.evaluate(
         model,
         tasks.Task("kl", (tasks.NeutralText(SENTENCES),), "kl", ""),
-        tasks.Steering("one", controller),
+        tasks.NamedSteering("one", controller),
         [0.0, 2.0],
     )
     law = LinearFeedback(controller, 2.0)
@@ -212,7 +214,7 @@ def _log_probability(model: Model, prompt: str, answer: str, law: LinearFeedback
     return total
 
 
-def test_multiple_choice_is_that_of_the_models_own_logits(model: Model, steering: tasks.Steering) -> None:
+def test_multiple_choice_is_that_of_the_models_own_logits(model: Model, steering: tasks.NamedSteering) -> None:
     asked = [Asked("w1 w2?", "w3 w4.", ("w5.", "w3 w4."), ("w6.", "w7 w8 w9.")), Asked("w2", "w3", ("w3",), ("w4",))]
     part = Choices(asked, examples=0)
     found = tasks.evaluate(model, tasks.Task("mc", (part,), "mc2", ""), steering, [0.0, 2.0])
@@ -230,7 +232,7 @@ def test_multiple_choice_is_that_of_the_models_own_logits(model: Model, steering
     assert found.rows[0.0]["choices"][0]["mc2"] != pytest.approx(found.rows[2.0]["choices"][0]["mc2"], rel=1e-3)
 
 
-def test_another_backend_finds_the_same(folder: Path, model: Model, steering: tasks.Steering) -> None:
+def test_another_backend_finds_the_same(folder: Path, model: Model, steering: tasks.NamedSteering) -> None:
     decoding = tasks.Decoding(max_tokens=5, temperature=0.0)
     damage = tasks.NeutralText(SENTENCES), tasks.Capability(QUESTIONS)
     task = tasks.concept(["w1*"], openings=OPENINGS, decoding=decoding, damage=damage)
@@ -247,7 +249,7 @@ def test_truthful_answers_end_in_one_full_stop_and_hold_the_best() -> None:
     assert Asked.of(row) == Asked("q", "a b.", ("c.", "a b."), ("d.",))
 
 
-def test_capability_counts_the_likeliest_answer(model: Model, steering: tasks.Steering) -> None:
+def test_capability_counts_the_likeliest_answer(model: Model, steering: tasks.NamedSteering) -> None:
     found = tasks.evaluate(model, tasks.Task("c", (tasks.Capability(QUESTIONS),), "capability", ""), steering, [0.0])
     for question, row in zip(QUESTIONS, found.rows[0.0]["capability"], strict=True):
         answers = (question.answer, *question.others)
@@ -417,9 +419,9 @@ def test_toxicity_over_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_method_gets_the_same_budget(
-    model: Model, steering: tasks.Steering, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, steering: tasks.NamedSteering, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = tasks.Steering("other", steering.controller, (-1.0,))
+    other = tasks.NamedSteering("other", steering.controller, (-1.0,))
     with pytest.raises(InputError, match="one 2, other 1"):
         compare(model, task, [Method(steering, (1.0, 2.0)), Method(other, (1.0,))])
     with pytest.raises(InputError, match="names of their own"):
@@ -441,7 +443,7 @@ def test_every_method_gets_the_same_budget(
 
 
 def test_another_models_controller_and_nothing_to_steer_with(
-    model: Model, steering: tasks.Steering, task: tasks.Task
+    model: Model, steering: tasks.NamedSteering, task: tasks.Task
 ) -> None:
     with pytest.raises(InputError, match="was fitted on"):
         tasks.evaluate(tiny_on("mlx", "llama", seed=1), task, steering, [1.0])

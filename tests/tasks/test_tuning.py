@@ -20,7 +20,7 @@ from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.tasks.bootstrap import Metric, exponential_ratio, mean
 from mlx_lqr.tasks.concept import bundled_openings
 from mlx_lqr.tasks.records import Row
-from mlx_lqr.tasks.search import Found, Search, next_dose
+from mlx_lqr.tasks.search import Measurement, Search, next_dose
 from mlx_lqr.tasks.steering import Steered
 from mlx_lqr.tasks.tuning import DAMAGE
 
@@ -59,13 +59,15 @@ def test_the_search_finds_the_optimum_of_known_functions(allowed: float, noise: 
     lost = []
     for seed in range(20 if noise else 1):
         random = np.random.default_rng(seed)
-        measured: list[tuple[dict[str, Any], float, Found]] = []
+        measured: list[tuple[dict[str, Any], float, Measurement]] = []
 
-        def measure(options: dict[str, Any], dose: float, measured: Any = measured, random: Any = random) -> Found:
+        def measure(
+            options: dict[str, Any], dose: float, measured: Any = measured, random: Any = random
+        ) -> Measurement:
             assert 0 < dose <= 1
             assert not any(options == other and dose == tried for other, tried, _ in measured)
             errors = noise * random.standard_normal(2)
-            found = Found(known_control(options, dose) + errors[0], known_excess(options, dose) + errors[1])
+            found = Measurement(known_control(options, dose) + errors[0], known_excess(options, dose) + errors[1])
             measured.append((options, dose, found))
             return found
 
@@ -94,9 +96,9 @@ def test_doses_close_in_on_the_limit_and_stop_there() -> None:
 def test_a_budget_of_one_and_nothing_within_the_limit() -> None:
     calls: list[float] = []
 
-    def hopeless(options: dict[str, Any], dose: float) -> Found:
+    def hopeless(options: dict[str, Any], dose: float) -> Measurement:
         calls.append(dose)
-        return Found(0.9, math.inf)
+        return Measurement(0.9, math.inf)
 
     Search(FACTORS, hopeless, 1, 0.3).run()
     assert len(calls) == 1
@@ -194,7 +196,7 @@ def test_tune_recommends_the_optimum_of_a_synthetic_task(model: Model, space: ta
     assert controller.weights.q == tuned.best.options["q"]
     assert controller.concepts == ("one",)
     # what is recommended does what its trial says
-    steering = tasks.Steering("again", controller)
+    steering = tasks.NamedSteering("again", controller)
     (again,) = tasks.evaluate(model, task_of(Known()), steering, controller.strength).results()
     assert again.metrics["control"] == tuned.best.control
     lines = [json.loads(line) for line in (tmp_path / "run/trials.jsonl").read_text().splitlines()]
@@ -240,7 +242,7 @@ def test_an_interrupted_search_goes_on_and_measures_nothing_again(
     trials = (tmp_path / "broken/trials.jsonl").read_bytes()
     assert trials == (tmp_path / "whole/trials.jsonl").read_bytes()
     monkeypatch.setattr(Known, "rows", None)
-    monkeypatch.setattr("mlx_lqr.tasks.spaces.solve_controller", None)  # nor is anything fitted again
+    monkeypatch.setattr("mlx_lqr.methods.alqr.solve_controller", None)  # nor is anything fitted again
     assert tasks.tune(model, task_of(known), space, folder=tmp_path / "broken").trials == expected.trials
     assert (tmp_path / "broken/trials.jsonl").read_bytes() == trials
 
@@ -329,11 +331,11 @@ def test_every_baseline_has_a_space_whose_candidates_can_be_fitted(method: Any) 
     others = [{**start, name: value} for name, values in space.factors.items() for value in values[1:]]
     assert others
     fitted = [space.candidate(options).fit() for options in (start, *others)]
-    steerings = [tasks.Steering("one", one) for one in fitted]
+    steerings = [tasks.NamedSteering("one", one) for one in fitted]
     assert len({json.dumps(steering.settings) for steering in steerings}) > len(fitted) / 2  # options do arrive
-    assert {one.method for one in fitted if isinstance(one, mlx_lqr.Baseline)} == {method}
+    assert {one.method for one in fitted} == {method}
     mild, strong = space.candidate(start).strengths
-    law = mlx_lqr.methods.laws.law_of(fitted[0], strong)
+    law = mlx_lqr.methods.law_of(fitted[0], strong)
     assert not np.allclose(model.logits([1, 2, 3], law=law), model.logits([1, 2, 3]))
     assert mild != strong
 

@@ -1,4 +1,8 @@
-"""What all laws share: arrays that a backend places once, and a strength that may be set again between two tokens."""
+"""What all laws share: arrays that a backend places once, and a strength that may be set again between two tokens.
+
+A law is written once for every backend, as an expression in `@ * + - > **` and slices, which NumPy, MLX and torch
+arrays share. A backend places the arrays (`place`) and calls the law with each block's input and output.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import numpy as np
 
 from mlx_lqr.backends.protocol import AddProduct, Array, Renew, Site
 from mlx_lqr.errors import InputError
+from mlx_lqr.methods.method import StrengthScale
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,22 +27,24 @@ class AdjustableLaw:
     A subclass says what these arrays are and how a layer's output is changed with them. No other number may enter the
     call: a backend that records its operations replays them with the arrays of another law of the same class.
 
-    Strength 0 means not steered, for every law: at strength 0 of all concepts a call returns the output as it is, and a
-    concept at strength 0 is as one that is not there. A law need not come near that as the strength goes to 0: feedback
-    that aims at offset_k + s mu_k takes the feature to offset_k for any small s.
+    Strength 0 means not steered, for every law: at strength 0 of all concepts a call returns the output unchanged, and
+    a concept at strength 0 counts as absent. A law need not come near that as the strength goes to 0: feedback that
+    aims at offset_k + s mu_k takes the feature to offset_k for any small s.
 
     Args:
         layers: where the law acts.
         concepts: how many concepts there are.
         strength: one number for all of them, or one for each. It may be set again at any time, also between two tokens.
+        scale: the method's, which says from where on a strength is of no use.
     """
 
     site: Site = "block"
-    beyond_use = 100.0
-    """Strengths above it, of either sign, are warned of: useful ones are mostly below 10."""
 
-    def __init__(self, layers: Sequence[int], concepts: int, strength: float | Sequence[float]) -> None:
+    def __init__(
+        self, layers: Sequence[int], concepts: int, strength: float | Sequence[float], scale: StrengthScale
+    ) -> None:
         self.layers: Sequence[int] = tuple(layers)
+        self._scale = scale
         self.replayable = True
         self._array: Callable[[np.ndarray], Array] = np.asarray
         self._add_product: AddProduct = lambda c, a, b: c + a @ b
@@ -72,12 +79,9 @@ class AdjustableLaw:
     def _checked(self, strength: float | Sequence[float]) -> tuple[float, ...]:
         numbers = check_strength(strength, self._concepts)
         largest = max(numbers, key=abs)
-        if abs(largest) > self.beyond_use:
-            warnings.warn(f"strength {largest:g} is beyond any use: {self._use(largest)}", stacklevel=1)
+        if abs(largest) > self._scale.beyond:
+            warnings.warn(f"strength {largest:g} is beyond any use: {self._scale.warning(largest)}", stacklevel=1)
         return numbers
-
-    def _use(self, strength: float) -> str:
-        return "useful ones are mostly below 10, and what is far above them leaves no language"
 
     def aim(self) -> None:
         """Take over a strength that has been set since the last call."""
