@@ -6,7 +6,6 @@ needs no mkdocs, so that the tests check links against it.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_lqr.commands import main
+from mlx_lqr.methods import table
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -26,9 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = "reference/commands"
 FROM_ROOT: dict[str, str] = {}
 """Pages that are files at the top of the repository."""
-MARK = re.compile(r"^<!-- (not run|measured|continues): .*-->\n", re.MULTILINE)
+MARK = re.compile(r"^<!-- ((not run|measured|continues): .*|fails) -->\n", re.MULTILINE)
 """What the tests read beside a block of a page."""
-TABLE_OF_METHODS = "<!-- the table of methods -->"
+TABLE_OF_METHODS = "The table is made from the registry of methods when the site is built (`make docs`).\n"
+"""The line of methods.md in whose place the table stands."""
 
 
 def generated() -> dict[str, str]:
@@ -121,12 +122,6 @@ def _cell(text: str) -> str:
     return re.sub(r"([|<\[])", r"\\\1", " ".join(text.split()))
 
 
-def table_of_methods() -> str:
-    """The registry's table of methods, in Markdown."""
-    table: str = importlib.import_module("mlx_lqr.methods").table()
-    return table
-
-
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill in the commands, and lay out the package as it installs, where the reference finds it."""
     package = ROOT / "build" / "package" / "mlx_lqr"
@@ -153,5 +148,4 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """A page without what only the tests read, and with the table of methods."""
-    text = MARK.sub("", markdown)
-    return text.replace(TABLE_OF_METHODS, table_of_methods()) if TABLE_OF_METHODS in text else text
+    return MARK.sub("", markdown).replace(TABLE_OF_METHODS, table() + "\n")

@@ -34,7 +34,7 @@ from helpers.documentation import (
     blocks,
     chains,
     continued,
-    generated,
+    hook,
     indented,
     links,
     named,
@@ -318,11 +318,13 @@ def options_of(command: click.Command) -> dict[str, set[str]]:
     if isinstance(command, click.Group):
         below = {name: options_of(one) for name, one in command.commands.items()}
         return {f"{name} {rest}".strip(): options for name, one in below.items() for rest, options in one.items()}
-    return {"": {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}}
+    parameters = command.get_params(click.Context(command))  # those of the methods are none of command.params
+    return {"": {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}}
 
 
 OPTIONS = options_of(main)
-GENERATED = generated()
+HOOK = hook()
+GENERATED: dict[Path, str] = {DOCS / page: text for page, text in HOOK.generated().items()}
 OF_RUNTIME = {option for action in runtime_parser()._actions for option in action.option_strings}
 
 
@@ -390,6 +392,13 @@ def test_every_command_and_option_is_in_the_reference() -> None:
         text = pages[name.replace(" ", "-")]
         assert all(re.search(rf"(?<![\w-]){option}(?![\w-])", text) for option in options if option[0] == "-"), name
         assert re.search(rf"^\| \[`{name}`\]\(", pages["index"], re.MULTILINE)
+
+
+def test_the_page_of_methods_gets_its_table_and_no_reader_sees_a_mark() -> None:
+    text = HOOK.on_page_markdown((DOCS / "methods.md").read_text("utf-8"))
+    assert all(f"| `{name}` |" in text for name in mlx_lqr.METHODS)
+    for page in PAGES:
+        assert "<!--" not in HOOK.on_page_markdown(page.read_text("utf-8"))
 
 
 def test_every_public_name_is_in_the_reference() -> None:

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from click.testing import CliRunner
@@ -69,14 +70,14 @@ def chains() -> list[list[Path]]:
     return lists
 
 
-def generated() -> dict[Path, str]:
-    """The pages of the site that docs/pages.py makes."""
+def hook() -> ModuleType:
+    """docs/pages.py, which makes pages of the site and parts of them."""
     spec = importlib.util.spec_from_file_location("pages", DOCS / "pages.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return {DOCS / page: text for page, text in module.generated().items()}
+    return module
 
 
 def blocks(page: Path) -> list[Block]:
