@@ -35,16 +35,17 @@ LAYERS = [
 """From the bottom to the top. A module may import from its own entry and from the layers below, but not from another
 entry of its layer: runtime and analysis know nothing of each other."""
 
+PROTOCOL = {"backends.protocol", "backends.capabilities"}  # what a model can do, and what to say where it cannot
 FROM_BACKENDS = {
-    "convert": {"backends.protocol", "backends.borrowed", "backends.checkpoint", "backends.mlx"},  # it writes MLX's
-    "loading": {"backends.protocol", "backends.mlx", "backends.torch"},  # it chooses among them
-    "lqr": {"backends.protocol"},
-    "methods": {"backends.protocol"},
-    "analysis": {"backends.protocol"},
-    "runtime": {"backends.protocol", "backends.text", "backends.overflow"},
-    "tasks": {"backends.protocol"},
-    "tasks.lm_eval": {"backends.protocol", "backends.borrowed", "backends.mlx"},  # mlx-lm's own evaluator
-    "commands": {"backends.protocol"},
+    "convert": {*PROTOCOL, "backends.borrowed", "backends.checkpoint", "backends.mlx"},  # it writes MLX's
+    "loading": {*PROTOCOL, "backends.backend", "backends.registry"},
+    "lqr": PROTOCOL,
+    "methods": PROTOCOL,
+    "analysis": PROTOCOL,
+    "runtime": {*PROTOCOL, "backends.text", "backends.overflow"},
+    "tasks": PROTOCOL,
+    "tasks.lm_eval": {*PROTOCOL, "backends.borrowed", "backends.mlx"},  # mlx-lm's own evaluator
+    "commands": {*PROTOCOL, "backends.registry"},
 }
 """What of backends/ a folder may import. A backend's own folder stays out of everybody else's sight."""
 
