@@ -15,7 +15,7 @@ from helpers.tiny import FAMILY
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.protocol import Model, Sampling
-from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.methods.laws import LinearFeedback, law_of
 from mlx_lqr.runtime.decode import decode
 
@@ -355,7 +355,7 @@ def test_adaptive_generation_linearises_during_prefill(backend: str) -> None:
     prompt = PROMPT * 2  # longer than the sliding window
     law = LinearFeedback(mlx_lqr.adapt(model, controller, prompt), 2.0)
     expected = decoded(model, prompt, law=law, max_tokens=8)
-    adapt = partial(readapted, model, controller)
+    adapt = partial(adapt_at, model, controller)
     found = decoded(model, prompt, max_tokens=8, adapted=lambda trace: LinearFeedback(adapt(trace), 2.0))
     assert found == expected
 
