@@ -7,6 +7,8 @@
 The README has more examples, docstrings say what every function takes and raises.
 """
 
+from importlib import metadata
+
 from mlx_lqr.backends import blas
 
 blas.preload()  # before anything imports mlx.core
@@ -26,6 +28,8 @@ from mlx_lqr.methods.baseline import METHODS, Baseline, load_steering  # noqa: E
 from mlx_lqr.methods.fitting import fit_baseline  # noqa: E402
 from mlx_lqr.methods.laws import Recording  # noqa: E402
 from mlx_lqr.runtime import Options, Piece, batch_generate, batch_stream, generate, steer, stream  # noqa: E402
+
+__version__ = metadata.version("mlx-lqr")
 
 __all__ = [
     "METHODS",
