@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,8 @@ def decoded_together(model: Model, prompts: list[list[int]], **options: Any) -> 
     return found
 
 
-def prefill_chunks(backend: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module(f"mlx_lqr.backends.{backend}.decoder"), "PREFILL_CHUNK", size)
+def prefill_chunks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_lqr.backends.hooked_decoder.PREFILL_CHUNK", size)
 
 
 @other_backends
@@ -175,7 +174,7 @@ def test_a_batch_gets_the_tokens_that_each_prompt_gets_alone(
     model = tiny_on(backend, family)
     options = {"law": law_for(model), "steer_all": steer_all, "max_tokens": 8}
     alone = [decoded(model, prompt, **options) for prompt in BATCH]
-    prefill_chunks(backend, 3 * len(BATCH), monkeypatch)  # shorter than most prompts
+    prefill_chunks(3 * len(BATCH), monkeypatch)  # shorter than most prompts
     assert decoded_together(model, BATCH, **options) == alone
 
 
@@ -186,7 +185,7 @@ def test_chunks_of_the_prompt_change_nothing(backend: str, steer_all: bool, monk
     law = law_for(model)
     whole = model.logits(PROMPT, law=law, steer_all=steer_all)
     for chunk in (1, 3, 4, 11, 12, 50):
-        prefill_chunks(backend, chunk, monkeypatch)
+        prefill_chunks(chunk, monkeypatch)
         assert np.abs(model.logits(PROMPT, law=law, steer_all=steer_all) - whole).max() < 1e-4
 
 

@@ -51,25 +51,27 @@ class Prompt:
 
 
 class Positions(threading.local):
-    """How many leading positions of the current call are not steered; each thread has calls, and so values, of its own.
+    """From which position on the current call is steered; each thread has calls, and so values, of its own.
 
     mlx_lm's server calls the model in another thread than the one that steers it.
     """
 
     def __init__(self, steer_all: bool) -> None:
-        self.unsteered = 0
+        self.first = 0
+        """The first steered position of the call."""
         self._prompt: Prompt | None = None
         self._steer_all = steer_all
 
-    def begin(self, length: int) -> None:
-        """A call of the model with `length` positions starts."""
+    def enter(self, z: mx.array) -> None:
+        """A call has come to the first block, whose input is z (B, L, d)."""
+        length = z.shape[1]
         if self._steer_all:
-            self.unsteered = 0
+            self.first = 0
         elif self._prompt is None:  # called by nobody we know: take each call for a whole prompt, or for one step
-            self.unsteered = length - 1
+            self.first = length - 1
         else:
-            self.unsteered = int(min(length, self._prompt.left))
-            self._prompt.left -= self.unsteered
+            self.first = int(min(length, self._prompt.left))
+            self._prompt.left -= self.first
 
     def end(self, output: mx.array) -> None:
         """The call has come to the end of the last block."""

@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from mlx_lqr.backends.hooks import BlockCall, LawHooks
 from mlx_lqr.backends.mlx.blocks import hooked
+from mlx_lqr.backends.mlx.framework import energy
 from mlx_lqr.backends.mlx.mlx_lm_models import import_mlx_lm
 from mlx_lqr.backends.protocol import Law
 
@@ -166,11 +167,6 @@ class _Slots:
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """(1, slots): those that hold a token. A window is as long as its buffer, so that all of these are seen."""
         return mx.arange(self.keys.shape[-2])[None] <= self.offset
-
-
-def energy(z: mx.array) -> mx.array:
-    """|z|^2 (...) of activations (..., d), in float32."""
-    return mx.square(z.astype(mx.float32)).sum(axis=-1)
 
 
 def in_order(layer: Any) -> tuple[mx.array, mx.array]:

@@ -101,6 +101,9 @@ class Positions(threading.local):
         if before is None and self._spoiled is not None and self._spoiled.item() != 0:
             raise OverflowingError("the activations overflow at this strength: lower it")
 
+    def enter(self, z: torch.Tensor) -> None:
+        """The call has come to the first block; `begin` has told all that there is to know."""
+
     def end(self, output: torch.Tensor) -> None:
         """The call has come to the end of the last block, whose output is (B, L, d)."""
         if self._prompt is not None:

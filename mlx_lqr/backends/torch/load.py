@@ -24,6 +24,7 @@ from mlx_lqr.backends.checkpoint.families import SETTINGS
 from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, check_dtype
 from mlx_lqr.backends.checkpoint.weight_files import INDEX, SINGLE, Weights, weights_of
 from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
+from mlx_lqr.backends.torch.framework import out_of_memory
 from mlx_lqr.errors import InputError
 
 _FAMILIES = sorted((*FAMILIES, "ministral"))
@@ -235,19 +236,3 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether torch has failed to get memory, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def memory_for(what: str, advice: str) -> Iterator[None]:
-    """Turn torch's failure to get memory inside this context into one line that says what to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise InputError(f"not enough memory for {what}: {advice}") from error
