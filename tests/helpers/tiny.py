@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map_with_path
 
-from mlx_lqr.backends.mlx.mlx_lm_models import is_supported, model_classes
+from mlx_lqr.backends.mlx.library import is_supported, model_classes
 from mlx_lqr.backends.mlx.model import MLXModel
 
 COMMON: dict[str, Any] = {

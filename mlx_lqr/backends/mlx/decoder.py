@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,9 @@ from mlx_lqr.backends.hooked_decoder import SINKS, HookedDecoder
 from mlx_lqr.backends.hooks import BlockCall, Hook
 from mlx_lqr.backends.mlx.blocks import FrozenCache, hooked
 from mlx_lqr.backends.mlx.framework import MLXFramework
-from mlx_lqr.backends.mlx.mlx_lm_models import import_mlx_lm
+from mlx_lqr.backends.mlx.library import are_of_one_sequence, decoding_caches, in_order
 from mlx_lqr.backends.mlx.sampling import MLXSampler
-from mlx_lqr.backends.mlx.step import CompiledStep, FixedCache, in_order
+from mlx_lqr.backends.mlx.step import CompiledStep, FixedCache
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 
 COMPILE_AFTER = 32
@@ -156,7 +155,7 @@ class MLXDecoder(HookedDecoder):
         """Whether a compiled step can take law and cache."""
         if self._law is not None and not self._law.replayable:
             return False
-        return self._fixed is not None or FixedCache.can_take(self._cache)
+        return self._fixed is not None or are_of_one_sequence(self._cache)
 
     def _settle(self) -> None:
         """Take the cache back from compiled steps."""
@@ -165,36 +164,7 @@ class MLXDecoder(HookedDecoder):
             self._fixed = None
 
     def _new_cache(self, padding: list[int]) -> list[Any]:
-        kinds = import_mlx_lm("models.cache")
-        caches: list[Any] = kinds.make_prompt_cache(self._module)
-        if self._window is not None:
-            caches = [
-                layer if _held(layer) < self._window else kinds.RotatingKVCache(self._window, keep=SINKS)
-                for layer in caches
-            ]
-        if len(padding) > 1:
-            caches = [
-                kinds.BatchRotatingKVCache(layer.max_size, padding)
-                if isinstance(layer, kinds.RotatingKVCache)
-                else kinds.BatchKVCache(padding)
-                for layer in caches
-            ]
-            if self._module.model_type == "gemma2" and self._blocks[0].self_attn.repeats > 1:
-                for layer in caches:
-                    layer.make_mask = _for_grouped_heads(layer.make_mask)
-        return caches
-
-
-def _held(layer: Any) -> float:
-    """How many tokens one of mlx-lm's caches keeps."""
-    size: float = getattr(layer, "max_size", math.inf)
-    return size
-
-
-def _for_grouped_heads(make_mask: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Masks (B, 1, 1, L, S) for attention that computes its scores by groups of heads, as mlx-lm's Gemma 2 does; it
-    has no place for a mask (B, 1, L, S) of a batch."""
-    return lambda *args, **kwargs: make_mask(*args, **kwargs)[:, :, None]
+        return decoding_caches(self._module, padding, self._window, SINKS)
 
 
 def _recording(residual: list[mx.array], layers: int) -> Hook:

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from mlx_lqr.backends.checkpoint.weight_files import INDEX, Weights, weights_of
 from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
 from mlx_lqr.backends.mlx.device import on_gpu, on_linux
 from mlx_lqr.backends.mlx.family import ALWAYS_TIED, arguments, complete
-from mlx_lqr.backends.mlx.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
+from mlx_lqr.backends.mlx.library import model_classes, settings_read
 from mlx_lqr.errors import InputError
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -161,16 +160,6 @@ class _TiedHead(nn.Embedding):
         if rows not in TRANSPOSED:
             return super().as_linear(x)
         return (self.weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
-
-
-def settings_read(config: dict[str, Any]) -> set[str] | None:
-    """The config's keys that mlx-lm's model of this type reads, or None if it has no such model."""
-    model_type = str(config.get("model_type"))
-    try:
-        ModelArgs = import_mlx_lm(f"models.{REMAPPED.get(model_type, model_type)}").ModelArgs
-    except (ImportError, AttributeError):  # no such module, or one of mlx-lm's that is no model
-        return None
-    return {field.name for field in fields(ModelArgs)}
 
 
 def flattened(config: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from mlx_lqr.backends.mlx.decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.expansion import block_jacobian
 from mlx_lqr.backends.mlx.framework import MLXFramework
+from mlx_lqr.backends.mlx.generate import Positions, announcing_prompts
 from mlx_lqr.backends.mlx.load import check_computed, load_module
-from mlx_lqr.backends.mlx.mlx_lm_calls import Positions, announcing_prompts
 from mlx_lqr.backends.mlx.step import CompiledStep
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer

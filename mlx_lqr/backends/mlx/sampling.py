@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.mlx.device import on_gpu
-from mlx_lqr.backends.mlx.mlx_lm_models import import_mlx_lm
+from mlx_lqr.backends.mlx.library import filters
 from mlx_lqr.backends.protocol import Sampling
 from mlx_lqr.backends.sampling import Sampler
 
@@ -33,7 +33,7 @@ class MLXSampler(Sampler):
 
     def _filtered(self, logits: mx.array) -> mx.array:
         check_borrowed("mlx sampling")
-        library, sampling = import_mlx_lm("sample_utils"), self.sampling
+        library, sampling = filters(), self.sampling
         logits = logits.astype(mx.float32)  # first: 16 bits round what is subtracted
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         if sampling.top_p < 1:
@@ -60,7 +60,7 @@ def nucleus(logprobs: mx.array, top_p: float) -> mx.array:
     model does. Here the likeliest are sorted alone; whether they have mass enough must be known at once, so that this
     waits for the logits, which on a GPU, where sorting is quick, would cost more than it saves.
     """
-    apply_top_p: Callable[[mx.array, float], mx.array] = import_mlx_lm("sample_utils").apply_top_p
+    apply_top_p: Callable[[mx.array, float], mx.array] = filters().apply_top_p
     if on_gpu():
         return apply_top_p(logprobs, top_p)
     count = min(LIKELIEST, logprobs.shape[-1])

@@ -6,21 +6,19 @@ and classes are untouched.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from mlx_lqr.backends.borrowed import changed
-from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, BlockHooks, Hook, LawHooks, output_projection
+from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, BlockHooks, Hook, LawHooks
 from mlx_lqr.backends.torch.attention import attending
 from mlx_lqr.backends.torch.cache import FrozenCache
+from mlx_lqr.backends.torch.library import dense_experts
 
 TANGENTS = 512
 """Directions differentiated at once: enough for full speed, and little memory beside a wide model's matrices."""
@@ -73,27 +71,6 @@ def hooked(
     return ForwardHooks(blocks, hook, layers, law).placed()
 
 
-_PARTS = ("config.max_position_embeddings", "base_model.layers", "base_model.norm", "base_model.rotary_emb.rope_type")
-
-
-def check_parts(module: Any) -> None:
-    """Look for the parts of a supported family's model, and the arguments of its blocks, that we know by name.
-
-    Raises:
-        InputError: transformers has renamed one of them.
-    """
-    try:
-        for path in _PARTS:
-            attrgetter(path)(module)
-        block = module.base_model.layers[0]
-        output_projection(block)
-    except AttributeError as error:
-        raise changed("transformers", f"makes a {type(module).__name__} without {error.name}") from error
-    first, *others = inspect.signature(type(block).forward).parameters
-    if [first, *others[:1]] != ["self", "hidden_states"] or "position_embeddings" not in others:
-        raise changed("transformers", f"calls a {type(block).__name__} in another way")
-
-
 @dataclass(frozen=True)
 class FrozenBlock:
     """A block at one token, everything before it frozen: a function of its input z (d,) alone, in float32."""
@@ -129,7 +106,7 @@ class FrozenBlock:
             present = {name: weights[name] for name, _ in self.block.named_parameters()}
             return functional_call(self.block, present, (z[None, None], *self.args), self.kwargs)[0, 0]
 
-        with attending(self.config, self.frozen), _dense_experts(self.config), _full_float32():
+        with attending(self.config, self.frozen), dense_experts(self.config), _full_float32():
             yield function
 
 
@@ -202,20 +179,6 @@ class _StandIn(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._function(x)
-
-
-@contextmanager
-def _dense_experts(config: Any) -> Iterator[None]:
-    """Experts of a mixture are gathered and multiplied in one batch, which can be differentiated; afterwards as before.
-
-    transformers' other ways go through the experts one by one, with shapes that depend on the numbers.
-    """
-    before = config._experts_implementation_internal
-    config._experts_implementation_internal = "batched_mm"
-    try:
-        yield
-    finally:
-        config._experts_implementation_internal = before
 
 
 @contextmanager

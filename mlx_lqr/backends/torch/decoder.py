@@ -15,8 +15,8 @@ from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.torch.attention import attending
 from mlx_lqr.backends.torch.blocks import FrozenBlock, hooked
 from mlx_lqr.backends.torch.cache import KeyValueCache
-from mlx_lqr.backends.torch.calls import cache_argument
 from mlx_lqr.backends.torch.framework import TorchFramework
+from mlx_lqr.backends.torch.library import cache_argument
 from mlx_lqr.backends.torch.sampling import TorchSampler
 
 

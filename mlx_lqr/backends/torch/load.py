@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
-from transformers.activations import ACT2FN
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
 from mlx_lqr.backends.borrowed import changed
@@ -25,6 +24,7 @@ from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, check_dtype
 from mlx_lqr.backends.checkpoint.weight_files import INDEX, SINGLE, Weights, weights_of
 from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
 from mlx_lqr.backends.torch.framework import out_of_memory
+from mlx_lqr.backends.torch.library import config_of, knows_activation, model_class
 from mlx_lqr.errors import InputError
 
 _FAMILIES = sorted((*FAMILIES, "ministral"))
@@ -127,7 +127,7 @@ def transformers_config(config: dict[str, Any], meaning: ModelConfig) -> Pretrai
     """
     if meaning.rope_traditional:
         raise InputError("config.json says rope_traditional true, which transformers has not: use the mlx backend")
-    if meaning.activation not in ACT2FN:
+    if not knows_activation(meaning.activation):
         key = "hidden_activation" if "hidden_activation" in meaning.settings else "hidden_act"
         raise InputError(
             f"config.json says {key} {meaning.activation!r}, which transformers does not know: use another model"
@@ -147,7 +147,8 @@ def transformers_config(config: dict[str, Any], meaning: ModelConfig) -> Pretrai
     given["rope_parameters"] = deepcopy(nested if len(nested) > 1 else nested["full_attention"])
     given |= {key: value for key in _KEPT if (value := config.get(key)) is not None}
     try:
-        return CONFIG_MAPPING[family](**given)
+        built_from: PretrainedConfig = config_of(family, given)
+        return built_from
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise InputError(f"transformers cannot do what config.json says: {line}") from error
@@ -159,7 +160,7 @@ _KEPT = ("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id"
 def _from_pretrained(folder: Path, config: PretrainedConfig, files: Weights, dtype: Any) -> Any:
     usual = [folder / SINGLE] if (folder / SINGLE).is_file() else []  # what transformers takes before it looks for more
     found = files.unnamed is None and (files.paths == usual or (not usual and (folder / INDEX).is_file()))
-    kind = AutoModelForCausalLM if found else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind = AutoModelForCausalLM if found else model_class(config)
     module, report = kind.from_pretrained(
         str(folder) if found else None,
         config=config,

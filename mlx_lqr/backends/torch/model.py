@@ -19,10 +19,10 @@ from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.backends.torch.algebra import TorchAlgebra
 from mlx_lqr.backends.torch.attention import WholePrompts, attending
-from mlx_lqr.backends.torch.blocks import check_parts
 from mlx_lqr.backends.torch.decoder import TorchDecoder, TorchTrace
 from mlx_lqr.backends.torch.framework import TorchFramework, memory_for
 from mlx_lqr.backends.torch.generate import Positions, announcing_prompts
+from mlx_lqr.backends.torch.library import check_parts
 from mlx_lqr.backends.torch.load import check_family, chosen_device, load_module
 from mlx_lqr.errors import InputError
 
