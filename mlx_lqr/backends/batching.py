@@ -45,10 +45,10 @@ def in_batches(
     result = np.empty(0, np.float32)
     done = 0
     for batch in batches([len(prompt) for prompt in prompts]):
-        found = of_batch([prompts[i] for i in batch])
+        activations = of_batch([prompts[i] for i in batch])
         if not done:
-            result = np.empty((len(prompts), *found.shape[1:]), np.float32)
-        result[batch] = found
+            result = np.empty((len(prompts), *activations.shape[1:]), np.float32)
+        result[batch] = activations
         done += len(batch)
         if progress:
             progress("Activations", done, len(prompts))

@@ -21,7 +21,7 @@ from mlx_lqr.backends.mlx.library import hand_back, in_order, rotates
 from mlx_lqr.backends.protocol import Law
 
 STEP = 256
-"""Slots by which buffers grow, as mlx-lm's caches do; every size is recorded anew."""
+"""Slots by which buffers grow, as mlx-lm's caches do; the step is recorded once for each size."""
 
 Buffers = list[tuple[mx.array, mx.array]]
 """Keys and values (1, heads, slots, head_dim) of every layer."""

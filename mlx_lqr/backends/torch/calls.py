@@ -112,7 +112,7 @@ class Call:
     def last_of_each_text(self) -> torch.Tensor | None:
         """The last position of each text (B, L, 1) where several stand in one row without a cache, or None.
 
-        transformers tells them apart in the same way: by position ids that start anew, where there is no mask.
+        transformers tells them apart in the same way: by position ids that start again, where there is no mask.
         """
         positions = self.arguments.get("position_ids")
         if positions is None or self.cache is not None or self.arguments.get("attention_mask") is not None:

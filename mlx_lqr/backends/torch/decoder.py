@@ -155,7 +155,7 @@ class TorchDecoder(HookedDecoder):
             return logits
 
     def _replay(self, tokens: torch.Tensor) -> torch.Tensor:
-        """A steered step (B,) as a CUDA graph, which is recorded anew when the buffers it works on change."""
+        """A steered step (B,) as a CUDA graph, which is recorded again when the buffers that it works on change."""
         cache = self._cache
         acts = self._law is not None and self._law.acts
         if self._law is not None:

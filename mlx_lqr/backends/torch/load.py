@@ -25,7 +25,7 @@ from mlx_lqr.backends.checkpoint.weight_files import INDEX, SINGLE, Weights, wei
 from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
 from mlx_lqr.backends.torch.framework import out_of_memory
 from mlx_lqr.backends.torch.library import config_of, knows_activation, model_class
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 
 _FAMILIES = sorted((*FAMILIES, "ministral"))
 """With what transformers makes of a Mistral with layers of two kinds."""
@@ -92,8 +92,7 @@ def load_module(
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, AssertionError) as error:
         if isinstance(error, InputError) or out_of_memory(error):
             raise
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the weights in {folder} do not fit its config.json: {line}") from error
+        raise InputError(f"the weights in {folder} do not fit its config.json: {first_line(error)}") from error
     if files.formats == {"mlx"} and meaning.family == "gemma3_text":
         # Whoever wrote this folder reckoned with mlx-lm, which rounds the embedding's scale in every dtype.
         scale = torch.tensor(math.sqrt(module.config.hidden_size)).bfloat16()
@@ -159,12 +158,12 @@ _KEPT = ("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id"
 
 def _from_pretrained(folder: Path, config: PretrainedConfig, files: Weights, dtype: Any) -> Any:
     usual = [folder / SINGLE] if (folder / SINGLE).is_file() else []  # what transformers takes before it looks for more
-    found = files.unnamed is None and (files.paths == usual or (not usual and (folder / INDEX).is_file()))
-    kind = AutoModelForCausalLM if found else model_class(config)
+    by_name = files.unnamed is None and (files.paths == usual or (not usual and (folder / INDEX).is_file()))
+    kind = AutoModelForCausalLM if by_name else model_class(config)
     module, report = kind.from_pretrained(
-        str(folder) if found else None,
+        str(folder) if by_name else None,
         config=config,
-        state_dict=None if found else _tensors(files),
+        state_dict=None if by_name else _tensors(files),
         dtype=dtype,
         local_files_only=True,
         trust_remote_code=False,
