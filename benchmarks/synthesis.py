@@ -20,7 +20,7 @@ import click
 from report import ratio, say
 
 import mlx_lqr  # first, so that MLX gets its BLAS
-from mlx_lqr.backends.mlx.mlx_lm_models import model_classes
+from mlx_lqr.backends.mlx.library import model_classes
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.lqr.adapt import adapt
 from mlx_lqr.lqr.linearize import traces

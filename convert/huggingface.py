@@ -17,11 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.config import explicit, model_config
 from mlx_lqr.backends.checkpoint.model_folder import FAMILIES
 from mlx_lqr.backends.checkpoint.weight_files import Weights, weights_of
-from mlx_lqr.backends.mlx.load import DTYPES, arguments_for, as_mlx_lm_reads, flattened, settings_read
+from mlx_lqr.backends.mlx.library import load_lazily, may_be_cast, quantised_by, settings_read
+from mlx_lqr.backends.mlx.load import DTYPES, arguments_for, as_mlx_lm_reads, flattened
 from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError, first_line
 
@@ -109,12 +109,9 @@ def _weight_files(source: Path) -> Weights:
 
 
 def _load(source: Path, config: dict[str, Any], files: Weights) -> tuple[nn.Module, dict[str, Any]]:
-    check_borrowed("convert")
-    from mlx_lm.utils import load_model
-
     try:
         with as_mlx_lm_reads(source, config, files) as view:
-            return load_model(view, lazy=True)
+            return load_lazily(view)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         if isinstance(error, InputError):
             raise
@@ -125,7 +122,7 @@ def _quantize(model: nn.Module, bits: int, group_size: int) -> dict[str, Any]:
     """Quantise `model` (lazily) and return the config's entry, which names the modules with other settings."""
     common: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
     entry = dict(common)
-    wanted = getattr(model, "quant_predicate", None)
+    wanted = quantised_by(model)
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized"):
@@ -147,11 +144,10 @@ def _quantize(model: nn.Module, bits: int, group_size: int) -> dict[str, Any]:
 
 def _weights(model: nn.Module, dtype: mx.Dtype | None) -> Iterator[tuple[str, mx.array]]:
     """Take the weights out of `model`, so that each is freed once it is written."""
-    castable = getattr(model, "cast_predicate", lambda name: True)
     weights = dict(tree_flatten(model.parameters()))
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     for name in list(weights):
-        yield name, cast(name, weights.pop(name), dtype if castable(name) else None)
+        yield name, cast(name, weights.pop(name), dtype if may_be_cast(model, name) else None)
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:

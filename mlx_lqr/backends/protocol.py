@@ -59,7 +59,7 @@ class Law(Protocol):
     ) -> Law:
         """The same law with its arrays made by `array`, the backend's constructor, and its way to form c + a @ b.
 
-        It asks for all its arrays at once, always in the same order. An array that changes is made anew by `array`, or
+        It asks for all its arrays at once, always in the same order. An array that changes is made again by `array`, or
         by `renew` from the one before it.
         """
 
@@ -175,7 +175,7 @@ class Decoder(Protocol):
     law: Law | None
     """What steers; it may be exchanged between two calls."""
     sampling: Sampling
-    """How tokens are drawn; to set it starts its random numbers anew."""
+    """How tokens are drawn; setting it restarts the random numbers."""
 
     @property
     def position(self) -> int:

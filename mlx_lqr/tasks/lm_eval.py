@@ -30,7 +30,7 @@ from mlx_lqr.tasks.records import Records, Row, digest
 from mlx_lqr.tasks.steering import NamedSteering, check_strengths
 
 if TYPE_CHECKING:
-    from mlx_lqr.backends.mlx.mlx_lm_eval import Evaluator
+    from mlx_lqr.backends.mlx.evaluator import Evaluator
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def load_evaluator(
     """
     _check_installed()
     folder, name = resolve(source, progress=progress)
-    from mlx_lqr.backends.mlx.mlx_lm_eval import Evaluator
+    from mlx_lqr.backends.mlx.evaluator import Evaluator
 
     options = {"batch_size": batch_size, "max_tokens": max_tokens, "use_chat_template": apply_chat_template}
     return Evaluator(folder, name, dtype, **options)

@@ -151,7 +151,7 @@ def test_a_batch_gets_the_tokens_that_each_prompt_gets_alone(
     model = tiny_on(backend, family)
     options = {"law": law_for(model), "steer_all": steer_all, "max_tokens": 8}
     alone = [decoded(model, prompt, **options) for prompt in BATCH]
-    prefill_chunks(backend, 3 * len(BATCH), monkeypatch)  # shorter than most prompts
+    prefill_chunks(3 * len(BATCH), monkeypatch)  # shorter than most prompts
     assert decoded_together(model, BATCH, **options) == alone
 
 
@@ -162,7 +162,7 @@ def test_chunks_of_the_prompt_change_nothing(backend: str, steer_all: bool, monk
     law = law_for(model)
     whole = model.logits(PROMPT, law=law, steer_all=steer_all)
     for chunk in (1, 3, 4, 11, 12, 50):
-        prefill_chunks(backend, chunk, monkeypatch)
+        prefill_chunks(chunk, monkeypatch)
         assert np.abs(model.logits(PROMPT, law=law, steer_all=steer_all) - whole).max() < 1e-4
 
 

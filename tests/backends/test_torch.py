@@ -31,7 +31,7 @@ from mlx_lqr import InputError, loading
 from mlx_lqr.backends.torch import backend as torch_backend
 from mlx_lqr.backends.torch import decoder as torch_decoder
 from mlx_lqr.backends.torch.algebra import TorchAlgebra
-from mlx_lqr.backends.torch.calls import cache_argument
+from mlx_lqr.backends.torch.library import cache_argument
 from mlx_lqr.backends.torch.model import TorchModel
 from mlx_lqr.commands import main
 from mlx_lqr.methods.alqr import LinearFeedback

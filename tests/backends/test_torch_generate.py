@@ -22,8 +22,9 @@ from transformers.generation.continuous_batching.requests import RequestState
 
 import mlx_lqr
 from mlx_lqr import InputError
-from mlx_lqr.backends.torch.calls import Call, cache_argument
+from mlx_lqr.backends.torch.calls import Call
 from mlx_lqr.backends.torch.generate import Positions, Prompt
+from mlx_lqr.backends.torch.library import cache_argument
 from mlx_lqr.backends.torch.model import TorchModel
 from mlx_lqr.methods.running import law_on
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +29,6 @@ def tokens(pieces: Iterable[mlx_lqr.Piece]) -> list[int | None]:
     return [piece.token for piece in pieces]
 
 
-def prefill_chunks(backend: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def prefill_chunks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on a backend fills its cache with `size` tokens at a time."""
-    monkeypatch.setattr(importlib.import_module(f"mlx_lqr.backends.{backend}.decoder"), "PREFILL_CHUNK", size)
+    monkeypatch.setattr("mlx_lqr.backends.hooked_decoder.PREFILL_CHUNK", size)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_map_with_path
 
-from mlx_lqr.backends.mlx.mlx_lm_models import is_supported, model_classes
+from mlx_lqr.backends.mlx.library import is_supported, model_classes
 from mlx_lqr.backends.mlx.model import MLXModel
 
 COMMON: dict[str, Any] = {

@@ -216,7 +216,7 @@ def test_prompts_are_steered_alike_in_chunks_and_as_a_whole(
     continued = model.log_probabilities(
         [(PROMPT[:1] if steer_all else PROMPT, PROMPT[1:])], law=law, steer_all=steer_all
     )[0]
-    prefill_chunks(backend, 3, monkeypatch)
+    prefill_chunks(3, monkeypatch)
     assert np.allclose(model.logits(PROMPT, law=law, steer_all=steer_all), whole, atol=1e-4)
     decoder, found = model.decoder(law), []
     prompt = PROMPT[:1] if steer_all else PROMPT

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlx_lqr
 from mlx_lqr import InputError, tasks
-from mlx_lqr.backends.mlx.mlx_lm_eval import Evaluator
+from mlx_lqr.backends.mlx.evaluator import Evaluator
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.tasks import lm_eval

@@ -42,7 +42,7 @@ class MLX(Backend):
         nn = sys.modules.get("mlx.nn")
         if nn is None or not isinstance(model, nn.Module):
             return None
-        from mlx_lqr.backends.mlx.mlx_lm_models import model_classes
+        from mlx_lqr.backends.mlx.library import model_classes
         from mlx_lqr.backends.mlx.model import MLXModel
 
         model_type = str(getattr(model, "model_type", type(model).__module__))
