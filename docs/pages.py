@@ -6,6 +6,7 @@ needs no mkdocs, so that the tests check links against it.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -77,8 +78,9 @@ def _below(context: click.Context, before: str = "") -> Iterator[tuple[str, clic
 def _command_page(name: str, command: click.Command, context: click.Context) -> str:
     parts = [f"# mlx-lqr {name}", _help(command), f"```text\n{command.get_usage(context)}\n```"]
     for title, rows in _options(command, context):
-        cells = [f"| {_code(option)} | {_cell(text)} |" for option, text in rows]
-        parts.append("\n".join([f"## {title}", "", "| option | what it does |", "|---|---|", *cells]))
+        cells = [f"| `{option}` | {_cell(text)} |" for option, text in rows]
+        what = "argument" if title == "Arguments" else "option"
+        parts.append("\n".join([f"## {title}", "", f"| {what} | what it does |", "|---|---|", *cells]))
     if isinstance(command, click.Group):
         names = [f"- [`{name} {below}`]({name}-{below}.md)" for below in command.list_commands(context)]
         parts.append("\n".join(["## Commands", "", *names]))
@@ -111,11 +113,8 @@ def _options(command: click.Command, context: click.Context) -> Iterator[tuple[s
 
 
 def _help(command: click.Command) -> str:
-    return re.sub(r"(?<=\S)\n(?=\S)", " ", re.sub(r"\b\f.*", "", (command.help or "").strip(), flags=re.DOTALL))
-
-
-def _code(option: str) -> str:
-    return "`" + option.replace("|", "\\|") + "`"
+    """The help text, a line for each paragraph."""
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.cleandoc(command.help or "").partition("\f")[0])
 
 
 def _cell(text: str) -> str:
@@ -133,7 +132,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for section in config.nav:
         for entry in section.get("Reference", ()):
             if "Commands" in entry:
-                entry["Commands"] = [f"{COMMANDS}/index.md", *(f"{COMMANDS}/{page}.md" for page, _ in _commands())][:-1]
+                below = [f"{COMMANDS}/{page}.md" for page, _ in _commands() if page != "index"]
+                entry["Commands"] = [f"{COMMANDS}/index.md", *below]
     return config
 
 
@@ -148,4 +148,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """A page without what only the tests read, and with the table of methods."""
-    return MARK.sub("", markdown).replace(TABLE_OF_METHODS, table() + "\n")
+    wide = f'<div class="wide" markdown>\n\n{table()}\n\n</div>\n'
+    return _without_escapes(MARK.sub("", markdown)).replace(TABLE_OF_METHODS, wide)
+
+
+def _without_escapes(markdown: str) -> str:
+    """The code in cells of tables as this renderer wants it: GitHub reads `\\|` there, where it shows the backslash."""
+
+    def row(line: re.Match[str]) -> str:
+        return re.sub(r"`[^`]*`", lambda code: code[0].replace("\\|", "|"), line[0])
+
+    return re.sub(r"^\|.*$", row, markdown, flags=re.MULTILINE)
