@@ -14,9 +14,6 @@ from test_cli import run
 from mlx_lqr.commands import help, main
 
 COMMANDS = Path(help.__file__).parent
-HAND_WRITTEN = {"fit", "linearize", "show", "tune"}
-"""Commands whose options are still declared where they are used"""
-
 
 Words = tuple[str, ...]
 
@@ -36,11 +33,7 @@ every = pytest.mark.parametrize(
 )
 with_headings = pytest.mark.parametrize(
     ("path", "command"),
-    [
-        pytest.param(path, command, id=" ".join(path))
-        for path, command in all_commands()
-        if path and path[0] not in HAND_WRITTEN
-    ],
+    [pytest.param(path, command, id=" ".join(path)) for path, command in all_commands() if path],
 )
 
 
@@ -88,7 +81,7 @@ def test_commands_and_options_stand_under_headings() -> None:
     assert headings("eval") == ["Commands", "Other"]
     order = ["Arguments", *help.HEADINGS]
     for path, _ in all_commands():
-        if path and path[0] not in HAND_WRITTEN and "Commands" not in (given := headings(*path)):
+        if path and "Commands" not in (given := headings(*path)):
             assert given == sorted(given, key=order.index)
 
 
@@ -110,8 +103,6 @@ def declared() -> dict[str, list[str]]:
     """Where each option is declared: file and line, by its name."""
     places: dict[str, list[str]] = defaultdict(list)
     for file in sorted(COMMANDS.glob("*.py")):
-        if file.stem in HAND_WRITTEN:
-            continue
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if not isinstance(node, ast.Call) or getattr(node.func, "attr", getattr(node.func, "id", "")) != "option":
                 continue
