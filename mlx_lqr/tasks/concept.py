@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mlx_lqr.backends.protocol import Recorder
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.generations import Decoding, Generations, Judge
+from mlx_lqr.tasks.kind import TaskKind, TaskOption, TaskSettings
 from mlx_lqr.tasks.read import bundled_lines, bundled_text
 from mlx_lqr.tasks.records import Row
 from mlx_lqr.tasks.run import Part, Task
@@ -124,3 +126,38 @@ def concept(
     prompts = openings or bundled_openings()
     generations = Generations(prompts, scorer, decoding or Decoding(samples=4), judge)
     return Task("concept", (generations, *damage), "prevalence", "share of texts with a word of the concept")
+
+
+def _of_options(options: Mapping[str, Any], settings: TaskSettings) -> Task:
+    words = options["words"].split(",") if options["words"] is not None else word_family(_only(settings.concepts))
+    openings = read_prompts(options["openings"]) if options["openings"] is not None else settings.openings
+    ask = _only(settings.concepts) if options["ask"] and settings.judge.model is not None else None
+    return concept(
+        words,
+        openings=openings[: settings.limit],
+        decoding=settings.decoding,
+        judge=settings.judge,
+        ask=ask,
+        damage=settings.damage,
+    )
+
+
+def _only(concepts: Sequence[str]) -> str:
+    if len(set(concepts)) != 1:
+        raise InputError("say which words to look for: --words ocean,sea,wave*")
+    return concepts[0]
+
+
+CONCEPT = TaskKind(
+    "concept",
+    """How many texts mention the concept.
+
+    The texts continue neutral openings.""",
+    (
+        TaskOption("words", "Such as ocean,sea,wave*; by default those of a bundled concept.", metavar="WORDS"),
+        TaskOption("openings", "Texts to continue, instead of ours.", metavar="FILE"),
+        TaskOption("ask", "Also ask the judge if texts are about the concept.", default=False, needs_judge=True),
+    ),
+    Decoding(samples=4),
+    _of_options,
+)

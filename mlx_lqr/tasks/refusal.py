@@ -18,6 +18,7 @@ import numpy as np
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.bootstrap import Float64, Metric, mean, ratio
 from mlx_lqr.tasks.generations import Decoding, Generations, Judge
+from mlx_lqr.tasks.kind import CHAT_TEMPLATE, DATA, TaskKind, with_data
 from mlx_lqr.tasks.read import read_rows, spread
 from mlx_lqr.tasks.records import Row, digest
 from mlx_lqr.tasks.run import Part, Task
@@ -153,3 +154,14 @@ def _balanced(rows: Sequence[Row], limit: int) -> list[Row]:
 
 def _difference(sums: Float64) -> Float64:
     return ratio(sums[..., :2]) - ratio(sums[..., 2:])
+
+
+REFUSAL = TaskKind(
+    "refusal",
+    """XSTest: which requests are refused.
+
+    Unsafe and safe requests are counted apart. Rows of --data: prompt, type, label.""",
+    (DATA, CHAT_TEMPLATE),
+    Decoding(max_tokens=48, temperature=0.0),
+    with_data(refusal),
+)

@@ -20,6 +20,7 @@ from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.generations import Decoding, Generations, Judge
+from mlx_lqr.tasks.kind import CHAT_TEMPLATE, DATA, TaskKind, TaskOption, with_data
 from mlx_lqr.tasks.metrics import multiple_choice, unigram_f1
 from mlx_lqr.tasks.read import Kind, read_rows
 from mlx_lqr.tasks.records import Row, digest
@@ -163,3 +164,14 @@ def truthfulness(
 def _finished(answer: str) -> str:
     stripped = answer.strip()
     return stripped if stripped.endswith(".") else stripped + "."
+
+
+TRUTHFULNESS = TaskKind(
+    "truthfulness",
+    """TruthfulQA: MC1, MC2 and own answers.
+
+    Rows of --data: question, best_answer, correct_answers, incorrect_answers.""",
+    (DATA, TaskOption("examples", "Solved examples before each choice.", default=len(EXAMPLES)), CHAT_TEMPLATE),
+    Decoding(temperature=0.0),
+    with_data(truthfulness),
+)

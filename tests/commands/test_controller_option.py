@@ -8,11 +8,9 @@ from typing import Any
 
 import click
 import pytest
-from helpers.command_line import refused, run
+from helpers.command_line import all_commands, refused, run, small
 from helpers.controllers import controller_for
 from helpers.tiny_tokenizers import chatting
-from test_first_mistakes import small
-from test_help import all_commands
 
 from mlx_lqr.commands.sweep import sweep
 from mlx_lqr.commands.values import ControllerType

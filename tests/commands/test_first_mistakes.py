@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.backends import tiny_on
-from helpers.command_line import refused, run
+from helpers.command_line import refused, run, small
 from helpers.controllers import controller_for
 from helpers.tiny_tokenizers import chatting
 
@@ -91,15 +90,6 @@ def test_wrong_values_are_refused_in_one_line(
 ) -> None:
     small(monkeypatch)
     assert says in refused(*arguments)
-
-
-def small(monkeypatch: pytest.MonkeyPatch) -> Model:
-    """Let commands load a model that takes any text."""
-    model = chatting()
-    model._tokenizer.encode = lambda text, **_: [ord(letter) % 59 for letter in text][-8:]  # type: ignore[attr-defined]
-    for name in ("fit", "analysis"):
-        monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", lambda *_, **__: model)
-    return model
 
 
 @pytest.mark.parametrize("method", ["alqr", "actadd"])

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
-from test_cli import run
+from helpers.command_line import Words, all_commands, run
 
 from mlx_lqr.commands import help, main
 
 COMMANDS = Path(help.__file__).parent
-
-Words = tuple[str, ...]
-
-
-def all_commands(group: click.Group = main, path: Words = ()) -> Iterator[tuple[Words, click.Command]]:
-    """Every group and command, by the words that call it."""
-    yield path, group
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from all_commands(command, (*path, name))
-        else:
-            yield (*path, name), command
-
 
 every = pytest.mark.parametrize(
     ("path", "command"), [pytest.param(path, command, id=" ".join(path)) for path, command in all_commands() if path]
