@@ -28,6 +28,7 @@ from mlx_lqr.analysis.spectra import (
     spectral_similarity,
 )
 from mlx_lqr.backends.protocol import Model
+from mlx_lqr.lqr.controller import Positions
 from mlx_lqr.methods.laws import LinearFeedback
 
 
@@ -125,7 +126,7 @@ def test_the_trust_region_ends_where_the_error_passes_ten_per_cent() -> None:
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
-def test_a_rollout_is_the_model_steered(positions: mlx_lqr.lqr.controller.Positions) -> None:
+def test_a_rollout_is_the_model_steered(positions: Positions) -> None:
     model = tiny("gemma3_text")
     controller, strengths = controller_for(model, positions=positions), (1.0, -2.0)
     run = roll_out(model, PROMPT, controller, strengths)
@@ -160,7 +161,7 @@ def test_linearity_of_a_small_model() -> None:
     assert found.singular_values[1] == pytest.approx(np.median(singular, axis=1), rel=1e-3, abs=1e-4)
     assert np.all(found.singular_values[0] <= found.singular_values[2])
     pair = [mlx_lqr.linearize(model, [p])[2] for p in PROMPTS[:2]]
-    assert found.similarity[2, 0, 1] == pytest.approx(by_definition(*pair, 4), rel=1e-3)
+    assert found.similarity[2, 0, 1] == pytest.approx(by_definition(pair[0], pair[1], 4), rel=1e-3)
     j = found.mode_counts.index(4)
     assert found.similarity_by_modes[2, j] == pytest.approx(mean_of_pairs(found.similarity[2]), rel=1e-3)
     assert found.error["concept"].shape == (n, T, len(found.sizes))

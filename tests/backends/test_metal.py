@@ -128,7 +128,7 @@ def test_every_branch_of_the_gpu_is_taken(dtype: str, monkeypatch: pytest.Monkey
     assert model._compiled is None
     assert type(model.module.model.embed_tokens) is nn.Embedding
     asked = []
-    library = mlx_sampling.import_mlx_lm("sample_utils")
+    library = mlx_sampling.import_mlx_lm("sample_utils")  # type: ignore[attr-defined]
     apply_top_p = library.apply_top_p
     monkeypatch.setattr(library, "apply_top_p", lambda *args: asked.append(1) or apply_top_p(*args))
     list(decode(model, [PROMPT], sampling=Sampling(1.0, top_p=0.5, seed=0), max_tokens=2))

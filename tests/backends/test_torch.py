@@ -350,7 +350,7 @@ def test_running_out_of_memory_is_one_line_and_loses_nothing(tmp_path: Path, mon
             with pytest.raises(InputError, match=f"not enough memory.*{advice}") as refusal:
                 call()
         assert "\n" not in str(refusal.value)
-    original, finished = model.jacobian, []
+    original, finished = model.jacobian, list[int]()
 
     def failing(trace: Any, layer: int) -> np.ndarray:
         if layer == 1 and len(finished) == 1:

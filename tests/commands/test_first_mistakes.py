@@ -96,7 +96,7 @@ def test_wrong_values_are_refused_in_one_line(
 def small(monkeypatch: pytest.MonkeyPatch) -> Model:
     """Let commands load a model that takes any text."""
     model = chatting()
-    model._tokenizer.encode = lambda text, **_: [ord(letter) % 59 for letter in text][-8:]  # type: ignore[attr-defined]
+    model._tokenizer.encode = lambda text, **_: [ord(letter) % 59 for letter in text][-8:]  # type: ignore[union-attr, method-assign]
     for name in ("fit", "linearity", "certify"):
         monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", lambda *_, **__: model)
     return model

@@ -239,6 +239,7 @@ def test_what_is_recorded_and_tracked() -> None:
     assert half.push() == pytest.approx(alone.push(), rel=1e-4)
     assert np.isnan(half.feature_error()[..., 0]).all()
     assert half.feature_error()[..., 1:] == pytest.approx(alone.feature_error(), rel=1e-3, abs=1e-5)
+    assert isinstance(controller, Controller)
     region = np.full_like(controller.setpoint, 1e9)
     narrow = np.where([True, False], 1e-9, region)  # of the one that is off, which it cannot leave
     known = replace(controller, checked_error=narrow, checked_push=narrow.astype(np.float32))

@@ -362,7 +362,7 @@ def test_strength_zero_changes_nothing(backend: str, method: str) -> None:
 @every_method
 def test_backends_agree_and_long_answers_too(method: str) -> None:
     """After 32 tokens MLX replays a compiled step; a strength set meanwhile is taken over."""
-    found = []
+    found: list[list[int]] = []
     for backend in BACKENDS:
         model = tiny_on(backend, "llama")
         law = law_of(fitted(tiny_on("mlx", "llama"), method), strength_for(method))

@@ -29,12 +29,12 @@ from mlx_lqr.backends.protocol import Model
 from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.tasks import lm_eval
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"question": "The animal that barks at night is a", "choices": ["cat on a roof", "big dog", "fish"], "answer": 1},
     {"question": "Fish swim in the", "choices": ["deep blue water", "sky", "oven, where it is hot"], "answer": 0},
     {"question": "The sun rises in the", "choices": ["evening", "morning and in the east"], "answer": 1},
 ]
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "choice": {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"},
     "scored": {
         "output_type": "loglikelihood",

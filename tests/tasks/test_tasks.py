@@ -163,6 +163,7 @@ def test_every_text_is_what_its_prompt_and_seed_make_alone(
 
 def test_strengths_draw_the_same_random_numbers(model: Model, task: tasks.Task, steering: tasks.Steering) -> None:
     controller = steering.controller
+    assert isinstance(controller, mlx_lqr.Controller)
     powerless = mlx_lqr.Controller(**{**vars(controller), "gain": controller.gain * 0})
     found = tasks.evaluate(model, task, tasks.Steering("powerless", powerless), [0.0, 1.0, 3.0])
     texts = [[row["text"] for row in parts["generations"]] for parts in found.rows.values()]
