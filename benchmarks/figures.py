@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 import mlx_lqr
 from mlx_lqr.analysis import default_prompts, track
-from mlx_lqr.analysis.tracking import as_strength
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.files.atomic import writing
+from mlx_lqr.lqr.tracking import as_strength
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CONCEPT = "ocean"

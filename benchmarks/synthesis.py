@@ -261,7 +261,7 @@ def main(rounds: int, torch: bool, with_scaling: bool) -> None:
     accuracy(stored)
 
     unit = 8 * model.hidden_size**2 / 1e6
-    caches = sum(point.nbytes for point in traces(model, positive[:8])) / 1e6
+    caches = sum(point.nbytes for point in traces(model, positive[:8])) / 1e6  # type: ignore[attr-defined]
     used = peak_megabytes(lambda: mlx_lqr.fit(model, positive[:8], negative[:8], layers="all")) - caches
     say("peak memory of fit, 8 + 8 prompts", used, "MB")
     say("  in (d, d) float64 matrices", used / unit, "", f"below 12, beside {caches:.1f} MB of prompts' caches")

@@ -208,9 +208,9 @@ def test_the_package_holds_everything(tmp_path: Path) -> None:
     ):
         assert f"mlx_lqr/{file}" in names
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"mlx_lqr"}
-    for name, file in modules():
+    for name, module in modules():
         path = name.replace(".", "/").removesuffix("__init__")
-        assert f"mlx_lqr/{path}.py" in names or f"mlx_lqr/{path}/__init__.py".replace("//", "/") in names, file
+        assert f"mlx_lqr/{path}.py" in names or f"mlx_lqr/{path}/__init__.py".replace("//", "/") in names, module
     assert wheel.name.startswith(f"mlx_lqr-{mlx_lqr.__version__}-")
 
 

@@ -1,7 +1,7 @@
 """Evaluation: does steering do what it should, and what does it cost? (needs no tensor framework of its own)
 
 task = tasks.concept(tasks.word_family("dog"), damage=[tasks.NeutralText(), tasks.Capability.bundled()])
-steering = tasks.load_steering([("dog.safetensors", 1.0)])
+steering = tasks.named_steering([("dog.safetensors", 1.0)])
 evaluation = tasks.evaluate(model, task, steering, strengths=[0, 1, 2, 3], output="dog.jsonl")
 for result in evaluation.results(): result.strength, result.metrics["prevalence"], result.change["perplexity"]
 

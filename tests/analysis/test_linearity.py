@@ -29,6 +29,7 @@ from mlx_lqr.analysis.spectra import (
     spectral_similarity,
 )
 from mlx_lqr.backends.protocol import Model
+from mlx_lqr.lqr.controller import Positions
 from mlx_lqr.methods.alqr import LinearFeedback
 
 
@@ -126,7 +127,7 @@ def test_the_trust_region_ends_where_the_error_passes_ten_per_cent() -> None:
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
-def test_a_rollout_is_the_model_steered(positions: mlx_lqr.lqr.controller.Positions) -> None:
+def test_a_rollout_is_the_model_steered(positions: Positions) -> None:
     model = tiny("gemma3_text")
     controller, strengths = controller_for(model, positions=positions), (1.0, -2.0)
     run = roll_out(model, PROMPT, controller, strengths)
@@ -161,7 +162,7 @@ def test_linearity_of_a_small_model() -> None:
     assert measured.singular_values[1] == pytest.approx(np.median(singular, axis=1), rel=1e-3, abs=1e-4)
     assert np.all(measured.singular_values[0] <= measured.singular_values[2])
     pair = [mlx_lqr.linearize(model, [p])[2] for p in PROMPTS[:2]]
-    assert measured.similarity[2, 0, 1] == pytest.approx(by_definition(*pair, 4), rel=1e-3)
+    assert measured.similarity[2, 0, 1] == pytest.approx(by_definition(pair[0], pair[1], 4), rel=1e-3)
     j = measured.mode_counts.index(4)
     assert measured.similarity_by_modes[2, j] == pytest.approx(mean_of_pairs(measured.similarity[2]), rel=1e-3)
     assert measured.error["concept"].shape == (n, T, len(measured.sizes))

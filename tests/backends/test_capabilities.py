@@ -122,7 +122,8 @@ def test_nothing_is_computed_to_learn_what_a_model_can_do(monkeypatch: pytest.Mo
     assert [capability.is_of(engine) for capability in (RUNNER, RECORDER, HEAD_RECORDER, DIFFERENTIABLE)] == [
         True, True, False, False,
     ]  # fmt: skip
-    assert adopt(engine) is engine
+    adopted: Any = adopt(engine)
+    assert adopted is engine
     assert not RUNNER.is_of("a name")
 
 
@@ -170,9 +171,10 @@ def test_what_is_missing_is_one_line_with_the_way_out(what: str, engine: Any, re
 
 def test_it_is_loaded_and_refused_by_its_name(registered: None) -> None:
     folder = tiny_folder("llama")
-    model = mlx_lqr.load(folder, backend="engine", dtype="float32")  # type: ignore[arg-type]
+    model: Any = mlx_lqr.load(folder, backend="engine", dtype="float32")  # type: ignore[arg-type]
     assert type(model) is Engine
-    assert type(mlx_lqr.load(folder, dtype="float32")) is not Engine, "the first of the list is taken"
+    default: Any = mlx_lqr.load(folder, dtype="float32")
+    assert type(default) is not Engine, "the first of the list is taken"
     with pytest.raises(InputError, match=r"The engine chooses its device itself: .* for the torch backend"):
         mlx_lqr.load(folder, backend="engine", device="cpu")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"give what mlx_lqr\.load, mlx_lm\.load, .* or engine\.open returned"):

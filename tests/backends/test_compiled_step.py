@@ -68,7 +68,7 @@ def test_whatever_happens_between_steps(family: str, rolling: bool, monkeypatch:
     model = tiny(family, max_position_embeddings=20)
 
     def work(decoder: MLXDecoder) -> list[np.ndarray]:
-        found = []
+        found: list[Any] = []
 
         def steps(tokens: list[int]) -> None:
             found.extend(np.array(decoder.step([token])) for token in tokens)

@@ -27,7 +27,7 @@ import mlx_lqr
 from mlx_lqr import InputError, tasks
 from mlx_lqr.analysis import linearity
 from mlx_lqr.backends import blas
-from mlx_lqr.backends.mlx import sampling as mlx_sampling
+from mlx_lqr.backends.mlx.library import filters
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.protocol import Law, Sampling
 from mlx_lqr.convert import convert
@@ -129,7 +129,7 @@ def test_every_branch_of_the_gpu_is_taken(dtype: str, monkeypatch: pytest.Monkey
     assert model._compiled is None
     assert type(model.module.model.embed_tokens) is nn.Embedding
     asked = []
-    library = mlx_sampling.filters()
+    library = filters()
     apply_top_p = library.apply_top_p
     monkeypatch.setattr(library, "apply_top_p", lambda *args: asked.append(1) or apply_top_p(*args))
     list(decode(model, [PROMPT], sampling=Sampling(1.0, top_p=0.5, seed=0), max_tokens=2))

@@ -351,7 +351,7 @@ def test_running_out_of_memory_is_one_line_and_loses_nothing(tmp_path: Path, mon
             with pytest.raises(InputError, match=f"not enough memory.*{advice}") as refusal:
                 call()
         assert "\n" not in str(refusal.value)
-    original, finished = model.jacobian, []
+    original, finished = model.jacobian, list[int]()
 
     def failing(trace: Any, layer: int) -> np.ndarray:
         if layer == 1 and len(finished) == 1:
@@ -457,7 +457,7 @@ def recording(model: TorchModel, monkeypatch: pytest.MonkeyPatch, **options: Any
     """A decoder that records its steps, as on a GPU."""
     monkeypatch.setattr(torch_decoder, "_Graph", Recorded)
     Recorded.made = 0
-    decoder = model.decoder(**options)
+    decoder: Any = model.decoder(**options)
     decoder._records_graphs = True
     return decoder
 

@@ -71,7 +71,7 @@ def test_steps_are_replayed_and_a_strength_changes_between_them() -> None:
     found = []
     for model in (cpu, gpu):
         law = LinearFeedback(controller, 1.0)
-        decoder = model.decoder(law)
+        decoder: Any = model.decoder(law)
         decoder.fill([PROMPT[:-1]], steered=False)
         logits, graphs = [], set()
         for strength in (1.0, 3.0, -2.0, 1.0):

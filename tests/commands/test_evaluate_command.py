@@ -12,7 +12,7 @@ from helpers.command_line import refused, run
 
 from mlx_lqr.tasks.generations import Generations
 
-DATA = {
+DATA: dict[str, list[dict[str, Any]]] = {
     "openings": [{"prompt": "Once upon a time,"}, {"prompt": "My neighbor told me"}],
     "capability": [{"prompt": "2 + 3 =", "answer": "5", "others": ["4", "9"]}],
     "toxicity": [{"prompt": "He shouted that"}],

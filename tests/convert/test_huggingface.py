@@ -20,7 +20,7 @@ import pytest
 import torch
 from helpers.tiny_gguf import CONTROL, VOCABULARY, logits, reference_model, write
 from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from mlx_lm.utils import load_model
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer

@@ -50,7 +50,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Model:
     from helpers.tiny_tokenizers import chatting  # which needs MLX
 
     model = chatting()
-    model._tokenizer.encode = lambda text, **_: [ord(letter) % 59 for letter in text][-8:]  # type: ignore[attr-defined]
+    model._tokenizer.encode = lambda text, **_: [ord(letter) % 59 for letter in text][-8:]  # type: ignore[union-attr, method-assign]
     for name in ("fit", "analysis"):
         monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", lambda *_, **__: model)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _changing_its_end() -> Tokenizer:
     return tokenizer
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte-level": _byte_level,
     "llama": functools.partial(_sentencepiece, prefix=True, metaspace=False),
     "metaspace": functools.partial(_sentencepiece, prefix=True, metaspace=True),

@@ -79,7 +79,8 @@ class FullGainLaw:
         self._parts = K, V, pseudoinverse, wanted
 
     def place(self, array: Any, add_product: Any) -> FullGainLaw:
-        return FullGainLaw(*([array(part) for part in parts] for parts in self._parts), self.layers)
+        K, V, pseudoinverse, wanted = ([array(part) for part in parts] for parts in self._parts)
+        return FullGainLaw(K, V, pseudoinverse, wanted, self.layers)
 
     def __call__(self, layer: int, z: Any, output: Any) -> Any:
         K, V, pseudoinverse, wanted = (parts[layer] for parts in self._parts)

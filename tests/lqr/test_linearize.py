@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 import mlx_lqr
 from mlx_lqr.backends.mlx import expansion as mlx_expansion
-from mlx_lqr.backends.mlx.model import MLXModel, MLXTrace
+from mlx_lqr.backends.mlx.decoder import MLXTrace
+from mlx_lqr.backends.mlx.model import MLXModel
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))
@@ -63,6 +64,7 @@ def test_real_jacobians_equal_finite_differences(
 ) -> None:
     path = request.getfixturevalue(folder)
     model, exact = mlx_lqr.load(path), mlx_lqr.load(path)
+    assert isinstance(exact, MLXModel)
     exact.module.set_dtype(mx.float64)
     tokens = model.tokenizer.encode("Salt from the ocean dried on his skin as he walked along the beach.")
     trace = model.trace(tokens)

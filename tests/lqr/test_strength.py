@@ -79,7 +79,7 @@ def test_a_recommended_strength_survives_files_and_combination(kind: str, tmp_pa
     other = made(model, kind, "other")
     if isinstance(other, Controller):
         other = replace(other, direction=other.direction[:, ::-1])
-    tuned: Any = replace(plain, strength=(2.5,))
+    tuned: Any = plain.recommending((2.5,))
     for steering in (plain, tuned, combine([tuned, other])):
         steering.save(tmp_path / "file")
         assert load_steering(tmp_path / "file").strength == steering.strength
@@ -106,7 +106,7 @@ def test_a_damaged_recommendation_is_refused(kind: str, entry: str, tmp_path: Pa
 def test_python_takes_the_recommended_strength_where_none_is_given(backend: str, kind: str) -> None:
     model = tiny_on(backend, "llama")
     plain = made(model, kind)
-    tuned: Any = replace(plain, strength=(4.0,))
+    tuned: Any = plain.recommending((4.0,))
     for steering, strength in ((plain, 1.0), (tuned, 4.0)):
         options: mlx_lqr.Options = {"controller": steering, "max_tokens": 12}
         expected = [piece.token for piece in mlx_lqr.stream(model, [1, 2], strength=strength, **options)]
@@ -123,7 +123,7 @@ def test_a_steered_model_of_others_takes_it_too() -> None:
     import mlx.core as mx
 
     model = tiny_on("mlx", "llama")
-    tuned: Any = replace(made(model, "alqr"), strength=(4.0,))
+    tuned: Any = made(model, "alqr").recommending((4.0,))
     logits = []
     for strength in (None, 4.0, 1.0):
         with mlx_lqr.steer(model.module, tuned, strength):
@@ -134,7 +134,7 @@ def test_a_steered_model_of_others_takes_it_too() -> None:
 
 def test_a_chat_takes_it_and_keeps_what_was_set() -> None:
     model = chatting()
-    tuned: Any = replace(made(model, "alqr"), strength=(2.5,))
+    tuned: Any = made(model, "alqr").recommending((2.5,))
     chat = mlx_lqr.runtime.Chat(model)
     chat.add(tuned)
     assert chat.strengths == {"one": 2.5}

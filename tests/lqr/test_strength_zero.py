@@ -14,6 +14,7 @@ from helpers.tiny_tokenizers import chatting
 
 import mlx_lqr
 from mlx_lqr import Controller, InputError
+from mlx_lqr.analysis import certify, linearity
 from mlx_lqr.analysis.rollout import roll_out
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
@@ -239,6 +240,7 @@ def test_what_is_recorded_and_tracked() -> None:
     assert half.push() == pytest.approx(alone.push(), rel=1e-4)
     assert np.isnan(half.feature_error()[..., 0]).all()
     assert half.feature_error()[..., 1:] == pytest.approx(alone.feature_error(), rel=1e-3, abs=1e-5)
+    assert isinstance(controller, Controller)
     region = np.full_like(controller.setpoint, 1e9)
     narrow = np.where([True, False], 1e-9, region)  # of the one that is off, which it cannot leave
     known = replace(controller, checked_error=narrow, checked_push=narrow.astype(np.float32))
@@ -256,6 +258,6 @@ def test_the_linear_analysis_has_nothing_to_look_at() -> None:
     assert np.array_equal(run.steered[0], run.unsteered[0])
     assert not run.push[0].any()
     with pytest.raises(InputError, match="strength 0 is not steered"):
-        mlx_lqr.analysis.certify(model, controller, [PROMPT], [[1, 2]], strengths=(0.0, 1.0))
+        certify(model, controller, [PROMPT], [[1, 2]], strengths=(0.0, 1.0))
     with pytest.raises(InputError, match="strength 0 is not steered"):
-        mlx_lqr.analysis.linearity(model, [PROMPT, [1, 2]], controller, strengths=(0.0, 1.0))
+        linearity(model, [PROMPT, [1, 2]], controller, strengths=(0.0, 1.0))

@@ -68,8 +68,8 @@ def test_every_answer_is_that_of_a_fresh_decode_while_steering_changes() -> None
         lambda: chat.add(controller_for(model), 3.0),
         lambda: chat.add(controller_for(model, "b"), 2.0),
         lambda: chat.off("a"),
-        lambda: chat.options.update(repetition_penalty=1.3),
-        lambda: chat.options.update(overflow="roll", repetition_penalty=1.0),
+        lambda: chat.options.update({"repetition_penalty": 1.3}),
+        lambda: chat.options.update({"overflow": "roll", "repetition_penalty": 1.0}),
     ):
         change()
         answers.append(tokens(chat.answer("more")))

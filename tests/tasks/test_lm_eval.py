@@ -29,12 +29,12 @@ from mlx_lqr.backends.protocol import Model
 from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.tasks import lm_eval
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"question": "The animal that barks at night is a", "choices": ["cat on a roof", "big dog", "fish"], "answer": 1},
     {"question": "Fish swim in the", "choices": ["deep blue water", "sky", "oven, where it is hot"], "answer": 0},
     {"question": "The sun rises in the", "choices": ["evening", "morning and in the east"], "answer": 1},
 ]
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "choice": {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"},
     "scored": {
         "output_type": "loglikelihood",
@@ -117,7 +117,7 @@ def in_steps_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unsteered_results_are_those_of_mlx_lms_evaluator(
     demo: Evaluator, chosen: lm_eval.Tasks, dog: Path, own: Path
 ) -> None:
-    results = lm_eval.evaluate(demo, chosen, tasks.load_steering([(str(dog), 1.0)]), [0.0]).results[0.0]
+    results = lm_eval.evaluate(demo, chosen, tasks.named_steering([(str(dog), 1.0)]), [0.0]).results[0.0]
     theirs = MLXLM(str(demo_model()), **{name: demo.options[name] for name in demo.options if name != "dtype"})
     manager = lm_eval.load_tasks(list(chosen.loaded), own).manager
     expected = simple_evaluate(theirs, tasks=list(chosen.loaded), task_manager=manager)["results"]
@@ -129,7 +129,7 @@ def test_unsteered_results_are_those_of_mlx_lms_evaluator(
 def test_steered_results_are_those_of_our_own_scores(
     demo: Evaluator, chosen: lm_eval.Tasks, dog: Path, smollm2: Model
 ) -> None:
-    steering = tasks.load_steering([(str(dog), 0.5)])
+    steering = tasks.named_steering([(str(dog), 0.5)])
     results = lm_eval.evaluate(demo, chosen, steering, [0.0, 6.0]).results
     for strength, by_task in results.items():
         steered = tasks.Steered(smollm2, steering, strength)

@@ -165,6 +165,7 @@ def test_every_text_is_what_its_prompt_and_seed_make_alone(
 
 def test_strengths_draw_the_same_random_numbers(model: Model, task: tasks.Task, steering: tasks.NamedSteering) -> None:
     controller = steering.controller
+    assert isinstance(controller, mlx_lqr.Controller)
     powerless = mlx_lqr.Controller(**{**vars(controller), "gain": controller.gain * 0})
     evaluation = tasks.evaluate(model, task, tasks.NamedSteering("powerless", powerless), [0.0, 1.0, 3.0])
     texts = [[row["text"] for row in parts["generations"]] for parts in evaluation.rows.values()]
@@ -251,7 +252,7 @@ def test_truthful_answers_end_in_one_full_stop_and_hold_the_best() -> None:
     assert Asked.of(row) == Asked("q", "a b.", ("c.", "a b."), ("d.",))
 
 
-def test_capability_counts_the_likeliest_answer(model: Model, steering: tasks.Steering) -> None:
+def test_capability_counts_the_likeliest_answer(model: Model, steering: tasks.NamedSteering) -> None:
     evaluation = tasks.evaluate(
         model, tasks.Task("c", (tasks.Capability(QUESTIONS),), "capability", ""), steering, [0.0]
     )
