@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from built_wheel import built
+from helpers.platforms import posix
 
+import mlx_lqr
 from mlx_lqr.loading import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +136,7 @@ def test_a_model_runs_on_torch_without_mlx() -> None:
     assert not any(name.startswith("mlx.") for name in loaded - {"mlx.core"})
 
 
+@posix
 def test_mlx_lm_is_whole_when_it_is_wanted() -> None:
     """Our short cut to mlx-lm's model classes must not show, in whichever order things are imported."""
     run_apart(
@@ -155,9 +160,7 @@ def test_mlx_may_be_imported_first() -> None:
 
 def test_the_package_holds_everything(tmp_path: Path) -> None:
     """A wheel built from the checkout has the concepts, the type marker and what stands outside mlx_lqr/."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = built(tmp_path)
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in (
         "runtime/decode.py",
@@ -173,6 +176,14 @@ def test_the_package_holds_everything(tmp_path: Path) -> None:
     for name, file in modules():
         path = name.replace(".", "/").removesuffix("__init__")
         assert f"mlx_lqr/{path}.py" in names or f"mlx_lqr/{path}/__init__.py".replace("//", "/") in names, file
+    assert wheel.name.startswith(f"mlx_lqr-{mlx_lqr.__version__}-")
+
+
+def test_one_place_says_the_version() -> None:
+    said = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert said is not None
+    assert mlx_lqr.__version__ == said[1]
+    assert said[1] not in "".join(file.read_text("utf-8") for _, file in modules())
 
 
 ASKS = {"default_device", "is_available", "metal", "gpu", "platform", "machine", "system", "uname"}

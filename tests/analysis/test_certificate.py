@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.command_line import refused, run
+from helpers.controllers import controller_for
+from helpers.prompts import NOMINAL_PROMPTS as PROMPTS
 from helpers.tiny import tiny
-from test_chat import fitted
-from test_cli import refused, run
-from test_linearity import PROMPTS
 
 import mlx_lqr
 from mlx_lqr import InputError
@@ -37,7 +37,7 @@ def certified(model: Model, controller: Controller, **options: Any) -> Certifica
 def test_the_prediction_is_the_linear_loop(family: str, setpoint: str, linearised: Any) -> None:
     """Step by step with dense matrices, from the unsteered residual stream alone."""
     model = tiny(family, num_hidden_layers=4)
-    controller = fitted(model, layers=[1, 2, 3], setpoint=setpoint)
+    controller = controller_for(model, layers=[1, 2, 3], setpoint=setpoint)
     found = certified(model, controller, strengths=(1.0, 2.5), linearised=linearised)
     v, g = controller.direction[:, :, 0].astype(np.float64), controller.gain[:, :, 0].astype(np.float64)
     for n, prompt in enumerate(HELD_OUT):
@@ -61,7 +61,7 @@ def test_the_prediction_is_the_linear_loop(family: str, setpoint: str, linearise
 def test_a_bound_from_the_very_samples_always_holds() -> None:
     """Constants that are the largest at the held-out prompts themselves: no estimate is left in the bound."""
     model = tiny("llama", num_hidden_layers=5)
-    controller = fitted(model)
+    controller = controller_for(model)
     for linearised in ("prompt", "average"):
         found = certify(model, controller, PROMPTS, PROMPTS, quantile=1.0, linearised=linearised, strengths=(1.0, 3.0))
         for quantity in ("feature", "deviation"):
@@ -74,7 +74,7 @@ def test_a_bound_from_the_very_samples_always_holds() -> None:
 
 def test_own_jacobians_leave_no_mismatch_and_a_tighter_bound() -> None:
     model = tiny("llama", num_hidden_layers=4)
-    controller = fitted(model)
+    controller = controller_for(model)
     own, average = (certified(model, controller, linearised=at) for at in ("prompt", "average"))
     assert np.nanmax(own.mismatch.quantile) < 1e-4
     assert np.nanmin(average.mismatch.quantile) > 1e-3
@@ -89,7 +89,7 @@ def test_own_jacobians_leave_no_mismatch_and_a_tighter_bound() -> None:
 def test_the_deviation_is_of_second_order() -> None:
     """Half the push leaves a quarter of the deviation from the linear prediction."""
     model = tiny("qwen3")
-    controller = fitted(model, layers=[0, 1])
+    controller = controller_for(model, layers=[0, 1])
     off = []
     for share in (0.5, 0.25):
         weaker = replace(controller, gain=controller.gain * np.float32(share))
@@ -100,7 +100,7 @@ def test_the_deviation_is_of_second_order() -> None:
 
 def test_the_certified_band_is_where_the_prior_bound_is_small() -> None:
     model = tiny("llama")
-    controller = fitted(model, layers=[0, 1])
+    controller = controller_for(model, layers=[0, 1])
     found = certified(model, controller, strengths=(0.5, 1.0, 2.0, 4.0))
     for k in range(found.first, 4):
         low, high = found.certified_band[k]
@@ -136,7 +136,7 @@ def test_the_papers_bound_holds_for_the_full_state_feedback() -> None:
     bound = error_bound(transition_norms(F), size[:, 0], L / 2 * size[:, :-1] ** 2)
     assert np.all(size <= bound * (1 + 1e-6))
     assert np.median(bound[:, -1] / size[:, -1]) < 20
-    loop = ClosedLoop(model, fitted(model, qf=1.0), (1.0,), AtPrompt(model, trace))
+    loop = ClosedLoop(model, controller_for(model, qf=1.0), (1.0,), AtPrompt(model, trace))
     theory = loop.full_state()
     assert theory.step_norm == pytest.approx([step.step_norm for step in steps], rel=1e-3)
     assert theory.to_output == pytest.approx([*(step.to_output for step in steps), 1], rel=1e-3)
@@ -144,7 +144,7 @@ def test_the_papers_bound_holds_for_the_full_state_feedback() -> None:
 
 def test_a_controller_of_all_positions_is_certified_in_its_own_prefix() -> None:
     model = tiny("llama", num_hidden_layers=4)
-    controller = fitted(model, positions="all")
+    controller = controller_for(model, positions="all")
     average = certified(model, controller, linearised="average", strengths=(2.0, 1.0))
     run_alone = roll_out(model, HELD_OUT[0], controller, (2.0,))
     assert average.feature[0, 0, 1] == pytest.approx(controller.direction[1, :, 0] @ run_alone.steered[0, 1], abs=1e-4)
@@ -156,9 +156,9 @@ def test_a_controller_of_all_positions_is_certified_in_its_own_prefix() -> None:
 
 def test_what_cannot_be_certified_is_refused() -> None:
     model = tiny("llama")
-    controller = fitted(model)
+    controller = controller_for(model)
     jacobians = mlx_lqr.linearize(model, [PROMPTS[0]])
-    both = Controller.combine(controller, fitted(model, "b"))
+    both = Controller.combine(controller, controller_for(model, "b"))
     for says, call in {
         "at least two": lambda: certify(model, controller, [], HELD_OUT),
         "finite strength": lambda: certified(model, controller, strengths=()),
@@ -168,7 +168,7 @@ def test_what_cannot_be_certified_is_refused() -> None:
         "one concept": lambda: certified(model, both),
         "fitted on": lambda: certified(tiny("llama", seed=1), controller),
         "not of tiny-qwen3": lambda: certified(
-            tiny("qwen3"), fitted(tiny("qwen3")), linearised="average", jacobians=jacobians
+            tiny("qwen3"), controller_for(tiny("qwen3")), linearised="average", jacobians=jacobians
         ),
         "overflow": lambda: certified(model, controller, strengths=(1e38,)),
     }.items():
@@ -178,7 +178,7 @@ def test_what_cannot_be_certified_is_refused() -> None:
 
 def test_results_are_written_as_json(tmp_path: Path) -> None:
     model = tiny("llama")
-    found = certified(model, fitted(model), strengths=(1.0,))
+    found = certified(model, controller_for(model), strengths=(1.0,))
     write_json(tmp_path / "a.json", found)
     read = json.loads((tmp_path / "a.json").read_text())
     assert read["strengths"] == [1.0]
@@ -194,7 +194,7 @@ def tiny_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[]
 
     def prepare() -> tuple[Path, Path]:
         model = tiny("llama", num_hidden_layers=4)
-        controller = fitted(model, layers=[1, 2, 3])
+        controller = controller_for(model, layers=[1, 2, 3])
         controller.save(tmp_path / "a.safetensors")
         (tmp_path / "prompts.txt").write_text("5 17 3\n9 9 41 2\n7\n3 1\n")
         module = importlib.import_module("mlx_lqr.commands.analysis")

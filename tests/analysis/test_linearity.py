@@ -8,9 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.by_hand import shifted_output
+from helpers.controllers import controller_for
+from helpers.prompts import NOMINAL_PROMPT as PROMPT
+from helpers.prompts import NOMINAL_PROMPTS as PROMPTS
 from helpers.tiny import FAMILY, tiny
-from test_chat import fitted
-from test_linearize import PROMPT, shifted_output
 
 import mlx_lqr
 from mlx_lqr import InputError
@@ -27,8 +29,6 @@ from mlx_lqr.analysis.spectra import (
 )
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.methods.alqr import LinearFeedback
-
-PROMPTS = [PROMPT, PROMPT[:4], [7, 1, 9], [3, 3, 50, 12, 6]]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))
@@ -127,7 +127,7 @@ def test_the_trust_region_ends_where_the_error_passes_ten_per_cent() -> None:
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_a_rollout_is_the_model_steered(positions: mlx_lqr.lqr.controller.Positions) -> None:
     model = tiny("gemma3_text")
-    controller, strengths = fitted(model, positions=positions), (1.0, -2.0)
+    controller, strengths = controller_for(model, positions=positions), (1.0, -2.0)
     run = roll_out(model, PROMPT, controller, strengths)
     for s, strength in enumerate(strengths):
         law = LinearFeedback(controller, strength)
@@ -148,7 +148,7 @@ def test_a_rollout_is_the_model_steered(positions: mlx_lqr.lqr.controller.Positi
 
 def test_linearity_of_a_small_model() -> None:
     model = tiny("llama")
-    controller = fitted(model, layers=[0, 1])
+    controller = controller_for(model, layers=[0, 1])
     reported: list[tuple[str, int, int]] = []
     found = linearity(
         model, PROMPTS, controller, strengths=(1.0, 4.0), modes=4, progress=lambda *step: reported.append(step)
@@ -181,7 +181,7 @@ def test_linearity_of_a_small_model() -> None:
 
 def test_the_region_goes_into_the_controller_and_with_it(tmp_path: Path) -> None:
     model = tiny("llama")
-    controller = fitted(model, layers=[0, 1])
+    controller = controller_for(model, layers=[0, 1])
     found = linearity(model, PROMPTS, controller)
     region = monitored(controller, found)
     assert region.checked_error is not None
@@ -194,13 +194,13 @@ def test_the_region_goes_into_the_controller_and_with_it(tmp_path: Path) -> None
     region.save(tmp_path / "a.safetensors")
     loaded = mlx_lqr.Controller.load(tmp_path / "a.safetensors")
     assert np.array_equal(loaded.checked_push, region.checked_push)  # type: ignore[arg-type]
-    both = mlx_lqr.Controller.combine(loaded, fitted(model, "b"))
+    both = mlx_lqr.Controller.combine(loaded, controller_for(model, "b"))
     assert both.checked_error is not None
     assert np.array_equal(both.checked_error[:, 0], region.checked_error[:, 0])
     assert np.isinf(both.checked_error[:, 1]).all()
     first, second = both.split()
     assert np.array_equal(first.checked_error, region.checked_error)  # type: ignore[arg-type]
-    assert mlx_lqr.Controller.combine(fitted(model), fitted(model, "b")).checked_error is None
+    assert mlx_lqr.Controller.combine(controller_for(model), controller_for(model, "b")).checked_error is None
     with pytest.raises(InputError, match="that one"):
         monitored(second, found)
 
@@ -209,11 +209,11 @@ def test_what_cannot_be_measured_is_refused(smollm2: Model) -> None:
     model = tiny("llama")
     with pytest.raises(InputError, match="at least two"):
         linearity(model, [PROMPT])
-    both = mlx_lqr.Controller.combine(fitted(model), fitted(model, "b"))
+    both = mlx_lqr.Controller.combine(controller_for(model), controller_for(model, "b"))
     with pytest.raises(InputError, match="one concept at a time"):
         linearity(model, PROMPTS, both)
     with pytest.raises(InputError, match="fitted on"):
-        linearity(tiny("llama", seed=1), PROMPTS, fitted(model))
+        linearity(tiny("llama", seed=1), PROMPTS, controller_for(model))
 
 
 def test_default_prompts_end_in_different_tokens(smollm2: Model) -> None:

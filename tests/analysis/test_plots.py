@@ -7,9 +7,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from helpers.controllers import controller_for
+from helpers.prompts import NOMINAL_PROMPTS as PROMPTS
 from helpers.tiny import tiny
-from test_chat import fitted
-from test_linearity import PROMPTS
 
 from mlx_lqr.analysis import Certificate, Linearity, certify, linearity, plots
 
@@ -17,13 +17,13 @@ from mlx_lqr.analysis import Certificate, Linearity, certify, linearity, plots
 @pytest.fixture(scope="module")
 def measured() -> Linearity:
     model = tiny("llama", num_hidden_layers=4)
-    return linearity(model, PROMPTS, fitted(model, layers=[1, 2, 3]), modes=4)
+    return linearity(model, PROMPTS, controller_for(model, layers=[1, 2, 3]), modes=4)
 
 
 @pytest.fixture(scope="module")
 def certificate() -> Certificate:
     model = tiny("llama", num_hidden_layers=6)
-    controller = fitted(model, layers=[1, 2, 3, 4, 5], setpoint="paper")
+    controller = controller_for(model, layers=[1, 2, 3, 4, 5], setpoint="paper")
     return certify(model, controller, PROMPTS[:2], PROMPTS[2:], strengths=(1.0, 2.0))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,49 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.backends import BACKENDS, OTHERS, smollm2_on, tiny_on
-from helpers.tiny import FAMILY
+from helpers.controllers import NEGATIVE, POSITIVE, controller_for, law_for
+from helpers.decoding import decoded, decoded_together, prefill_chunks
+from helpers.prompts import BATCH, PROMPT
+from helpers.tiny import families
 
 import mlx_lqr
 from mlx_lqr import InputError
-from mlx_lqr.backends.protocol import Model, Sampling
+from mlx_lqr.backends.protocol import Sampling
 from mlx_lqr.lqr.adapt import readapted
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.methods.steering import law_of
 from mlx_lqr.runtime.decode import decode
 
-PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33, 21, 40]  # longer than the tiny models' sliding windows of 6
-BATCH = [PROMPT, PROMPT[:1], PROMPT[4:9], PROMPT[::-1], PROMPT[2:4]]
-POSITIVE, NEGATIVE = [[1, 2, 3], [4, 5]], [[6, 7], [8]]
-families = pytest.mark.parametrize("family", sorted(FAMILY))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 other_backends = pytest.mark.parametrize("backend", OTHERS)
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def controller_for(model: Model, **options: Any) -> mlx_lqr.Controller:
-    return mlx_lqr.fit(model, POSITIVE, NEGATIVE, q=1.0, **{"layers": "all", **options})
-
-
-def law_for(model: Model, strength: float = 2.0) -> LinearFeedback:
-    return LinearFeedback(controller_for(model), strength)
-
-
-def decoded(model: Model, prompt: list[int], **options: Any) -> list[int]:
-    return [token for _, token in decode(model, [prompt], **options)]
-
-
-def decoded_together(model: Model, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in prompts]
-    for i, token in decode(model, prompts, **options):
-        found[i].append(token)
-    return found
-
-
-def prefill_chunks(backend: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module(f"mlx_lqr.backends.{backend}.decoder"), "PREFILL_CHUNK", size)
 
 
 @other_backends

@@ -11,9 +11,10 @@ from typing import Any, get_args
 
 import pytest
 from helpers.backends import tiny_on
-from helpers.tiny import COMMON
+from helpers.controllers import controller_for
+from helpers.prompts import PROMPT
+from helpers.tiny import COMMON, families
 from oldest import PYPROJECT, oldest
-from test_backends import PROMPT, controller_for, families
 
 import mlx_lqr
 from mlx_lqr import InputError, loading

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.controllers import controller_for
 from helpers.tiny import FAMILY, tiny
 from mlx.utils import tree_map
 
@@ -16,8 +17,6 @@ from mlx_lqr.backends.mlx import decoder as mlx_decoder
 from mlx_lqr.backends.mlx import step as mlx_step
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.mlx.model import MLXModel
-from mlx_lqr.lqr.controller import Controller
-from mlx_lqr.lqr.layers import Layers
 from mlx_lqr.methods.alqr import LinearFeedback
 
 PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33]
@@ -29,10 +28,6 @@ def from_the_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """With buffers that soon are full, too."""
     monkeypatch.setattr(mlx_decoder, "COMPILE_AFTER", 0)
     monkeypatch.setattr(mlx_step, "STEP", 8)
-
-
-def controller_for(model: MLXModel, layers: Layers = "all") -> Controller:
-    return mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, layers=layers)
 
 
 def both_ways(
@@ -54,7 +49,7 @@ def logits_of_steps(decoder: MLXDecoder) -> np.ndarray:
 def test_steps_equal_plain_ones_in_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The windows of 6 tokens are full from the start, the buffers of 8 slots at once and again and again."""
     model = tiny(family)
-    law = LinearFeedback(controller_for(model, [0, 2]), 2.0)
+    law = LinearFeedback(controller_for(model, layers=[0, 2]), 2.0)
     compiled, plain = both_ways(model, logits_of_steps, monkeypatch, law=law)
     assert np.abs(compiled - plain).max() < 1e-4
     assert np.abs(compiled - both_ways(model, logits_of_steps, monkeypatch)[0]).max() > 1e-2

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.backends import tiny_folder
-from helpers.every_tokenizer import KINDS, TEXTS, folder_of, tokenizer_of
-from test_streaming import beyond
+from helpers.every_tokenizer import KINDS, TEXTS, beyond, folder_of, tokenizer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlx_lqr

@@ -20,8 +20,8 @@ import pytest
 from helpers.backends import smollm2_on, tiny_folder
 from helpers.metal import NotOnMetalError, rehearse
 from helpers.tiny import FAMILY
+from helpers.tiny_tokenizers import with_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
-from test_runtime import with_tokenizer
 
 import mlx_lqr
 from mlx_lqr import InputError, tasks

@@ -17,10 +17,13 @@ import torch
 import transformers
 from click.testing import CliRunner
 from helpers.backends import tiny_folder, tiny_on
-from helpers.tiny import tiny
+from helpers.controllers import controller_for, law_for
+from helpers.decoding import decoded, decoded_together
+from helpers.linear_systems import system
+from helpers.prompts import BATCH, PROMPT
+from helpers.tiny import families, tiny
+from helpers.tiny_torch import STEERED, ours, small, theirs
 from mlx.utils import tree_flatten
-from test_backends import BATCH, PROMPT, controller_for, decoded, decoded_together, families, law_for
-from test_riccati import system
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mlx_lqr
@@ -35,26 +38,6 @@ from mlx_lqr.runtime.decode import decode
 from mlx_lqr.runtime.generate import feedback
 
 CPU = torch.device("cpu")
-STEERED = ["llama", "gemma3_text"]  # the latter's sliding window is shorter than the prompts
-
-
-def small(family: str = "llama", **changes: Any) -> TorchModel:
-    """Untied, or a llama this small says one token again and again, and that would hide much."""
-    untied = {"tie_word_embeddings": False} if family == "llama" else {}
-    model: TorchModel = tiny_on("torch", family, **untied, **changes)
-    return model
-
-
-def ours(model: TorchModel, prompt: list[int], controller: mlx_lqr.Controller, max_tokens: int = 8) -> list[int]:
-    law, steer_all = feedback(model, controller, 2.0), controller.positions == "all"
-    return decoded(model, prompt, law=law, steer_all=steer_all, max_tokens=max_tokens)
-
-
-def theirs(model: TorchModel, prompt: list[int], max_tokens: int = 8, **options: Any) -> list[int]:
-    tokens = torch.tensor([prompt])
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
-    found = model.module.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_tokens, **options)
-    return [int(token) for token in found[0, len(prompt) :]]
 
 
 @pytest.mark.parametrize(

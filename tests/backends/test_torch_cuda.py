@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.backends import tiny_folder
-from test_backends import BATCH, PROMPT, controller_for, decoded, decoded_together, families, law_for
-from test_riccati import system
+from helpers.controllers import controller_for, law_for
+from helpers.decoding import decoded, decoded_together
+from helpers.linear_systems import system
+from helpers.prompts import BATCH, PROMPT
+from helpers.tiny import families
 
 import mlx_lqr
 from mlx_lqr.backends.protocol import Sampling

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_backends import BATCH, PROMPT, controller_for
-from test_torch import STEERED, ours, small, theirs
+from helpers.controllers import controller_for
+from helpers.prompts import BATCH, PROMPT
+from helpers.tiny_torch import STEERED, ours, small, theirs
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestState
 

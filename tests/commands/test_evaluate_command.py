@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import refused, run
+from helpers.command_line import refused, run
 
 from mlx_lqr.tasks.generations import Generations
 

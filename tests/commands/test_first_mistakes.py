@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from helpers.backends import tiny_on
-from test_chat import chatting, fitted
-from test_cli import refused, run
+from helpers.command_line import refused, run
+from helpers.controllers import controller_for
+from helpers.tiny_tokenizers import chatting
 
 import mlx_lqr
 from mlx_lqr import InputError
@@ -28,7 +29,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     model = chatting()
     mlx_lqr.fit_baseline(model, "angular", [[1, 2], [3]], [[4, 5], [6]]).save("angular.safetensors")
-    fitted(model).save("a.safetensors")
+    controller_for(model).save("a.safetensors")
     mlx_lqr.linearize(model, [[1]]).save("jacobians.safetensors")
     for name, count in (("one", 1), ("two", 2), ("six", 6)):
         (tmp_path / f"{name}.txt").write_text("".join(f"Sentence number {i}.\n" for i in range(count)))

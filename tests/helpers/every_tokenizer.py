@@ -154,3 +154,8 @@ def folder_of(kind: str, folder: Path, **settings: Any) -> Path:
 def tokenizer_of(kind: str) -> Tokenizer:
     """A tokenizer of this kind, with a BOS token before every text, special tokens, and `<think>`, which is text."""
     return Tokenizer.from_str(_text_of(kind))
+
+
+def beyond(prompt: str, whole: str) -> str:
+    """What a text has beyond the beginning that it shares with another."""
+    return whole[next((i for i in range(len(prompt)) if whole[i : i + 1] != prompt[i]), len(prompt)) :]

@@ -7,8 +7,8 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.prompts import NOMINAL_PROMPT as PROMPT
 from helpers.tiny import FAMILY, tiny
-from test_linearize import PROMPT
 
 import mlx_lqr
 from mlx_lqr import Controller, InputError

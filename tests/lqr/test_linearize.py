@@ -9,50 +9,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.by_hand import prefix_of, shifted_output
+from helpers.prompts import NOMINAL_PROMPT as PROMPT
 from helpers.tiny import FAMILY, tiny
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from safetensors.numpy import save_file
 
 import mlx_lqr
-from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.mlx import expansion as mlx_expansion
-from mlx_lqr.backends.mlx.blocks import hooked
 from mlx_lqr.backends.mlx.model import MLXModel, MLXTrace
-
-PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33]  # longer than the tiny models' sliding windows of 6
-
-
-def prefix_of(model: MLXModel, tokens: list[int]) -> list[Any]:
-    """mlx-lm's own caches after all tokens but the last."""
-    cache = make_prompt_cache(model.module)
-    model.module(mx.array([tokens[:-1]]), cache=cache)
-    return cache
-
-
-def shifted_output(
-    model: MLXModel, tokens: list[int], layer: int, shift: np.ndarray, prefix: list[Any] | None = None
-) -> np.ndarray:
-    """Output of block `layer` at the last token when its input there is shifted; every block runs as mlx-lm runs it.
-
-    Args:
-        prefix: what `prefix_of` returned, to use it again; it is as before afterwards.
-    """
-    found: list[mx.array] = []
-
-    def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
-        moved = z.at[0, -1].add(mx.array(shift, z.dtype))
-        output = call(moved)
-        found.append(output[0, -1])
-        return output
-
-    cache = prefix_of(model, tokens) if prefix is None else prefix
-    with hooked(model.blocks, hook, [layer]):
-        model.module(mx.array([tokens[-1:]]), cache=cache)
-    output = np.asarray(found[0].astype(mx.float64), dtype=np.float64)
-    if prefix is not None:
-        assert can_trim_prompt_cache(prefix)
-        assert trim_prompt_cache(prefix, 1) == 1
-    return output
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.backends import BACKENDS, tiny_on
+from helpers.command_line import run
+from helpers.tiny_tokenizers import chatting
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_chat import chatting
-from test_cli import run
 
 import mlx_lqr
 from mlx_lqr import Controller, InputError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.backends import BACKENDS, tiny_on
-from test_chat import chatting
+from helpers.tiny_tokenizers import chatting
 
 import mlx_lqr
 from mlx_lqr import Controller, InputError

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers.backends import BACKENDS, smollm2_on, tiny_on
+from helpers.decoding import prefill_chunks
+from helpers.prompts import PROMPT
 from helpers.tiny import FAMILY, tiny
 from scipy.optimize import minimize
-from test_backends import PROMPT, prefill_chunks
 
 import mlx_lqr
 from mlx_lqr import InputError

@@ -9,7 +9,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.controllers import law_for
+from helpers.decoding import decoded
+from helpers.prompts import PROMPT
 from helpers.tiny import FAMILY, tiny
+from helpers.tiny_tokenizers import with_tokenizer
 
 import mlx_lqr
 from mlx_lqr import InputError
@@ -20,29 +24,6 @@ from mlx_lqr.lqr.adapt import readapted
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.runtime.decode import decode
 from mlx_lqr.runtime.stopping import StopStrings
-
-PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33, 21, 40]
-
-
-class NoEnd:
-    """A tokenizer for models that have none: nothing ends a text."""
-
-    end_tokens: frozenset[int] = frozenset()
-
-
-def with_tokenizer(family: str = "llama", **changes: object) -> MLXModel:
-    model = tiny(family, **changes)
-    model._tokenizer = NoEnd()  # type: ignore[assignment]
-    return model
-
-
-def decoded(model: Model, prompt: list[int], **options: Any) -> list[int]:
-    """The tokens that follow one prompt."""
-    return [token for _, token in decode(model, [prompt], **options)]
-
-
-def law_for(model: Model, strength: float = 2.0) -> LinearFeedback:
-    return LinearFeedback(mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, layers="all"), strength)
 
 
 def steered_step_by_step(model: MLXModel, law: LinearFeedback, tokens: list[int], first: int) -> list[np.ndarray]:

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.backends import tiny_folder
+from helpers.command_line import refused, run
 from helpers.every_tokenizer import folder_of, tokenizer_of
 from helpers.tiny_configs import BASE, FACTORS, PROMPT, plain_logits, weights_folder, with_config
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from mlx_lm.evaluate import MLXLM
-from test_cli import refused, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
