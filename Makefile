@@ -48,11 +48,11 @@ lint: $(VENV)/lint ## style, formatting and types
 	$(BIN)/python tests/typecheck.py
 	$(BIN)/python tests/text_files.py
 
-# Nothing is fetched from elsewhere.
-docs: $(VENV)/docs ## the documentation as a site in build/site; a page or a link that is wrong fails it
+# A page or a link that is wrong fails it. Nothing is fetched.
+docs: $(VENV)/docs ## the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-figures: $(VENV)/core ## measure and draw the pictures of README.md again, after what the model says has changed
+figures: $(VENV)/core ## the pictures of the README, measured again
 	$(BIN)/python benchmarks/figures.py
 
 clean: ## remove environments and builds
