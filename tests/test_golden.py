@@ -34,8 +34,8 @@ def controller(jacobians: mlx_lqr.Jacobians, ocean: mlx_lqr.Contrast) -> mlx_lqr
     return mlx_lqr.compile(mlx_lqr.solve(jacobians, 0.1, 1.0, 0.1), ocean, "ocean", setpoint="paper")
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+def relative(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
 
 
 def test_direction(ocean: mlx_lqr.Contrast, golden: dict[str, Any]) -> None:

@@ -150,5 +150,5 @@ def load(folder: Path, backend: str) -> Any:
     return mlx_lqr.load(folder, backend=backend, dtype="float32")  # type: ignore[arg-type]
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def relative(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
