@@ -26,34 +26,34 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 other_backends = pytest.mark.parametrize("backend", OTHERS)
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def relative(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 @other_backends
 @families
 def test_numbers_agree(backend: str, family: str, random: np.random.Generator) -> None:
-    expected, found = tiny_on("mlx", family), tiny_on(backend, family)
-    assert found.fingerprint == expected.fingerprint
-    assert (found.num_layers, found.hidden_size, found.vocab_size) == (3, 32, 64)
-    assert found.context_length == expected.context_length
+    expected, other = tiny_on("mlx", family), tiny_on(backend, family)
+    assert other.fingerprint == expected.fingerprint
+    assert (other.num_layers, other.hidden_size, other.vocab_size) == (3, 32, 64)
+    assert other.context_length == expected.context_length
     law = law_for(expected)
     for steering in ({}, {"law": law}, {"law": law, "steer_all": True}):
-        assert relative(found.residuals(BATCH, **steering), expected.residuals(BATCH, **steering)) < 1e-5
-        assert np.abs(found.logits(PROMPT, **steering) - expected.logits(PROMPT, **steering)).max() < 1e-4
-        logprobs = [model.log_probabilities([(PROMPT[:5], PROMPT[5:])], **steering)[0] for model in (found, expected)]
+        assert relative(other.residuals(BATCH, **steering), expected.residuals(BATCH, **steering)) < 1e-5
+        assert np.abs(other.logits(PROMPT, **steering) - expected.logits(PROMPT, **steering)).max() < 1e-4
+        logprobs = [model.log_probabilities([(PROMPT[:5], PROMPT[5:])], **steering)[0] for model in (other, expected)]
         assert np.abs(logprobs[0] - logprobs[1]).max() < 1e-4
-    traces = found.trace(PROMPT), expected.trace(PROMPT)
+    traces = other.trace(PROMPT), expected.trace(PROMPT)
     w = random.standard_normal((2, 32)).astype(np.float32)
     for k in range(3):
         A = expected.jacobian(traces[1], k)
-        assert relative(found.jacobian(traces[0], k), A) < 1e-4
-        assert relative(found.jvp(traces[0], k, w), w @ A.T) < 1e-4
-        assert relative(found.vjp(traces[0], k, w), w @ A) < 1e-4
+        assert relative(other.jacobian(traces[0], k), A) < 1e-4
+        assert relative(other.jvp(traces[0], k, w), w @ A.T) < 1e-4
+        assert relative(other.vjp(traces[0], k, w), w @ A) < 1e-4
         z = traces[1].residual[k] + np.vstack([np.zeros(32, np.float32), w])
         outputs = expected.block(traces[1], k, z)
         assert relative(outputs[0], traces[1].residual[k + 1]) < 1e-5
-        assert relative(found.block(traces[0], k, z), outputs) < 1e-4
+        assert relative(other.block(traces[0], k, z), outputs) < 1e-4
 
 
 @every_backend
@@ -72,11 +72,11 @@ def test_logits_and_probabilities_along_texts_are_those_of_the_steps(
     for law in laws:
         logits = model.logits_along(pairs, law=law, steer_all=steer_all)
         scores = model.log_probabilities(pairs, law=law, steer_all=steer_all)
-        for (prompt, continuation), found, scored in zip(pairs, logits, scores, strict=True):
+        for (prompt, continuation), along, scored in zip(pairs, logits, scores, strict=True):
             decoder = model.decoder(law)
             decoder.fill([prompt[:-1]], steered=steer_all)
             steps = [decoder.step([token]).tolist()[0] for token in (prompt[-1], *continuation)]
-            assert np.allclose(found, steps, atol=1e-4)
+            assert np.allclose(along, steps, atol=1e-4)
             expected = [row[token] - np.log(np.exp(row).sum()) for row, token in zip(steps, continuation, strict=False)]
             assert np.allclose(scored, expected, atol=1e-4)
 
@@ -85,10 +85,10 @@ def test_logits_and_probabilities_along_texts_are_those_of_the_steps(
 @families
 @pytest.mark.parametrize("steer_all", [False, True])
 def test_steered_tokens_agree(backend: str, family: str, steer_all: bool) -> None:
-    expected, found = tiny_on("mlx", family), tiny_on(backend, family)
+    expected, other = tiny_on("mlx", family), tiny_on(backend, family)
     law = law_for(expected)
     options = {"law": law, "steer_all": steer_all, "max_tokens": 12}
-    assert decoded(found, PROMPT, **options) == decoded(expected, PROMPT, **options)
+    assert decoded(other, PROMPT, **options) == decoded(expected, PROMPT, **options)
 
 
 @other_backends
@@ -137,9 +137,9 @@ def test_linearising_goes_on_where_it_was_interrupted(backend: str, tmp_path: Pa
     model.jacobian = interrupted
     with pytest.raises(KeyboardInterrupt):
         mlx_lqr.linearize(model, [PROMPT], store=file)
-    found = mlx_lqr.linearize(model, [PROMPT], store=file)
+    resumed = mlx_lqr.linearize(model, [PROMPT], store=file)
     assert layers == [2, 1, 0, 0]
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(resumed, expected, strict=True))
 
 
 @every_backend
@@ -183,13 +183,13 @@ def test_a_batch_goes_on_without_those_that_have_ended(backend: str) -> None:
     sampling = Sampling(seed=7, **filters)  # type: ignore[arg-type]
     assert decoded_together(model, BATCH, sampling=sampling, max_tokens=12) == expected
     assert len(expected[0]) <= 3
-    found: list[list[int]] = [[] for _ in BATCH]
+    answers: list[list[int]] = [[] for _ in BATCH]
     ended: set[int] = set()  # where the caller says which sequences are done
     for i, token in decode(model, BATCH, sampling=sampling, max_tokens=12, ended=ended):
-        found[i].append(token)
-        if i == 1 and len(found[i]) == 5:
+        answers[i].append(token)
+        if i == 1 and len(answers[i]) == 5:
             ended.add(i)
-    assert found == [tokens[:5] if i == 1 else tokens for i, tokens in enumerate(expected)]
+    assert answers == [tokens[:5] if i == 1 else tokens for i, tokens in enumerate(expected)]
 
 
 @every_backend
@@ -242,8 +242,8 @@ def test_what_does_not_fit_the_context_is_an_error_or_rolls(backend: str) -> Non
 def test_a_rolling_context_forgets_alike(backend: str) -> None:
     """Filled token by token, so that no backend's way to chunk a prompt matters."""
     models = [tiny_on(name, "qwen3", max_position_embeddings=16) for name in ("mlx", backend)]
-    expected, found = (decoded(model, PROMPT, max_tokens=700, overflow="roll") for model in models)
-    assert found == expected  # long enough for the torch backend's buffer to come round
+    expected, tokens = (decoded(model, PROMPT, max_tokens=700, overflow="roll") for model in models)
+    assert tokens == expected  # long enough for the torch backend's buffer to come round
 
 
 @every_backend
@@ -332,8 +332,8 @@ def test_adaptive_generation_linearises_during_prefill(backend: str) -> None:
     law = LinearFeedback(mlx_lqr.adapt(model, controller, prompt), 2.0)
     expected = decoded(model, prompt, law=law, max_tokens=8)
     adapt = partial(adapt_at, model, controller)
-    found = decoded(model, prompt, max_tokens=8, adapted=lambda trace: LinearFeedback(adapt(trace), 2.0))
-    assert found == expected
+    tokens = decoded(model, prompt, max_tokens=8, adapted=lambda trace: LinearFeedback(adapt(trace), 2.0))
+    assert tokens == expected
 
 
 @every_backend
@@ -374,21 +374,21 @@ def test_other_models_controllers_and_bad_dtypes_are_refused(backend: str, tmp_p
 @other_backends
 def test_the_real_model_agrees(backend: str, golden: dict[str, Any], controller: mlx_lqr.Controller) -> None:
     """SmolLM2: activations, probed Jacobians, and 40 greedy tokens with a controller that the other backend fitted."""
-    expected, found = smollm2_on("mlx"), smollm2_on(backend)
-    assert found.fingerprint == expected.fingerprint == controller.fingerprint
-    prompts = [found.tokenizer.encode(text) for text in golden["positive"][:6]]
+    expected, other = smollm2_on("mlx"), smollm2_on(backend)
+    assert other.fingerprint == expected.fingerprint == controller.fingerprint
+    prompts = [other.tokenizer.encode(text) for text in golden["positive"][:6]]
     scale = np.linalg.norm(expected.residuals(prompts), axis=-1)
-    error = np.linalg.norm(found.residuals(prompts) - expected.residuals(prompts), axis=-1)
+    error = np.linalg.norm(other.residuals(prompts) - expected.residuals(prompts), axis=-1)
     assert (error / scale).max() < 1e-5
-    traces = found.trace(prompts[0]), expected.trace(prompts[0])
+    traces = other.trace(prompts[0]), expected.trace(prompts[0])
     probes = golden["probe"][:, None].astype(np.float32)
-    for k in range(0, found.num_layers, 5):
+    for k in range(0, other.num_layers, 5):
         for product in ("jvp", "vjp"):
-            pair = [getattr(m, product)(t, k, probes[k]) for m, t in zip((found, expected), traces, strict=True)]
+            pair = [getattr(m, product)(t, k, probes[k]) for m, t in zip((other, expected), traces, strict=True)]
             assert np.linalg.norm(pair[0] - pair[1]) < 1e-4 * np.linalg.norm(pair[1])
     pieces = [
         [p.token for p in mlx_lqr.stream(m, golden["prompt"], controller=controller, strength=3.0, max_tokens=40)]
-        for m in (found, expected)
+        for m in (other, expected)
     ]
     assert pieces[0] == pieces[1]
     assert len(pieces[0]) == 40

@@ -240,9 +240,9 @@ def test_each_library_is_touched_in_one_place() -> None:
 
 
 def test_the_oldest_versions_are_those_of_pyproject() -> None:
-    found = oldest(PYPROJECT.read_text("utf-8"))
+    versions = oldest(PYPROJECT.read_text("utf-8"))
     for package, numbers in OLDEST.items():
-        assert found[package] == ".".join(map(str, numbers))
-    assert {"mlx", "mlx-lm", "torch", "tokenizers", "numpy"} <= set(found)
+        assert versions[package] == ".".join(map(str, numbers))
+    assert {"mlx", "mlx-lm", "torch", "tokenizers", "numpy"} <= set(versions)
     with pytest.raises(ValueError, match="'rich' has no lower bound"):
         oldest('dependencies = [\n  "rich",\n]\ntorch = []\n')

@@ -68,10 +68,10 @@ def test_whatever_happens_between_steps(family: str, rolling: bool, monkeypatch:
     model = tiny(family, max_position_embeddings=20)
 
     def work(decoder: MLXDecoder) -> list[np.ndarray]:
-        found: list[Any] = []
+        answers: list[Any] = []
 
         def steps(tokens: list[int]) -> None:
-            found.extend(np.array(decoder.step([token])) for token in tokens)
+            answers.extend(np.array(decoder.step([token])) for token in tokens)
 
         decoder.fill([PROMPT[:3]], steered=False)
         steps(TOKENS[:2])
@@ -79,14 +79,14 @@ def test_whatever_happens_between_steps(family: str, rolling: bool, monkeypatch:
             assert decoder.position == 4
         steps(TOKENS[2:5])
         decoder.fill([PROMPT[3:6]], steered=False)
-        found.append(decoder.trace(7).residual)
+        answers.append(decoder.trace(7).residual)
         steps(TOKENS[5:8])
         assert 0 <= decoder.sample(decoder.step([9])).item() < model.vocab_size
         if rolling:
             steps(TOKENS[8:])
             decoder.fill([PROMPT], steered=False)
             steps(TOKENS)
-        return found
+        return answers
 
     for compiled, plain in zip(*both_ways(model, work, monkeypatch, rolling=rolling), strict=True):
         assert np.abs(compiled - plain).max() < 1e-4

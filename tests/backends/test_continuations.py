@@ -138,13 +138,13 @@ def test_a_judge_reads_a_text_with_its_prompt(kind: str, chat: bool) -> None:
 
 def test_yes_and_no_are_scored_behind_the_question() -> None:
     model = model_of("llama")
-    found = mentions(tasks.Steered(model), "sea", ["The sea is deep."])[0]
+    mentioned = mentions(tasks.Steered(model), "sea", ["The sea is deep."])[0]
     asked = 'Does this text have to do with "sea"? Answer Yes or No.'
     text = f'Text: "The sea is deep."\nQuestion: {asked}\nAnswer:'
     theirs = AutoTokenizer.from_pretrained(folder("llama"))
     own = theirs.encode(text)
     yes, no = (transformers_score("llama", own, theirs.encode(f"{text} {word}")) for word in ("Yes", "No"))
-    assert found == pytest.approx(1 / (1 + np.exp(no - yes)), abs=1e-5)
+    assert mentioned == pytest.approx(1 / (1 + np.exp(no - yes)), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "metaspace", "gemma", "byte-level"])

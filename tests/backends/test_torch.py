@@ -53,8 +53,8 @@ def test_transformers_generates_what_our_loop_generates(family: str, positions: 
     controller = controller_for(model, positions=positions)
     expected = ours(model, PROMPT, controller)
     with mlx_lqr.steer(model.module, controller, 2.0):
-        found = theirs(model, PROMPT, **options)
-    assert found == expected
+        answer = theirs(model, PROMPT, **options)
+    assert answer == expected
     assert expected != theirs(model, PROMPT)
 
 
@@ -66,10 +66,10 @@ def test_each_prompt_of_a_padded_batch_is_steered_as_if_alone(family: str) -> No
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in BATCH])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in BATCH])
     with mlx_lqr.steer(model, controller, 2.0):
-        found = model.module.generate(
+        answers = model.module.generate(
             tokens, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-    assert found[:, width:].tolist() == [ours(model, prompt, controller, 6) for prompt in BATCH]
+    assert answers[:, width:].tolist() == [ours(model, prompt, controller, 6) for prompt in BATCH]
 
 
 @pytest.mark.parametrize("draft", ["another", "steered", "itself"])
@@ -81,10 +81,10 @@ def test_assisted_decoding_changes_no_token(draft: str) -> None:
     with mlx_lqr.steer(model, controller, 2.0):
         if draft == "steered":
             with mlx_lqr.steer(other, controller_for(small(seed=2)), 2.0):
-                found = theirs(model, PROMPT, 12, assistant_model=drafting)
+                answer = theirs(model, PROMPT, 12, assistant_model=drafting)
         else:
-            found = theirs(model, PROMPT, 12, assistant_model=drafting)
-    assert found == expected
+            answer = theirs(model, PROMPT, 12, assistant_model=drafting)
+    assert answer == expected
 
 
 def test_generation_goes_on_from_a_cache() -> None:
@@ -126,9 +126,9 @@ def test_a_direct_call_is_steered_at_its_last_position() -> None:
     with torch.no_grad():
         plain = model.module(torch.tensor([PROMPT])).logits[0].numpy()
         with mlx_lqr.steer(model, controller, 2.0):
-            found = model.module(torch.tensor([PROMPT])).logits[0].numpy()
-    assert np.abs(found[-1] - expected).max() < 1e-4
-    assert np.abs(found[:-1] - plain[:-1]).max() == 0
+            logits = model.module(torch.tensor([PROMPT])).logits[0].numpy()
+    assert np.abs(logits[-1] - expected).max() < 1e-4
+    assert np.abs(logits[:-1] - plain[:-1]).max() == 0
 
 
 def test_another_thread_is_steered_too() -> None:
@@ -198,7 +198,7 @@ def test_models_without_one_residual_stream_are_refused_by_name(kind: str) -> No
 
 def shifted_output(module: Any, tokens: list[int], layer: int, shift: np.ndarray) -> np.ndarray:
     """Output of block `layer` at the last token when its input there is shifted; all as transformers runs it."""
-    found = []
+    outputs = []
 
     def move(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         z = args[0].clone()
@@ -208,13 +208,13 @@ def shifted_output(module: Any, tokens: list[int], layer: int, shift: np.ndarray
     block = module.base_model.layers[layer]
     handles = [
         block.register_forward_pre_hook(move),
-        block.register_forward_hook(lambda _, __, output: found.append(output[0, -1].numpy())),
+        block.register_forward_hook(lambda _, __, output: outputs.append(output[0, -1].numpy())),
     ]
     with torch.no_grad():
         module(torch.tensor([tokens]))
     for handle in handles:
         handle.remove()
-    (output,) = found
+    (output,) = outputs
     return np.asarray(output)
 
 
@@ -248,9 +248,9 @@ def test_a_16_bit_model_is_linearised_in_float32(dtype: str) -> None:
     exact = TorchModel(copy.deepcopy(model.module).float(), "exact")
     assert model._dtype == getattr(torch, dtype)
     traces = model.trace(PROMPT), exact.trace(PROMPT)
-    found = model.jacobian(traces[0], 0)
+    jacobian = model.jacobian(traces[0], 0)
     expected = exact.jacobian(traces[1], 0)
-    assert np.abs(found - expected).max() < (2e-2 if dtype == "bfloat16" else 3e-3) * np.abs(expected).max()
+    assert np.abs(jacobian - expected).max() < (2e-2 if dtype == "bfloat16" else 3e-3) * np.abs(expected).max()
     alone = model.jacobian(model.trace([7]), 0), exact.jacobian(exact.trace([7]), 0)  # no prefix, nothing rounded
     assert np.abs(alone[0] - alone[1]).max() < 1e-5 * np.abs(alone[1]).max()
     assert model.blocks[0].mlp.down_proj.weight.dtype == getattr(torch, dtype)
@@ -269,8 +269,8 @@ def test_wide_blocks_are_differentiated_in_parts(monkeypatch: pytest.MonkeyPatch
 def test_the_riccati_recursion_in_torch_equals_numpys(layers: list[int] | None, dtype: Any) -> None:
     jacobians = system(5, 24)
     expected = mlx_lqr.solve(jacobians, 1.0, 1.0, 1.0, layers=layers)
-    found = mlx_lqr.solve(jacobians, 1.0, 1.0, 1.0, layers=layers, dtype=dtype, algebra=TorchAlgebra(CPU))
-    for a, b in zip(found, expected, strict=True):
+    gains = mlx_lqr.solve(jacobians, 1.0, 1.0, 1.0, layers=layers, dtype=dtype, algebra=TorchAlgebra(CPU))
+    for a, b in zip(gains, expected, strict=True):
         assert a.dtype == dtype
         assert np.abs(a - b).max() <= (1e-10 if dtype == np.float64 else 1e-4) * np.abs(b).max()
 
@@ -366,9 +366,9 @@ def test_running_out_of_memory_is_one_line_and_loses_nothing(tmp_path: Path, mon
         with pytest.raises(InputError, match="what is stored so far stays"):
             mlx_lqr.linearize(model, [PROMPT], store=file)
         finished.append(-1)
-        found = mlx_lqr.linearize(model, [PROMPT], store=file)
+        resumed = mlx_lqr.linearize(model, [PROMPT], store=file)
     assert finished == [2, -1, 1, 0]
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(resumed, expected, strict=True))
     for product in ("__matmul__", "__truediv__"):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, product, exhausted)
@@ -422,8 +422,8 @@ def test_a_checkpoint_of_transformers_is_loaded_and_steered(tmp_path: Path) -> N
         assert ours(loaded, PROMPT, controller) != decoded(loaded, PROMPT, max_tokens=8)  # type: ignore[arg-type]
 
 
-def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 def test_the_command_line_says_the_same_on_both_backends(dog: Path) -> None:
@@ -473,13 +473,13 @@ def test_a_step_does_the_same_whatever_the_numbers(family: str, monkeypatch: pyt
     batch = decoded_together(model, BATCH, law=law, max_tokens=8)
     decoder = recording(model, monkeypatch)
     ended: set[int] = set()
-    found: list[list[int]] = [[] for _ in BATCH]
+    answers: list[list[int]] = [[] for _ in BATCH]
     for i, token in decode(model, BATCH, law=law, max_tokens=8, decoder=decoder, ended=ended):
-        found[i].append(token)
-        if i == 1 and len(found[i]) == 3:
+        answers[i].append(token)
+        if i == 1 and len(answers[i]) == 3:
             ended.add(i)
     batch[1] = batch[1][:3]
-    assert found == batch
+    assert answers == batch
     assert Recorded.made == 2
 
 
@@ -495,7 +495,7 @@ def test_a_recorded_step_rolls_and_takes_a_new_strength(monkeypatch: pytest.Monk
     decoder.fill([PROMPT[:-1]], steered=False)
     for strength in (1.0, 3.0, -2.0):
         law.strength = strength
-        found = decoder.step(PROMPT[-1:])[0].numpy()
-        assert np.abs(found - model.logits(PROMPT, law=law)).max() < 1e-4
+        logits = decoder.step(PROMPT[-1:])[0].numpy()
+        assert np.abs(logits - model.logits(PROMPT, law=law)).max() < 1e-4
         decoder.rewind(len(PROMPT) - 1)
     assert Recorded.made == 1
