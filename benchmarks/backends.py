@@ -124,11 +124,11 @@ def plain_hooks(model: TorchModel, controller: mlx_lqr.Controller, strength: flo
 def contenders(
     models: dict[str, Any], prompt: list[int], controller: mlx_lqr.Controller, tokens: int
 ) -> dict[str, Pace]:
-    found: dict[str, Pace] = {}
+    paces: dict[str, Pace] = {}
     steering = {"controller": controller, "strength": 1.0}
     for name, model in models.items():
-        found[f"ours on {name}, not steered"] = lambda model=model: our_pace(model, prompt, tokens)
-        found[f"ours on {name}, steered"] = lambda model=model: our_pace(model, prompt, tokens, **steering)
+        paces[f"ours on {name}, not steered"] = lambda model=model: our_pace(model, prompt, tokens)
+        paces[f"ours on {name}, steered"] = lambda model=model: our_pace(model, prompt, tokens, **steering)
     model = models["torch"]
 
     def with_plain_hooks() -> float:
@@ -139,10 +139,10 @@ def contenders(
         with mlx_lqr.steer(model, controller, 1.0):
             return their_pace(model.module, prompt, tokens)
 
-    found["transformers' generate, not steered"] = lambda: their_pace(model.module, prompt, tokens)
-    found["transformers' generate, forward hooks"] = with_plain_hooks
-    found["transformers' generate inside mlx_lqr.steer"] = inside_steer
-    return found
+    paces["transformers' generate, not steered"] = lambda: their_pace(model.module, prompt, tokens)
+    paces["transformers' generate, forward hooks"] = with_plain_hooks
+    paces["transformers' generate inside mlx_lqr.steer"] = inside_steer
+    return paces
 
 
 def decoding(

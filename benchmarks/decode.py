@@ -61,7 +61,7 @@ def contenders(model: MLXModel, tokens: int) -> dict[str, Stream]:
     def ours(**options: Any) -> Stream:
         return lambda: mlx_lqr.stream(model, prompt, max_tokens=tokens, **options)
 
-    found: dict[str, Stream] = {
+    streams: dict[str, Stream] = {
         "mlx_lm.stream_generate, not steered": lambda: mlx_lm.stream_generate(
             module, tokenizer, mx.array(prompt), max_tokens=tokens
         ),
@@ -70,8 +70,8 @@ def contenders(model: MLXModel, tokens: int) -> dict[str, Stream]:
         "ours, three controllers combined": ours(controller=joint, strength=0.5),
     }
     if importlib.util.find_spec("llama_cpp") is not None:
-        found["llama.cpp, the same model in Q4_1"] = llama_cpp_stream(prompt, tokens)
-    return found
+        streams["llama.cpp, the same model in Q4_1"] = llama_cpp_stream(prompt, tokens)
+    return streams
 
 
 def llama_cpp_stream(prompt: list[int], tokens: int) -> Stream:

@@ -45,11 +45,11 @@ def main(source: str, concepts: str) -> None:
         (unsteered,) = tasks.evaluate(model, task).results()
         for name, options in CHOICES.items():
             controller = mlx_lqr.fit(model, positive, negative, concept=concept, jacobians=jacobians, **options)
-            found = tasks.evaluate(model, task, tasks.NamedSteering(name, controller), STRENGTHS).results()
+            results = tasks.evaluate(model, task, tasks.NamedSteering(name, controller), STRENGTHS).results()
             cells = [
                 f"{one.metrics['prevalence'].value:.2f} / "
                 f"{one.metrics['perplexity'].value / unsteered.metrics['perplexity'].value:.2f}"
-                for one in found
+                for one in results
             ]
             print(f"| {concept} | {name} | {' | '.join(cells)} |", flush=True)
 

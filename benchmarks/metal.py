@@ -77,19 +77,19 @@ def run(arguments: list[str]) -> tuple[int, str]:
 @click.option("--tests/--no-tests", "with_tests", default=True, help="Run the test suite first.")
 def main(quick: bool, with_tests: bool) -> None:
     """Run tests and benchmarks and print one table; the exit status is 1 where any of them failed."""
-    found: list[tuple[str, str, str]] = []
+    table: list[tuple[str, str, str]] = []
     failed = False
     if with_tests:
         status, output = run(TESTS)
         failed |= status != 0
-        found.append(("tests", output.strip().rpartition("\n")[2].strip("= "), "all"))
-        found += [(line.partition(" - ")[0], "", "") for line in output.splitlines() if line.startswith("FAILED")]
+        table.append(("tests", output.strip().rpartition("\n")[2].strip("= "), "all"))
+        table += [(line.partition(" - ")[0], "", "") for line in output.splitlines() if line.startswith("FAILED")]
     for name, options in BENCHMARKS.items():
         status, output = run([str(FOLDER / name), *(options if quick else [])])
         failed |= status != 0
-        found += [(f"**{name}**", "failed" if status else "", ""), *rows(output)]
+        table += [(f"**{name}**", "failed" if status else "", ""), *rows(output)]
     click.echo(f"\n{machine()}\n\n| what | measured | aim |\n|---|---|---|")
-    for row in found:
+    for row in table:
         click.echo("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
     sys.exit(int(failed))
 

@@ -66,14 +66,14 @@ def programs(folder: Path, gguf: Path | None, controllers: tuple[str, ...]) -> d
     python = sys.executable
     ours = [str(folder), "-p", PROMPT, "-n", "1", *(part for text in controllers for part in ("-c", text))]
     mlx_lm = ["--model", str(folder), "--prompt", PROMPT, "--max-tokens", "1", "--ignore-chat-template"]
-    found = {
+    commands = {
         OURS: [python, "-m", "mlx_lqr.runtime", *ours],
         OUR_COMMAND: [python, "-c", "from mlx_lqr.commands import main; main()", "generate", *ours],
         MLX_LM: [python, "-m", "mlx_lm", "generate", *mlx_lm],
     }
     if gguf is not None:
-        found[LLAMA] = [python, "-c", LLAMA_PROGRAM, str(gguf), PROMPT]
-    return found
+        commands[LLAMA] = [python, "-c", LLAMA_PROGRAM, str(gguf), PROMPT]
+    return commands
 
 
 @click.command()

@@ -20,7 +20,7 @@ import click
 from report import ratio, say
 
 import mlx_lqr  # first, so that MLX gets its BLAS
-from mlx_lqr.backends.mlx.mlx_lm_models import model_classes
+from mlx_lqr.backends.mlx.library import model_classes
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.lqr.adapt import adapt
 from mlx_lqr.lqr.linearize import traces
@@ -142,17 +142,17 @@ def textbook_gains(jacobians: mlx_lqr.Jacobians, weights: Weights, dtype: Any) -
     return gains[::-1]
 
 
-def worst(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True))
+def worst(measured: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(measured, expected, strict=True))
 
 
 def jacobians_beside_others(model: MLXModel, tokens: list[int], rounds: int, torch_folder: str | None) -> None:
     """Both ways start from known states: neither clock counts the forward pass."""
     (point,) = traces(model, [tokens])
-    found: list[np.ndarray] = []
+    matrices: list[np.ndarray] = []
 
     def jacobians() -> None:
-        found[:] = [model.jacobian(point, k) for k in range(model.num_layers)]
+        matrices[:] = [model.jacobian(point, k) for k in range(model.num_layers)]
 
     works: list[Callable[[], Any]] = [
         jacobians,
@@ -171,7 +171,7 @@ def jacobians_beside_others(model: MLXModel, tokens: list[int], rounds: int, tor
         took, products = whole_sequence_reverse_mode(torch_folder, tokens)
         taken.append(took)
         again.append(seconds(jacobians))
-    expected = np.stack([A.sum(axis=1) for A in found])
+    expected = np.stack([A.sum(axis=1) for A in matrices])
     off = np.linalg.norm(products - expected, axis=1) / np.linalg.norm(expected, axis=1)
     say("whole-sequence reverse mode in torch", statistics.median(taken), "s", f"agrees to {off.max():.0e}")
     say("  it takes longer than ours by", ratio(taken, again), "x", "at least 20")
@@ -261,7 +261,7 @@ def main(rounds: int, torch: bool, with_scaling: bool) -> None:
     accuracy(stored)
 
     unit = 8 * model.hidden_size**2 / 1e6
-    caches = sum(point.nbytes for point in traces(model, positive[:8])) / 1e6
+    caches = sum(point.nbytes for point in traces(model, positive[:8])) / 1e6  # type: ignore[attr-defined]
     used = peak_megabytes(lambda: mlx_lqr.fit(model, positive[:8], negative[:8], layers="all")) - caches
     say("peak memory of fit, 8 + 8 prompts", used, "MB")
     say("  in (d, d) float64 matrices", used / unit, "", f"below 12, beside {caches:.1f} MB of prompts' caches")

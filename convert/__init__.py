@@ -11,7 +11,7 @@ __all__ = ["convert"]
 
 
 def __getattr__(name: str) -> Any:
-    """`convert`, when it is first asked for: whoever only finds a model that is there already needs no converter."""
+    """Import `convert` when it is first used: a model that is already converted needs no converter."""
     if name != "convert":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .folder import convert

@@ -1,4 +1,4 @@
-"""SOURCE -> MLX model folder: look at what the source is, and write the folder whole or not at all."""
+"""SOURCE -> MLX model folder: see what the source is, and write the folder whole or not at all."""
 
 from __future__ import annotations
 
@@ -41,19 +41,21 @@ def convert(
     Args:
         source: a .gguf file, a Hugging Face folder, a hub id (its safetensors and tokenizer files are downloaded), or
             "demo" for the demonstration model.
-        out: the folder to make; it must not exist, or be empty, unless `force` is given and it holds a model.
-        dtype: "float32", "float16" or "bfloat16". None keeps the checkpoint's own; a quantised GGUF becomes float32
-            where MLX computes on the CPU, which is slow in 16 bits, and bfloat16 elsewhere.
-        quantize: 4 or 8 bits a weight (MLX affine quantisation); None does not quantise.
-        group_size: weights that share a scale: 32, 64 or 128. A row that does not divide by it gets groups of 32, one
-            that does not divide by 32 stays as it is; the config names every such module.
+        out: the folder to write. It must not exist, or be empty; with `force` it may also hold a model, which is
+            replaced.
+        dtype: "float32", "float16" or "bfloat16". None keeps the checkpoint's own; a quantised GGUF becomes float32 if
+            MLX computes on the CPU, which is slow in 16 bits, and bfloat16 otherwise.
+        quantize: 4 or 8 bits per weight (MLX affine quantisation); None does not quantise.
+        group_size: how many weights share a scale: 32, 64 or 128. Rows that it does not divide get groups of 32; rows
+            that 32 does not divide are not quantised. The config names all such modules.
+        force: replace a folder that holds a model.
         progress: called as progress("Writing", done, total) after every tensor.
 
     Returns:
         `out`.
 
     Raises:
-        InputError: the source, the place or an option cannot be used; nothing is left behind.
+        InputError: the source, `out` or an option cannot be used; nothing is written.
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
@@ -62,11 +64,11 @@ def convert(
     if group_size not in GROUP_SIZES:
         raise InputError(f"cannot quantise in groups of {group_size!r}: use {', '.join(map(str, GROUP_SIZES))}")
     with writing(out, folder=True, force=force) as folder:
-        place = demo_model(progress=progress) if source == "demo" else Path(source)
-        if place.is_file():
-            _convert_gguf(GGUFFile(place), folder, dtype, quantize, group_size, progress)
+        path = demo_model(progress=progress) if source == "demo" else Path(source)
+        if path.is_file():
+            _convert_gguf(GGUFFile(path), folder, dtype, quantize, group_size, progress)
         else:
-            checkpoint = place if place.is_dir() else hub_folder(str(source))
+            checkpoint = path if path.is_dir() else hub_folder(str(source))
             convert_folder(checkpoint, folder, dtype, quantize, group_size, progress)
     return Path(out)
 
@@ -106,7 +108,7 @@ def _convert_gguf(
 
 
 def _own_dtype(file: GGUFFile) -> str:
-    """The dtype of a file of plain numbers, by its matrices (norms are float32 in all); else what suits the device."""
+    """The dtype of an unquantised file's matrices (norms are always float32); otherwise what suits the device."""
     kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
     if kinds <= FLOAT_TYPES.keys():
         narrow = kinds - {GGMLQuantizationType.F32}
@@ -115,7 +117,7 @@ def _own_dtype(file: GGUFFile) -> str:
 
 
 def _groups(weights: GGUFWeights, group_size: int) -> dict[str, int | None]:
-    """Name -> group size (None: cannot be grouped) of every matrix; all are linear layers or embeddings."""
+    """name -> group size (None: not quantised) of every matrix; all are linear layers or embeddings."""
     return {name: group_for(shape[1], group_size) for name, shape in weights.shapes.items() if len(shape) == 2}
 
 
@@ -127,7 +129,7 @@ def _parts(name: str, groups: dict[str, int | None]) -> list[str]:
 def _quantized(
     arrays: Iterator[tuple[str, mx.array]], groups: dict[str, int | None], bits: int
 ) -> Iterator[tuple[str, mx.array]]:
-    """The same three arrays for a matrix that `mlx.nn.quantize` makes of its layer."""
+    """The arrays, with each quantised matrix as the same three arrays that `mlx.nn.quantize` makes of it."""
     for name, array in arrays:
         if group := groups.get(name):
             yield from zip(_parts(name, groups), mx.quantize(array, group_size=group, bits=bits), strict=True)

@@ -1,7 +1,7 @@
 """GGUF metadata -> config.json, with the keys that mlx-lm and transformers read.
 
-What the metadata does not state follows llama.cpp's own defaults, because a GGUF file means what llama.cpp makes of it.
-What mlx-lm's model cannot do is refused here, never dropped.
+What the metadata does not state takes llama.cpp's defaults, since a GGUF file means what llama.cpp makes of it. What
+mlx-lm's models cannot do is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ARCHITECTURES = {
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
-# computations that a key switches on, the value that leaves them off, and that the mlx-lm models do not have
+# keys that switch on a computation that mlx-lm's models lack, and the value that leaves it off
 _UNSUPPORTED = {
     "expert_count": 0,
     "attention.scale": 0.0,
@@ -39,7 +39,7 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
     """The config of the model in `file`, without dtype and end tokens.
 
     Raises:
-        InputError: the architecture is not supported, or a value is missing or of a kind that MLX cannot do.
+        InputError: the architecture is not supported, a value is missing, or MLX cannot do what it asks for.
     """
     arch = architecture(file)
     for key, off in _UNSUPPORTED.items():
@@ -119,7 +119,7 @@ def _qwen3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
 def _gemma2(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     if config["rope_scaling"] is not None or not config["tie_word_embeddings"]:
         raise InputError(
-            f"{file.path} is a Gemma 2 with scaled RoPE or its own output layer: mlx-lm has none, use another model"
+            f"{file.path} is a Gemma 2 with scaled RoPE or its own output layer: mlx-lm has neither, use another model"
         )
     return {
         "hidden_activation": "gelu_pytorch_tanh",
@@ -156,19 +156,19 @@ _SPECIFIC = {"llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "gemma2": _gemma
 
 
 def _query_scalar(config: dict[str, Any], layers_of_27b: int) -> int:
-    """Gemma scales queries by its head size, except the 27B models; llama.cpp knows those by their layers, too."""
+    """Gemma scales queries by its head size, except the 27B models, known by their layers here as in llama.cpp."""
     if config["num_hidden_layers"] == layers_of_27b:
         return int(config["hidden_size"] // config["num_attention_heads"])
     return int(config["head_dim"])
 
 
 def _layer_types(layers: int, period: int) -> list[str]:
-    """Every `period`-th layer sees everything, the others a sliding window."""
+    """Every `period`-th layer has full attention, the others a sliding window."""
     return ["sliding_attention" if (index + 1) % period else "full_attention" for index in range(layers)]
 
 
 def _sliding_period(file: GGUFFile, layers: int) -> int:
-    """Gemma 3's period, which the metadata may give as a number or as a flag (slides or not) for each layer."""
+    """Gemma 3's period; the metadata has it as a number, or as a flag per layer (True: sliding window)."""
     pattern = file.metadata.get("gemma3.attention.sliding_window_pattern", 6)
     if isinstance(pattern, list):
         period = pattern.index(False) + 1 if False in pattern else len(pattern) + 1
@@ -181,18 +181,18 @@ def _sliding_period(file: GGUFFile, layers: int) -> int:
 
 
 def _same_in_all_layers(file: GGUFFile, key: str, default: int | None = None) -> int:
-    """An integer that some files give once and some for each layer."""
+    """An integer that some files state once and others for each layer."""
     value = file.metadata.get(key)
     if isinstance(value, list) and value and all(item == value[0] for item in value):
         file.metadata[key] = value[0]
     elif isinstance(value, list):
         raise InputError(
-            f"{file.path} states another {key} for every layer, which cannot be converted: use another model"
+            f"{file.path} states a different {key} for each layer, which cannot be converted: use another model"
         )
     return file.value(key, int, default)
 
 
 def _vocabulary_rows(file: GGUFFile) -> int:
     if "token_embd.weight" not in file.tensors:
-        raise InputError(f"{file.path} has no tensor token_embd.weight: it is no complete model, download it again")
+        raise InputError(f"{file.path} has no tensor token_embd.weight, so it is not a whole model: download it again")
     return file.tensors["token_embd.weight"].shape[0]

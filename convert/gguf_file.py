@@ -1,8 +1,8 @@
 """Read a GGUF file: its metadata, and its tensors dequantised one at a time.
 
-The header comes from an unknown file, so every count and length in it is checked against the bytes that are there
-before anything is allocated or looped over. The `gguf` package's own reader does not do that (an array that claims 2^60
-elements keeps it busy for ever) and takes seconds over a large vocabulary; its block dequantisation is used as is.
+The file may be damaged or hostile, so every count and length in its header is checked against its size before anything
+is allocated or looped over. The `gguf` package's own reader does not do that (an array that claims 2^60 elements keeps
+it busy for ever) and takes seconds for a large vocabulary. Its block dequantisation is used as it is.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 _DEQUANTIZED_AT_ONCE = 1 << 24  # values
 
-# stored as plain numbers rather than as blocks of quantised values
+# types that are stored as plain numbers, not as blocks of quantised values
 FLOAT_TYPES = {
     GGMLQuantizationType.F32: "float32",
     GGMLQuantizationType.F16: "float16",
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies in the file. `shape` is in NumPy order (rows first), GGUF's own is the reverse."""
+    """Where a tensor is in the file. `shape` is in NumPy's order (rows first), the reverse of GGUF's."""
 
     name: str
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class GGUFFile:
     """An open GGUF file: `metadata` (key -> value), `tensors` (name -> `Tensor`) and `read`.
 
     Raises:
-        InputError: the file cannot be read, is no GGUF, or is cut short or corrupt.
+        InputError: the file cannot be read, is not GGUF, or is cut short or corrupt.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -89,10 +89,14 @@ class GGUFFile:
             raise self._corrupt("its header holds text that is not UTF-8") from error
 
     def value(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """The metadata value of `key`, which must be of type `kind`; `default` (unless None) where it is absent."""
+        """The metadata value of `key`, of type `kind`, or `default` if the key is absent.
+
+        Raises:
+            InputError: it has another type, or the key is absent and there is no default.
+        """
         value = self.metadata.get(key, default)
         if kind is float and type(value) in (int, float):
-            # GGUF stores float32: its shortest decimal is the number of the original config (1e-05, not 9.99...e-06)
+            # GGUF stores float32; its shortest decimal is the original config's number (1e-05, not 9.99...e-06)
             value = float(str(np.float32(value)))
         if value is None:
             raise InputError(f"{self.path} does not state {key}: convert the original model to GGUF again")
@@ -110,9 +114,9 @@ class GGUFFile:
         values = np.empty((len(rows), tensor.shape[-1]), np.float32)
         step = max(1, _DEQUANTIZED_AT_ONCE // tensor.shape[-1])
         try:
-            for start in range(0, len(rows), step):  # the gguf package holds what it is given three times over
+            for start in range(0, len(rows), step):  # the gguf package needs three times the memory of its input
                 part = slice(start, start + step)
-                with np.errstate(all="ignore"):  # what is no number in a damaged file is refused when it is written
+                with np.errstate(all="ignore"):  # NaNs of a damaged file are refused when they are written
                     values[part] = dequantize(rows[part], tensor.kind)
         except NotImplementedError as error:
             raise InputError(
@@ -145,9 +149,8 @@ class GGUFFile:
             self.metadata[key] = self._value(self._scalar("<I"))
         if (split_count := self.metadata.get("split.count", 0)) not in (0, 1):
             raise InputError(f"{self.path} is one of {split_count} parts: join them with `llama-gguf-split --merge`")
-        self._expect(
-            tensor_count, 24
-        )  # a name's length (8), the number of dimensions (4), the type (4), the offset (8)
+        entry = 8 + 4 + 4 + 8  # bytes of a name's length, the number of dimensions, the type and the offset
+        self._expect(tensor_count, entry)
         table = [self._tensor_entry() for _ in range(tensor_count)]
         alignment = self.value("general.alignment", int, 32)
         if alignment < 1 or alignment & (alignment - 1):
@@ -211,7 +214,7 @@ class GGUFFile:
         return self._bytes[start : self._position]
 
     def _expect(self, count: int, size: int) -> None:
-        """Refuse a count of items, each of at least `size` bytes, for which the rest of the file is too short."""
+        """Refuse a count of items, each at least `size` bytes long, that the rest of the file cannot hold."""
         if count * size > len(self._bytes) - self._position:
             raise self._truncated()
 

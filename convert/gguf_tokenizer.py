@@ -1,8 +1,8 @@
 """GGUF metadata -> the tokenizer files of a Hugging Face folder.
 
-Two kinds of tokenizer come in GGUF files of the supported models. "gpt2" is byte-level BPE with its merges. "llama" is
-SentencePiece BPE, whose merges have to be recovered: SentencePiece joins the two neighbours whose union is the piece of
-the highest score, so that every way to cut a piece into two pieces is a merge, ranked by the score of the whole.
+GGUF files of the supported models have two kinds of tokenizer. "gpt2" is byte-level BPE with its merges. "llama" is
+SentencePiece BPE, whose merges have to be recovered: SentencePiece joins the two neighbours whose union is the piece
+with the highest score, so every way to cut a piece into two pieces is a merge, ranked by the score of the whole piece.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _SPECIAL = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-_SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # where the file is silent, as in llama.cpp
-# Tokens that end a turn by their text, as in llama.cpp; many files name only one of them in their metadata, and some
-# have them as ordinary tokens.
+_SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # llama.cpp's defaults, if the file does not say
+# Tokens that end a turn, known by their text as in llama.cpp. Many files name only one of them in their metadata, and
+# some have them as ordinary tokens.
 _END_OF_TURN = (
     "<|eot_id|>",
     "<|eom_id|>",
@@ -45,12 +45,12 @@ _END_OF_TURN = (
     "<|return|>",
     "<|call|>",
 )
-# The bar is a wide one in DeepSeek's.
+# DeepSeek's have a wide bar.
 _CONTROL_LOOKING = re.compile("<([|\uff5c])[^\\s<>|\uff5c]+\\1>|<(?:start|end)_of_turn>")
 
 
 class GGUFTokenizer:
-    """The tokenizer of a GGUF file: `tokenizer` (of the tokenizers library), and what the folder's files say about it.
+    """The tokenizer of a GGUF file: `tokenizer` (of the tokenizers library), and its settings for the folder's files.
 
     Raises:
         InputError: the kind or the pre-tokenizer is not supported, or the metadata contradicts itself.
@@ -64,7 +64,7 @@ class GGUFTokenizer:
         self.tokens: list[str] = file.strings(_KEY + "tokens")
         stated = self._list_like_tokens("token_type", [_NORMAL] * len(self.tokens))
         self._types = [_type(token, kind) for token, kind in zip(self.tokens, stated, strict=True)]
-        if self.kind == "llama":  # SentencePiece matches its own symbols on text in which spaces are already spelled
+        if self.kind == "llama":  # SentencePiece matches these in text whose spaces are already replaced
             self.tokens = [
                 token.replace(_SPACE, " ") if kind == _USER_DEFINED else token
                 for token, kind in zip(self.tokens, self._types, strict=True)
@@ -82,21 +82,21 @@ class GGUFTokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token a text begins with, if there is one."""
+        """The token that begins a text, if there is one."""
         return self._special.get("bos_token")
 
     @property
     def pad_token_id(self) -> int | None:
-        """The token that fills up a batch, if there is one."""
+        """The token that pads a batch, if there is one."""
         return self._special.get("pad_token")
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Every token that ends generation: the end of the text first, then the ends of a turn."""
+        """All tokens that end generation: the end of the text first, then ends of a turn."""
         stated = [self._file.metadata.get(f"{_KEY}{name}_token_id") for name in ("eot", "eom")]
         known = [self._vocabulary[token] for token in _END_OF_TURN if token in self._vocabulary]
-        found = [self._special.get("eos_token"), *stated, *known]
-        return list(dict.fromkeys(token for token in found if isinstance(token, int) and 0 <= token < len(self.tokens)))
+        ends = [self._special.get("eos_token"), *stated, *known]
+        return list(dict.fromkeys(token for token in ends if isinstance(token, int) and 0 <= token < len(self.tokens)))
 
     def save(self, folder: Path, max_length: int) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into `folder`."""
@@ -116,7 +116,7 @@ class GGUFTokenizer:
 
     def _byte_level(self, cutting: PreTokenizer) -> Tokenizer:
         merges = [_pair(merge) for merge in self._file.strings(_KEY + "merges")]
-        # llama.cpp skips a merge of unknown pieces, the tokenizers library refuses it
+        # llama.cpp skips merges of unknown pieces; the tokenizers library refuses them
         known = [(left, right) for left, right in merges if {left, right, left + right} <= self._vocabulary.keys()]
         tokenizer = Tokenizer(models.BPE(self._vocabulary, known, ignore_merges=cutting.whole_words))
         if cutting.nfc:
@@ -144,7 +144,7 @@ class GGUFTokenizer:
         return tokenizer
 
     def _recovered_merges(self) -> list[tuple[str, str]]:
-        """Every cut of a piece into two pieces, best score first. SentencePiece matches its other tokens beforehand."""
+        """Every cut of a piece into two pieces, best score first. Other tokens are matched before merging."""
         scores: list[float] = self._list_like_tokens("scores", None)
         ids = {token: index for token, index in self._vocabulary.items() if self._types[index] == _NORMAL}
         merges: list[tuple[float, int, int, int, str, str]] = []
@@ -180,7 +180,7 @@ class GGUFTokenizer:
 
     def _special_token(self, role: str) -> tuple[str, int]:
         if role not in self._special:
-            raise InputError(f"{self._file.path} wants a {role} added but has none: convert the original model again")
+            raise InputError(f"{self._file.path} adds a {role} to texts but has none: convert the original model again")
         return self.tokens[self._special[role]], self._special[role]
 
     def _special_ids(self) -> dict[str, int]:
@@ -189,7 +189,7 @@ class GGUFTokenizer:
         for role, key in _SPECIAL.items():
             fallback = _SENTENCEPIECE_IDS.get(role) if self.kind == "llama" else None
             index = self._file.metadata.get(_KEY + key, fallback)
-            if isinstance(index, int) and 0 <= index < len(self.tokens):  # llama.cpp ignores ids out of range, too
+            if isinstance(index, int) and 0 <= index < len(self.tokens):  # llama.cpp ignores ids out of range as well
                 ids[role] = index
         return ids
 
@@ -201,14 +201,14 @@ class GGUFTokenizer:
 
 
 def _type(token: str, stated: int) -> int:
-    """A token's type. What looks like a control token is one, whatever the file says: llama.cpp overrides it, too.
+    """A token's type. One that looks like a control token is one, whatever the file says, as in llama.cpp.
 
-    Otherwise the marks of a chat template would be cut into pieces, and no answer would end.
+    Otherwise the marks of a chat template would be split into pieces, and no answer would end.
     """
     return _CONTROL if token in _END_OF_TURN or _CONTROL_LOOKING.fullmatch(token) else stated
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    """The two sides of a merge. llama.cpp, too, looks for the space from the second character on."""
+    """The two sides of a merge. The space is searched from the second character on, as in llama.cpp."""
     cut = merge.find(" ", 1)
     return (merge[:cut], merge[cut + 1 :]) if cut > 0 else (merge, "")

@@ -1,4 +1,4 @@
-"""GGUF tensors -> MLX weights: other names, other row orders, Gemma's norms."""
+"""GGUF tensors -> MLX weights: names, row orders and Gemma's norms are translated."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _BLOCK_OF = {
 
 
 class GGUFWeights:
-    """The weights of a GGUF model under their MLX names, dequantised one by one as they are asked for.
+    """The weights of a GGUF model under their MLX names, dequantised one by one as they are used.
 
     `shapes` maps each name to its shape; `load(name)` is the array in float32.
 
     Raises:
-        InputError: a tensor is missing, of an unexpected shape, or of no known use.
+        InputError: a tensor is missing, unknown, or has an unexpected shape.
     """
 
     def __init__(self, file: GGUFFile, arch: str, config: dict[str, Any], dtype: str) -> None:
@@ -61,7 +61,7 @@ class GGUFWeights:
 
     def load(self, name: str) -> mx.array:
         """The weight `name`, as float32."""
-        if name not in self._source:  # a bias of zero that MLX insists on
+        if name not in self._source:  # a bias that MLX requires and the file does not have: zero
             return mx.zeros(self.shapes[name])
         tensor = self._file.read(self._source[name])
         if self._arch == "llama" and ".q_proj." in name:
@@ -70,7 +70,7 @@ class GGUFWeights:
             tensor = _unpermute(tensor, self._config["num_key_value_heads"])
         elif self._arch.startswith("gemma") and "norm." in name:
             if name == "model.norm.weight" and self._config["tie_word_embeddings"]:
-                # the output layer has the embedding's factor, too
+                # the output layer has the embedding's factor as well
                 tensor = np.divide(tensor, self._embedding_factor, dtype=np.float32)
             tensor = tensor - 1  # llama.cpp multiplies by the stored weight, Gemma's own norm by 1 + weight
         elif name == "model.embed_tokens.weight" and self._embedding_factor != 1:
@@ -85,7 +85,7 @@ class GGUFWeights:
         for name, source in self._source.items():
             if name not in self.shapes:
                 raise InputError(
-                    f"{path} holds the tensor {source[:80]!r}, which this model cannot have: use another file"
+                    f"{path} holds the tensor {source[:80]!r}, which this kind of model does not have: use another file"
                 )
             shape = self._file.tensors[source].shape
             if shape != self.shapes[name]:
@@ -98,10 +98,10 @@ class GGUFWeights:
 
 
 def _embedding_factor(arch: str, config: dict[str, Any], dtype: str) -> np.float32:
-    """What the embedding of a float32 Gemma 3 must be multiplied by to be scaled by sqrt(hidden_size) in mlx-lm.
+    """A factor for the embedding of a float32 Gemma 3, so that mlx-lm scales it by exactly sqrt(hidden_size).
 
-    mlx-lm rounds that scale to bfloat16 in every dtype; transformers and llama.cpp compute in float32 where the
-    weights are float32. Left alone, the rounding moves logits of Gemma 3 270M by 0.6.
+    mlx-lm rounds that scale to bfloat16 in every dtype; transformers and llama.cpp compute it in float32 if the weights
+    are float32. Uncorrected, the rounding moves logits of Gemma 3 270M by 0.6.
     """
     scale = config["hidden_size"] ** 0.5
     if arch != "gemma3" or dtype != "float32":
@@ -110,7 +110,7 @@ def _embedding_factor(arch: str, config: dict[str, Any], dtype: str) -> np.float
 
 
 def _mlx_name(arch: str, name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; an unknown name is kept, for `_check`."""
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names are kept, for `_check`."""
     parts = name.split(".")
     if len(parts) == 2 and parts[0] in _TOP:
         return f"{_TOP[parts[0]]}.{parts[1]}"
@@ -156,7 +156,7 @@ def _has_bias(arch: str, module: str, config: dict[str, Any]) -> bool:
 
 
 def _unpermute(tensor: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Undo the row order of llama.cpp's Llama, which rotates neighbouring rows of a head and not its two halves."""
+    """Undo the row order of llama.cpp's Llama, which rotates neighbouring rows of a head instead of its two halves."""
     pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
     halves: NDArray[np.float32] = pairs.swapaxes(1, 2).reshape(tensor.shape)
     return halves

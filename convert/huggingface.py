@@ -1,7 +1,7 @@
 """A Hugging Face folder or hub id -> an MLX folder, through mlx-lm's own model classes.
 
-mlx-lm renames and reshapes weights per architecture (`sanitize`); its lazily loaded model gives the final weights here,
-and they are read from the disk only as they are written. No code of the checkpoint is ever run, nothing is unpickled.
+mlx-lm renames and reshapes weights for each architecture (`sanitize`). The final weights come from its lazily loaded
+model, so each is read from the disk only when it is written. No code of the checkpoint is run; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.config import explicit, model_config
 from mlx_lqr.backends.checkpoint.model_folder import FAMILIES
 from mlx_lqr.backends.checkpoint.weight_files import Weights, weights_of
-from mlx_lqr.backends.mlx.load import DTYPES, arguments_for, as_mlx_lm_reads, flattened, settings_read
+from mlx_lqr.backends.mlx.library import load_lazily, may_be_cast, quantised_by, settings_read
+from mlx_lqr.backends.mlx.load import DTYPES, arguments_for, as_mlx_lm_reads, flattened
 from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError, first_line
 
@@ -55,12 +55,15 @@ def convert_folder(
         flat = explicit(meaning) | flat | {"tie_word_embeddings": given["tie_word_embeddings"]}
         if scaling := flat.get("rope_scaling"):
             kind = scaling.get("rope_type", scaling.get("type"))
-            flat["rope_scaling"] = scaling | {"type": kind, "rope_type": kind}  # some of mlx-lm's read the old name
+            flat["rope_scaling"] = scaling | {
+                "type": kind,
+                "rope_type": kind,
+            }  # some mlx-lm models read the old name
     model, loaded = _load(source, given, files)
     config = flat
     if quantize is not None:
         if "quantization" in loaded:
-            raise InputError(f"{source} is quantised already: leave --quantize away, or start from the original model")
+            raise InputError(f"{source} is already quantised: leave out --quantize, or start from the original model")
         loaded["quantization"] = _quantize(model, quantize, group_size)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
@@ -81,15 +84,13 @@ def _checked_config(source: Path) -> dict[str, Any]:
     """config.json of `source`, without what points to code."""
     config = _read_json(source / "config.json", f"{source} has no config.json: give the folder of a whole model")
     if "model_file" in config:
-        raise InputError(
-            f"{source} wants its own code run ({config['model_file']}), which is never done: use another model"
-        )
+        raise InputError(f"{source} needs its own code ({config['model_file']}), which is never run: use another model")
     if not isinstance(model_type := config.get("model_type"), str):
         raise InputError(f"{source}/config.json states no model_type: give the folder of a language model")
-    # the name becomes a module's name
+    # mlx-lm imports a module of this name
     if not re.fullmatch(r"[\w-]+", model_type) or not _is_known(config):
         raise InputError(f"{source} has the model_type {model_type!r}, which mlx-lm does not know: use another model")
-    config.pop("auto_map", None)  # the code it names is not taken along
+    config.pop("auto_map", None)  # the code that it names is not copied
     config.pop("_name_or_path", None)
     return config
 
@@ -102,18 +103,15 @@ def _weight_files(source: Path) -> Weights:
     pickled = next((file.name for file in source.iterdir() if file.suffix in (".bin", ".pt", ".pth")), None)
     if pickled is not None and not any(source.glob("*.safetensors")):
         raise InputError(
-            f"{source} has only pickled weights ({pickled}), which can run code when read: get them as safetensors"
+            f"{source} only has pickled weights ({pickled}), which can run code when they are read: use safetensors"
         )
     return weights_of(source)
 
 
 def _load(source: Path, config: dict[str, Any], files: Weights) -> tuple[nn.Module, dict[str, Any]]:
-    check_borrowed("convert")
-    from mlx_lm.utils import load_model
-
     try:
         with as_mlx_lm_reads(source, config, files) as view:
-            return load_model(view, lazy=True)
+            return load_lazily(view)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         if isinstance(error, InputError):
             raise
@@ -121,10 +119,10 @@ def _load(source: Path, config: dict[str, Any], files: Weights) -> tuple[nn.Modu
 
 
 def _quantize(model: nn.Module, bits: int, group_size: int) -> dict[str, Any]:
-    """Quantise `model` (lazily) and return the config's entry, which names every module that differs from the rest."""
+    """Quantise `model` (lazily) and return the config's entry, which names the modules with other settings."""
     common: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": "affine"}
     entry = dict(common)
-    wanted = getattr(model, "quant_predicate", None)
+    wanted = quantised_by(model)
 
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized"):
@@ -145,12 +143,11 @@ def _quantize(model: nn.Module, bits: int, group_size: int) -> dict[str, Any]:
 
 
 def _weights(model: nn.Module, dtype: mx.Dtype | None) -> Iterator[tuple[str, mx.array]]:
-    """Take the weights out of `model`, so that each is let go once it is written."""
-    castable = getattr(model, "cast_predicate", lambda name: True)
+    """Take the weights out of `model`, so that each is freed once it is written."""
     weights = dict(tree_flatten(model.parameters()))
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     for name in list(weights):
-        yield name, cast(name, weights.pop(name), dtype if castable(name) else None)
+        yield name, cast(name, weights.pop(name), dtype if may_be_cast(model, name) else None)
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:
@@ -173,7 +170,7 @@ def _build_tokenizer(source: Path, out: Path) -> None:
 
     try:
         AutoTokenizer.from_pretrained(str(source), trust_remote_code=False).save_pretrained(str(out))
-    except Exception as error:  # transformers raises whatever the files make it stumble over
+    except Exception as error:  # transformers can raise anything for a damaged file
         reason = first_line(error)
         raise InputError(f"{source} has no tokenizer.json and none can be built ({reason}): add one") from error
     if not (out / "tokenizer.json").exists():

@@ -1,9 +1,8 @@
-"""How byte-level BPE text is cut before merging, by the name in `tokenizer.ggml.pre`.
+"""How text is split before byte-level BPE merges it, by the name in `tokenizer.ggml.pre`.
 
-A GGUF file only names its pre-tokenizer; the regular expressions behind the names are those of llama.cpp's
-llama-vocab.cpp, in the wording of the original tokenizers where it gives both. Each expression cuts every piece that
-the one before it left. Getting this wrong gives token ids that look fine and a model that has quietly become worse, so
-that unknown names are refused.
+A GGUF file only names its pre-tokenizer. The regular expressions behind the names are those of llama.cpp's
+llama-vocab.cpp, or the original tokenizer's where it quotes them. Each expression splits the pieces that the one before
+it left. A wrong one gives token ids that look fine and a model that is quietly worse, so unknown names are refused.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ _TEKKEN = (
 class PreTokenizer:
     """The expressions, and what else llama.cpp attaches to the name.
 
-    `whole_words`: a piece that is a token as it stands is taken whole, whatever the merges say ("ignore_merges").
-    `adds_bos`: what holds where the file does not say whether to begin with a BOS token.
-    `nfc`: the original tokenizer composes characters first. llama.cpp does not; the model was trained on it.
+    `whole_words`: a piece that is a token itself is taken whole, whatever the merges say ("ignore_merges").
+    `adds_bos`: whether a text begins with a BOS token if the file does not say.
+    `nfc`: the original tokenizer, with which the model was trained, composes characters first. llama.cpp does not.
     """
 
     expressions: tuple[str, ...]
@@ -40,7 +39,7 @@ class PreTokenizer:
     nfc: bool = False
 
     def build(self) -> pre_tokenizers.PreTokenizer:
-        """The cutting, and after it the bytes spelled as characters."""
+        """The pre-tokenizer: it splits the text, then spells bytes as characters."""
         cuts = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in self.expressions]
         spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([*cuts, spelling])

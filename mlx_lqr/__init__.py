@@ -7,6 +7,8 @@
 The README has more examples, docstrings say what every function takes and raises.
 """
 
+from importlib import metadata
+
 from mlx_lqr.backends import blas
 
 blas.preload()  # before anything imports mlx.core
@@ -28,6 +30,8 @@ from mlx_lqr.methods.recording import Recording  # noqa: E402
 from mlx_lqr.methods.registry import METHODS  # noqa: E402
 from mlx_lqr.methods.steering import load_steering  # noqa: E402
 from mlx_lqr.runtime import Options, Piece, batch_generate, batch_stream, generate, steer, stream  # noqa: E402
+
+__version__ = metadata.version("mlx-lqr")
 
 __all__ = [
     "METHODS",

@@ -1,4 +1,4 @@
-"""Exceptions for mistakes that the person at the keyboard can mend."""
+"""Exceptions for mistakes that the user can correct."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Sequence
 
 
 class InputError(ValueError):
-    """Something the caller gave cannot be used; the message is one line that says what to do.
+    """An argument or a file cannot be used; the message is one line that says what to do.
 
     The command line prints the message and exits with status 2; from Python it is an ordinary `ValueError`.
     """
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its name."""
+    """The first line of an error's message, at most 200 characters; the error's name if it has no message."""
     return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__
 
 
 class OverflowingError(InputError):
-    """Activations that overflow: the strength is too high for this model and controller, or the dtype too narrow."""
+    """Activations overflow: the strength is too high for this model and controller, or the dtype too narrow."""
 
     @classmethod
     def at(cls, layer: int | None, layers: int, dtype: str, strength: Sequence[float] = ()) -> OverflowingError:
         """The error that names the place and says what to do.
 
         Args:
-            layer: the first whose output overflows; -1 for the embedding, `layers` for what comes after the last
-                block, None where it is not known.
+            layer: the first layer whose output overflows; -1 for the embedding, `layers` for what comes after the last
+                block, None if it is not known.
             layers: how many blocks the model has.
-            dtype: that of the activations.
-            strength: of the steering; empty or zero where nothing steers.
+            dtype: the dtype of the activations.
+            strength: the strength of each concept; empty or zero if nothing steers.
         """
         places = {None: "", -1: " in the embedding", layers: " after the last layer"}
         where = places.get(layer, f" at layer {layer}")

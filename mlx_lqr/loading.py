@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes.util
-import importlib.util
 import os
-import re
-import sys
-from importlib import metadata
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast
 
-from mlx_lqr.backends.mlx.device import on_mac
+from mlx_lqr.backends import registry
+from mlx_lqr.backends.backend import Backend
+from mlx_lqr.backends.capabilities import RUNNER
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.errors import InputError
 
-BackendName = Literal["auto", "mlx", "torch"]
-_OLDEST = {"torch": (2, 13), "transformers": (5, 20)}
-"""What the torch backend needs, as in pyproject.toml."""
+BackendName = Literal["auto", registry.Name]
 
 
 def load(
@@ -40,82 +36,56 @@ def load(
         dtype: "float32", "float16" or "bfloat16"; by default the checkpoint's own on a GPU and float32 on the CPU.
         progress: called as progress(stage, done, total) while a source is fetched or converted.
 
+    Returns:
+        A model with every capability that its backend has; whoever needs another one says so.
+
     Raises:
         InputError: no such source, an unsupported architecture, damaged files, or a backend or device that is not here.
     """
-    if backend not in get_args(BackendName):
-        raise InputError(f"there is no backend {backend!r}: use {', '.join(get_args(BackendName))}")
-    if backend == "mlx" and device is not None:
-        raise InputError("MLX chooses its device itself: --device and device= are for the torch backend")
-    chosen = backend if backend != "auto" else "torch" if device is not None else preferred_backend()
-    if chosen == "torch":
-        _check_torch()
+    chosen = _chosen(backend, device)
+    chosen.check_installed()
     folder, name = resolve(source, progress=progress)
-    if chosen == "torch":
-        from mlx_lqr.backends.torch import model as torch
-
-        return torch.load(folder, name, dtype, device)
-    from mlx_lqr.backends.mlx import model as mlx
-
-    return mlx.load(folder, name, dtype)
+    return cast(Model, chosen.load(folder, name, dtype=dtype, device=device))
 
 
-def preferred_backend() -> BackendName:
-    """MLX on Metal, torch on CUDA, MLX on a bare CPU; torch is imported only where an NVIDIA driver is at work."""
-    if on_mac() or importlib.util.find_spec("torch") is None:
-        return "mlx"
-    if importlib.util.find_spec("transformers") is not None and _nvidia_driver():
-        import torch
-
-        if torch.cuda.is_available():
-            return "torch"
-    return "mlx" if importlib.util.find_spec("mlx") is not None else "torch"
-
-
-def _nvidia_driver() -> bool:
-    """Whether a CUDA GPU can be there at all, without asking CUDA."""
-    if sys.platform == "win32":
-        return ctypes.util.find_library("nvcuda") is not None
-    return any(Path(place).exists() for place in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
+def _chosen(name: str, device: str | None) -> Backend:
+    backends = {backend.name: backend for backend in registry.backends()}
+    with_devices = [backend for backend in backends.values() if backend.takes_device]
+    if name == "auto":
+        return _most_suitable(list(backends.values()) if device is None else with_devices)
+    if name not in backends:
+        raise InputError(f"there is no backend {name!r}: use {', '.join(['auto', *backends])}")
+    chosen = backends[name]
+    if device is not None and not chosen.takes_device:
+        others = " or ".join(backend.name for backend in with_devices)
+        raise InputError(f"{chosen.title} chooses its device itself: --device and device= are for the {others} backend")
+    return chosen
 
 
-def _check_torch() -> None:
-    for package, oldest in _OLDEST.items():
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f'the torch backend needs {package}, which is not installed: pip install "mlx-lqr[torch]"')
-        installed = metadata.version(package)
-        numbers = tuple(int(digits) for digits in re.findall(r"\d+", installed)[:2])
-        if numbers < oldest:
-            raise InputError(
-                f"the torch backend needs {package} {'.'.join(map(str, oldest))} or newer, not {installed}: "
-                'pip install -U "mlx-lqr[torch]"'
-            )
+def preferred_backend() -> str:
+    """The backend that "auto" takes on this machine: MLX on Metal, torch on CUDA, MLX on a bare CPU."""
+    return _most_suitable(registry.backends()).name
+
+
+def _most_suitable(backends: Sequence[Backend]) -> Backend:
+    return max(backends, key=lambda backend: backend.suitability())
 
 
 def adopt(model: Any) -> Model:
-    """A `Model` around what the caller already has: one of ours as it is, a model of mlx-lm or transformers wrapped.
+    """A `Model` around what the caller already has: one of ours as it is, a framework's own object wrapped.
 
     Raises:
         InputError: neither of these, or an architecture that is not supported.
     """
-    if hasattr(model, "steer") and hasattr(model, "fingerprint"):
-        return model
-    nn = sys.modules.get("mlx.nn")
-    if nn is not None and isinstance(model, nn.Module):
-        from mlx_lqr.backends.mlx.mlx_lm_models import model_classes
-        from mlx_lqr.backends.mlx.model import MLXModel
-
-        model_type = str(getattr(model, "model_type", type(model).__module__))
-        model_classes(model_type)
-        return MLXModel(model, model_type)
-    transformers = sys.modules.get("transformers")
-    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        from mlx_lqr.backends.torch.model import TorchModel
-
-        return TorchModel(model, str(model.config.model_type))
+    if RUNNER.is_of(model):
+        return cast(Model, model)
+    backends = registry.backends()
+    for backend in backends:
+        if (adopted := backend.adopt(model)) is not None:
+            return cast(Model, adopted)
+    *others, last = (backend.adopts for backend in backends)
     raise InputError(
-        f"cannot steer a {type(model).__name__}: give what mlx_lqr.load, mlx_lm.load or from_pretrained of a "
-        "transformers model returned"
+        f"cannot steer a {type(model).__name__}: give what {', '.join(['mlx_lqr.load', *others])} or {last} returned"
     )
 
 

@@ -1,4 +1,4 @@
-"""The runtime: decode a prompt token by token with a compiled controller inside, stream the text, hold a chat."""
+"""The minimal runtime: decode a prompt token by token while a controller steers, stream the text, hold a chat."""
 
 from mlx_lqr.runtime.chat import Chat
 from mlx_lqr.runtime.generate import Options, Piece, batch_generate, batch_stream, generate, stream

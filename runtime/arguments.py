@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.prompts import is_unicode
+from mlx_lqr.files.text import is_unicode
 from mlx_lqr.lqr.strength import Strengths, default_strength
 from mlx_lqr.methods.steering import Steering, combine, load_steering
 

@@ -8,8 +8,7 @@ from os import PathLike
 
 import numpy as np
 
-from mlx_lqr.analysis.tracking import TrackedAnswer, track_answer
-from mlx_lqr.backends.protocol import Decoder, Law, Model
+from mlx_lqr.backends.protocol import Decoder, Law, Runner
 from mlx_lqr.backends.text.detokenizer import common_length
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
@@ -21,6 +20,7 @@ from mlx_lqr.methods.steering import Steering, combine, only_controller
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
 from mlx_lqr.runtime.generate import Options, Piece, Strength, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
+from mlx_lqr.runtime.tracking import TrackedAnswer, track_answer
 from mlx_lqr.runtime.transcript import Given, read_transcript, write_transcript
 
 NO_ANSWER = "there is no answer yet: say something first"
@@ -28,25 +28,25 @@ NO_ANSWER = "there is no answer yet: say something first"
 
 @dataclass
 class Chat:
-    """The state of one conversation. Everything in it may change between two answers, strengths also during one.
+    """One conversation. Everything may change between two answers; strengths may also change during one.
 
     Raises:
-        InputError: an option that no answer could be decoded with.
+        InputError: options that cannot be used for decoding.
     """
 
-    model: Model
+    model: Runner
     messages: list[Message] = field(default_factory=list)
     options: Options = field(default_factory=Options)
-    """How answers are decoded; controller and strength are the chat's own. `max_tokens` shrinks to what fits."""
+    """How answers are decoded. Controller and strength come from the chat; `max_tokens` is cut to what fits."""
     _controllers: list[Steering] = field(default_factory=list, init=False, repr=False)
-    """Never changed in place: the same list means the same controllers."""
+    """Replaced, never changed in place: the same list object means the same controllers."""
     _strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _turn: _Turn | None = field(default=None, init=False, repr=False)
     _given: list[Given] = field(default_factory=list, init=False, repr=False)
     """How each answer of the conversation was steered."""
 
     def __post_init__(self) -> None:
-        stream(self.model, [0], **self._decoding(None, 1))  # refuses wrong options; nothing is decoded
+        stream(self.model, [0], **self._decoding(None, 1))  # refuses wrong options without decoding anything
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -55,17 +55,18 @@ class Chat:
 
     @property
     def controller(self) -> Steering | None:
-        """Everything that steers, as one controller or one steering of another method."""
+        """All that steers, combined into one controller, or one steering of another method."""
         return combine(self._controllers) if self._controllers else None
 
     def add(self, controller: Steering, strength: Strength = None) -> None:
-        """Steer with one more controller from the next answer on; one of a concept already there takes its place.
+        """Steer with one more controller from the next answer on. It replaces any other controller of its concepts.
 
         Args:
-            strength: one number, or one for each concept; by default what the controller recommends, or 1.
+            strength: one number, or one for each concept; by default the recommended strength, or 1.
 
         Raises:
-            InputError: of another model, or not to be combined with those in force, which then stay as they are.
+            InputError: the controller is of another model or cannot be combined with the others, which stay as they
+                are.
         """
         controller.check_model(self.model)
         chosen = default_strength(controller) if strength is None else strength
@@ -75,10 +76,10 @@ class Chat:
         self._steer_with([*kept, controller], dict(zip(controller.concepts, strengths, strict=True)))
 
     def off(self, concept: str | None = None) -> None:
-        """Steer no more from the next answer on; or no more towards this one concept.
+        """Stop steering from the next answer on, or stop steering towards one concept.
 
         Raises:
-            InputError: no such concept.
+            InputError: the concept is not loaded.
         """
         if concept is None:
             self._steer_with([], {})
@@ -91,10 +92,10 @@ class Chat:
         self._steer_with(kept, {})
 
     def set_strength(self, strength: float, concept: str | None = None) -> None:
-        """Set the strength of one concept, or of all; an answer under way is steered so from its next step on.
+        """Set the strength of one concept, or of all. An answer being decoded follows from its next step on.
 
         Raises:
-            InputError: not a finite number, no such concept, or nothing to steer with.
+            InputError: the strength is not finite, the concept is not loaded, or there is no controller.
         """
         if not self._strengths:
             raise InputError("no controller is loaded: /add FILE first")
@@ -107,11 +108,11 @@ class Chat:
             law.strength = tuple(self._strengths.values())
 
     def answer(self, text: str) -> Iterator[Piece]:
-        """The model's answer, piece by piece. What has been said of it stays in the conversation if it is cut short.
+        """The model's answer, piece by piece. If it is interrupted, the part so far stays in the conversation.
 
         Raises:
-            InputError: at the first piece, a conversation that cannot be answered, which stays as it was; later,
-                activations that overflow.
+            InputError: at the first piece, the conversation cannot be answered; it stays as it was.
+            OverflowingError: later, activations overflow.
         """
         reply = {"role": "assistant", "content": ""}
         self.messages += [{"role": "user", "content": text}, reply]
@@ -126,11 +127,12 @@ class Chat:
             raise
 
     def steered(self) -> Iterator[Piece]:
-        """The answer to the last message under the steering in force: the one given, or where that was steered
-        otherwise, another; the conversation stays as it is.
+        """The answer to the last message with the present steering. The conversation stays as it is.
+
+        If the answer in the conversation was steered in this way, it is that one; otherwise it is decoded again.
 
         Raises:
-            InputError: nothing has been answered yet, or nothing steers.
+            InputError: there is no answer yet, or nothing steers.
         """
         controller = self.controller
         prompt = self._answered()
@@ -148,19 +150,19 @@ class Chat:
         return stream(self.model, prompt, **self._decoding(controller, len(prompt)))
 
     def unsteered(self) -> Iterator[Piece]:
-        """The answer to the last message without steering; the conversation stays as it is.
+        """The answer to the last message without steering. The conversation stays as it is.
 
         Raises:
-            InputError: nothing has been answered yet.
+            InputError: there is no answer yet.
         """
         prompt = self._answered()
         return stream(self.model, prompt, **self._decoding(None, len(prompt)))
 
     def track(self) -> TrackedAnswer:
-        """Feature and setpoint at the last token of the last answer, steered as it was when it was given.
+        """Feature and setpoint at the last token of the last answer, steered as when it was decoded.
 
         Raises:
-            InputError: nothing has been answered yet, or that was not steered.
+            InputError: there is no answer yet, or it was not steered by an A-LQR controller.
         """
         turn = self._turn
         if turn is None or not self.messages or turn.reply is not self.messages[-1]:
@@ -180,9 +182,9 @@ class Chat:
         )
 
     def excess(self) -> Excess | None:
-        """Where the last answer was furthest from the region in which its controllers' linear model was found good.
+        """Where the last answer was furthest outside the region in which its controllers' linear model was checked.
 
-        None where nothing was steered, or no controller knows such a region (`mlx-lqr linearity -c FILE --write`).
+        None if nothing steered, or no controller has such a region (`mlx-lqr linearity -c FILE --write` adds it).
         """
         turn = self._turn
         if turn is None or turn.controller is None or not turn.controller.checked:
@@ -190,40 +192,43 @@ class Chat:
         return largest_excess(only_controller(turn.controller, "checked"), *turn.measured())
 
     def restart(self) -> None:
-        """Forget the conversation, but for a system prompt."""
+        """Forget the conversation, except for the system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self._given = []
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
-        """Write the transcript as JSON: the model, the strengths in force and every message, each answer with those it
-        was given at; with `force` in place of a file of any kind.
+        """Write the transcript as JSON: the model, the present strengths, and every message, each answer with the
+        strengths it was steered with.
+
+        Args:
+            force: overwrite a file of any kind, not only a transcript.
 
         Raises:
-            InputError: a place that cannot be written, or where something else stands.
+            InputError: the file cannot be written, or is of another kind.
         """
         write_transcript(path, self.model.name, self._strengths, self.messages, self._given, force=force)
 
     def load(self, path: str | PathLike[str]) -> list[str]:
-        """Go on with the conversation of a transcript. Its strengths are set again where their concepts are loaded.
+        """Continue the conversation of a transcript. Its strengths are restored for concepts that are loaded.
 
         Returns:
-            What does not fit, one line each: another model, concepts that are not loaded.
+            What does not match, one line each: another model, concepts that are not loaded.
 
         Raises:
-            InputError: no file that `save` wrote; the conversation then stays as it is.
+            InputError: the file was not written by `save`. The conversation then stays as it is.
         """
         name, strengths, self.messages, self._given = read_transcript(path)
         for concept in self._strengths.keys() & strengths.keys():
             self.set_strength(strengths[concept], concept)
         notes = []
         if name != self.model.name:
-            notes.append(f"the transcript is of {name}; {self.model.name} goes on with it")
+            notes.append(f"the transcript is of {name}; {self.model.name} continues it")
         if missing := [concept for concept in strengths if concept not in self._strengths]:
-            notes.append(f"the transcript was steered by {', '.join(missing)}, not loaded now: /add FILE")
+            notes.append(f"the transcript was steered by {', '.join(missing)}, which is not loaded now: /add FILE")
         return notes
 
     def _steer_with(self, controllers: list[Steering], strengths: dict[str, float]) -> None:
-        """Put these controllers in force; concepts without a strength here keep theirs."""
+        """Steer with these controllers from now on. Concepts that are not in `strengths` keep their strength."""
         names = [name for controller in controllers for name in controller.concepts]
         self._controllers = controllers
         self._strengths = {name: strengths.get(name, self._strengths.get(name, 1.0)) for name in names}
@@ -234,7 +239,7 @@ class Chat:
             raise InputError(f"no concept {concept!r} is loaded: {loaded}")
 
     def _answered(self) -> list[int]:
-        """The prompt that the conversation's last answer followed."""
+        """The prompt of the conversation's last answer."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise InputError(NO_ANSWER)
         return self.model.tokenizer.chat(self.messages[:-1])
@@ -247,8 +252,8 @@ class Chat:
             room = room_after(self.model, prompt_length)
             if room < 1:
                 raise InputError(
-                    f"the conversation does not fit the model's context of {self.model.context_length} tokens any "
-                    "more: begin another with /new, or let the context roll (--overflow roll)"
+                    f"the conversation no longer fits the model's context of {self.model.context_length} tokens: "
+                    "begin another with /new, or let the context roll (--overflow roll)"
                 )
             options["max_tokens"] = min(options.get("max_tokens", MAX_TOKENS), room)
         return options
@@ -265,9 +270,9 @@ class Chat:
         return self._turn, pieces
 
     def _decoder_for(self, prompt: list[int], controller: Steering | None) -> Decoder:
-        """A decoder, if possible the last one with as much of the prompt as it has run without steering."""
+        """The last decoder, if it holds some of the prompt unsteered, cut back to that; otherwise a new one."""
         turn = self._turn
-        penalised = self.options.get("repetition_penalty", 1.0) != 1  # needs a decoder that has met every token
+        penalised = self.options.get("repetition_penalty", 1.0) != 1  # needs a decoder that has seen every token
         steers_all = controller is not None and controller.positions == "all"
         if turn is not None and turn.rolling == self._rolling and not (penalised or steers_all):
             common = common_length(turn.clean, prompt[:-1])
@@ -282,7 +287,7 @@ class Chat:
 
 @dataclass
 class _Turn:
-    """How the last answer came about: enough to run it again as it was, and to go on from it."""
+    """How the last answer was decoded: enough to run it again, and to continue from it."""
 
     prompt: list[int]
     reply: Message
@@ -290,25 +295,25 @@ class _Turn:
     controller: Steering | None
     """All of them in one."""
     decoder: Decoder
-    """Holds prompt and answer, so that the next prompt need not be run from its beginning."""
+    """Holds prompt and answer, so that the next prompt does not start from its first token."""
     rolling: bool
     recording: Recording | None
     tokens: list[int] = field(default_factory=list)
     strengths: list[tuple[float, ...]] = field(default_factory=list)
-    """Under which strengths the prompt's last token and then each of the answer's was run."""
+    """The strengths at the prompt's last token and then at each token of the answer."""
     law: Law | None = None
-    """What steered, with gains made for this prompt where they were."""
+    """The law that steered; with adaptive gains, the one with this prompt's gains."""
     intact: bool = False
-    """False while the decoder is at work: an exception then, Ctrl-C too, leaves a cache that is no longer whole."""
+    """False while the decoder works: an exception then, also Ctrl-C, leaves an incomplete cache."""
 
     def recorded(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Pass the pieces on, keeping account of what was run for them."""
+        """Pass the pieces on, and note tokens, strengths and law."""
         strength = self._strength()
         self.strengths.append(strength)
         for piece in pieces:
             if piece.token is not None:
                 self.tokens.append(piece.token)
-                self.strengths.append(strength)  # of the step that had begun before the piece came: see `decode`
+                self.strengths.append(strength)  # of the step that began before this piece: see `decode`
             self.law = self.decoder.law
             self.intact = True
             yield piece
@@ -325,7 +330,7 @@ class _Turn:
 
     @property
     def clean(self) -> list[int]:
-        """The tokens at the decoder's beginning that were run without steering."""
+        """The tokens from the first on that the decoder ran without steering."""
         if not self.intact or (self.controller is not None and self.controller.positions == "all"):
             return []
         run = [*self.prompt, *self.tokens] if self.controller is None else self.prompt[:-1]

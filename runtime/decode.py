@@ -1,23 +1,23 @@
-"""The decode loop: prefill, then one token after another; step n + 1 is under way while token n is handed out."""
+"""The decode loop: prefill, then one token after another. Step n + 1 already runs while token n is yielded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from mlx_lqr.backends.overflow import first_overflow
-from mlx_lqr.backends.protocol import GREEDY, OVERFLOWED, Decoder, Law, Model, Sampling, Trace
+from mlx_lqr.backends.protocol import GREEDY, OVERFLOWED, Decoder, Law, Runner, Sampling, Trace, TracingDecoder
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 
 Overflow = Literal["error", "roll"]
-"""What happens when prompt and answer do not fit the model's context."""
+"""What to do when prompt and answer do not fit the model's context."""
 MAX_TOKENS = 256
-"""New tokens at most, where nothing else is asked for."""
+"""The default limit of new tokens."""
 
 
 def decode(
-    model: Model,
+    model: Runner,
     prompts: Sequence[Prompt],
     *,
     law: Law | None = None,
@@ -31,17 +31,18 @@ def decode(
 ) -> Iterator[tuple[int, int]]:
     """Yield (i, token) for the tokens that follow prompt i, until its end token (not yielded) or `max_tokens`.
 
-    Prompts are decoded side by side, each with the tokens it would get alone. Steered are a prompt's last token and
-    every generated one, and with `steer_all` every prompt token too.
+    Prompts are decoded side by side, each with the tokens it would get alone. A prompt's last token and every generated
+    token are steered; with `steer_all` every prompt token is too.
 
     Args:
-        ended: whoever consumes the tokens may add i to it, to end sequence i.
-        adapted: makes the law from the prompt's own trace, taken during prefill (a single prompt).
-        decoder: one that already holds a beginning of the (single) prompt.
+        ended: the consumer may add i to it, to end sequence i.
+        adapted: makes the law from the prompt's trace, which is taken during prefill (a single prompt).
+        decoder: one that already holds the first tokens of the (single) prompt.
 
     Raises:
-        InputError: at the call, an unusable prompt (see `tokenise`), no token asked for, or more than the context holds
-            without `overflow="roll"`; later, activations that overflow (the layer is named).
+        InputError: at the call, an unusable prompt (see `tokenise`), `max_tokens` below 1, or more tokens than the
+            context holds without `overflow="roll"`.
+        OverflowingError: later, activations overflow (the layer is named).
     """
     if overflow not in get_args(Overflow):
         raise InputError(f"overflow must be one of {', '.join(get_args(Overflow))}, not {overflow!r}")
@@ -63,26 +64,26 @@ def decode(
         decoder.law, decoder.sampling = law, sampling
 
     def begin() -> Decoder:
-        if new:  # not before the first token is asked for, since placing a law's arrays takes memory
+        if new:  # only when the first token is asked for, since placing a law's arrays takes memory
             decoder.law, decoder.sampling = law, sampling
         return decoder
 
-    def anew() -> Decoder:
+    def another() -> Decoder:
         return model.decoder(decoder.law, rolling=rolling)
 
-    return _decode(model, tokens, begin, anew, steer_all, max_tokens, set() if ended is None else ended, adapted)
+    return _decode(model, tokens, begin, another, steer_all, max_tokens, set() if ended is None else ended, adapted)
 
 
-def room_after(model: Model, prompt_length: int) -> int:
-    """How many new tokens fit the model's context after a prompt; the last of them needs no place."""
+def room_after(model: Runner, prompt_length: int) -> int:
+    """How many new tokens fit the model's context after a prompt. The last one is never fed back, so needs no room."""
     return model.context_length + 1 - prompt_length
 
 
 def _decode(
-    model: Model,
+    model: Runner,
     prompts: Sequence[Sequence[int]],
     begin: Callable[[], Decoder],
-    anew: Callable[[], Decoder],
+    another: Callable[[], Decoder],
     steer_all: bool,
     max_tokens: int,
     ended: set[int],
@@ -94,10 +95,10 @@ def _decode(
     sequences = [list(prompt) for prompt in prompts]
 
     def overflow(i: int) -> OverflowingError:
-        return anew().overflow(sequences[i], 0 if steer_all else len(prompts[i]) - 1)
+        return another().overflow(sequences[i], 0 if steer_all else len(prompts[i]) - 1)
 
     if adapted is not None:
-        trace = decoder.trace(last[0])
+        trace = cast(TracingDecoder, decoder).trace(last[0])  # whoever adapts has asked for one
         if first_overflow(trace.residual) is not None:
             raise overflow(0)
         decoder.law = adapted(trace)

@@ -1,4 +1,4 @@
-"""Text in, text out: a prompt, maybe a controller, and the decode loop."""
+"""Text in, text out: a prompt, a controller if there is one, and the decode loop."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from mlx_lqr.backends.protocol import Decoder, Model, Progress, Sampling, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Decoder, Progress, Runner, Sampling, Trace
 from mlx_lqr.errors import InputError
-from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.prompts import Prompt, tokenise
-from mlx_lqr.lqr.strength import default_strength
 from mlx_lqr.methods.law import AdjustableLaw
-from mlx_lqr.methods.recording import RecordedFeedback, Recording
-from mlx_lqr.methods.steering import Steering, law_of, only_controller
+from mlx_lqr.methods.recording import Recording
+from mlx_lqr.methods.running import adapts, law_on
+from mlx_lqr.methods.steering import Steering, only_controller
 from mlx_lqr.runtime.decode import Overflow, decode
 from mlx_lqr.runtime.stopping import StopStrings
 
@@ -21,24 +22,24 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Strength = float | Sequence[float] | None
-"""One number for all concepts, or one for each: 0 does not steer; None is what the file recommends, or 1
+"""One number for all concepts, or one for each. 0 does not steer; None is the recommended strength, or 1
 (`default_strength`)."""
 BATCH = 16
-"""Prompts decoded side by side: more of them gain little on a CPU and take memory for their caches."""
+"""Prompts decoded side by side. More gain little on a CPU, and their caches take memory."""
 
 
 class Options(TypedDict, total=False):
     """What `generate`, `stream` and `batch_generate` take by keyword."""
 
     controller: Steering | None
-    """A fitted controller of this model, or several made one by `Controller.combine`; or what `fit_baseline` made."""
+    """A controller fitted on this model, several combined by `Controller.combine`, or what `fit_baseline` returned."""
     strength: Strength
-    """The setpoint in multiples of the concept's mean; one number, or one for each concept (what the controller's file
-    recommends, or 1). 0 is not steered, while the smallest strengths of a centred controller steer to the level of the
-    negative prompts. What it is for other methods: see `fit_baseline`."""
+    """How far to steer; one number, or one for each concept (default: the recommended strength, or 1). For a controller
+    it is the setpoint in multiples of mu_k. 0 does not steer at all; a centred controller at a very small strength
+    steers to the level of the negative prompts. For other methods see `fit_baseline`."""
     adaptive: bool | None
-    """Compute the gains anew at the very prompt, during prefill (see `adapt`); None, the default, does so with a
-    controller that was fitted for it."""
+    """Recompute the gains for each prompt, during prefill (see `adapt`). None, the default, does so for controllers
+    fitted with cost="adaptive"."""
     max_tokens: int
     """How many tokens at most (256)."""
     temperature: float
@@ -52,29 +53,29 @@ class Options(TypedDict, total=False):
     repetition_penalty: float
     """Above 1, tokens seen before become less likely (1)."""
     seed: int | None
-    """Makes sampling repeatable."""
+    """The same seed gives the same text."""
     stop: str | Sequence[str]
-    """Texts that end the answer, and are not part of it."""
+    """Texts that end the answer; they are not part of it."""
     overflow: Overflow
-    """"error" refuses what does not fit the model's context, "roll" forgets the oldest tokens instead."""
+    """"error" refuses what does not fit the model's context; "roll" forgets the oldest tokens instead."""
     record: Recording | None
-    """Where alpha_k and |u_k| of every layer and token are kept (a single prompt); by default nowhere, at no cost."""
+    """Keeps alpha_k and |u_k| of every layer and token (a single prompt). By default they are not kept."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One generated token and the text that became certain with it (empty while a character is incomplete).
+    """One generated token and the text that it completes (empty while a character is incomplete).
 
-    All pieces together are what prompt and answer decode to, less what the prompt alone decodes to.
+    The texts of all pieces, joined, are the decoded prompt and answer without the decoded prompt.
     """
 
     text: str
     token: int | None
-    """None for text that was held back, such as the possible beginning of a stop string, when nothing more comes."""
+    """None for text that was held back until the end, such as one that could have begun a stop string."""
 
 
-def generate(model: Model, prompt: Prompt, **options: Unpack[Options]) -> str:
-    """The text that follows `prompt`, steered by `controller` if one is given.
+def generate(model: Runner, prompt: Prompt, **options: Unpack[Options]) -> str:
+    """The text that follows `prompt`, steered if a `controller` is given.
 
     Args:
         model: what `load` returned.
@@ -82,38 +83,38 @@ def generate(model: Model, prompt: Prompt, **options: Unpack[Options]) -> str:
         **options: see `Options`.
 
     Raises:
-        InputError: an unusable prompt or option, a controller of another model, or a strength at which activations
-            overflow.
+        InputError: an unusable prompt or option, or a controller of another model.
+        OverflowingError: activations overflow, mostly because the strength is too high.
     """
     return "".join(piece.text for piece in stream(model, prompt, **options))
 
 
 def stream(
-    model: Model, prompt: Prompt, *, decoder: Decoder | None = None, **options: Unpack[Options]
+    model: Runner, prompt: Prompt, *, decoder: Decoder | None = None, **options: Unpack[Options]
 ) -> Iterator[Piece]:
-    """The same, piece by piece as it is decoded. Wrong arguments are refused at the call, not at the first piece."""
+    """`generate`, piece by piece as it is decoded. Wrong arguments are refused at the call, not at the first piece."""
     return (piece for _, piece in _stream(model, [prompt], options, decoder))
 
 
 def batch_generate(
-    model: Model,
+    model: Runner,
     prompts: Sequence[Prompt],
     *,
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> list[str]:
-    """The text that follows each prompt. Prompts are decoded side by side, 16 at a time, each as it would be alone.
+    """The text that follows each prompt. Up to 16 prompts are decoded side by side, with the text each would get alone.
 
-    Adaptive control, a context that rolls and recording are each prompt's own: with these, prompts go one by one.
+    With adaptive gains or a rolling context, prompts are decoded one by one.
 
     Args:
         model: what `load` returned.
-        prompts: texts or token ids; prompt i is drawn with `seed` + i.
+        prompts: texts or token ids; prompt i is sampled with `seed` + i.
         progress: called as progress("Answers", done, total).
         **options: see `Options`.
 
     Raises:
-        InputError: as `generate`; nothing is decoded where one prompt is unusable.
+        InputError: as for `generate`. If one prompt is unusable, none is decoded.
     """
     texts = [""] * len(prompts)
     for i, piece in batch_stream(model, prompts, progress=progress, **options):
@@ -122,22 +123,22 @@ def batch_generate(
 
 
 def batch_stream(
-    model: Model,
+    model: Runner,
     prompts: Sequence[Prompt],
     *,
     records: Sequence[Recording] | None = None,
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> Iterator[tuple[int, Piece]]:
-    """The same, as (i, piece) for every piece of what follows prompt i. Nothing more follows the prompts that are done.
+    """`batch_generate`, piece by piece: (i, piece) for every piece of the text that follows prompt i.
 
     Wrong arguments, and any unusable prompt, are refused at the call.
 
     Args:
-        records: one for each prompt, in place of the option `record`.
+        records: one for each prompt, in place of the option `record`. Prompts are then decoded one by one.
     """
-    anew = adapts(options.get("controller"), options.get("adaptive"))
-    alone = anew or options.get("overflow") == "roll" or records is not None
+    adaptive = adapts(options.get("controller"), options.get("adaptive"))
+    alone = adaptive or options.get("overflow") == "roll" or records is not None
     size, seed = 1 if alone else BATCH, options.get("seed")
     batches = []
     for start in range(0, len(prompts), size):
@@ -161,24 +162,8 @@ def _one_after_another(
             progress("Answers", end, total)
 
 
-def feedback(
-    model: Model, controller: Steering, strength: Strength = None, record: Recording | None = None
-) -> AdjustableLaw:
-    """The law of a controller or of any other method, after checking that it was fitted on this model."""
-    controller.check_model(model)
-    if record is None:
-        return law_of(controller, strength)
-    strength = default_strength(controller) if strength is None else strength
-    return RecordedFeedback(only_controller(controller, "recorded"), strength, record)
-
-
-def adapts(controller: Steering | None, adaptive: bool | None = None) -> bool:
-    """Whether gains are recomputed for each prompt: as asked for, or else as the controller was fitted."""
-    return adaptive if adaptive is not None else controller is not None and controller.adaptive
-
-
 def _stream(
-    model: Model, prompts: Sequence[Prompt], options: Options, decoder: Decoder | None = None
+    model: Runner, prompts: Sequence[Prompt], options: Options, decoder: Decoder | None = None
 ) -> Iterator[tuple[int, Piece]]:
     settings: dict[str, Any] = dict(options)
     controller, strength = settings.pop("controller", None), settings.pop("strength", None)
@@ -188,12 +173,14 @@ def _stream(
     unknown = settings.keys() - Sampling.__dataclass_fields__.keys()
     if unknown:
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
-    law = feedback(model, controller, strength, record) if controller is not None else None
+    law = law_on(model, controller, strength, record) if controller is not None else None
     fixed = only_controller(controller, "adaptive") if adaptive and controller is not None else None
+    differentiable = require(model, DIFFERENTIABLE, "adapt gains to a prompt") if fixed is not None else None
 
     def adapted(trace: Trace) -> AdjustableLaw:
         assert fixed is not None
-        return feedback(model, readapted(model, fixed, trace), strength, record)
+        assert differentiable is not None
+        return law_on(model, adapt_at(differentiable, fixed, trace), strength, record)
 
     if record is not None and len(prompts) > 1:
         raise InputError("a batch cannot be recorded: decode one prompt at a time, or give batch_stream `records`")
@@ -214,7 +201,7 @@ def _stream(
 
 
 def _pieces(
-    model: Model,
+    model: Runner,
     tokens: Iterator[tuple[int, int]],
     prompts: Sequence[Sequence[int]],
     stop: tuple[str, ...],
@@ -224,14 +211,14 @@ def _pieces(
     stops = [StopStrings(stop) for _ in prompts]
     stopped: set[int] = set()
     for i, token in tokens:
-        text, found = stops[i].add(detokenizers[i].add(token))
-        if found:
+        text, is_stopped = stops[i].add(detokenizers[i].add(token))
+        if is_stopped:
             ended.add(i)
             stopped.add(i)
         yield i, Piece(text, token)
     for i, detokenizer in enumerate(detokenizers):
         if i in stopped:
             continue
-        text, found = stops[i].add(detokenizer.finish())
-        if rest := text if found else text + stops[i].rest():
+        text, is_stopped = stops[i].add(detokenizer.finish())
+        if rest := text if is_stopped else text + stops[i].rest():
             yield i, Piece(rest, None)

@@ -1,8 +1,8 @@
-"""Did an answer leave the region in which the linear model was found good?
+"""Did an answer leave the region in which the linear model was checked?
 
-A controller may carry that region, two sizes a layer and concept in the residual stream's units: `checked_error`, the
-|alpha_k| up to which block k answered linearly (to 10 %) to a step along v_k, and `checked_push`, the |u_k| up to which
-block k + 1 did along g_k. Inside it the plan that the gains rest on is sound; outside it nothing is known.
+A controller may carry that region: two sizes per layer and concept, in the residual stream's units. `checked_error` is
+the |alpha_k| up to which block k was linear to within 10 % for steps along v_k; `checked_push` is the |u_k| up to which
+block k + 1 was, for steps along g_k. Inside the region the gains rest on a sound model; outside it nothing is known.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from mlx_lqr.lqr.controller import Controller
 
 @dataclass(frozen=True)
 class Excess:
-    """The place where an answer came closest to leaving the region, or went furthest beyond it."""
+    """The layer and token at which an answer came closest to leaving the region, or went furthest beyond it."""
 
     ratio: float
-    """Size over what was checked: above 1 it is outside"""
+    """size / checked: above 1 it is outside"""
     layer: int
     token: int
     """0 is the prompt's last token, i the answer's i-th"""
@@ -30,7 +30,7 @@ class Excess:
     checked: float
     concept: str
     outside: float
-    """The share of tokens at which some layer was outside"""
+    """The share of tokens at which some layer was outside, 0 to 1"""
 
     def __str__(self) -> str:
         name = {"alpha": "|alpha_k|", "push": "|u_k|"}[self.quantity]
@@ -42,10 +42,10 @@ class Excess:
 
 
 def largest_excess(controller: Controller, error: np.ndarray, push: np.ndarray) -> Excess | None:
-    """Where alpha_k (n, T, m) and |u_k| (n, T) of n tokens stand against the controller's region.
+    """The largest ratio of alpha_k (n, T, m) and |u_k| (n, T), at n tokens, to the controller's checked region.
 
-    With several concepts |u_k| is held against the smallest of their regions, but for those that are off at a token
-    (alpha_k NaN). None without a region or a token.
+    With several concepts |u_k| is compared with the smallest of their regions, leaving out concepts that are off at a
+    token (alpha_k NaN). None without a region or a token.
     """
     if controller.checked_error is None or controller.checked_push is None or not len(error):
         return None

@@ -1,4 +1,4 @@
-"""Texts that end an answer, found across the borders of streamed pieces."""
+"""Texts that end an answer, also where they are split over several streamed pieces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mlx_lqr.errors import InputError
 
 
 class StopStrings:
-    """Passes text on, holding back what may be the beginning of a stop string."""
+    """Passes text on, but holds back text that may be the beginning of a stop string."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
@@ -16,18 +16,22 @@ class StopStrings:
 
     @staticmethod
     def check(stop: str | Sequence[str]) -> tuple[str, ...]:
-        """`stop` as a tuple of non-empty strings."""
+        """`stop` as a tuple of non-empty strings.
+
+        Raises:
+            InputError: an empty string, or something that is no string.
+        """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
-            raise InputError(f"stop must be a text or several, none of them empty, not {stop!r}")
+            raise InputError(f"stop must be one text or several, none of them empty, not {stop!r}")
         return stops
 
     def add(self, text: str) -> tuple[str, bool]:
-        """The text that is certain to be no part of a stop string, and whether one was found (then that was all)."""
+        """The text that is surely not part of a stop string, and whether one has come (then nothing follows)."""
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            text, self._held = self._held[: min(found)], ""
+        starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if starts:
+            text, self._held = self._held[: min(starts)], ""
             return text, True
         longest = max((self._overlap(stop) for stop in self._stops), default=0)
         certain = len(self._held) - longest
@@ -35,7 +39,7 @@ class StopStrings:
         return text, False
 
     def rest(self) -> str:
-        """What is still held back when nothing more comes."""
+        """The text still held back, at the end."""
         text, self._held = self._held, ""
         return text
 

@@ -1,4 +1,4 @@
-"""The standard streams of a command: any text can be written to them, and what breaks them is one line."""
+"""The standard streams of a command: any text can be written, and a broken stream is one line, not a traceback."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 STOPPED = 128 + 2
-"""Exit status after Ctrl-C: as a shell reports a program that SIGINT has ended."""
+"""Exit status after Ctrl-C, the one that a shell reports for a program ended by SIGINT."""
 
 
 def accept_any_text() -> None:
-    """Write characters that an output's encoding does not have as escapes, where they would be an error."""
+    """Write characters that the output's encoding lacks as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -22,31 +22,31 @@ def accept_any_text() -> None:
 
 
 def drop_output() -> None:
-    """Let what a broken stream still holds go nowhere: Python would complain of it when it ends."""
+    """Throw away what a broken stream still holds, since Python would complain about it at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (AttributeError, OSError, ValueError):  # the first of a stream that was closed from the start
+        except (AttributeError, OSError, ValueError):  # AttributeError: a stream that was closed from the start
             with suppress(AttributeError, OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def describe(error: OSError) -> str:
-    """What went wrong with a file or, where none is named, with the output."""
+    """What went wrong with a file or, if the error names none, with the output."""
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else f"cannot write the output: {reason}"
 
 
 def reader_has_gone(error: OSError) -> bool:
-    """Whether the reader of our output (`| head`) has."""
+    """Whether the program that reads our output (`| head`) has ended."""
     return error.errno == errno.EPIPE
 
 
 @contextmanager
 def keys_unseen() -> Iterator[None]:
-    """Inside this context keys that are typed do not appear on the terminal; they are read afterwards.
+    """Inside this context typed keys do not show on the terminal; they can be read afterwards.
 
-    The terminal is as it was when the context is left, also by an exception.
+    On leaving it, also by an exception, the terminal is as it was before.
     """
     try:
         import termios
@@ -63,7 +63,7 @@ def keys_unseen() -> Iterator[None]:
     quiet[3] &= ~(termios.ECHO | termios.ECHONL)
     terminated = signal.getsignal(signal.SIGTERM)
     try:
-        if terminated is signal.SIG_DFL:  # which would end us without what follows
+        if terminated is signal.SIG_DFL:  # or SIGTERM would end us without restoring the terminal
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         termios.tcsetattr(terminal, termios.TCSANOW, quiet)
         yield

@@ -1,7 +1,7 @@
 """A conversation as a JSON file: the model, the strengths in force, and every message.
 
-An answer also has the strengths that it was given at: `strengths` at its first token and, where they were set while it
-was written, `changes`, each with the first token that it holds for.
+An answer also has the strengths it was steered with: `strengths` at its first token and, if they were set while it was
+being written, `changes`, each with the first token that it applies to.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
-from mlx_lqr.files.prompts import read_text
+from mlx_lqr.files.text import read_text
 from mlx_lqr.methods.law import check_strength
 
 FORMAT = "mlx-lqr transcript 2"
@@ -30,12 +30,12 @@ class Given:
     reply: Message
     concepts: tuple[str, ...]
     strengths: list[tuple[float, ...]]
-    """Under which each of its tokens was made; one more than there are tokens"""
+    """The strengths at each of its tokens; one entry more than there are tokens"""
     written: dict[str, Any] | None = None
-    """The entries that a transcript had, of an answer from there"""
+    """The entries of the transcript that the answer was read from, if it was"""
 
     def entries(self) -> dict[str, Any]:
-        """The strengths at the answer's first token and, where they changed in it, from which token on to what."""
+        """The strengths at the answer's first token, and each change after that with the token where it begins."""
         if self.written is not None:
             return self.written
         kept = self.strengths[: max(1, len(self.strengths) - 1)]
@@ -45,22 +45,22 @@ class Given:
         for strengths, count in runs:
             named.append({"token": token, "strengths": dict(zip(self.concepts, strengths, strict=True))})
             token += count
-        found: dict[str, Any] = {"strengths": named[0]["strengths"] if named else {}}
-        return {**found, "changes": named[1:]} if len(named) > 1 else found
+        first: dict[str, Any] = {"strengths": named[0]["strengths"] if named else {}}
+        return {**first, "changes": named[1:]} if len(named) > 1 else first
 
     @classmethod
     def read(cls, reply: Message, entries: dict[str, Any]) -> Given | None:
-        """What `entries` has written, checked; None where nothing is said."""
+        """The inverse of `entries`, checked; None for an answer without strengths."""
         if "strengths" not in entries:
             return None
-        found: dict[str, Any] = {"strengths": _checked(entries["strengths"])}
+        written: dict[str, Any] = {"strengths": _checked(entries["strengths"])}
         token = 0
         for change in entries.get("changes", []):
             if type(change["token"]) is not int or change["token"] <= token:
-                raise ValueError("an answer's changes are not in the order of its tokens")
+                raise ValueError("the changes of an answer are not in the order of its tokens")
             token = change["token"]
-            found.setdefault("changes", []).append({"token": token, "strengths": _checked(change["strengths"])})
-        return cls(reply, (), [], found)
+            written.setdefault("changes", []).append({"token": token, "strengths": _checked(change["strengths"])})
+        return cls(reply, (), [], written)
 
 
 def write_transcript(
@@ -72,13 +72,14 @@ def write_transcript(
     *,
     force: bool = False,
 ) -> None:
-    """Write a conversation; with `force` in place of a file of any kind.
+    """Write a conversation to a file, atomically.
 
     Args:
-        given: how its answers were steered, where this is known.
+        given: how its answers were steered, as far as that is known.
+        force: overwrite a file of any kind, not only a transcript.
 
     Raises:
-        InputError: a place that cannot be written, or where something else stands.
+        InputError: the file cannot be written, or is of another kind.
     """
 
     def entries(message: Message) -> dict[str, Any]:
@@ -96,7 +97,11 @@ def write_transcript(
 
 
 def read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], list[Message], list[Given]]:
-    """Model, strengths and messages of a transcript, and how its answers were steered, checked."""
+    """The model, strengths and messages of a transcript, and how its answers were steered.
+
+    Raises:
+        InputError: the file is missing, damaged or no transcript.
+    """
     try:
         transcript = json.loads(read_text(path))
     except InputError:
@@ -108,7 +113,7 @@ def read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], l
             raise ValueError(f"its format is {transcript['format']!r}, and this version reads {FORMAT!r}")
         name, strengths, messages = (transcript[key] for key in ("model", "strengths", "messages"))
         if not isinstance(name, str) or not isinstance(strengths, dict) or not isinstance(messages, list):
-            raise ValueError("model, strengths or messages of a wrong kind")
+            raise ValueError("its model, strengths or messages are of the wrong type")
         checked = [_message(i, message, messages) for i, message in enumerate(messages)]
         given = [Given.read(reply, message) for reply, message in zip(checked, messages, strict=True)]
         return name, _checked(strengths), checked, [one for one in given if one is not None]
@@ -122,7 +127,7 @@ def _checked(strengths: dict[str, Any]) -> dict[str, float]:
 
 
 def _message(index: int, message: Any, messages: list[Any]) -> Message:
-    """A message that may stand where it stands: a system prompt first or not at all, then question and answer."""
+    """Checks a message: a system prompt may only come first; after it, user and assistant take turns."""
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
         raise ValueError(f"message {index + 1} has no text")
     role = message.get("role")
@@ -131,7 +136,7 @@ def _message(index: int, message: Any, messages: list[Any]) -> Message:
     first = int(messages[0]["role"] == "system")
     expected = ("user", "assistant")[(index - first) % 2]
     if role != expected:
-        raise ValueError(f"message {index + 1} is of {role!r} where one of {expected!r} must stand")
+        raise ValueError(f"message {index + 1} has the role {role!r}, expected {expected!r}")
     if role == "user" and index == len(messages) - 1:
         raise ValueError("its last message has no answer")
     return {"role": role, "content": message["content"]}

@@ -51,7 +51,7 @@ def oldest(pyproject: str) -> dict[str, str]:
     Raises:
         ValueError: a package without a lower bound.
     """
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for group in _GROUPS:  # Python 3.10 has no parser of TOML, and pip cannot have installed one yet
         listed = re.search(rf"^{group} = \[(.*?)\]$", pyproject, re.MULTILINE | re.DOTALL)
         assert listed is not None, group
@@ -59,8 +59,8 @@ def oldest(pyproject: str) -> dict[str, str]:
             bound = re.match(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\d.]+)", requirement)
             if bound is None:
                 raise ValueError(f"{requirement!r} has no lower bound")
-            found[bound[1]] = bound[2]
-    return found
+            versions[bound[1]] = bound[2]
+    return versions
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """README.md and docs/ hold what they say: each command and each Python block runs, in order, in an empty folder.
 
-Blocks share a page's folder and Python names. A ```text block is what the last command before it prints. A comment
-before a block tells what readers need not see: `<!-- not run: REASON -->`, or `<!-- measured: HOW -->` for numbers that
-take longer to measure than a test may; these are checked for their columns and words.
+Blocks share a page's folder and Python names; a page that begins with `<!-- continues: PAGE -->` goes on with those of
+another. A ```text block is what the last command before it prints. A comment before a block tells what readers need not
+see: `<!-- not run: REASON -->`; `<!-- fails -->` for a last command that is a mistake; or `<!-- measured: HOW -->` for
+numbers that take longer to measure than a test may, which are checked for their columns and words.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import click
 import pytest
 from helpers.documentation import (
     COMMANDS,
+    DOCS,
     PAGES,
     ROOT,
     RUNTIME,
@@ -29,14 +32,18 @@ from helpers.documentation import (
     anchors,
     arguments_of,
     blocks,
+    chains,
+    continued,
+    hook,
     indented,
     links,
+    named,
     quoted,
 )
 from helpers.shown_output import difference, unlike
 
 import mlx_lqr
-from mlx_lqr.analysis import rollout, spectra
+from mlx_lqr.analysis import inputs, spectra
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.protocol import Trace
 from mlx_lqr.commands import main
@@ -45,7 +52,7 @@ from mlx_lqr.runtime.__main__ import _parser as runtime_parser
 from mlx_lqr.tasks.damage import Capability, NeutralText
 
 NOT_RUN = {
-    "installs": r"git clone|make |pip install |source ",
+    "installs": r"git clone|make |pip install |uv tool install |source ",
     "needs a CUDA GPU": r"mlx-lqr .*--device cuda",
     "fetches from the hub": r"mlx-lqr eval lm-eval ",
     "needs a model of your own": r"mlx-lqr \w+ \S+\.gguf ",
@@ -66,9 +73,13 @@ SMALLER = {
     "mlx-lqr fit demo --concept polite": "--cost feature --jacobian-prompts 1",
     "mlx-lqr fit demo --concept refusal": "--cost feature --jacobian-prompts 1",
     "mlx-lqr fit demo --concept truth": "--cost feature --jacobian-prompts 1",
+    "mlx-lqr fit demo --positive pirate.txt": "--jacobian-prompts 1",
     "mlx-lqr generate": "-n 6",
     'mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors:2 -n 30': "",
+    'mlx-lqr generate demo -p "Once upon a time," -n 9000': "",
+    'mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors:2 -n 30 --backend torch': "-n 6",
     "mlx-lqr linearity": "--strengths 3",
+    "mlx-lqr linearize": "--nominal 'Once upon a time,'",
     "mlx-lqr tune": "--limit 2 --samples 1 --evaluations 1 -n 12 --strengths 0,12 --at-most 10 --jacobian-prompts 1",
     "python -m mlx_lqr.runtime": "-n 6",
 }
@@ -87,7 +98,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     cache = tmp_path_factory.mktemp("cache")  # with nothing in it that another run has fitted
     (cache / "demo").mkdir()
     (cache / "demo" / demo_model().name).symlink_to(demo_model())
-    prompts_of, half_sentences, questions = mlx_lqr.bundled_prompts, rollout.default_prompts, Capability.bundled()
+    prompts_of, half_sentences, questions = mlx_lqr.bundled_prompts, inputs.default_prompts, Capability.bundled()
     sentences = NeutralText()._sentences[:1]
 
     def few_prompts(concept: str) -> tuple[list[str], list[str]]:
@@ -134,11 +145,11 @@ def _jacobian_key(model: MLXModel, trace: Trace, layer: int) -> tuple[MLXModel, 
 
 
 class Reading:
-    """A page that is carried out block by block, up to the one that is asked for."""
+    """Pages that are carried out block by block, up to the block that is asked for."""
 
-    def __init__(self, page: Path, folder: Path) -> None:
+    def __init__(self, pages: Sequence[Path], folder: Path) -> None:
         self.session = Session(folder, SMALLER, TYPED)
-        self._blocks = blocks(page)
+        self._blocks = [block for page in pages for block in blocks(page)]
         self._outputs: list[Output] = []
         self._broken: str | None = None
 
@@ -160,7 +171,7 @@ class Reading:
         self.output(self._blocks[-1])
 
     def printed(self, beginning: str) -> Output:
-        """What the command of the page that begins so prints."""
+        """What the command of the pages that begins so prints."""
         self.finish()
         (command,) = (command for command in self.session.printed if command.startswith(beginning))
         return self.session.printed[command]
@@ -171,6 +182,9 @@ class Reading:
         if not block.mark.startswith("not run"):
             return self.session.run(block)
         output = Output("", "")
+        following = self._blocks[self._blocks.index(block) + 1 :]
+        if not following or following[0].language != "text":
+            return output
         for command in block.commands:
             program = next((INSTEAD[known] for known in INSTEAD if command.startswith(known)), None)
             if program is not None:
@@ -180,24 +194,25 @@ class Reading:
 
 @pytest.fixture(scope="module")
 def readings(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Reading]:
-    return {page: Reading(page, tmp_path_factory.mktemp(page.stem)) for page in PAGES}
+    together = [(pages, Reading(pages, tmp_path_factory.mktemp(pages[0].stem))) for pages in chains()]
+    return {page: reading for pages, reading in together for page in pages}
 
 
-BLOCKS = [block for page in PAGES for block in blocks(page)]
+BLOCKS = [block for pages in chains() for page in pages for block in blocks(page)]
 PROGRAMS = [block for block in BLOCKS if block.language in ("sh", "python")]
 SHOWN = [block for block in BLOCKS if block.language == "text"]
 
 
-def named(block: Block) -> str:
+def place(block: Block) -> str:
     return block.place
 
 
-@pytest.mark.parametrize("block", PROGRAMS, ids=named)
+@pytest.mark.parametrize("block", PROGRAMS, ids=place)
 def test_a_block_runs(block: Block, readings: dict[Path, Reading]) -> None:
     readings[block.page].output(block)
 
 
-@pytest.mark.parametrize("block", SHOWN, ids=named)
+@pytest.mark.parametrize("block", SHOWN, ids=place)
 def test_output_is_as_shown(block: Block, readings: dict[Path, Reading]) -> None:
     output = readings[block.page].output(block)
     printed = output.stderr if block.text.startswith(("Note:", "Error:")) else output.stdout
@@ -237,14 +252,14 @@ def test_what_counts_as_a_measured_table(shown: str, alike: bool) -> None:
     assert (unlike(shown, printed) is None) == alike
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=named)
+@pytest.mark.parametrize("block", BLOCKS, ids=place)
 def test_a_mark_is_needed_and_known(block: Block) -> None:
     kind, _, reason = block.mark.partition(": ")
     if block.language == "sh":
         reasons = {reason for reason, form in NOT_RUN.items() for line in block.commands if re.match(form, line)}
-        assert reasons == ({reason} if block.mark else set())
-        assert kind in ("", "not run")
-        if block.mark:
+        assert reasons == ({reason} if kind == "not run" else set())
+        assert kind in ("", "not run", "fails")
+        if kind == "not run":
             assert all(re.match(NOT_RUN[reason], line) for line in block.commands), "a command here could be run"
     elif block.language == "text":
         assert kind in ("", "measured")
@@ -252,7 +267,7 @@ def test_a_mark_is_needed_and_known(block: Block) -> None:
         assert (block.language, block.mark) == ("python", "")
 
 
-UNRUN = [line for block in PROGRAMS if block.mark for line in block.commands]
+UNRUN = [line for block in PROGRAMS if block.mark.startswith("not run") for line in block.commands]
 
 
 @pytest.mark.parametrize("command", UNRUN)
@@ -264,9 +279,9 @@ def test_a_command_that_is_not_run_would_be_understood(command: str) -> None:
                 pass
             case ["make", target]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            case ["pip", "install", *_]:
-                for extra in re.findall(r"\.\[([\w,-]+)\]", one):
-                    assert re.search(rf"^{extra} = ", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+            case ["pip", "install", *_] | ["uv", "tool", "install", *_]:
+                for extra in ",".join(re.findall(r"\.\[([\w,-]+)\]", one)).split(","):
+                    assert not extra or re.search(rf"^{extra} = ", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
             case ["python", script, *arguments]:
                 parsed(benchmark(script), arguments)
             case _:
@@ -303,14 +318,17 @@ def options_of(command: click.Command) -> dict[str, set[str]]:
     if isinstance(command, click.Group):
         below = {name: options_of(one) for name, one in command.commands.items()}
         return {f"{name} {rest}".strip(): options for name, one in below.items() for rest, options in one.items()}
-    return {"": {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}}
+    parameters = command.get_params(click.Context(command))  # those of the methods are none of command.params
+    return {"": {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}}
 
 
 OPTIONS = options_of(main)
+HOOK = hook()
+GENERATED: dict[Path, str] = {DOCS / page: text for page, text in HOOK.generated().items()}
 OF_RUNTIME = {option for action in runtime_parser()._actions for option in action.option_strings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_option_named_is_there(page: Path) -> None:
     known = set().union(*OPTIONS.values(), OF_RUNTIME, {"--help"})
     for text in quoted(page):
@@ -327,40 +345,84 @@ def test_every_option_named_is_there(page: Path) -> None:
             assert named <= {*OF_RUNTIME, "-m"}, text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_name_and_file_is_there(page: Path) -> None:
     for text in quoted(page):
         for name in re.findall(r"\b(?:mlx_lqr|mlx_lm|tasks)(?:\.[A-Za-z_]\w*)+", text):
             module, *attributes = ("mlx_lqr." * name.startswith("tasks") + name).split(".")
-            found = importlib.import_module(module)
+            value: Any = importlib.import_module(module)
             for attribute in attributes:
-                if not hasattr(found, attribute):
-                    importlib.import_module(f"{found.__name__}.{attribute}")
-                found = getattr(found, attribute)
+                if not hasattr(value, attribute):
+                    importlib.import_module(f"{value.__name__}.{attribute}")
+                value = getattr(value, attribute)
         for file in re.findall(r"[\w/]+\.py\b", text) + re.findall(r"^(?:mlx_lqr|runtime|convert)/[\w/]*$", text):
             assert any((folder / file).exists() for folder in (ROOT, ROOT / "mlx_lqr")), text
         for target in re.findall(r"^make ([\w-]+)", text):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in links(page):
         if link.startswith(("http://", "https://")):
             continue
         file, _, anchor = link.partition("#")
-        target = page.parent / file if file else page
-        assert target.exists(), link
-        assert not anchor or anchor in anchors(target), link
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists() or target in GENERATED, link
+        assert not anchor or anchor in anchors(GENERATED.get(target) or target.read_text("utf-8")), link
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_that_goes_on_says_so_and_is_read_once() -> None:
+    assert Counter(page for pages in chains() for page in pages) == Counter(PAGES)
+    for page in PAGES:
+        before = continued(page)
+        assert before is None or before in PAGES
+
+
+def test_the_readme_is_short_and_soon_shows_a_result() -> None:
+    page = ROOT / "README.md"
+    assert len(page.read_text("utf-8").splitlines()) <= 150
+    first = next(block for block in blocks(page) if block.language == "text")
+    assert first.line + len(first.text.splitlines()) <= 45
+
+
+def test_every_command_and_option_is_in_the_reference() -> None:
+    pages = {file.stem: text for file, text in GENERATED.items() if file.parent.name == "commands"}
+    for name, options in OPTIONS.items():
+        text = pages[name.replace(" ", "-")]
+        assert all(re.search(rf"(?<![\w-]){option}(?![\w-])", text) for option in options if option[0] == "-"), name
+        assert re.search(rf"^\| \[`{name}`\]\(", pages["index"], re.MULTILINE)
+
+
+def test_the_page_of_methods_gets_its_table_and_no_reader_sees_a_mark() -> None:
+    text = HOOK.on_page_markdown((DOCS / "methods.md").read_text("utf-8"))
+    assert all(f"| `{name}` |" in text for name in mlx_lqr.METHODS)
+    for page in PAGES:
+        assert "<!--" not in HOOK.on_page_markdown(page.read_text("utf-8"))
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    modules = {module: importlib.import_module(module) for module in ("mlx_lqr", "mlx_lqr.tasks", "mlx_lqr.analysis")}
+    public = {f"{module}.{name}" for module in modules for name in modules[module].__all__}
+    page = (DOCS / "reference" / "python.md").read_text("utf-8")
+    assert Counter(re.findall(r"^::: (\S+)$", page, re.MULTILINE)) == Counter(public)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_nothing_to_run_stands_outside_the_fences(page: Path) -> None:
     assert not [text for text in indented(page) if re.search(r"mlx[-_]lqr|python|pip ", text)]
 
 
-def test_what_the_readme_says_of_its_commands(readings: dict[Path, Reading]) -> None:
+def test_what_is_said_of_the_first_results(readings: dict[Path, Reading]) -> None:
     page = readings[ROOT / "README.md"]
+    page.finish()
+    assert 130_000 < (page.session.folder / "ocean.safetensors").stat().st_size < 150_000
+    assert "Steered: pirate 3." in page.printed("mlx-lqr chat demo -c pirate.safetensors:2").stderr
+    assert set(mlx_lqr.bundled_concepts()) <= set(page.printed("mlx-lqr concepts").stdout.split())
+
+
+def test_what_the_guide_says_of_its_commands(readings: dict[Path, Reading]) -> None:
+    page = readings[DOCS / "index.md"]
     assert set(mlx_lqr.bundled_concepts()) <= set(page.printed("mlx-lqr concepts").stdout.split())
     rows = [json.loads(row) for row in page.printed("mlx-lqr generate demo --prompts").stdout.splitlines()]
     assert [row["prompt"] for row in rows] == ["Once upon a time,", "My neighbor told me"]
@@ -372,15 +434,19 @@ def test_what_the_readme_says_of_its_commands(readings: dict[Path, Reading]) -> 
     shown = page.printed("mlx-lqr show ocean.safetensors").stdout
     assert "q = 3, r = 1, qf = 3, state cost" in shown
     assert "centred" in shown
-    of_torch = page.printed('mlx-lqr generate demo -p "Once upon a time," -c ocean.safetensors:2 -n 30 --backend torch')
-    assert of_torch.stdout == page.printed(RUNTIME).stdout != ""
     assert "recommended" in page.session.command("mlx-lqr show tuned.safetensors").stdout
     assert {file.suffix for file in (page.session.folder / "pictures").iterdir()} == {".json", ".png", ".svg"}
     assert (page.session.folder / "comparison" / "concept-comparison.png").is_file()
 
 
-def test_what_the_readme_says_of_python(readings: dict[Path, Reading]) -> None:
-    page = readings[ROOT / "README.md"]
+def test_what_is_said_of_backends(readings: dict[Path, Reading]) -> None:
+    page = readings[DOCS / "backends" / "small.md"]
+    of_torch = page.printed('mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors:2 -n 30 --backend torch')
+    assert of_torch.stdout == page.printed(RUNTIME).stdout != ""
+
+
+def test_what_is_said_of_python(readings: dict[Path, Reading]) -> None:
+    page = readings[DOCS / "guide" / "python.md"]
     page.finish()
     names = page.session.names
     assert 130_000 < (page.session.folder / "ocean.safetensors").stat().st_size < 150_000
@@ -401,7 +467,7 @@ def test_what_the_readme_says_of_python(readings: dict[Path, Reading]) -> None:
     ],
 )
 def test_what_is_said_of_evaluation(task: str, measures: set[str], readings: dict[Path, Reading]) -> None:
-    page = readings[ROOT / "docs" / "evaluation.md"]
+    page = readings[DOCS / "guide" / "evaluate.md"]
     rows = {row.split()[0] for row in page.printed(f"mlx-lqr eval {task}").stdout.splitlines()}
     assert measures | {"perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "kl", "capability"} <= rows
     (summary,) = (page.session.folder / "results").glob(f"{task}-*.summary.json")

@@ -11,7 +11,7 @@ from helpers.backends import BACKENDS, smollm2_on
 
 import mlx_lqr
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.runtime.generate import feedback
+from mlx_lqr.methods.running import law_on
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -34,8 +34,8 @@ def controller(jacobians: mlx_lqr.Jacobians, ocean: mlx_lqr.Contrast) -> mlx_lqr
     return mlx_lqr.compile(mlx_lqr.solve(jacobians, 0.1, 1.0, 0.1), ocean, "ocean", setpoint="paper")
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+def relative(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
 
 
 def test_direction(ocean: mlx_lqr.Contrast, golden: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ def test_logits_and_tokens_steered(
     name = f"q0.1_r1.0_qf0.1/strength{strength}/{positions}"
     steered = replace(controller, positions=positions)
     tokens = golden["tokens"]["prompt"]
-    law = feedback(smollm2, steered, strength)
+    law = law_on(smollm2, steered, strength)
     logits = smollm2.logits(tokens, law=law, steer_all=positions == "all")
     assert np.abs(logits - golden[f"logits/{name}"]).max() < 2e-3
     pieces = mlx_lqr.stream(smollm2, golden["prompt"], controller=steered, strength=strength, max_tokens=40)

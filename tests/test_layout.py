@@ -3,33 +3,54 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from built_wheel import built
+from helpers.platforms import posix
 
+import mlx_lqr
 from mlx_lqr.loading import resolve
 
 ROOT = Path(__file__).parents[1]
 TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
-    {"errors", "files.atomic", "files.cache", "files.prompts", "files.tensors", "concepts"},
-    {"files", "backends.blas", "backends.text", "backends.checkpoint", "backends.mlx.device"},
+    {"errors"},
+    {"files", "backends.mlx.device"},
+    {"concepts", "backends.blas", "backends.text", "backends.checkpoint"},
     {"backends.protocol"},
     {"backends"},
     {"lqr"},
     {"methods"},
     {"convert"},
     {"loading"},
-    {"runtime", "analysis", "tasks"},
+    {"runtime", "analysis"},
+    {"tasks"},
     {"commands"},
     {"__main__"},
 ]
-"""From the bottom to the top: a module may import from its own layer and from those below."""
+"""From the bottom to the top. A module may import from its own entry and from the layers below, but not from another
+entry of its layer: runtime and analysis know nothing of each other."""
+
+PROTOCOL = {"backends.protocol", "backends.capabilities"}  # what a model can do, and what to say where it cannot
+FROM_BACKENDS = {
+    "convert": {*PROTOCOL, "backends.borrowed", "backends.checkpoint", "backends.mlx"},  # it writes MLX's
+    "loading": {*PROTOCOL, "backends.backend", "backends.registry"},
+    "lqr": PROTOCOL,
+    "methods": PROTOCOL,
+    "analysis": PROTOCOL,
+    "runtime": {*PROTOCOL, "backends.text", "backends.overflow"},
+    "tasks": PROTOCOL,
+    "tasks.lm_eval": {*PROTOCOL, "backends.borrowed", "backends.mlx"},  # mlx-lm's own evaluator
+    "commands": {*PROTOCOL, "backends.registry"},
+}
+"""What of backends/ a folder may import. A backend's own folder stays out of everybody else's sight."""
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -51,25 +72,43 @@ def imports(file: Path, *, top_level: bool = False) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def layer(name: str) -> int | None:
-    name = name.removeprefix("mlx_lqr.")
-    known = {prefix: index for index, layer in enumerate(LAYERS) for prefix in layer}
-    while name:
-        if name in known:
-            return known[name]
+def entry_of(name: str, entries: Iterable[str]) -> str | None:
+    """The entry that a module belongs to: the longest that its name begins with."""
+    while name and name not in entries:
         name = name.rpartition(".")[0]
-    return None
+    return name or None
+
+
+def of_the_library(file: Path) -> Iterator[str]:
+    """What a file imports of the library, without the library's own name."""
+    return (name.removeprefix("mlx_lqr.") for name in imports(file) if name.startswith("mlx_lqr."))
 
 
 @pytest.mark.parametrize(("name", "file"), [entry for entry in modules() if entry[0] != "__init__"])
 def test_imports_point_downwards(name: str, file: Path) -> None:
-    own = layer(name)
+    heights = {entry: height for height, layer in enumerate(LAYERS) for entry in layer}
+    own = entry_of(name, heights)
     assert own is not None, f"{name} has no layer: give it one"
-    for imported in imports(file):
-        if imported.startswith("mlx_lqr."):
-            theirs = layer(imported)
-            assert theirs is not None
-            assert theirs <= own, f"{name} imports {imported}, which stands above it"
+    for imported in of_the_library(file):
+        theirs = entry_of(imported, heights)
+        assert theirs is not None
+        below = theirs == own or heights[theirs] < heights[own]
+        assert below, f"{name} imports {imported}, which does not stand below it"
+
+
+@pytest.mark.parametrize(("name", "file"), [entry for entry in modules() if not entry[0].startswith("backends.")])
+def test_nobody_reaches_into_a_backend(name: str, file: Path) -> None:
+    entry = entry_of(name, FROM_BACKENDS)
+    allowed = FROM_BACKENDS[entry] if entry is not None else set()
+    for imported in of_the_library(file):
+        if imported.startswith("backends.") and name != "__init__":
+            assert entry_of(imported, allowed), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize(("name", "file"), list(modules()))
+def test_private_names_stay_in_their_module(name: str, file: Path) -> None:
+    private = [imported for imported in of_the_library(file) if imported.rpartition(".")[2].startswith("_")]
+    assert not [imported for imported in private if not imported.endswith("__")], f"{name} imports {private}"
 
 
 @pytest.mark.parametrize(("name", "file"), list(modules()))
@@ -79,10 +118,10 @@ def test_only_backends_and_converters_know_a_tensor_framework(name: str, file: P
         assert frameworks <= {"torch", "transformers"}
     elif name.startswith("backends.mlx") or name.startswith("convert."):
         assert frameworks <= {"mlx", "mlx_lm", "transformers"}  # the last for tokenizers in older formats
-    elif name == "loading":
-        assert not {imported.partition(".")[0] for imported in imports(file, top_level=True)} & TENSOR_FRAMEWORKS
     else:
         assert not frameworks
+    if name.startswith("backends.") and name.endswith(".backend"):  # is imported to list the backends
+        assert not {imported.partition(".")[0] for imported in imports(file, top_level=True)} & TENSOR_FRAMEWORKS
 
 
 def loaded_after(code: str) -> set[str]:
@@ -132,6 +171,7 @@ def test_a_model_runs_on_torch_without_mlx() -> None:
     assert not any(name.startswith("mlx.") for name in loaded - {"mlx.core"})
 
 
+@posix
 def test_mlx_lm_is_whole_when_it_is_wanted() -> None:
     """Our short cut to mlx-lm's model classes must not show, in whichever order things are imported."""
     run_apart(
@@ -155,9 +195,7 @@ def test_mlx_may_be_imported_first() -> None:
 
 def test_the_package_holds_everything(tmp_path: Path) -> None:
     """A wheel built from the checkout has the concepts, the type marker and what stands outside mlx_lqr/."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = built(tmp_path)
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in (
         "runtime/decode.py",
@@ -170,9 +208,17 @@ def test_the_package_holds_everything(tmp_path: Path) -> None:
     ):
         assert f"mlx_lqr/{file}" in names
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"mlx_lqr"}
-    for name, file in modules():
+    for name, module in modules():
         path = name.replace(".", "/").removesuffix("__init__")
-        assert f"mlx_lqr/{path}.py" in names or f"mlx_lqr/{path}/__init__.py".replace("//", "/") in names, file
+        assert f"mlx_lqr/{path}.py" in names or f"mlx_lqr/{path}/__init__.py".replace("//", "/") in names, module
+    assert wheel.name.startswith(f"mlx_lqr-{mlx_lqr.__version__}-")
+
+
+def test_one_place_says_the_version() -> None:
+    said = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert said is not None
+    assert mlx_lqr.__version__ == said[1]
+    assert said[1] not in "".join(file.read_text("utf-8") for _, file in modules())
 
 
 ASKS = {"default_device", "is_available", "metal", "gpu", "platform", "machine", "system", "uname"}
@@ -180,7 +226,7 @@ ASKS = {"default_device", "is_available", "metal", "gpu", "platform", "machine",
 MAY_ASK = {
     "backends.mlx.device": ASKS,
     "backends.blas": {"platform", "machine"},  # in which words to say how to install one
-    "loading": {"platform", "is_available"},  # how NVIDIA's driver is called on Windows; torch.cuda
+    "backends.torch.backend": {"platform", "is_available"},  # what NVIDIA's driver is called on Windows; torch.cuda
     "backends.torch.load": {"is_available"},  # torch.cuda
 }
 

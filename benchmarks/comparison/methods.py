@@ -16,7 +16,7 @@ from mlx_lqr.backends.protocol import Model
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.methods.method import Method
 from mlx_lqr.methods.steering import Steering
-from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.tuning import Candidate, Space
 
 LAYERS = 12

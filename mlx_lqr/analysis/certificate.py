@@ -1,15 +1,15 @@
-"""What the linear model predicts of the loop that runs, how far off it can be, and how far off it was.
+"""What the linear model predicts of the closed loop, a bound on its error, and the error that was measured.
 
-The loop steers one feature: z_{k+1} = phi_k(z_k) + u_k, u_k = (beta*_k - v_k' z_k) g_k. Against the same token without
-control, z0_{k+1} = phi_k(z0_k) from the same z0_0, the error e_k = z_k - z0_k starts at zero and obeys, exactly,
+The loop steers one feature: z_{k+1} = phi_k(z_k) + u_k, u_k = (beta*_k - v_k' z_k) g_k. Compared with the same token
+without control, z0_{k+1} = phi_k(z0_k) from the same z0_0, the error e_k = z_k - z0_k starts at zero and obeys exactly
 
     e_{k+1} = F_k e_k + w_k + r_k,   F_k = A_k - g_k v_k',   w_k = (beta*_k - v_k' z0_k) g_k,
 
 with A_k the Jacobian at this prompt, or averaged over others, and r_k = phi_k(z0_k + e_k) - phi_k(z0_k) - A_k e_k.
-w_k is known before anything is steered; so p_{k+1} = F_k p_k + w_k predicts e_k, and d_k = e_k - p_k obeys d_{k+1} =
-F_k d_k + r_k, d_0 = 0, which lyapunov.py bounds: d_k, and v_k' d_k, by which the feature misses its prediction. The
-constants c_k and L_k in |r_k| <= c_k |e_k| + (L_k / 2) |e_k|^2 are estimated from samples at calibration prompts;
-everything is then checked on held-out prompts. An estimate is not a proof: docs/theory.md names every assumption.
+w_k is known before anything is steered, so p_{k+1} = F_k p_k + w_k predicts e_k. d_k = e_k - p_k obeys d_{k+1} =
+F_k d_k + r_k, d_0 = 0; lyapunov.py bounds d_k, and v_k' d_k, the error of the feature's prediction. The constants c_k
+and L_k in |r_k| <= c_k |e_k| + (L_k / 2) |e_k|^2 are estimated from samples at calibration prompts; everything is then
+checked on held-out prompts. An estimate is not a proof: docs/theory.md names every assumption.
 """
 
 from __future__ import annotations
@@ -23,47 +23,50 @@ from typing import Literal, get_args
 import numpy as np
 
 from mlx_lqr.analysis.closed_loop import SAMPLES, AtPrompt, Averaged, ClosedLoop, Contraction, Swept
+from mlx_lqr.analysis.inputs import check_seed, check_single, check_strengths
 from mlx_lqr.analysis.lyapunov import Float64, error_bound, prior_bound, remainder_bound
-from mlx_lqr.analysis.rollout import Rollout, check_seed, check_single, check_steering, roll_out
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.analysis.rollout import Rollout, roll_out
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.linearize import Jacobians, linearize
 from mlx_lqr.lqr.prompts import Prompt
 
 Linearised = Literal["prompt", "average"]
-"""Where the Jacobians are taken: at each prompt itself, or averaged over the calibration prompts."""
+"""Where the Jacobians are computed: at each prompt, or averaged over the calibration prompts."""
 TOLERANCE = 0.5
-"""Of mu_k: within half the distance between a text with and one without the concept, a setpoint counts as reached."""
+"""A setpoint counts as reached within this multiple of mu_k, half the distance between texts with and without the
+concept."""
 BAND = np.arange(-8, 8.125, 0.25)
-"""Strengths among which the reachable band is looked for."""
+"""The strengths among which the certified band is searched."""
 SHARE = 0.95
-"""Of the prompts, for a strength to belong to a band."""
+"""The share of prompts that must hold for a strength to belong to a band."""
 ROUNDING = 2.0**-21
-"""Of |z_k|: what float32 arithmetic adds to a block's output, eight units of rounding; a disturbance like any other."""
+"""The rounding error of a block's output in float32, as a multiple of |z_k|: eight units of rounding."""
 
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A constant of every layer, estimated from samples; the bound uses `quantile`. NaN where nothing was sampled."""
+    """A constant per layer, estimated from samples; the bound uses `quantile`. NaN at layers without samples."""
 
     quantile: Float64
-    """(T,): of the samples along the steered displacements"""
+    """(T,): a quantile of the samples along the steered displacements"""
     maximum: Float64
-    """(T,): the largest of these"""
+    """(T,): the largest of these samples"""
     by_direction: dict[str, Float64]
     """direction -> (T,): the same quantile along other directions, for comparison"""
     samples: int
-    """How many a layer and direction."""
+    """How many samples per layer and direction."""
 
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
     """Bounds and measurements at the last tokens of n held-out prompts and S strengths, on a model of T blocks.
 
-    Features are v_k . z_k in the residual stream's units, for k = T those of the last block's output. Errors before the
-    first controlled layer are zero. "Posterior" bounds know the errors |e_i| of the layers before; "prior" bounds know
-    nothing but the unsteered token.
+    Features are v_k . z_k in the residual stream's units; k = T is the last block's output. Errors before the first
+    controlled layer are zero. "Posterior" bounds use the measured errors |e_i| of the layers before; "prior" bounds use
+    the unsteered token alone.
     """
 
     model_name: str
@@ -73,44 +76,44 @@ class Certificate:
     calibration_prompts: int
     held_out_prompts: int
     quantile: float
-    """Of the samples, for the constants."""
+    """The quantile of the samples that gives the constants."""
     first: int
     """The first controlled layer"""
     magnitude: Float64
     """(T + 1,): mu_k"""
     contraction: Contraction
-    """Of the loop that runs; medians over the held-out prompts where each has its own Jacobians"""
+    """Of the closed loop F_k; medians over the held-out prompts if each has its own Jacobians"""
     full_state: Contraction | None
-    """The loop A_k - K_k of the paper's analysis, which does not run; None where the controller has the feature cost"""
+    """Of the loop A_k - K_k that the paper analyses, which is not the one that runs; None for the feature cost"""
     mismatch: Estimate
-    """c_k: how much the average Jacobian is off at a prompt; about zero for the prompt's own"""
+    """c_k: how far the average Jacobian is off at a prompt; about zero for the prompt's own"""
     curvature: Estimate
     """L_k, in 1 / units of |.|_P"""
     setpoint: Float64
-    """(S, T + 1): beta*_k; for k = T, where nothing is controlled, strength x mu_T, and NaN for a centred setpoint"""
+    """(S, T + 1): beta*_k. At k = T, where nothing is controlled, strength x mu_T; NaN for a centred setpoint"""
     unsteered: Float64
     """(n, S, T + 1): the feature without control at this token"""
     feature: Float64
-    """(n, S, T + 1): the feature measured"""
+    """(n, S, T + 1): the measured feature"""
     predicted: Float64
-    """(n, S, T + 1): the feature that the linear model predicts"""
+    """(n, S, T + 1): the feature predicted by the linear model"""
     feature_posterior: Float64
-    """(n, S, T + 1): bound of |feature - predicted|"""
+    """(n, S, T + 1): posterior bound of |feature - predicted|"""
     feature_prior: Float64
-    """(n, S, T + 1)"""
+    """(n, S, T + 1): prior bound of the same"""
     displacement: Float64
     """(n, S, T + 1): |e_k|_{P_k}"""
     deviation: Float64
-    """(n, S, T + 1): |d_k|_{P_k} measured"""
+    """(n, S, T + 1): |d_k|_{P_k}, measured"""
     deviation_posterior: Float64
-    """(n, S, T + 1): its bound"""
+    """(n, S, T + 1): its posterior bound"""
     deviation_prior: Float64
-    """(n, S, T + 1)"""
+    """(n, S, T + 1): its prior bound"""
     remainder_held: Float64
     """(T,): share of prompts and strengths at which |r_k| <= c_k |e_k| + (L_k / 2) |e_k|^2"""
     certified_band: Float64
-    """(T + 1, 2): least and largest strength between which the prior bound keeps the feature within `TOLERANCE` mu_k of
-    its prediction for 95 % of the prompts; NaN where there is none"""
+    """(T + 1, 2): the lowest and highest strength between which the prior bound keeps the feature within `TOLERANCE`
+    mu_k of its prediction for 95 % of the prompts; NaN if there is none"""
 
     def held(self, quantity: str = "feature", kind: str = "posterior") -> Float64:
         """(T + 1,): how often a bound held, over prompts and strengths. `quantity`: "feature" or "deviation"."""
@@ -119,7 +122,7 @@ class Certificate:
         return np.mean(measured <= bound, axis=(0, 1))
 
     def measured_band(self) -> list[tuple[float, ...]]:
-        """For every layer 0..T the strengths tried at which 95 % of the prompts came within `TOLERANCE` mu_k of the
+        """For every layer 0..T the strengths at which 95 % of the prompts were within `TOLERANCE` mu_k of the
         prediction."""
         missed = np.quantile(np.abs(self.feature - self.predicted), SHARE, axis=0, method="higher")  # (S, T + 1)
         reached = missed <= TOLERANCE * self.magnitude
@@ -127,7 +130,7 @@ class Certificate:
 
 
 def certify(
-    model: Model,
+    model: Differentiable,
     controller: Controller,
     calibration: Sequence[Prompt],
     held_out: Sequence[Prompt],
@@ -140,29 +143,30 @@ def certify(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Certificate:
-    """Bound the tracking error of a controller of one concept, and compare with what happens.
+    """Bound the tracking error of a controller of one concept, and compare the bound with measurements.
 
-    Layer by layer: in memory are a few (d, d) float64 matrices and the prompts' residual streams. Averaged Jacobians
-    stand in a file, given or temporary, and are read once upwards, for the predictions, and once downwards.
+    Goes layer by layer, with a few (d, d) float64 matrices and the prompts' residual streams in memory. Averaged
+    Jacobians are in a file, given or temporary; it is read once upwards, for the predictions, and once downwards.
 
     Args:
         model: what `load` returned.
         controller: of one concept.
         calibration: prompts at which the constants are sampled (at most 32 tokens of each).
         held_out: other prompts, at which everything is checked.
-        strengths: at which to run the loop; not 0, which is not steered.
-        linearised: "prompt" takes each prompt's own Jacobians, as the paper does; "average" one set for all, averaged
-            over the calibration prompts: cheaper, and looser by c_k.
-        jacobians: with "average", those of this model made before by `linearize`.
-        quantile: of the samples, for the constants; 1 takes the largest.
-        full_state: also analyse the loop A_k - K_k that feeds back the whole state (state cost only).
+        strengths: at which to run the loop; not 0, which does not steer.
+        linearised: "prompt" uses each prompt's own Jacobians, as the paper does. "average" uses one set for all,
+            averaged over the calibration prompts: cheaper, and looser by c_k.
+        jacobians: for "average", Jacobians of this model from `linearize`.
+        quantile: the quantile of the samples that gives the constants; 1 is the largest sample.
+        full_state: also analyse the loop A_k - K_k, which feeds back the whole state (state cost only).
         seed: of the random directions.
         progress: called as progress(stage, done, total).
 
     Raises:
         InputError: unusable prompts or options, a controller or Jacobians of another model, a controller of several
-            concepts, activations that overflow.
+            concepts, or activations overflow.
     """
+    require(model, DIFFERENTIABLE, "certify controllers")
     check_single(controller, model)
     _check(model, controller, calibration, held_out, strengths, linearised, jacobians, quantile, seed)
     runs: list[Rollout] = []
@@ -193,7 +197,7 @@ def certify(
 
 
 def _check(
-    model: Model,
+    model: Differentiable,
     controller: Controller,
     calibration: Sequence[Prompt],
     held_out: Sequence[Prompt],
@@ -204,8 +208,8 @@ def _check(
     seed: int,
 ) -> None:
     if not calibration or not held_out:
-        raise InputError("certify needs prompts to calibrate with and others to check on: give at least two")
-    check_steering(strengths)
+        raise InputError("certify needs prompts to calibrate and others to check: give at least two")
+    check_strengths(strengths)
     check_seed(seed)
     if not 0 < quantile <= 1:
         raise InputError(f"quantile must be above 0 and at most 1, not {quantile!r}")
@@ -217,8 +221,8 @@ def _check(
         raise InputError(f"the Jacobians are of {jacobians.model_name or 'another model'}, not of {model.name}")
     if linearised == "prompt" and controller.positions == "all" and len(strengths) > 1:
         raise InputError(
-            "this controller steers the prefix too, so that each strength has Jacobians of its own: give one strength, "
-            "or average (--linearised average)"
+            "this controller steers the prefix too, so each strength has Jacobians of its own: give one strength, or "
+            "average (--linearised average)"
         )
 
 
@@ -232,7 +236,7 @@ def _assemble(
     linearised: Linearised,
     full_state: bool,
 ) -> Certificate:
-    """The certificate from sweeps of held-out prompts (one of all, or one of each) and the samples of the constants."""
+    """The certificate from sweeps of held-out prompts (one for all, or one each) and samples of the constants."""
     strengths, v = loop.strengths, loop.direction
     together = {name: np.concatenate([part[name] for part in samples], axis=-1) for name in SAMPLES}
     mismatch, curvature = (_estimate({name: s[which] for name, s in together.items()}, quantile) for which in (0, 1))
@@ -278,8 +282,8 @@ def _assemble(
 
 
 def _bounds(loop: ClosedLoop, swept: Swept, c: Float64, L: Float64, rounding: Float64) -> tuple[Float64, ...]:
-    """Posterior and prior bound of the feature and of the state, the remainder allowed, and the prior bound of the
-    feature on the band's grid of strengths."""
+    """Posterior and prior bound of the feature; posterior and prior bound of the state; the bound of the remainder; the
+    prior bound of the feature at the strengths of the band."""
     transition, T = swept.contraction.transition, loop.T
     allowed = remainder_bound(c, L, swept.displacement[..., :T]) + rounding
     prior, disturbance = prior_bound(transition, _predicted_norm(swept.forms, loop.strengths[:, None]), c, L, rounding)
@@ -297,13 +301,13 @@ def _bounds(loop: ClosedLoop, swept: Swept, c: Float64, L: Float64, rounding: Fl
 
 
 def _rounding(swept: Swept) -> Float64:
-    """A bound of what rounding adds at each layer, in the norm of P_{k+1}: (n, S, T)"""
+    """A bound of the rounding error of each layer, in the norm of P_{k+1}: (n, S, T)"""
     weight = np.append(np.nan_to_num(swept.contraction.largest_weight[1:]), 1.0)
     return ROUNDING * swept.norm[..., 1:] * np.sqrt(weight)
 
 
 def _grid(loop: ClosedLoop) -> Float64:
-    """The strengths of the band: where the prefix, and with it z0, depends on the strength, those tried alone."""
+    """The strengths of the band. If the prefix, and so z0, depends on the strength, only those that were run."""
     return loop.strengths if loop.controller.positions == "all" else BAND
 
 
@@ -314,7 +318,7 @@ def _predicted_norm(forms: Float64, strengths: Float64) -> Float64:
 
 
 def _band(loop: ClosedLoop, bound: Float64) -> Float64:
-    """`Certificate.certified_band` from the bounds on the grid (n, s, T + 1): the longest run without a gap."""
+    """`Certificate.certified_band` from bounds on the grid (n, s, T + 1): the longest interval without a gap."""
     order = np.argsort(_grid(loop))
     grid = _grid(loop)[order]
     missed = np.quantile(bound, SHARE, axis=0, method="higher")[order]
@@ -329,7 +333,7 @@ def _band(loop: ClosedLoop, bound: Float64) -> Float64:
 
 
 def _estimate(samples: dict[str, Float64], quantile: float) -> Estimate:
-    """From samples (T, S, prompts) of every direction."""
+    """From direction -> samples (T, S, prompts)."""
 
     def of(values: Float64, q: float) -> Float64:
         flat = values.reshape(len(values), -1)
@@ -344,6 +348,6 @@ def _estimate(samples: dict[str, Float64], quantile: float) -> Estimate:
     return Estimate(by_direction["steered"], of(steered, 1.0), by_direction, int(np.prod(steered.shape[1:])))
 
 
-def _median(found: Sequence[Contraction]) -> Contraction:
+def _median(contractions: Sequence[Contraction]) -> Contraction:
     names = ("spectral_norm", "largest_weight", "step_norm", "to_output")
-    return Contraction(*(np.median([getattr(one, name) for one in found], axis=0) for name in names))
+    return Contraction(*(np.median([getattr(one, name) for one in contractions], axis=0) for name in names))

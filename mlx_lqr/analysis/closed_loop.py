@@ -1,8 +1,8 @@
-"""The loop that runs, linearised: its prediction, and one sweep downwards that measures everything in Lyapunov weights.
+"""The linearised closed loop: its prediction, and one backward sweep that measures everything in Lyapunov weights.
 
-See certificate.py for the error system and lyapunov.py for the weights. A `LinearModel` says where the Jacobians come
-from: averaged, from a file, or those of one prompt, made when they are needed. Either way a few (d, d) float64 matrices
-are held, whatever the number of layers.
+certificate.py has the error system, lyapunov.py the weights. A `LinearModel` gives the Jacobians: averaged ones from a
+file or from memory, or those of one prompt, computed when they are needed. Either way only a few (d, d) float64
+matrices are in memory, however many layers there are.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from mlx_lqr.analysis.lyapunov import (
     weighted_norm,
 )
 from mlx_lqr.analysis.rollout import Rollout
-from mlx_lqr.backends.protocol import Float32, Model, Trace
+from mlx_lqr.backends.protocol import Differentiable, Float32, Trace
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.linearize import Jacobians
 from mlx_lqr.lqr.riccati import cost_to_go
 
 SAMPLES = ("steered", "concept", "random", "prompts")
-"""Directions along which c_k and L_k are sampled, all at the length of the steered displacement: that itself, v_k, an
-isotropic one, and the difference to another prompt's state."""
+"""Directions along which c_k and L_k are sampled, all at the length of the steered displacement: the displacement, v_k,
+a random (isotropic) direction, and the difference to another prompt's state."""
 
 
 class LinearModel(Protocol):
@@ -45,7 +45,7 @@ class LinearModel(Protocol):
 
 @dataclass(frozen=True)
 class Averaged:
-    """The Jacobians averaged over prompts, as they stand in a file or in memory."""
+    """Jacobians averaged over prompts, in a file or in memory."""
 
     jacobians: Jacobians
 
@@ -58,9 +58,9 @@ class Averaged:
 
 @dataclass(frozen=True)
 class AtPrompt:
-    """The Jacobians at one prompt."""
+    """Jacobians at one prompt."""
 
-    model: Model
+    model: Differentiable
     trace: Trace
 
     def matrix(self, layer: int) -> Float64:
@@ -75,18 +75,13 @@ class Contraction:
     """The closed loop F_k in its Lyapunov weights, from the first controlled layer on (NaN before it)."""
 
     spectral_norm: Float64
-    """(T,): |F_k|_2, which may well be above 1"""
+    """(T,): |F_k|_2, which may be above 1"""
     largest_weight: Float64
     """(T,): lambda_max(P_k)"""
     step_norm: Float64
     """(T,): |F_k| from P_k to P_{k+1}, exactly"""
     to_output: Float64
     """(T + 1,): |Phi(T, k)| from P_k to P_T, exactly"""
-
-    @property
-    def product_to_output(self) -> Float64:
-        """(T + 1,): the product of the steps' norms, which bounds `to_output`."""
-        return np.append(np.cumprod(self.step_norm[::-1])[::-1], 1.0)
 
     @property
     def transition(self) -> Float64:
@@ -98,13 +93,13 @@ class Contraction:
 
 @dataclass(frozen=True, eq=False)
 class Swept:
-    """What one sweep found for n prompts at S strengths."""
+    """What one sweep measured for n prompts at S strengths."""
 
     contraction: Contraction
     norm: Float64
     """(n, S, T + 1): |z0_k|"""
     constant: Float64
-    """(n, S, T + 1, d): a, where the prediction of z_k - z0_k is a + strength b"""
+    """(n, S, T + 1, d): a in the prediction a + strength b of z_k - z0_k"""
     slope: Float64
     """(T + 1, d): b"""
     forms: Float64
@@ -122,9 +117,11 @@ class Swept:
 
 
 class ClosedLoop:
-    """The linear model of the loop that runs: v_k, g_k and F_k = A_k - g_k v_k'."""
+    """The linear model of the closed loop: v_k, g_k and F_k = A_k - g_k v_k'."""
 
-    def __init__(self, model: Model, controller: Controller, strengths: Sequence[float], linear: LinearModel) -> None:
+    def __init__(
+        self, model: Differentiable, controller: Controller, strengths: Sequence[float], linear: LinearModel
+    ) -> None:
         self.model, self.controller, self.linear = model, controller, linear
         self.strengths = np.asarray(strengths, np.float64)
         self.T, self.d = model.num_layers, model.hidden_size
@@ -133,12 +130,12 @@ class ClosedLoop:
         length = float(np.linalg.norm(output))
         self.direction = np.vstack([controller.direction[:, :, 0], output / (length or 1.0)]).astype(np.float64)
         self.gain = controller.gain[:, :, 0].astype(np.float64)
-        at_output = np.nan if controller.offset.any() else 0.0  # what a controller keeps no level of
+        at_output = np.nan if controller.offset.any() else 0.0  # a controller has no offset at the output
         self.offset = np.append(controller.offset[:, 0], at_output).astype(np.float64)
         self.magnitude = np.append(controller.setpoint[:, 0], length).astype(np.float64)
 
     def predict(self, unsteered: Float64) -> tuple[Float64, Float64]:
-        """The prediction p_k = a_k + strength b_k of z_k - z0_k: a of every z0 (..., T + 1, d), and b (T + 1, d).
+        """The prediction p_k = a_k + strength b_k of z_k - z0_k: a for every z0 (..., T + 1, d), and b (T + 1, d).
 
         w_k = (offset_k + strength mu_k - v_k' z0_k) g_k is affine in the strength, and so is p_k.
         """
@@ -158,11 +155,11 @@ class ClosedLoop:
         seed: int = 0,
         report: Callable[[int], None] | None = None,
     ) -> Swept:
-        """Weigh the errors of `runs` and sample c_k and L_k at others, from the last layer to the first.
+        """Measure the errors of `runs` and sample c_k and L_k at `calibration`, from the last layer to the first.
 
         Args:
-            runs: n of them.
-            calibration: pairs: where to sample, and another prompt to differ from.
+            runs: n rollouts.
+            calibration: pairs of rollouts: the one to sample at, and one of another prompt for the difference.
             seed: of the random directions.
             report: called with the number of layers done.
         """
@@ -197,8 +194,8 @@ class ClosedLoop:
             weigh(k, step.factor)
             if k > self.first:  # at the first controlled layer nothing is displaced yet
                 for i, (run, other) in enumerate(calibration):
-                    for name, found in self._constants(run, step, other.unsteered[:, k], random).items():
-                        samples[name][:, k, :, i] = found
+                    for name, constants in self._constants(run, step, other.unsteered[:, k], random).items():
+                        samples[name][:, k, :, i] = constants
             steps.append(_summary(step))
             if report:
                 report(T - k)
@@ -209,10 +206,10 @@ class ClosedLoop:
         )
 
     def full_state(self) -> Contraction:
-        """The same weights for A_k - K_k, with the gains K_k of the controller's own cost and layers."""
+        """The same for A_k - K_k, with the gains K_k of the controller's own cost and layers."""
         weights, layers = self.controller.weights, self.controller.active_layers
         descending = ((k, self.linear.matrix(k)) for k in reversed(range(self.first, self.T)))
-        kept: list[Float64] = []  # the Jacobian of the gain to come, which the recursion does not hand on
+        kept: list[Float64] = []  # the Jacobian of the next gain, which the recursion does not pass on
 
         def remembered() -> Iterator[tuple[int, Float64]]:
             for k, A in descending:
@@ -228,7 +225,7 @@ class ClosedLoop:
     def _constants(
         self, run: Rollout, step: LyapunovStep, other: Float32, random: np.random.Generator
     ) -> dict[str, Float64]:
-        """c_k and L_k (2, S) along each kind of direction, at the lengths of one prompt's steered displacements."""
+        """Samples of c_k and L_k (2, S) along each kind of direction, at the lengths of a prompt's displacements."""
         k, S = step.layer, len(self.strengths)
         A = step.closed_loop + np.outer(self.gain[k], self.direction[k])
         z = run.unsteered[:, k]
@@ -236,7 +233,7 @@ class ClosedLoop:
         lengths = np.linalg.norm(steered, axis=1, keepdims=True)
         kinds = {"steered": steered, "random": random.standard_normal(z.shape), "prompts": other - z}
         kinds["concept"] = np.outer(np.where(self.strengths < 0, -1.0, 1.0), self.direction[k])
-        found = {}
+        constants = {}
         for name, directions in kinds.items():
             size = np.linalg.norm(directions, axis=1, keepdims=True)
             steps = directions * np.divide(lengths, size, out=np.zeros_like(lengths), where=size > 0)
@@ -250,12 +247,12 @@ class ClosedLoop:
             weight = weighted_norm(step.factor, steps.astype(np.float64))
             mismatch, curved = (weighted_norm(step.next_factor, part) for part in (first, second))
             with np.errstate(divide="ignore", invalid="ignore"):
-                found[name] = np.stack([mismatch / weight, 2 * curved / weight**2])
-        return found
+                constants[name] = np.stack([mismatch / weight, 2 * curved / weight**2])
+        return constants
 
 
 def _shared_traces(run: Rollout) -> list[tuple[slice, Trace]]:
-    """All strengths at once where they share a trace, else one by one."""
+    """All strengths at once if they share a trace, otherwise one by one."""
     if len({id(trace) for trace in run.traces}) == 1:
         return [(slice(None), run.traces[0])]
     return [(slice(s, s + 1), trace) for s, trace in enumerate(run.traces)]
@@ -268,6 +265,6 @@ def _summary(step: LyapunovStep) -> tuple[int, float, float, float, float]:
 def _contraction(steps: Sequence[tuple[int, float, float, float, float]], T: int) -> Contraction:
     spectral, weight, step_norm = np.full((3, T), np.nan)
     to_output = np.append(np.full(T, np.nan), 1.0)
-    for k, *found in steps:
-        spectral[k], weight[k], step_norm[k], to_output[k] = found
+    for k, *norms in steps:
+        spectral[k], weight[k], step_norm[k], to_output[k] = norms
     return Contraction(spectral, weight, step_norm, to_output)

@@ -1,6 +1,6 @@
 """Are the blocks locally linear? |phi_k(z + dz) - phi_k(z) - A_k dz| / |A_k dz| against |dz|; are the A_k alike?
 
-A_k is the Jacobian at the prompt in hand. The trust region of a layer along a direction is the size at which that
+A_k is the Jacobian at the prompt's last token. The trust region of a layer along a direction is the size at which that
 error passes 10 %. Sizes are multiples of |z_k|, the length of the residual stream, which grows from layer to layer.
 """
 
@@ -12,7 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from mlx_lqr.analysis.rollout import check_seed, check_single, check_steering, roll_out
+from mlx_lqr.analysis.inputs import check_seed, check_single, check_strengths
+from mlx_lqr.analysis.rollout import roll_out
 from mlx_lqr.analysis.spectra import (
     dominant_modes,
     gaussian_modes,
@@ -21,7 +22,8 @@ from mlx_lqr.analysis.spectra import (
     similarity_matrix,
     spectral_similarity,
 )
-from mlx_lqr.backends.protocol import Float32, Model, Progress, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Float32, Progress, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.linearize import traces
@@ -38,17 +40,17 @@ RANDOM_DIRECTIONS = 4
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """What a controller does at the prompts, against the trust regions; S strengths."""
+    """What a controller does at the prompts, to compare with the trust regions; S strengths."""
 
     strengths: tuple[float, ...]
     feature_error: Float32
-    """(n, S, T): |alpha_k|, the size of the dz_k = -alpha_k v_k that the law assumes, in the residual stream's units"""
+    """(n, S, T): |alpha_k|, the size of dz_k = -alpha_k v_k that the law assumes, in the residual stream's units"""
     push: Float32
     """(n, S, T): |u_k|, which is added to the input of block k + 1"""
     displacement: Float32
-    """(n, S, T): |z_k - z0_k|, what all the control below layer k has changed at its input"""
+    """(n, S, T): |z_k - z0_k|, the change at the input of layer k by all control below it"""
     displacement_error: Float32
-    """(n, S, T): the linearisation error at that displacement; NaN where there is none"""
+    """(n, S, T): the linearisation error at that displacement; NaN if there is no displacement"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ class Linearity:
     model_name: str
     prompt_count: int
     concept: str
-    """Empty where no controller was given"""
+    """Empty if no controller was given"""
     norm: Float32
     """(n, T): |z_k|"""
     magnitude: Float32
@@ -66,11 +68,11 @@ class Linearity:
     sizes: Float32
     """(s,): |dz| / |z_k|"""
     error: dict[str, Float32]
-    """direction -> (n, T, s): the linearisation error, the worst of the directions of its kind. Kinds: "concept", along
-    +-v_k; "push", along +-g_{k-1}, what the layer before adds (NaN where nothing is added); "random"."""
+    """direction -> (n, T, s): the linearisation error, the worst of the directions of a kind. Kinds: "concept", along
+    +-v_k; "push", along +-g_{k-1}, which the layer before adds (NaN where it adds nothing); "random"."""
     trust: dict[str, Float32]
-    """direction -> (n, T): the size, in multiples of |z_k|, at which the error passes 10 %; infinite where it does not
-    within the sizes tried"""
+    """direction -> (n, T): the size, in multiples of |z_k|, at which the error passes 10 %; infinite if no size tried
+    passes it"""
     singular_values: Float32
     """(3, T, d): least, median and largest over the prompts"""
     similarity: Float32
@@ -86,13 +88,13 @@ class Linearity:
     applied: Applied | None
 
     def trust_radius(self, direction: str, quantile: float = 0.5) -> Float32:
-        """(T,): a quantile over prompts of the trust region, in the residual stream's units, infinite where it is."""
+        """(T,): a quantile over prompts of the trust region, in the residual stream's units; it may be infinite."""
         radius = self.trust[direction] * self.norm
         return np.quantile(radius, quantile, axis=0, method="lower")
 
 
 def linearity(
-    model: Model,
+    model: Differentiable,
     prompts: Sequence[Prompt],
     controller: Controller | None = None,
     *,
@@ -103,24 +105,25 @@ def linearity(
 ) -> Linearity:
     """Measure how linear the blocks are at the last token of each prompt (at most 32 tokens of it).
 
-    Layer by layer: one layer's Jacobians and the dominant modes of all prompts are held at a time.
+    Goes layer by layer: only one layer's Jacobians, and the dominant modes of all prompts, are in memory at a time.
 
     Args:
         model: what `load` returned.
-        prompts: at least two of them, to be compared with each other.
-        controller: of one concept; then its directions, and what it does at `strengths`, are looked at too.
+        prompts: at least two, which are compared with each other.
+        controller: of one concept; its directions, and what it does at `strengths`, are then measured too.
         modes: the number of dominant modes in `Linearity.similarity`.
         seed: of the random directions and baselines.
         progress: called as progress("Layers", done, total).
 
     Raises:
-        InputError: fewer than two prompts, an unusable one, or a controller of another model or of several concepts.
+        InputError: fewer than two prompts, an unusable prompt, or a controller of another model or of several concepts.
     """
+    require(model, DIFFERENTIABLE, "measure how linear its blocks are")
     if isinstance(prompts, str) or len(prompts) < 2:
         raise InputError("linearity compares prompts: give at least two")
     if controller is not None:
         check_single(controller, model)
-        check_steering(strengths)
+        check_strengths(strengths)
     if not 1 <= modes <= model.hidden_size:
         raise InputError(f"modes must be between 1 and {model.hidden_size}, the model's width, not {modes}")
     check_seed(seed)
@@ -159,7 +162,7 @@ def linearity(
         magnitude=controller.setpoint[:, 0] if controller is not None else np.full(T, np.nan, np.float32),
         sizes=SIZES.astype(np.float32),
         error=error,
-        trust={kind: trust_region(SIZES.astype(np.float32), found) for kind, found in error.items()},
+        trust={kind: trust_region(SIZES.astype(np.float32), errors) for kind, errors in error.items()},
         singular_values=spectra,
         similarity=similarity,
         modes=modes,
@@ -171,11 +174,13 @@ def linearity(
     )
 
 
-def linearisation_error(model: Model, trace: Trace, layer: int, directions: Float32, sizes: Float32) -> Float32:
+def linearisation_error(
+    model: Differentiable, trace: Trace, layer: int, directions: Float32, sizes: Float32
+) -> Float32:
     """|phi(z + dz) - phi(z) - A dz| / |A dz| for dz = size x direction, the worst over the directions: (s,).
 
     Args:
-        directions: unit vectors (n, d); none of them gives NaN.
+        directions: unit vectors (n, d); without any the error is NaN.
         sizes: |dz| in the residual stream's units (s,).
     """
     if not len(directions):
@@ -186,13 +191,13 @@ def linearisation_error(model: Model, trace: Trace, layer: int, directions: Floa
 
 
 def displacement_error(
-    model: Model, trace: Trace, layer: int, z: Float32, steps: Float32, linear: Float32 | None = None
+    model: Differentiable, trace: Trace, layer: int, z: Float32, steps: Float32, linear: Float32 | None = None
 ) -> Float32:
     """The linearisation error of each step dz, the rows of `steps` (n, d), from z: (n,); NaN where A dz is zero.
 
     Args:
-        linear: A w of the unit vectors w along which the steps lie, again and again (u, d), n a multiple of u; by
-            default it is computed for every step.
+        linear: A w (u, d) of unit vectors w; step i lies along w number i mod u. By default A dz is computed for every
+            step.
     """
     values = model.block(trace, layer, np.vstack([z, z + steps])).astype(np.float64)
     if linear is None:
@@ -208,40 +213,40 @@ def displacement_error(
 def trust_region(sizes: Float32, error: Float32, tolerance: float = TOLERANCE) -> Float32:
     """The size at which the error (..., s) first passes `tolerance`, by interpolation of the logarithms: (...).
 
-    Where already the smallest size is beyond it, the second order is extrapolated: the error is proportional to the
-    size. Where no size is, infinity. NaN where the error is NaN.
+    If the smallest size is already beyond it, it is extrapolated, with the error proportional to the size (second
+    order). If no size is, it is infinite. NaN if the error is NaN.
     """
     logs, errors = np.log(np.asarray(sizes, np.float64)), np.log(np.maximum(np.asarray(error, np.float64), 1e-12))
     flat = errors.reshape(-1, len(logs))
-    found = np.full(len(flat), np.inf)
+    radius = np.full(len(flat), np.inf)
     for row, curve in enumerate(flat):
         beyond = np.flatnonzero(curve > np.log(tolerance))
         if np.isnan(curve).any():
-            found[row] = np.nan
+            radius[row] = np.nan
         elif beyond.size and (j := beyond[0]) == 0:
-            found[row] = np.exp(logs[0] + np.log(tolerance) - curve[0])
+            radius[row] = np.exp(logs[0] + np.log(tolerance) - curve[0])
         elif beyond.size:
             share = (np.log(tolerance) - curve[j - 1]) / (curve[j] - curve[j - 1])
-            found[row] = np.exp(logs[j - 1] + share * (logs[j] - logs[j - 1]))
-    return found.reshape(errors.shape[:-1]).astype(np.float32)
+            radius[row] = np.exp(logs[j - 1] + share * (logs[j] - logs[j - 1]))
+    return radius.reshape(errors.shape[:-1]).astype(np.float32)
 
 
 def _directions(
     controller: Controller | None, layer: int, width: int, random: np.random.Generator
 ) -> dict[str, Float32]:
-    """Unit vectors (n, d) of every kind at the input of a block; none where there is no direction."""
+    """Unit vectors (n, d) of every kind at the input of a block; n is 0 if there is no direction."""
     isotropic = random.standard_normal((RANDOM_DIRECTIONS, width)).astype(np.float32)
-    found = {"random": isotropic / np.linalg.norm(isotropic, axis=1, keepdims=True)}
+    directions = {"random": isotropic / np.linalg.norm(isotropic, axis=1, keepdims=True)}
     if controller is not None:
         before = controller.gain[layer - 1, :, 0] if layer else np.zeros(width, np.float32)
         for kind, vector in (("concept", controller.direction[layer, :, 0]), ("push", before)):
             length = np.linalg.norm(vector)
-            found[kind] = np.stack([vector, -vector]) / length if length > 0 else np.empty((0, width), np.float32)
-    return found
+            directions[kind] = np.stack([vector, -vector]) / length if length > 0 else np.empty((0, width), np.float32)
+    return directions
 
 
 def _applied(
-    model: Model,
+    model: Differentiable,
     prompts: Sequence[Prompt],
     controller: Controller,
     strengths: Sequence[float],
@@ -269,16 +274,16 @@ def _finite(jacobian: Float32, layer: int) -> Float32:
 
 
 def monitored(controller: Controller, measured: Linearity, quantile: float = 0.1) -> Controller:
-    """The controller with the region in which its linear model was found good: a low quantile over the prompts.
+    """The controller with its checked region, in which its linear model is good: a low quantile over the prompts.
 
-    `checked_error` at layer k is the trust region along v_k, `checked_push` that of layer k + 1 along g_k; infinite at
-    the last layer, after which no block comes. A region beyond the sizes tried ends at the largest of them.
+    `checked_error` at layer k is the trust region along v_k. `checked_push` is that of layer k + 1 along g_k; it is
+    infinite at the last layer, which no block follows. No region is larger than the largest size that was tried.
 
     Raises:
-        InputError: a measurement without this controller.
+        InputError: `measured` is of another controller.
     """
     if measured.concept != controller.concepts[0] or "push" not in measured.error:
-        raise InputError("the region belongs to the controller that linearity was measured with: give it that one")
+        raise InputError("linearity was measured with another controller: give the same one to both")
     tried = measured.sizes[-1] * measured.norm.min(axis=0)
     error, push = (np.minimum(measured.trust_radius(kind, quantile), tried) for kind in ("concept", "push"))
     beyond = np.append(push[1:], np.inf)

@@ -1,20 +1,20 @@
-"""The error system dz_{k+1} = F_k dz_k + r_k, k = 0..T-1, and what bounds it. NumPy and SciPy only, no model.
+"""The error system dz_{k+1} = F_k dz_k + r_k, k = 0..T-1, and bounds of it. NumPy and SciPy only, no model.
 
 F_k is a closed loop: A_k - g_k v_k' where a controller steers one feature, A_k - K_k where it feeds back the whole
-state. The weights P_T = I, P_k = F_k' P_{k+1} F_k + I make |x|^2_{P_k} = x' P_k x = sum_{j >= k} |Phi(j, k) x|^2, all
-that an error x at layer k becomes in the layers to come, Phi(j, k) = F_{j-1} ... F_k. In these norms every step
+state. With the weights P_T = I, P_k = F_k' P_{k+1} F_k + I, |x|^2_{P_k} = x' P_k x = sum_{j >= k} |Phi(j, k) x|^2 adds
+up what an error x at layer k becomes in the later layers, Phi(j, k) = F_{j-1} ... F_k. In these norms every step
 contracts, stable or not: |F_k x|^2_{P_{k+1}} = x' P_k x - x' x, so that the induced norm is exactly
 
     |F_k|_{P_k -> P_{k+1}} = sqrt(1 - 1 / lambda_max(P_k)) < 1.
 
-Instability shows as large weights instead. With |r_i|_{P_{i+1}} <= c_i |dz_i|_{P_i} + (L_i / 2) |dz_i|^2_{P_i},
+Instability shows as large weights. With |r_i|_{P_{i+1}} <= c_i |dz_i|_{P_i} + (L_i / 2) |dz_i|^2_{P_i},
 
     |dz_k|_{P_k} <= |Phi(k, 0)| |dz_0|_{P_0}
                     + sum_{i < k} |Phi(k, i + 1)| (c_i |dz_i|_{P_i} + (L_i / 2) |dz_i|^2_{P_i}),
 
-|Phi(k, i)| the induced norm from P_i to P_k; c_i = 0 is the bound of arXiv 2604.19018. For a feature the row vector v'
-replaces the first factor: |v' Phi(k, i) x| <= |Phi(k, i)' v|_{P_i^-1} |x|_{P_i}, which is tighter than
-|v|_{P_k^-1} |Phi(k, i)| and needs products with vectors only.
+with |Phi(k, i)| the induced norm from P_i to P_k; c_i = 0 gives the bound of arXiv 2604.19018. For a feature the row
+vector v' replaces the first factor: |v' Phi(k, i) x| <= |Phi(k, i)' v|_{P_i^-1} |x|_{P_i}, which is tighter than
+|v|_{P_k^-1} |Phi(k, i)| and only needs products with vectors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from mlx_lqr.errors import InputError
 
 Float64 = NDArray[np.float64]
 _DENSE = 64
-"""Up to this width eigenvalues are computed densely."""
+"""Up to this width, eigenvalues are computed densely."""
+_RUNAWAY = 1e100
+"""A bound beyond it counts as infinite. Until then it is finite, so that 0 times infinity does not make it NaN."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +58,17 @@ class LyapunovStep:
 
     @property
     def step_norm(self) -> float:
-        """|F_k| from P_k to P_{k+1}, exactly: sqrt(1 - 1 / lambda_max(P_k)) without the difference."""
+        """|F_k| from P_k to P_{k+1}, exactly: sqrt(1 - 1 / lambda_max(P_k)), computed without the subtraction."""
         return float(np.sqrt(self.growth / (1 + self.growth)))
 
 
 def lyapunov_sweep(closed_loop: Iterable[tuple[int, Matrix]]) -> Iterator[LyapunovStep]:
     """The weights of every layer, consuming (k, F_k) from the last layer to the first, as Jacobians are streamed.
 
-    Holds a handful of (d, d) float64 matrices whatever the number of layers.
+    Only a few (d, d) float64 matrices are in memory, however many layers there are.
 
     Raises:
-        InputError: weights that overflow (the layer is named).
+        InputError: the weights overflow (the layer is named).
     """
     from scipy.linalg import cholesky
 
@@ -89,9 +91,10 @@ def lyapunov_sweep(closed_loop: Iterable[tuple[int, Matrix]]) -> Iterator[Lyapun
 
 
 def largest_eigenvalue(matrix: Matrix | Callable[[Matrix], Matrix], width: int | None = None) -> float:
-    """Of a symmetric positive semidefinite matrix (d, d), or of x -> matrix x with d = `width`.
+    """The largest eigenvalue of a symmetric positive semidefinite matrix (d, d), or of x -> matrix x with d = `width`.
 
-    By Lanczos iterations to 1e-9, where that converges: a few products with vectors, and not a factorisation.
+    By Lanczos iterations to a tolerance of 1e-9, which takes a few products with vectors and no factorisation; densely
+    if they do not converge.
     """
     from scipy.linalg import eigvalsh
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
@@ -140,7 +143,7 @@ def dual_norm(factor: Matrix, columns: Matrix) -> Float64:
 def transition_products(steps: Sequence[float] | Float64) -> Float64:
     """An upper bound of every |Phi(k, i)|, the product of the steps' norms: (T + 1, T + 1), entry [k, i], 0 for i > k.
 
-    It streams where the exact norms need the product of the matrices for every pair of layers.
+    The exact norms would need the product of the matrices for every pair of layers.
     """
     T = len(steps)
     table = np.zeros((T + 1, T + 1))
@@ -148,29 +151,6 @@ def transition_products(steps: Sequence[float] | Float64) -> Float64:
     for k in range(T):
         table[k + 1, : k + 1] = steps[k] * table[k, : k + 1]
         table[k + 1, k + 1] = 1
-    return table
-
-
-def transition_norms(closed_loop: Sequence[Matrix]) -> Float64:
-    """Every |Phi(k, i)| from P_i to P_k exactly: (T + 1, T + 1), entry [k, i], 0 for i > k.
-
-    For systems whose matrices fit into memory: T of them are held, and T^2 / 2 eigenvalue problems solved.
-    """
-    from scipy.linalg import eigh
-
-    T = len(closed_loop)
-    F = [np.asarray(matrix, np.float64) for matrix in closed_loop]
-    weights = [np.eye(len(F[0]))]
-    for k in reversed(range(T)):
-        weights.insert(0, F[k].T @ weights[0] @ F[k] + np.eye(len(F[0])))
-    table = np.eye(T + 1)
-    for k in range(T + 1):
-        image = weights[k]
-        for i in reversed(range(k)):
-            image = F[i].T @ image @ F[i]
-            image = (image + image.T) / 2
-            top = [len(image) - 1] * 2
-            table[k, i] = np.sqrt(max(0.0, eigh(image, weights[i], eigvals_only=True, subset_by_index=top)[0]))
     return table
 
 
@@ -198,7 +178,7 @@ def remainder_bound(mismatch: Float64, curvature: Float64, error: Float64) -> Fl
 def prior_bound(
     transition: Float64, forced: Float64, mismatch: Float64, curvature: Float64, rounding: Float64 | float = 0.0
 ) -> tuple[Float64, Float64]:
-    """The same bound without knowing the errors: of the deviation from a linear prediction, before anything is run.
+    """The bound without knowing the errors: of the deviation from a linear prediction, before anything is run.
 
     The error is e_k = p_k + d_k, p_{k+1} = F_k p_k + w_k the linear prediction under the known input w_k, and d_0 = 0,
     d_{k+1} = F_k d_k + r_k(e_k). So |e_i| <= |p_i| + (the bound of |d_i|), from layer to layer.
@@ -207,11 +187,11 @@ def prior_bound(
         transition: (T + 1, T + 1), as for `error_bound`.
         forced: |p_k|_{P_k}: (..., T + 1).
         mismatch, curvature: c_i and L_i: (T,).
-        rounding: a disturbance of fixed size besides, a number or (..., T).
+        rounding: a further disturbance of fixed size, a number or (..., T).
 
     Returns:
-        The bound of |d_k|_{P_k} (..., T + 1), and the disturbances (..., T) that it stands on. Infinite where the
-        quadratic term runs away.
+        The bound of |d_k|_{P_k} (..., T + 1), and the disturbances (..., T) that it is made of. Both are infinite where
+        the quadratic term grows without limit.
     """
     T = len(mismatch)
     bound = np.zeros(forced.shape)
@@ -222,10 +202,6 @@ def prior_bound(
         disturbance[..., k] = _capped(allowed + fixed[..., k])
         bound[..., k + 1] = disturbance[..., : k + 1] @ transition[k + 1, 1 : k + 2]
     return np.where(bound < _RUNAWAY, bound, np.inf), np.where(disturbance < _RUNAWAY, disturbance, np.inf)
-
-
-_RUNAWAY = 1e100
-"""Beyond it a bound counts as infinite, so that no zero is multiplied by an infinity on the way."""
 
 
 def _capped(disturbance: Float64) -> Float64:

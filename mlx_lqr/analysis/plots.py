@@ -1,7 +1,7 @@
-"""Pictures of the analysis, from its results: every function takes one and returns a matplotlib figure.
+"""Plots of the analysis: each function takes a result and returns a matplotlib figure.
 
-One style for all: colours of Okabe and Ito, which the colour-blind tell apart, for what differs in kind, viridis for
-what has an order (layers); axes with units; text in SVG files stays text. Needs the extra `plots`.
+They share one style: the colours of Okabe and Ito, which colour-blind people can tell apart, for different kinds of
+things, and viridis for layers; axes with units; text in SVG files stays text. Needs the extra `plots`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,13 @@ from mlx_lqr.analysis.linearity import TOLERANCE as LINEAR
 from mlx_lqr.analysis.linearity import Linearity
 from mlx_lqr.files.atomic import Kind, writing
 
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
+BLACK = "#000000"
+ORANGE = "#E69F00"
+SKY = "#56B4E9"
+GREEN = "#009E73"
+BLUE = "#0072B2"
+RED = "#D55E00"
+PURPLE = "#CC79A7"
 GREY = "#777777"
 SERIES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
 LAYERS = "viridis"
@@ -66,14 +63,14 @@ _STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Inside it figures are drawn and saved in this library's style; the caller's own settings stay as they are."""
+    """Inside this context figures have this library's style; the caller's own settings stay as they are."""
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": matplotlib.get_backend(), **_STYLE}):
         yield
 
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """One way of steering at one strength: how much of the concept there is, and at what price."""
+    """One method at one strength: its control and its damage, with their intervals."""
 
     method: str
     strength: float
@@ -86,7 +83,7 @@ class Tradeoff:
 
 
 def of_linearity(measured: Linearity) -> dict[str, Figure]:
-    """Every picture of a measurement of linearity, under its file's name."""
+    """file name -> plot, for all plots of a measurement of linearity."""
     drawings = {
         "spectra": spectra,
         "alignment": alignment,
@@ -97,7 +94,7 @@ def of_linearity(measured: Linearity) -> dict[str, Figure]:
 
 
 def of_certificate(certificate: Certificate) -> dict[str, Figure]:
-    """Every picture of a certificate, under its file's name."""
+    """file name -> plot, for all plots of a certificate."""
     return {"tracking": tracking(certificate), "error-and-bound": error_and_bound(certificate)}
 
 
@@ -108,19 +105,20 @@ def save_all(
     *,
     force: bool = False,
 ) -> None:
-    """Write every figure as NAME.png and NAME.svg, or in those of the two that are named.
+    """Write each figure as NAME.png and NAME.svg.
 
     Args:
-        force: take the place of files of any kind.
+        kinds: the formats to write.
+        force: overwrite files of any kind, not only images.
 
     Raises:
-        InputError: a folder that cannot be written, or where something else stands.
+        InputError: a file cannot be written, or is of another kind.
     """
     images: dict[str, Kind] = {"png": "PNG image", "svg": "SVG image"}
     for name, figure in figures.items():
         for kind in kinds:
             with writing(Path(folder) / f"{name}.{kind}", kind=images[kind], force=force) as temporary, style():
-                metadata = {"Date": None} if kind == "svg" else None  # the same numbers make the same file
+                metadata = {"Date": None} if kind == "svg" else None  # so that the same numbers give the same file
                 figure.savefig(temporary, format=kind, metadata=metadata)
 
 
@@ -142,8 +140,8 @@ def spectra(measured: Linearity) -> Figure:
 
 
 def alignment(measured: Linearity, layers: Sequence[int] | None = None) -> Figure:
-    """How alike the prompts' Jacobians are: the mean by layer against chance, and the matrix of all pairs at `layers`
-    (by default four spread over the model)."""
+    """How similar the prompts' Jacobians are: the mean by layer, compared with chance, and the matrix of all pairs at
+    `layers` (by default four, evenly spaced)."""
     with style():
         T, n = measured.similarity.shape[:2]
         chosen = list(layers) if layers is not None else sorted({round(x) for x in np.linspace(0, T - 1, 4)})
@@ -170,7 +168,7 @@ def alignment(measured: Linearity, layers: Sequence[int] | None = None) -> Figur
 
 
 def linearisation_error(measured: Linearity) -> Figure:
-    """The linearisation error against the size of the step, a line for each layer and a panel for each kind."""
+    """The linearisation error against the size of the step: a line per layer, a panel per kind of direction."""
     with style():
         kinds = list(measured.error)
         T = measured.norm.shape[1]
@@ -190,7 +188,7 @@ def linearisation_error(measured: Linearity) -> Figure:
 
 
 def trust_region(measured: Linearity) -> Figure:
-    """By layer, the size at which the error passes 10 %, and the sizes of what the controller does, over |z_k|."""
+    """By layer: the size at which the error passes 10 %, and the sizes that the controller applies, over |z_k|."""
     with style():
         applied = measured.applied
         figure, panels = _figure(
@@ -256,10 +254,10 @@ def tracking(certificate: Certificate) -> Figure:
 
 
 def error_and_bound(certificate: Certificate) -> Figure:
-    """By how much the feature misses its prediction, and the bounds of that, in multiples of mu_k."""
+    """The error of the feature's prediction, and its bounds, in multiples of mu_k."""
     with style():
         T = len(certificate.magnitude) - 1
-        first = min(certificate.first + 2, T - 1)  # before, nothing is displaced, or all exactly as predicted
+        first = min(certificate.first + 2, T - 1)  # before it, nothing is displaced or all is as predicted
         layers = np.arange(first, T + 1)
         S = len(certificate.strengths)
         figure, panels = _figure(S, width=min(2.4 * S + 0.8, 9.6), height=3.1, share="all")
@@ -293,11 +291,11 @@ def control_against_damage(
     control: str = "share of texts with the concept",
     damage: str = "perplexity under the unsteered model",
 ) -> Figure:
-    """Control against damage: a line for each method through its strengths, with their intervals. Up and left is good.
+    """Control against damage: a line per method through its strengths, with intervals. Up and left is good.
 
     Args:
         results: of any methods, at any strengths.
-        control, damage: what the two numbers are, with units.
+        control, damage: labels of the axes, with units.
     """
     with style():
         figure, (axes,) = _figure(1, width=4.8, height=3.4)
@@ -333,7 +331,7 @@ def _figure(columns: int, *, width: float, height: float, share: str = "none") -
 
 
 def _quantiles(values: np.ndarray) -> np.ndarray:
-    """10 %, the median and 90 % over the first axis; NaN where any value is."""
+    """The 10 %, 50 % and 90 % quantiles over the first axis; NaN where any value is NaN."""
     return np.asarray(np.quantile(values, (0.1, 0.5, 0.9), axis=0))
 
 

@@ -2,8 +2,8 @@
 
 The spectral similarity of arXiv 2604.19018: |.|_* is the nuclear norm, the columns of U_W (d, m) and the diagonal of
 S_W (m, m) are the first m left singular vectors and values. It is 1 for W = X, at most 1 because the nuclear norm of a
-product is at most the product of the Frobenius norms, 0 where the two dominant subspaces are orthogonal, and grows
-with m for subspaces drawn at random, which is why a baseline goes with every number.
+product is at most the product of the Frobenius norms, and 0 if the two dominant subspaces are orthogonal. For random
+subspaces it grows with m, so every number needs a baseline.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def similarity_matrix(scaled: Sequence[Matrix], modes: int) -> Float32:
 
 
 def mean_of_pairs(matrix: Matrix) -> float:
-    """The mean of a symmetric matrix (n, n) beside its diagonal; NaN for a single row."""
+    """The mean of the off-diagonal entries of a symmetric matrix (n, n); NaN for n = 1."""
     n = len(matrix)
     return float((matrix.sum() - np.trace(matrix)) / (n * (n - 1))) if n > 1 else float("nan")
 
 
 def rotated(scaled: Matrix, random: np.random.Generator) -> Matrix:
-    """The same singular values with directions drawn uniformly: the baseline that keeps the spectrum (d, m)."""
+    """The same singular values with uniformly random directions: the baseline that keeps the spectrum (d, m)."""
     basis, _ = np.linalg.qr(random.standard_normal(scaled.shape))
     return basis * np.linalg.norm(scaled, axis=0)
 
 
 def gaussian_modes(width: int, modes: int, random: np.random.Generator) -> Matrix:
-    """The scaled modes of a matrix (d, d) of independent normal entries: the baseline without any structure (d, m)."""
+    """The scaled modes of a matrix (d, d) of independent normal entries: the baseline without structure (d, m)."""
     return dominant_modes(random.standard_normal((width, width)), modes)[1]

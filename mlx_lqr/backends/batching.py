@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import OVERFLOWED, Array, Continued, Decoder, Float32, Model, Progress
+from mlx_lqr.backends.protocol import OVERFLOWED, Array, Continued, Decoder, Float32, Progress
 
 BATCH_TOKENS = 512
 """Tokens, padding included, per forward pass over many prompts."""
@@ -45,10 +45,10 @@ def in_batches(
     result = np.empty(0, np.float32)
     done = 0
     for batch in batches([len(prompt) for prompt in prompts]):
-        found = of_batch([prompts[i] for i in batch])
+        activations = of_batch([prompts[i] for i in batch])
         if not done:
-            result = np.empty((len(prompts), *found.shape[1:]), np.float32)
-        result[batch] = found
+            result = np.empty((len(prompts), *activations.shape[1:]), np.float32)
+        result[batch] = activations
         done += len(batch)
         if progress:
             progress("Activations", done, len(prompts))
@@ -57,15 +57,15 @@ def in_batches(
 
 @dataclass(frozen=True)
 class Stretches:
-    """What `Model.logits_along` is asked for of some pairs, side by side: where it begins, and every position of it."""
+    """What `Recorder.logits_along` is asked for of some pairs, side by side: where it begins, and every position."""
 
     pairs: Sequence[Continued]
 
     @classmethod
-    def batches(cls, model: Model, pairs: Sequence[Continued]) -> Iterator[tuple[list[int], Stretches]]:
+    def batches(cls, vocabulary: int, pairs: Sequence[Continued]) -> Iterator[tuple[list[int], Stretches]]:
         """The numbers of the pairs of each batch, and the batch."""
         lengths = [len(prompt) + len(continuation) for prompt, continuation in pairs]
-        for batch in batches(lengths, min(BATCH_TOKENS, BATCH_LOGITS // model.vocab_size)):
+        for batch in batches(lengths, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary)):
             yield batch, cls([pairs[i] for i in batch])
 
     @property

@@ -25,7 +25,7 @@ _warned = False
 
 
 def preload() -> str | None:
-    """Load the first tuned BLAS found and return its file, or None where there is none or none is needed.
+    """Load the first tuned BLAS that is here and return its file, or None where there is none or none is needed.
 
     The environment variable `MLX_LQR_BLAS` names a library to load instead, or says `off`.
     """

@@ -2,7 +2,10 @@
 
 Each row is looked for at the moment that its user needs it. What has gone, or has other parameters, is one line that
 names the package and its version: elsewhere it would be an answer steered at the wrong tokens, or not at all. The
-packages have upper bounds in pyproject.toml too. A private name that the code uses and no row has fails a test.
+packages have upper bounds in pyproject.toml too.
+
+What is on the list is touched in one module for each library: `library.py` of its backend, mlx-lm's evaluator in
+`mlx/evaluator.py`, lm-eval in `tasks/lm_eval.py`. A test holds that, and that no private name is without a row.
 """
 
 from __future__ import annotations
@@ -60,15 +63,15 @@ class Borrowed:
         return None
 
 
-_CACHES = "mlx_lqr.backends.mlx.decoder: decodes in mlx-lm's caches; mlx_step takes over what they hold"
-_FAMILY = "mlx_lqr.backends.mlx.family: does what a config says beyond mlx-lm's own class"
-_PROMPTS = "mlx_lqr.backends.mlx.mlx_lm_calls: learns of prompts"
-_EVALUATOR = "mlx_lqr.backends.mlx.mlx_lm_eval: scores with the steered model"
-_LOAD = "mlx_lqr.backends.torch.load: builds what a config says"
-_CONVERT = "mlx_lqr.convert.huggingface: converts what mlx-lm reads, and keeps the precision that it keeps"
-_ATTENTION = "mlx_lqr.backends.torch.attention: attends in its own way"
-_GENERATE = "mlx_lqr.backends.torch.generate: learns of prompts; steps are not compiled"
-_BATCHING = "mlx_lqr.backends.torch.generate: steers generate_batch"
+_CACHES = "mlx_lqr.backends.mlx.library: decodes in mlx-lm's caches, and takes over what they hold"
+_FAMILY = "mlx_lqr.backends.mlx.library: does what a config says beyond mlx-lm's own class"
+_PROMPTS = "mlx_lqr.backends.mlx.library: learns of prompts"
+_EVALUATOR = "mlx_lqr.backends.mlx.evaluator: scores with the steered model"
+_LOAD = "mlx_lqr.backends.torch.library: builds what a config says"
+_CONVERT = "mlx_lqr.backends.mlx.library: converts what mlx-lm reads, and keeps the precision that it keeps"
+_ATTENTION = "mlx_lqr.backends.torch.library: attends in its own way"
+_GENERATE = "mlx_lqr.backends.torch.library: learns of prompts; steps are not compiled"
+_BATCHING = "mlx_lqr.backends.torch.library: steers generate_batch"
 _REQUESTS = "transformers.generation.continuous_batching.requests"
 
 BORROWED: tuple[Borrowed, ...] = (
@@ -83,12 +86,12 @@ BORROWED: tuple[Borrowed, ...] = (
              attributes=("state", "filter", "make_mask")),
     Borrowed("mlx-lm", "mlx_lm.models.cache:BatchRotatingKVCache", _CACHES, "mlx", made=(8, [0, 1]),
              attributes=("state", "filter", "make_mask")),
-    Borrowed("mlx-lm", "mlx_lm.models.gemma2:Attention.__init__", "mlx_lqr.backends.mlx.decoder: masks of its batches",
+    Borrowed("mlx-lm", "mlx_lm.models.gemma2:Attention.__init__", "mlx_lqr.backends.mlx.library: masks of its batches",
              "mlx", sets=("repeats",)),
     Borrowed("mlx-lm", "mlx_lm.models.base:create_attention_mask", _FAMILY, "mlx",
              parameters=("cache", "window_size", "return_array")),
     Borrowed("mlx-lm", "mlx_lm.models.switch_layers:SwitchGLU.__init__", _FAMILY, "mlx", parameters=("activation",)),
-    *(Borrowed("mlx-lm", f"mlx_lm.sample_utils:{name}", "mlx_lqr.backends.mlx.sampling: filters", "mlx sampling")
+    *(Borrowed("mlx-lm", f"mlx_lm.sample_utils:{name}", "mlx_lqr.backends.mlx.library: filters", "mlx sampling")
       for name in ("apply_min_p", "apply_top_k", "apply_top_p")),
     Borrowed("mlx-lm", "mlx_lm.generate:generate_step", _PROMPTS, "mlx steer",
              parameters=("prompt", "model", "input_embeddings")),
@@ -102,9 +105,9 @@ BORROWED: tuple[Borrowed, ...] = (
              sets=("_model", "_max_tokens", "use_chat_template")),
     Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM._tokenize", _EVALUATOR, "mlx evaluator", parameters=("self", "texts")),
     Borrowed("mlx-lm", "mlx_lm.evaluate:DEFAULT_MAX_TOKENS", _EVALUATOR, "mlx evaluator"),
-    Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM._process_prompt", "mlx_lqr.backends.mlx.mlx_lm_calls: learns of contexts",
+    Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM._process_prompt", "mlx_lqr.backends.mlx.library: learns of contexts",
              "mlx evaluator", parameters=("self", "prompt")),
-    Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM._score_fn", "mlx_lqr.backends.mlx.mlx_lm_calls: learns of continuations",
+    Borrowed("mlx-lm", "mlx_lm.evaluate:MLXLM._score_fn", "mlx_lqr.backends.mlx.library: learns of continuations",
              "mlx evaluator", parameters=("self", "inputs")),
     Borrowed("mlx-lm", "mlx_lm.utils:load_model", _CONVERT, "convert",
              parameters=("lazy", "model_config")),
@@ -114,7 +117,7 @@ BORROWED: tuple[Borrowed, ...] = (
              "convert", attributes=("cast_predicate",)),
     Borrowed("transformers", "transformers:PreTrainedConfig", _ATTENTION,
              "torch", made=(), attributes=("_attn_implementation_internal", "_attn_implementation")),
-    Borrowed("transformers", "transformers:PreTrainedConfig", "mlx_lqr.backends.torch.blocks: differentiates experts",
+    Borrowed("transformers", "transformers:PreTrainedConfig", "mlx_lqr.backends.torch.library: differentiates experts",
              "torch", made=(), attributes=("_experts_implementation_internal", "_experts_implementation")),
     *(Borrowed("transformers", f"transformers:{name}", _LOAD, "torch")
       for name in ("CONFIG_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING")),
@@ -170,7 +173,7 @@ def changed(package: str, what: str) -> InputError:
 
 def _module(name: str) -> Any:
     if name.startswith(("mlx_lm.models.", "mlx_lm.sample_utils")):
-        from mlx_lqr.backends.mlx.mlx_lm_models import import_mlx_lm
+        from mlx_lqr.backends.mlx.library import import_mlx_lm
 
         return import_mlx_lm(name.removeprefix("mlx_lm."))
     return importlib.import_module(name)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 
-from mlx_lqr.backends.protocol import Model
 
-
-def fingerprint_of(model: Model, norms: Iterable[tuple[str, bytes]]) -> str:
+def fingerprint_of(sizes: tuple[int, int, int], norms: Iterable[tuple[str, bytes]]) -> str:
     """A digest of a model's sizes and of its blocks' norm weights.
 
     Args:
+        sizes: the number of its layers, its width and its vocabulary's size.
         norms: by name ("LAYER.path.to.weight"), rounded to bfloat16, the coarsest dtype in use.
     """
-    digest = hashlib.sha256(f"{model.num_layers} {model.hidden_size} {model.vocab_size}".encode())
+    digest = hashlib.sha256(" ".join(map(str, sizes)).encode())
     for _, weight in sorted(norms):
         digest.update(weight)
     return digest.hexdigest()[:16]

@@ -1,12 +1,19 @@
-"""A law as hooks around a model's blocks, the same for every backend that runs a model's own modules."""
+"""A law as hooks around a model's blocks, the same for every backend that runs a model's own modules.
+
+A hook stands in for a block, or for a part of it, inside the model's own forward pass with its own masks and scalings.
+So one mechanism records, linearises and steers, and works for every family.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx_lqr.backends.protocol import Array, Law
+from mlx_lqr.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,10 @@ class BlockCall:
 
 Hook = Callable[[int, Array, BlockCall], Array]
 """hook(k, z, call) -> output: stands in for block k, or for a part of it, whose own output is call(z)."""
+Where = Callable[[Array, Array, Array], Array]
+"""where(condition, a, b), the backend's"""
+Concatenate = Callable[[Sequence[Array], int], Array]
+"""concatenate(arrays, axis), the backend's"""
 
 
 class LawHooks:
@@ -34,8 +45,8 @@ class LawHooks:
     """
 
     @classmethod
-    def at(cls, law: Law | None, steered: Array, where: Callable[[Array, Array, Array], Array]) -> LawHooks:
-        """The law at the positions of a call that `steered` (B, L, 1) tells, by the backend's `where`."""
+    def at(cls, law: Law | None, steered: Array, where: Where) -> LawHooks:
+        """The law at the positions of a call for which `steered` (B, L, 1) is true."""
 
         def act(k: int, z: Array, output: Array) -> Array:
             assert law is not None
@@ -44,18 +55,8 @@ class LawHooks:
         return cls(law, act)
 
     @classmethod
-    def beyond(
-        cls,
-        law: Law,
-        first: Callable[[], int | Array],
-        concatenate: Callable[[list[Array], int], Array],
-        where: Callable[[Array, Array, Array], Array],
-    ) -> LawHooks:
-        """The law from position `first()` of a call on, or at the positions (B, L, 1) that it tells.
-
-        Args:
-            concatenate, where: the backend's; the former takes arrays and an axis.
-        """
+    def beyond(cls, law: Law, first: Callable[[], int | Array], concatenate: Concatenate, where: Where) -> LawHooks:
+        """The law from position `first()` of a call on, or where `first()` (B, L, 1) is true."""
 
         def act(k: int, z: Array, output: Array) -> Array:
             unsteered = first()
@@ -86,3 +87,60 @@ class LawHooks:
 
 
 UNSTEERED = LawHooks(None)
+
+
+class BlockHooks(ABC):
+    """A hook for the blocks at `layers`, which is placed and taken off at every pass.
+
+    Args:
+        law: where it acts inside blocks, its hook is placed there too.
+    """
+
+    library: ClassVar[str]
+    """Whose models these are, as a message names it."""
+
+    def __init__(self, blocks: Sequence[Any], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED) -> None:
+        self._hooked = [(k, blocks[k], hook) for k in layers]
+        self._hooked += [(k, output_projection(blocks[k]), law.projection) for k in law.projections]
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Inside this context every call of the blocks goes through the hook."""
+        before = [(module, self._call_of(module)) for _, module, _ in self._hooked]
+        try:
+            for k, module, hook in self._hooked:
+                self.refuse(module)
+                self._place(k, module, hook)
+            yield
+        finally:
+            for module, call in before:
+                self._put_back(module, call)
+
+    @classmethod
+    def refuse(cls, module: Any) -> None:
+        """Raise `InputError` for a block that has a hook already."""
+        if cls._is_hooked(module):
+            raise InputError(
+                f"the model is being steered by mlx_lqr.steer: call {cls.library}'s functions inside the block; "
+                "outside it, mlx_lqr.generate and the like take the controller themselves"
+            )
+
+    @staticmethod
+    @abstractmethod
+    def _is_hooked(module: Any) -> bool: ...
+
+    @abstractmethod
+    def _call_of(self, module: Any) -> Any:
+        """What a call of the module does at present; `_put_back` takes it."""
+
+    @abstractmethod
+    def _place(self, k: int, module: Any, hook: Hook) -> None:
+        """Let calls of the module, block k or a part of it, go through the hook."""
+
+    @abstractmethod
+    def _put_back(self, module: Any, call: Any) -> None: ...
+
+
+def output_projection(block: Any) -> Any:
+    """What the block's attention puts its heads through; every supported family has it under this name."""
+    return block.self_attn.o_proj

@@ -1,6 +1,6 @@
 """Activations that overflow: whether any do, and at which layer of a sequence first.
 
-The layer is found by running the sequence again, so that decoding looks at one number a step.
+To learn the layer, the sequence is run again, so that decoding looks at one number a step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""What a backend must do, and no more. A further backend is one new file that satisfies `Model`.
+"""What the library asks of a language model: capabilities, from what every backend has to what only some have.
+
+    Runner          tokenises, decodes, is steered in place                     generate, chat, serve, steer
+    Recorder        also gives residual streams and log-probabilities           contrast, evaluation, most methods
+    HeadRecorder    also gives what attention heads put out; is steered there   ITI
+    Differentiable  also gives traces, Jacobians and products with them         linearize, fit, adapt, certify
+
+A function names the least that it needs; where a caller may come with less, it asks `capabilities.require` first. A
+further backend is one folder with the capabilities it has, and its name in `registry.py`. A backend that runs a model's
+own modules, as MLX and torch do, inherits most of them (`hooked_model.py`).
 
 Shapes: T blocks, width d, vocabulary V. Residual stream: z_0 is the (scaled) embedding, z_k the input of block k, z_T
 the output of the last block before the final norm. `Array` stands for the backend's own tensor type, which crosses this
@@ -50,7 +59,7 @@ class Law(Protocol):
     ) -> Law:
         """The same law with its arrays made by `array`, the backend's constructor, and its way to form c + a @ b.
 
-        It asks for all its arrays at once, always in the same order. An array that changes is made anew by `array`, or
+        It asks for all its arrays at once, always in the same order. An array that changes is made again by `array`, or
         by `renew` from the one before it.
         """
 
@@ -166,7 +175,7 @@ class Decoder(Protocol):
     law: Law | None
     """What steers; it may be exchanged between two calls."""
     sampling: Sampling
-    """How tokens are drawn; to set it starts its random numbers anew."""
+    """How tokens are drawn; setting it restarts the random numbers."""
 
     @property
     def position(self) -> int:
@@ -193,9 +202,6 @@ class Decoder(Protocol):
     def rewind(self, position: int) -> bool:
         """Forget what a single sequence holds beyond its first `position` tokens; False where this cannot be done."""
 
-    def trace(self, token: int) -> Trace:
-        """What the Jacobians at `token`, after what a single sequence holds, depend on; it is not appended."""
-
     def overflow(self, tokens: Sequence[int], first: int) -> OverflowingError:
         """Run a single sequence, steered from position `first` on, and name the first layer whose output overflows.
 
@@ -203,12 +209,21 @@ class Decoder(Protocol):
         """
 
 
+class TracingDecoder(Decoder, Protocol):
+    """A decoder of a `Differentiable` model."""
+
+    def trace(self, token: int) -> Trace:
+        """What the Jacobians at `token` depend on, after what a single sequence holds; it is not appended."""
+
+
 OVERFLOWED = -1
 
 
-class Model(Protocol):
-    """A language model with one dense residual stream."""
+class Runner(Protocol):
+    """A language model with one dense residual stream, which decodes text and is steered while it does."""
 
+    backend: str
+    """The name under which its backend is registered."""
     name: str
     num_layers: int
     hidden_size: int
@@ -219,12 +234,18 @@ class Model(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
     @property
-    def algebra(self) -> LinearAlgebra | None:
-        """Where the Riccati recursion is to run for this model; None for NumPy."""
-
-    @property
     def fingerprint(self) -> str:
         """Tells models apart by their trained norm weights; the same for every dtype and quantisation of one model."""
+
+    def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> Decoder:
+        """A decoder without any tokens. A `rolling` one forgets the oldest but a few where the context is full."""
+
+    def steer(self, law: Law, *, steer_all: bool) -> AbstractContextManager[None]:
+        """Inside the block, calls of the framework's own model object and of its generation functions are steered."""
+
+
+class Recorder(Runner, Protocol):
+    """A model that shows what it computes on the way from tokens to logits."""
 
     def residuals(
         self,
@@ -235,13 +256,6 @@ class Model(Protocol):
         progress: Progress | None = None,
     ) -> Float32:
         """z_0..z_T at the last token of each prompt: (n, T + 1, d)."""
-
-    def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
-        """What each attention head of each block puts out at the last token of each prompt, before the projection:
-        (n, T, heads, head_dim)."""
-
-    def projected(self, layer: int, heads: Float32) -> Float32:
-        """Block `layer`'s output projection, without its bias, of rows of `heads` (n, heads * head_dim): (n, d)."""
 
     def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
         """Next-token logits (V,) after `tokens`, steered at the last position or at all of them."""
@@ -255,6 +269,25 @@ class Model(Protocol):
         self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
     ) -> list[Float32]:
         """Next-token logits at a prompt's last token and at each of its continuation's n tokens: (1 + n, V) each."""
+
+
+class HeadRecorder(Recorder, Protocol):
+    """A model that shows the heads of its attention too, and takes laws of the site "attention"."""
+
+    def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
+        """What each attention head of each block puts out at the last token of each prompt, before the projection:
+        (n, T, heads, head_dim)."""
+
+    def projected(self, layer: int, heads: Float32) -> Float32:
+        """Block `layer`'s output projection, without its bias, of rows of `heads` (n, heads * head_dim): (n, d)."""
+
+
+class Differentiable(Recorder, Protocol):
+    """A model whose blocks can be differentiated at a prompt's last token."""
+
+    @property
+    def algebra(self) -> LinearAlgebra | None:
+        """Where the Riccati recursion is to run for this model; None for NumPy."""
 
     def trace(self, tokens: Sequence[int]) -> Trace:
         """Run a prompt and keep what the Jacobians at its last token need."""
@@ -271,8 +304,9 @@ class Model(Protocol):
     def vjp(self, trace: Any, layer: int, cotangents: Float32) -> Float32:
         """A_k' w for each row w of `cotangents` (n, d), without forming A_k: (n, d)."""
 
-    def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> Decoder:
-        """A decoder without any tokens. A `rolling` one forgets the oldest but a few where the context is full."""
+    def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> TracingDecoder:
+        """See `Runner`."""
 
-    def steer(self, law: Law, *, steer_all: bool) -> AbstractContextManager[None]:
-        """Inside the block, calls of the framework's own model object and of its generation functions are steered."""
+
+class Model(Differentiable, HeadRecorder, Protocol):
+    """A model with every capability, as those of MLX and torch are."""

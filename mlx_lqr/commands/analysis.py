@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mlx_lqr.analysis.results import as_json as to_json
-from mlx_lqr.analysis.results import write_json
-from mlx_lqr.analysis.rollout import check_steering, default_prompts
+from mlx_lqr.analysis.inputs import check_strengths, default_prompts
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.commands.help import Decorator, together
 from mlx_lqr.commands.options import (
@@ -38,6 +36,8 @@ from mlx_lqr.commands.sweep import strengths_of
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
+from mlx_lqr.files.results import as_json as to_json
+from mlx_lqr.files.results import write_json
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.methods.steering import load_steering, only_controller
@@ -171,7 +171,7 @@ def _strengths(choice: ControllerChoice | None, strengths: list[float] | None) -
     if choice is None:
         return []
     ((_, chosen),) = strengths_of([choice], strengths)
-    check_steering(chosen)
+    check_strengths(chosen)
     return list(chosen)
 
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from mlx_lqr.analysis.certificate import TOLERANCE, Certificate, Linearised
 from mlx_lqr.analysis.certificate import certify as bound
-from mlx_lqr.analysis.results import as_json
 from mlx_lqr.commands.analysis import Analysis, analysis_options
 from mlx_lqr.commands.help import MEASURING, command, option
 from mlx_lqr.commands.options import jacobians_option
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.results import as_json
 from mlx_lqr.lqr.linearize import Jacobians
 
 FEW_PROMPTS = 8

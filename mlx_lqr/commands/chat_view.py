@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
-from mlx_lqr.analysis.tracking import TrackedAnswer, as_strength
 from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.commands.tables import show_table
+from mlx_lqr.lqr.tracking import as_strength
 from mlx_lqr.runtime import Piece
 from mlx_lqr.runtime.monitor import Excess
+from mlx_lqr.runtime.tracking import TrackedAnswer
 
 if TYPE_CHECKING:
     from rich.console import Console

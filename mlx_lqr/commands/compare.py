@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import click
 
-from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.commands.help import Group
 from mlx_lqr.commands.options import controller_option, strengths_option, tradeoff_options
 from mlx_lqr.commands.progress import going_on_later, progress_bars
@@ -17,6 +16,7 @@ from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.runtime.arguments import ControllerChoice
 from mlx_lqr.tasks import Task, named_steering
 from mlx_lqr.tasks.compare import Comparison, Method, check_budgets

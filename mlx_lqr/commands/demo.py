@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlx_lqr.analysis.tracking import as_strength, track
+from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.help import command
 from mlx_lqr.commands.options import Loading, concept_option, loading_options, max_tokens_option, prompt_option
@@ -18,6 +18,7 @@ from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.fit import fit
+from mlx_lqr.lqr.tracking import as_strength
 from mlx_lqr.runtime import stream
 
 STRENGTHS = (1.0, 2.0, 4.0)

@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from mlx_lqr.analysis.results import as_json, write_json
 from mlx_lqr.commands.help import Group
 from mlx_lqr.commands.options import controller_option, strengths_option
 from mlx_lqr.commands.progress import going_on_later, progress_bars
@@ -16,6 +15,7 @@ from mlx_lqr.commands.sweep import shares_option, sweep
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.runtime.arguments import ControllerChoice
 from mlx_lqr.tasks import Evaluation, NamedSteering, evaluate
 from mlx_lqr.tasks.compare import output_name

@@ -34,11 +34,11 @@ from mlx_lqr.lqr.adapt import adapt
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import tokenise
 from mlx_lqr.methods.recording import Recording
+from mlx_lqr.methods.running import adapts
 from mlx_lqr.methods.steering import only_controller
 from mlx_lqr.runtime import Options, Piece, batch_stream, stream
 from mlx_lqr.runtime.arguments import ControllerChoice, given_or_piped, load_controllers
 from mlx_lqr.runtime.decode import MAX_TOKENS
-from mlx_lqr.runtime.generate import adapts
 from mlx_lqr.runtime.monitor import largest_excess
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import click
 
-from mlx_lqr.analysis.results import as_json as to_json
-from mlx_lqr.analysis.results import write_json
 from mlx_lqr.commands.evaluate import say_shares, steering_options
 from mlx_lqr.commands.help import TASK, command, option, together
 from mlx_lqr.commands.options import (
@@ -29,6 +27,8 @@ from mlx_lqr.commands.sweep import sweep
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.results import as_json as to_json
+from mlx_lqr.files.results import write_json
 from mlx_lqr.runtime.arguments import ControllerChoice
 from mlx_lqr.tasks.lm_eval import LMEvaluation, Settings, evaluate, load_evaluator, load_tasks
 

@@ -26,22 +26,11 @@ from mlx_lqr.commands.options import (
     top_p_option,
 )
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.loading import load
-from mlx_lqr.tasks import Capability, Decoding, Judge, NeutralText, Task, word_family
-from mlx_lqr.tasks import concept as concept_task
-from mlx_lqr.tasks import refusal as refusal_task
-from mlx_lqr.tasks import toxicity as toxicity_task
-from mlx_lqr.tasks import truthfulness as truthfulness_task
+from mlx_lqr.tasks import Capability, Decoding, Judge, NeutralText, Task
 from mlx_lqr.tasks.concept import bundled_openings
-from mlx_lqr.tasks.run import Part
-from mlx_lqr.tasks.scorers import DEFAULT
-from mlx_lqr.tasks.truthfulness import EXAMPLES
-
-_rows_option = option(
-    "--data", required=True, type=click.Path(), metavar="FILE", heading=TASK, help="The task's rows, as JSON lines."
-)
-_template_option = option("--chat/--no-chat", default=True, heading=TASK, help="Use the model's chat template.")
+from mlx_lqr.tasks.kind import TaskKind, TaskOption, TaskSettings
+from mlx_lqr.tasks.registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -79,100 +68,6 @@ class Request:
         return {name: None if value is None else str(value) for name, value in self.loading.items()}
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A task's own options, its defaults for decoding, and how it is made of them."""
-
-    options: tuple[Decorator, ...]
-    decoding: Decoding
-    make: Callable[..., Task]
-    """make(options, concepts, openings, limit=, decoding=, judge=, damage=)"""
-    help: str
-
-
-def _concept(
-    options: dict[str, Any], concepts: Sequence[str], openings: Sequence[str], limit: int | None, **shared: Any
-) -> Task:
-    words = options["words"].split(",") if options["words"] is not None else _family(concepts)
-    openings = read_prompts(options["openings"]) if options["openings"] is not None else openings
-    ask = _only(concepts) if options["ask"] and shared["judge"].model is not None else None
-    return concept_task(words, openings=openings[:limit], ask=ask, **shared)
-
-
-def _family(concepts: Sequence[str]) -> list[str]:
-    return word_family(_only(concepts))
-
-
-def _only(concepts: Sequence[str]) -> str:
-    if len(set(concepts)) != 1:
-        raise InputError("say which words to look for: --words ocean,sea,wave*")
-    return concepts[0]
-
-
-def _with_data(task: Callable[..., Task]) -> Callable[..., Task]:
-    """A task whose own options are those of its function."""
-    return lambda options, concepts, openings, **shared: task(**options, **shared)
-
-
-KINDS = {
-    "concept": _Kind(
-        (
-            option(
-                "--words",
-                metavar="WORDS",
-                heading=TASK,
-                help="Such as ocean,sea,wave*; by default those of a bundled concept.",
-            ),
-            option(
-                "--openings",
-                type=click.Path(),
-                metavar="FILE",
-                heading=TASK,
-                help="Texts to continue, instead of ours.",
-            ),
-            option("--ask", is_flag=True, heading=TASK, help="Also ask the judge if texts are about the concept."),
-        ),
-        Decoding(samples=4),
-        _concept,
-        """How many texts mention the concept.
-
-        The texts continue neutral openings.""",
-    ),
-    "toxicity": _Kind(
-        (
-            _rows_option,
-            option("--scorer", default=DEFAULT, heading=TASK, help="What scores the texts, as module:function."),
-            option("--threshold", default=0.5, heading=TASK, help="A text with this score or more is toxic."),
-        ),
-        Decoding(max_tokens=20),
-        _with_data(toxicity_task),
-        """How many continuations are toxic.
-
-        Rows of --data: prompt.""",
-    ),
-    "truthfulness": _Kind(
-        (
-            _rows_option,
-            option("--examples", default=len(EXAMPLES), heading=TASK, help="Solved examples before each choice."),
-            _template_option,
-        ),
-        Decoding(temperature=0.0),
-        _with_data(truthfulness_task),
-        """TruthfulQA: MC1, MC2 and own answers.
-
-        Rows of --data: question, best_answer, correct_answers, incorrect_answers.""",
-    ),
-    "refusal": _Kind(
-        (_rows_option, _template_option),
-        Decoding(max_tokens=48, temperature=0.0),
-        _with_data(refusal_task),
-        """XSTest: which requests are refused.
-
-        Unsafe and safe requests are counted apart. Rows of --data: prompt, type, label.""",
-    ),
-}
-
-
 def add_tasks(
     group: click.Group,
     run: Callable[..., None],
@@ -193,20 +88,20 @@ def add_tasks(
         cls: what the commands are.
     """
     folder = output_option("A folder; if a run is interrupted, it goes on from there.", metavar="FOLDER")
-    for name, kind in KINDS.items():
-        group.add_command(_command(name, kind, run, own, output or folder, openings or bundled_openings(), cls))
+    for kind in TASKS.values():
+        group.add_command(_command(kind, run, own, output or folder, openings or bundled_openings(), cls))
 
 
 def _command(
-    name: str,
-    kind: _Kind,
+    kind: TaskKind,
     run: Callable[..., None],
     own: Sequence[Decorator],
     output_option: Decorator,
     openings: Sequence[str],
     cls: type[Command],
 ) -> Command:
-    own_names = _names(kind.options)
+    own_options = [_option(one) for one in kind.options]
+    own_names = _names(own_options)
     run_names = _names(own)
 
     def callback(
@@ -223,18 +118,31 @@ def _command(
         options = {key: others.pop(key) for key in own_names}
         values = {key: others.pop(key) for key in run_names}
         decoding = Decoding(**others)
-        if options.get("ask") and judge is None:
+        if judge is None and any(one.needs_judge and options[one.name] for one in kind.options):
             raise InputError("there is no model to ask: name one with --judge")
 
         def make(judge: Judge, concepts: Sequence[str]) -> Task:
             questions = Capability.bundled() if capability is None else Capability.read(capability)
-            damage: tuple[Part, ...] = (NeutralText(), questions)
-            return kind.make(options, concepts, openings, limit=limit, decoding=decoding, judge=judge, damage=damage)
+            damage = (NeutralText(), questions)
+            return kind.make(options, TaskSettings(decoding, judge, damage, limit, concepts, openings))
 
-        run(functools.partial(Request, name, model, loading, judge, Path(output), as_json, force, make=make), **values)
+        run(
+            functools.partial(Request, kind.name, model, loading, judge, Path(output), as_json, force, make=make),
+            **values,
+        )
 
-    options = model_argument, *own, *kind.options, *_shared(kind.decoding), output_option, force_option, json_option()
-    return command(name, help=kind.help, cls=cls)(together(*options)(loading_options(callback)))
+    options = model_argument, *own, *own_options, *_shared(kind.decoding), output_option, force_option, json_option()
+    return command(kind.name, help=kind.help, cls=cls)(together(*options)(loading_options(callback)))
+
+
+def _option(one: TaskOption) -> Decorator:
+    flag = "--" + one.name.replace("_", "-")
+    if isinstance(one.default, bool):
+        declaration = f"{flag}/--{one.off}" if one.off else flag
+        return option(declaration, is_flag=True, default=one.default, heading=TASK, help=one.help)
+    kind = click.Path() if one.metavar == "FILE" else None
+    metavar, required = one.metavar, one.required
+    return option(flag, type=kind, metavar=metavar, required=required, default=one.default, heading=TASK, help=one.help)
 
 
 def _shared(decoding: Decoding) -> tuple[Decorator, ...]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from mlx_lqr.analysis.results import as_json
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.commands.fit import contrast_prompts, note_few_prompts, say_how_to_use
 from mlx_lqr.commands.help import MEASURING, SEARCH, Decorator, Group, option
@@ -21,9 +20,10 @@ from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.commands.values import parse_strengths
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.results import as_json
 from mlx_lqr.lqr.linearize import Jacobians, linearize
 from mlx_lqr.tasks.concept import bundled_openings
-from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.spaces import baseline_space
 from mlx_lqr.tasks.tuning import DAMAGE, Trial, Tuned, check_limit, tune
 

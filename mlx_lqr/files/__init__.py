@@ -1,1 +1,1 @@
-"""What is read and written: atomic writes, safetensors, Jacobians layer by layer, prompts, the cache folder."""
+"""Reading and writing files: atomic writes, safetensors, Jacobians by layer, text, prompts, results, the cache."""

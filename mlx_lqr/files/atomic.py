@@ -1,4 +1,4 @@
-"""Write a file or a folder so that it is there whole or not at all, and takes the place of nothing but its like."""
+"""Write a file or a folder whole or not at all, and replace only what is of the same kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.files.tensors import read_format
 
 Kind = Literal["controller", "Jacobians", "transcript", "results", "PNG image", "SVG image"]
-"""What this library writes for its user. A controller is also what another method has fitted."""
+"""What this library writes for its user. The steering of other methods is of the kind "controller" too."""
 
 _FORMATS: dict[str, Kind] = {
     "mlx-lqr controller": "controller",
@@ -32,17 +32,17 @@ def writing(
 ) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on a clean exit it takes the name of `target`.
 
-    On any exception, Ctrl-C included, the temporary path is removed and what stood at `target` is untouched.
+    On any exception, also Ctrl-C, the temporary path is removed and `target` is untouched.
 
     Args:
-        target: where the result is to stand, or a link to it. An existing file is replaced if it is of this `kind` (of
-            whatever kind, if none is named), an existing folder if it is empty.
-        folder: make a folder (it exists when yielded) rather than a file (it does not).
-        kind: what is to be written.
-        force: replace a file of another kind too, or a folder that holds a model.
+        target: the path to write, or a link to it. An existing file is replaced if it is of this `kind` (or of any, if
+            `kind` is None), an existing folder only if it is empty.
+        folder: write a folder (it exists when yielded) instead of a file (which does not).
+        kind: what will be written.
+        force: also replace a file of another kind, or a folder that holds a model.
 
     Raises:
-        InputError: something else stands there, the place cannot be written, or the disk is full.
+        InputError: `target` may not be replaced or cannot be written, or the disk is full.
     """
     target = followed(target)
     _check_replaceable(target, folder, kind, force)
@@ -64,7 +64,7 @@ def writing(
 
 
 def _exchange(new: Path, target: Path, old: Path) -> None:
-    """Put the folder `new` in the place of `target`, which goes to `old`, or stays where this cannot be done."""
+    """Move the folder `target` to `old` and `new` to `target`. If that fails, `target` is moved back."""
     os.replace(target, old)
     try:
         os.replace(new, target)
@@ -74,17 +74,17 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
 
 
 def check_writable(target: str | os.PathLike[str], kind: Kind | None = None, *, force: bool = False) -> None:
-    """Raise `InputError` now, before long work, where a file could not be written at `target` afterwards."""
+    """Raise `InputError` if `target` cannot be written: to know before long work, not after it."""
     target = followed(target)
     _check_replaceable(target, False, kind, force)
     _place_beside(target).rmdir()
 
 
 def kind_of(path: str | os.PathLike[str]) -> Kind | None:
-    """What a file is, of the kinds that this library writes; None for any other."""
-    found = read_format(path)
+    """The kind of a file that this library wrote; None for any other file."""
+    stated = read_format(path)
     for prefix, kind in _FORMATS.items():
-        if found.startswith(prefix):
+        if stated.startswith(prefix):
             return kind
     try:
         with open(path, "rb") as file:
@@ -104,7 +104,7 @@ def kind_of(path: str | os.PathLike[str]) -> Kind | None:
 
 
 def _check_replaceable(target: Path, folder: bool, kind: Kind | None, force: bool) -> None:
-    """Raise `InputError` where something stands at `target` that is not to be replaced."""
+    """Raise `InputError` if `target` exists and may not be replaced."""
     if not target.exists():
         return
     if folder:
@@ -120,8 +120,7 @@ def _check_replaceable(target: Path, folder: bool, kind: Kind | None, force: boo
         raise InputError(f"{target} is no file but a device: name a file")
     if kind is not None and not force and target.stat().st_size and kind_of(target) != kind:
         raise InputError(
-            f"{target} is there already and is not {_NAMES[kind]} of mlx-lqr: name another place, or replace it with "
-            "--force"
+            f"{target} exists and is not {_NAMES[kind]} of mlx-lqr: name another file, or replace it with --force"
         )
 
 
@@ -136,7 +135,7 @@ _NAMES: dict[Kind, str] = {
 
 
 def followed(target: str | os.PathLike[str]) -> Path:
-    """The file that a link points to, which is then replaced and not the link."""
+    """The file that a link points to, so that the file is replaced and not the link."""
     return Path(os.path.realpath(target)) if os.path.islink(target) else Path(target)
 
 
@@ -150,7 +149,7 @@ def _place_beside(target: Path) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Force the bytes of `path` to the disk, so that a full disk is noticed before the rename and not after it."""
+    """Force the bytes of `path` to the disk, so that a full disk shows before the rename and not after it."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())

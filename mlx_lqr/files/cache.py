@@ -1,4 +1,4 @@
-"""The folder for what can be made again: converted models, the demonstration model, its controller."""
+"""The folder for files that can be made again: converted models, the demonstration model, its controller."""
 
 from __future__ import annotations
 

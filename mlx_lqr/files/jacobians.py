@@ -1,8 +1,8 @@
 """Jacobians on disk: one safetensors file, written layer by layer and read one layer at a time.
 
-The layers are appended in the order in which they are computed, from the last to the first, to a hidden file beside
-the target. Its header is known beforehand, so that its length tells how many layers are finished: an interrupted run
-goes on where it stopped if, and only if, the header it would write is the same to the byte.
+Layers are appended as they are computed, from the last to the first, to a hidden file beside the target. The header is
+known beforehand, so the file's length says how many layers are finished. An interrupted run continues where it stopped
+if its header is the same to the byte, and starts again otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,17 +23,17 @@ _CODES = {"float32": "F32", "float16": "F16"}
 
 
 class JacobianWriter:
-    """A file of T Jacobians (d, d) in the making.
+    """Writes a file of T Jacobians (d, d).
 
     Args:
-        path: where the finished file is to stand.
+        path: the finished file.
         T, d: number of layers and width.
         dtype: "float32" or "float16" (half the size; relative rounding 5e-4 an entry).
-        metadata: strings that identify the run; another run's unfinished file is started anew.
-        force: take the place of a file of any kind.
+        metadata: strings that identify the run. The unfinished file of another run is overwritten.
+        force: overwrite a file of any kind.
 
     Raises:
-        InputError: an unknown dtype, or a place that cannot be written.
+        InputError: an unknown dtype, or a file that cannot be written.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ def _header(T: int, d: int, code: str, size: int, metadata: Mapping[str, str]) -
 
 
 class StoredJacobians(Sequence[np.ndarray]):
-    """The matrices of a file, each read from its memory map as it is asked for, in float32.
+    """The Jacobians in a file, each read when it is used (the file is memory-mapped), in float32.
 
     Raises:
-        InputError: no such file, or not one whole square Jacobian for every layer.
+        InputError: there is no such file, or it does not hold one square Jacobian for every layer.
     """
 
     def __init__(self, path: str | os.PathLike[str], expected_format: str) -> None:
@@ -131,7 +131,11 @@ class StoredJacobians(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, layer):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, layer: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[np.ndarray]: ...
+    def __getitem__(self, layer: int | slice) -> np.ndarray | Sequence[np.ndarray]:
         if isinstance(layer, slice):
             return [self[k] for k in range(*layer.indices(self._count))]
         k = range(self._count)[layer]

@@ -1,4 +1,4 @@
-"""The library's safetensors files: NumPy arrays out and in, the format checked before anything else."""
+"""The library's safetensors files: NumPy arrays written and read; the format is checked before anything else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def read_tensors(
     """All tensors and the metadata of a file of the format `expected_format`.
 
     Raises:
-        InputError: no such file, not a whole safetensors file, or another format (`what` names the one expected).
+        InputError: there is no such file, it is damaged, or it has another format. `what` names the expected one in the
+            message.
     """
     file = Path(path)
     if not file.is_file():
@@ -33,14 +34,14 @@ def read_tensors(
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata = dict(opened.metadata() or {})
-            found = metadata.get("format", "")
-            if found != expected_format:
+            stated = metadata.get("format", "")
+            if stated != expected_format:
                 family = expected_format.rsplit(" ", 1)[0]
-                if found.startswith(family):
+                if stated.startswith(family):
                     raise InputError(
-                        f"{file} has the format {found!r}, this version reads {expected_format!r}: make it again"
+                        f"{file} has the format {stated!r}, this version reads {expected_format!r}: make it again"
                     )
-                holds = f", but {found!r}" if found.startswith("mlx-lqr") else ""
+                holds = f", but {stated!r}" if stated.startswith("mlx-lqr") else ""
                 raise InputError(f"{file} is not {what} of mlx-lqr{holds}")
             return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
@@ -50,7 +51,8 @@ def read_tensors(
 
 
 def read_format(path: str | PathLike[str]) -> str:
-    """What format a file says it has; "" where it says nothing, or cannot be read at all (`read_tensors` says why)."""
+    """The format stated in a file's metadata; "" if there is none, or if the file cannot be read (`read_tensors` says
+    why)."""
     try:
         with safe_open(path, framework="numpy") as opened:
             return (opened.metadata() or {}).get("format", "")
@@ -59,13 +61,13 @@ def read_format(path: str | PathLike[str]) -> str:
 
 
 def check_shape(name: str, tensor: np.ndarray, axes: str, sizes: Mapping[str, int]) -> None:
-    """Raise `ValueError` unless the tensor has the axes that `axes` spells, one letter of `sizes` each."""
+    """Raise `ValueError` unless the tensor's shape is the sizes of the letters in `axes`, such as "Tdm"."""
     shape = tuple(sizes[axis] for axis in axes)
     if tensor.shape != shape:
         raise ValueError(f"{name} has the shape {tensor.shape}, expected {shape}")
 
 
 def check_finite(name: str, tensor: np.ndarray) -> None:
-    """Raise `ValueError` for a tensor with values that are not finite."""
+    """Raise `ValueError` unless all values of a tensor are finite."""
     if not np.all(np.isfinite(tensor)):
         raise ValueError(f"{name} has values that are not finite")

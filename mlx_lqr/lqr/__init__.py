@@ -1,1 +1,1 @@
-"""The method: contrast, linearisation, Riccati recursion and the controller that comes of them."""
+"""Activation LQR: contrast, linearisation, Riccati recursion, and the controller made from them."""

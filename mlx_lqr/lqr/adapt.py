@@ -1,4 +1,4 @@
-"""A controller made for the very prompt in hand: gains for the feature cost at its last token."""
+"""A controller fitted to one prompt: gains for the feature cost, linearised at that prompt's last token."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Model, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.controller import Controller, Positions, Setpoint, assemble
-from mlx_lqr.lqr.gains import aims, feature_feedback, pull_back
+from mlx_lqr.lqr.gains import directions_of, feature_gains, pull_back
 from mlx_lqr.lqr.layers import Layers, choose_layers
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.lqr.riccati import WEIGHT, Product, Weights
 
 
 def adapt(
-    model: Model,
-    concept: Contrast | Controller,
+    model: Differentiable,
+    contrast: Contrast | Controller,
     prompt: Prompt,
     *,
-    name: str = "concept",
+    concept: str = "concept",
     q: float = WEIGHT,
     r: float = 1.0,
     qf: float = WEIGHT,
@@ -29,38 +30,40 @@ def adapt(
     setpoint: Setpoint = "centred",
     positions: Positions = "last",
 ) -> Controller:
-    """A controller linearised at the last token of the very prompt that it is to steer (feature cost).
+    """A controller whose gains are computed at the last token of the prompt that it will steer (feature cost).
 
     Args:
         model: what `load` returned.
-        concept: a contrast, for which the options below are used; or a controller of this model, fitted at any cost,
-            whose concepts, setpoints, layers, weights and positions are kept.
-        prompt: the whole prompt; strings or token ids.
-        name, q, r, qf, layers, setpoint, positions: as in `fit`.
+        contrast: of this model, from `contrast`; the options below then apply. Or a controller of this model, fitted
+            with any cost: it keeps its concepts, setpoints, layers, weights and positions, and the options are not
+            used.
+        prompt: the whole prompt; a string or token ids.
+        concept, q, r, qf, layers, setpoint, positions: as in `fit`.
 
     Raises:
         InputError: an unusable prompt or option, or a contrast or controller of another model.
     """
-    if isinstance(concept, Controller):
-        concept.check_model(model)
-        return readapted(model, concept, model.trace(tokenise(model, prompt)))
-    if concept.fingerprint != model.fingerprint:
-        raise InputError(f"the contrast is of {concept.model_name or 'another model'}, not of {model.name}")
-    weights, chosen = Weights(q, r, qf), choose_layers(layers, concept)
+    require(model, DIFFERENTIABLE, "adapt gains to a prompt")
+    if isinstance(contrast, Controller):
+        contrast.check_model(model)
+        return adapt_at(model, contrast, model.trace(tokenise(model, prompt)))
+    if contrast.fingerprint != model.fingerprint:
+        raise InputError(f"the contrast is of {contrast.model_name or 'another model'}, not of {model.name}")
+    weights, chosen = Weights(q, r, qf), choose_layers(layers, contrast)
     product = pull_back(model, [model.trace(tokenise(model, prompt))])
-    feedback = feature_feedback(product, *aims(concept), weights, chosen)
-    return assemble(concept, feedback, weights, 1, name, positions, "feature", setpoint)
+    gains = feature_gains(product, *directions_of(contrast), weights, chosen)
+    return assemble(contrast, gains, weights, 1, concept, positions, "feature", setpoint)
 
 
-def readapted(model: Model, controller: Controller, trace: Trace) -> Controller:
-    """The controller with gains for the feature cost at this trace."""
+def adapt_at(model: Differentiable, controller: Controller, trace: Trace) -> Controller:
+    """The controller with gains for the feature cost, recomputed at this trace."""
     product = pull_back(model, [trace])
-    return Controller.combine(*(_readapted(one, product) for one in controller.split()))
+    return Controller.combine(*(_with_gains_for(product, one) for one in controller.split()))
 
 
-def _readapted(controller: Controller, product: Product) -> Controller:
-    """The same controller of one concept with gains for other Jacobians."""
-    feedback = feature_feedback(
+def _with_gains_for(product: Product, controller: Controller) -> Controller:
+    """A controller of one concept with gains for the Jacobians behind `product`."""
+    gains = feature_gains(
         product,
         controller.direction[:, :, 0],
         controller.setpoint[:, 0],
@@ -68,5 +71,5 @@ def _readapted(controller: Controller, product: Product) -> Controller:
         controller.weights,
         controller.active_layers,
     )
-    gain = feedback.astype(np.float32)[:, :, None]
+    gain = gains.astype(np.float32)[:, :, None]
     return replace(controller, gain=gain, cost="feature", jacobian_prompts=1)

@@ -1,4 +1,4 @@
-"""Linear algebra in NumPy, for the Riccati recursion where a backend has none of its own on its device."""
+"""Linear algebra in NumPy, for the Riccati recursion on backends that do not bring their own."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ e_k = mean+_k - mean-_k over the last-token residual streams z_k of positive and
 v_k = e_k / mu_k (difference of means, arXiv 2604.19018). Where mu_k = 0 the direction is zero and nothing is
 controlled: always so at layer 0 when all prompts end in the same token.
 
-How well a layer tells the sets apart is mu_k over the pooled standard deviation of v_k . z_k within them (Cohen's d,
-1988). Where it is small, the feature of any text lies many mu_k up or down, and a setpoint there orders large pushes
-that mean nothing: layers="auto" leaves these layers alone.
+How well a layer separates the sets is mu_k over the pooled standard deviation of v_k . z_k within them (Cohen's d,
+1988). Where that is small, the feature of ordinary text already varies by many mu_k, and a setpoint there asks for
+large pushes that mean nothing. layers="auto" leaves these layers out.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Float32, Model, Progress
+from mlx_lqr.backends.protocol import Float32, Progress, Recorder, Runner
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.prompts import read_prompts as read_prompts
 from mlx_lqr.lqr.prompts import Prompt, tokenise_sets
 
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """What two sets of prompts tell apart, for a model of T blocks of width d (all float32).
+    """How the activations of two sets of prompts differ, for a model of T blocks of width d (all float32).
 
     `direction` holds e_k, unnormalised: its norm over a row is mu_k.
     """
@@ -41,7 +40,7 @@ class Contrast:
     """How many positive and negative prompts."""
     fingerprint: str = ""
     model_name: str = ""
-    spread: Float32 | None = None
+    std: Float32 | None = None
     """(T + 1,): pooled standard deviation of v_k . z_k within the sets, at z_0..z_T; None for two single prompts"""
 
     @property
@@ -61,20 +60,20 @@ class Contrast:
 
     @property
     def separation(self) -> Float32:
-        """mu_k over the spread within the sets, at z_0..z_T; zero where mu_k is zero: (T + 1,)
+        """mu_k over `std`, at z_0..z_T; zero where mu_k is zero: (T + 1,)
 
         Raises:
-            InputError: there is no spread to measure it against.
+            InputError: a single prompt of each kind, which has no standard deviation.
         """
-        if self.spread is None:
+        if self.std is None:
             raise InputError('layers "auto" compares the prompts of a set with one another: give more than one of each')
         magnitude = np.append(self.magnitude, np.float32(self.output_magnitude))
         with np.errstate(divide="ignore"):
-            return np.divide(magnitude, self.spread, out=np.zeros_like(magnitude), where=magnitude > 0)
+            return np.divide(magnitude, self.std, out=np.zeros_like(magnitude), where=magnitude > 0)
 
 
 def contrast(
-    model: Model,
+    model: Recorder,
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],
     *,
@@ -82,31 +81,38 @@ def contrast(
 ) -> Contrast:
     """Run both sets of prompts through the model and take the difference of their mean last-token activations.
 
+    Args:
+        model: what `load` returned.
+        positive, negative: prompts with and without the concept; strings or token ids.
+        progress: called as progress(stage, done, total).
+
     Raises:
-        InputError: a set is empty, both sets are the same, a prompt has no tokens or exceeds the model's context, or
-            the activations do not tell the sets apart.
+        InputError: a set is empty, both sets are the same, a prompt has no tokens or does not fit the model's context,
+            the activations overflow, or they are the same for both sets.
     """
     return contrast_of(model, *activations(model, *tokenise_sets(model, positive, negative), progress))
 
 
 def activations(
-    model: Model, positive: Sequence[Sequence[int]], negative: Sequence[Sequence[int]], progress: Progress | None = None
+    model: Recorder,
+    positive: Sequence[Sequence[int]],
+    negative: Sequence[Sequence[int]],
+    progress: Progress | None = None,
 ) -> tuple[Float32, Float32]:
     """z_0..z_T at the last token of each prompt of two sets, as token ids: (n, T + 1, d) and (m, T + 1, d)
 
     Raises:
-        InputError: values that are not finite.
+        OverflowingError: activations overflow (the layer is named).
     """
-    found = model.residuals([*positive, *negative], progress=progress)
-    check_finite(found)
-    return found[: len(positive)], found[len(positive) :]
+    residuals = model.residuals([*positive, *negative], progress=progress)
+    return residuals[: len(positive)], residuals[len(positive) :]
 
 
-def contrast_of(model: Model, positive: Float32, negative: Float32) -> Contrast:
+def contrast_of(model: Runner, positive: Float32, negative: Float32) -> Contrast:
     """The contrast of two sets of prompts from their `activations`.
 
     Raises:
-        InputError: the activations do not tell the sets apart.
+        InputError: the activations of both sets are the same.
     """
     mean_positive, mean_negative = positive.mean(axis=0, dtype=np.float64), negative.mean(axis=0, dtype=np.float64)
     difference = np.where(_same_multiset(positive, negative), 0.0, mean_positive - mean_negative)
@@ -120,50 +126,41 @@ def contrast_of(model: Model, positive: Float32, negative: Float32) -> Contrast:
         (len(positive), len(negative)),
         model.fingerprint,
         model.name,
-        _spread(positive, negative, difference),
+        _pooled_std(positive, negative, difference),
     )
 
 
-def check_finite(found: Float32, what: str = "activations") -> None:
-    """Refuse activations (n, T, ...) that are not finite, and say at which layer."""
-    if not np.all(np.isfinite(found)):
-        layer = int(np.argwhere(~np.isfinite(found))[:, 1].min())
-        raise InputError(f"the {what} at layer {layer} are not finite: load the model with dtype float32")
-
-
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Each row of vectors (..., d) at length 1, or zero where it is zero."""
+    """Each row of vectors (..., d) scaled to length 1; zero rows stay zero."""
     length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
 
 
-def _spread(positive: Float32, negative: Float32, difference: np.ndarray) -> Float32 | None:
-    """The pooled standard deviation of the features v_k . z_k of two sets (n, T + 1, d) within them: (T + 1,)"""
+def _pooled_std(positive: Float32, negative: Float32, difference: np.ndarray) -> Float32 | None:
+    """The pooled standard deviation of v_k . z_k within two sets of activations (n, T + 1, d): (T + 1,)"""
     freedom = len(positive) + len(negative) - 2
     if freedom == 0:
         return None
     directions = unit(difference)
     squares = sum(
         ((feature - feature.mean(axis=0)) ** 2).sum(axis=0)
-        for feature in (np.einsum("nkd,kd->nk", found, directions) for found in (positive, negative))
+        for feature in (np.einsum("nkd,kd->nk", residuals, directions) for residuals in (positive, negative))
     )
     return np.sqrt(squares / freedom).astype(np.float32)
 
 
 def _same_multiset(positive: Float32, negative: Float32) -> np.ndarray:
-    """(T + 1, 1): whether a layer saw the very same activations, in the same proportions, in both sets.
+    """(T + 1, 1): whether both sets have the very same activations at a layer, in the same proportions.
 
-    Their means then differ by rounding alone, and a direction made of rounding errors must not be steered along. This
-    is the case at layer 0 (the embedding of the last token) wherever both sets end in the same tokens.
+    Their means then differ by rounding errors alone, and nothing may be steered along such a direction. It happens at
+    layer 0 (the embedding of the last token) whenever both sets end in the same tokens.
     """
-    verdict = np.zeros((positive.shape[1], 1), bool)
+    same = np.zeros((positive.shape[1], 1), bool)
     for k in range(positive.shape[1]):
         shares = []
         for residuals in (positive[:, k], negative[:, k]):
             rows, counts = np.unique(residuals, axis=0, return_counts=True)
             shares.append((rows, counts / len(residuals)))
         (rows, share), (other_rows, other_share) = shares
-        verdict[k] = (
-            len(rows) == len(other_rows) and np.array_equal(rows, other_rows) and np.allclose(share, other_share)
-        )
-    return verdict
+        same[k] = len(rows) == len(other_rows) and np.array_equal(rows, other_rows) and np.allclose(share, other_share)
+    return same

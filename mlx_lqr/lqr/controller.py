@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Float32, Model
+from mlx_lqr.backends.protocol import Float32, Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.tensors import check_finite, check_shape, read_tensors, write_tensors
@@ -166,7 +166,7 @@ class Controller:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is a damaged controller file ({error}): fit it again") from error
 
-    def check_model(self, model: Model) -> None:
+    def check_model(self, model: Runner) -> None:
         """Raise `InputError` unless this controller was fitted on `model`."""
         check_fitted_on(self, model.name, model.fingerprint, model.num_layers, model.hidden_size)
 

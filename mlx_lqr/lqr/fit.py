@@ -1,14 +1,15 @@
-"""From a model and two sets of prompts to a controller, in one call."""
+"""A model and two sets of prompts -> a controller, in one call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlx_lqr.backends.protocol import LinearAlgebra, Model, Progress
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, LinearAlgebra, Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, contrast
 from mlx_lqr.lqr.controller import Controller, Cost, Positions, Setpoint, assemble, check_choice
-from mlx_lqr.lqr.gains import aims, feature_feedback, pull_back, state_feedback
+from mlx_lqr.lqr.gains import directions_of, feature_gains, pull_back, state_gains
 from mlx_lqr.lqr.layers import Layers, check_layers, choose_layers
 from mlx_lqr.lqr.linearize import Jacobians, stream_jacobians, traces
 from mlx_lqr.lqr.prompts import Prompt
@@ -16,7 +17,7 @@ from mlx_lqr.lqr.riccati import WEIGHT, Weights
 
 
 def fit(
-    model: Model,
+    model: Differentiable,
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],
     *,
@@ -34,38 +35,39 @@ def fit(
 ) -> Controller:
     """Fit a controller: contrast the prompts, linearise the model, solve for the gains, keep what steering needs.
 
-    Layer by layer from the last to the first, so that a few (d, d) matrices are held and not T of them; with
-    cost="feature" none at all.
+    Goes from the last layer to the first and holds a few (d, d) matrices at a time, never all T; with cost="feature"
+    it holds none.
 
     Args:
         model: what `load` returned.
         positive, negative: prompts with and without the concept; strings or token ids.
-        concept: the name under which the controller goes.
+        concept: the controller's name for it.
         q, r, qf: weights of state, control and final state; only q/r and qf/r matter. Larger q/r steers harder.
-        layers: where control may act; by default "auto", where the feature tells the prompts apart, or the last third
-            of the layers for two single prompts, which leave that open (`choose_layers`). "all": every layer.
-        cost: "state" penalises any error of the state, "feature" that of the concept's feature alone (much cheaper);
-            "adaptive" does the same, and our own decoding then makes the gains anew at every prompt.
+        layers: where control may act. The default is "auto", the layers that separate the prompts (`choose_layers`), or
+            for two single prompts the last third of the layers. "all" is every layer.
+        cost: "state" penalises any error of the state, "feature" only the error of the concept's feature (much
+            cheaper). "adaptive" is the feature cost too, but our own decoding recomputes the gains for each prompt.
         setpoint: "centred" counts from the level of the negative prompts to that of the positive ones (strength 1);
             "paper" asks for strength x mu_k, counted from zero. With either, strength 0 itself does not steer.
         positions: "last" steers the last prompt token and every generated token, "all" every prompt token too.
         jacobian_prompts: how many of the positive prompts to linearise at.
-        jacobians: Jacobians of this model made before by `linearize`; then no prompt is linearised at.
+        jacobians: Jacobians of this model from `linearize`; then `jacobian_prompts` is not used.
         progress: called as progress(stage, done, total).
 
     Raises:
-        InputError: unusable prompts or options, with what to do.
+        InputError: unusable prompts or options; the message says what to do.
     """
+    require(model, DIFFERENTIABLE, "fit controllers")
     weights = Weights(q, r, qf)
     layers = _check_options(model.num_layers, layers, cost, setpoint, positions)
     if jacobians is not None and jacobians.fingerprint != model.fingerprint:
         raise InputError(f"the Jacobians are of {jacobians.model_name or 'another model'}, not of {model.name}")
     if jacobian_prompts < 1:
         raise InputError("jacobian_prompts must be at least 1")
-    found = contrast(model, positive, negative, progress=progress)
+    prompt_contrast = contrast(model, positive, negative, progress=progress)
     if jacobians is not None:
         return solve_controller(
-            found,
+            prompt_contrast,
             jacobians,
             concept=concept,
             q=q,
@@ -77,14 +79,15 @@ def fit(
             positions=positions,
             algebra=model.algebra,
         )
-    chosen = choose_layers(layers, found)
+    chosen = choose_layers(layers, prompt_contrast)
     nominal = positive[:jacobian_prompts]
     if cost != "state":
-        feedback = feature_feedback(pull_back(model, traces(model, nominal)), *aims(found), weights, chosen, progress)
+        product = pull_back(model, traces(model, nominal))
+        gains = feature_gains(product, *directions_of(prompt_contrast), weights, chosen, progress)
     else:
         descending = stream_jacobians(model, nominal, lowest=chosen[0], progress=progress)
-        feedback = state_feedback(descending, found, weights, chosen, model.algebra)
-    return assemble(found, feedback, weights, len(nominal), concept, positions, cost, setpoint)
+        gains = state_gains(descending, prompt_contrast, weights, chosen, model.algebra)
+    return assemble(prompt_contrast, gains, weights, len(nominal), concept, positions, cost, setpoint)
 
 
 def solve_controller(
@@ -101,7 +104,7 @@ def solve_controller(
     positions: Positions = "last",
     algebra: LinearAlgebra | None = None,
 ) -> Controller:
-    """A controller from what does not depend on the options: one contrast and one set of Jacobians serve many.
+    """A controller from a contrast and Jacobians. Both can be used again for other options.
 
     Args:
         contrast, jacobians: of the same model.
@@ -109,7 +112,7 @@ def solve_controller(
         algebra: where to solve, such as a model's `algebra`; by default NumPy.
 
     Raises:
-        InputError: a contrast and Jacobians of different models, or unusable options.
+        InputError: the contrast and the Jacobians are of different models, or an option cannot be used.
     """
     weights = Weights(q, r, qf)
     layers = _check_options(len(contrast.direction), layers, cost, setpoint, positions)
@@ -117,15 +120,15 @@ def solve_controller(
         raise InputError("the Jacobians and the contrast are of different models: make both with the same one")
     chosen = choose_layers(layers, contrast)
     if cost != "state":
-        feedback = feature_feedback(lambda k, X: jacobians[k].T @ X, *aims(contrast), weights, chosen)
+        gains = feature_gains(lambda k, X: jacobians[k].T @ X, *directions_of(contrast), weights, chosen)
     else:
         descending = ((k, jacobians[k]) for k in reversed(range(chosen[0], len(jacobians))))
-        feedback = state_feedback(descending, contrast, weights, chosen, algebra)
-    return assemble(contrast, feedback, weights, jacobians.prompt_count, concept, positions, cost, setpoint)
+        gains = state_gains(descending, contrast, weights, chosen, algebra)
+    return assemble(contrast, gains, weights, jacobians.prompt_count, concept, positions, cost, setpoint)
 
 
 def _check_options(T: int, layers: Layers, cost: Cost, setpoint: Setpoint, positions: Positions) -> Layers:
-    """The layers, and an `InputError` for what can be seen to be wrong before anything is run."""
+    """The layers as given or checked. Raises `InputError` for options that are wrong whatever the prompts are."""
     check_choice("cost", cost, Cost)
     check_choice("setpoint", setpoint, Setpoint)
     check_choice("positions", positions, Positions)

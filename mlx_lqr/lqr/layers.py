@@ -1,4 +1,4 @@
-"""Which layers are controlled: those that are named, or those that tell the prompts apart."""
+"""Which layers are controlled: those that are named, or those that separate the positive from the negative prompts."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from mlx_lqr.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lqr.lqr.contrast import Contrast
+
 Layers = Iterable[int] | Literal["auto", "all"] | None
-"""Where to steer: these layers, those that tell the prompts apart ("auto", `choose_layers`), all, or the default."""
+"""Where to steer: these layers; "auto", the layers that separate the prompts (`choose_layers`); "all"; the default."""
 
 SEPARATING = 0.8
-"""With layers="auto" a layer is controlled whose separation is this share of the best one's. SmolLM2: 24 to 29 of 30
-for "dog", 22 to 29 for "formal", 15 to 21 for "refusal"."""
+"""layers="auto" takes every layer whose separation is at least this fraction of the best layer's. SmolLM2: 24 to 29 of
+30 for "dog", 22 to 29 for "formal", 15 to 21 for "refusal"."""
 
 
 def choose_layers(layers: Layers, contrast: Contrast) -> tuple[int, ...]:
     """The layers to control.
 
     Args:
-        layers: "auto": where the separation is at least `SEPARATING` times that of the best layer. None is "auto" too,
-            but for two single prompts, which leave the separation open: the last third, where steering costs least.
+        layers: "auto" takes the layers whose separation is at least `SEPARATING` times that of the best layer. None is
+            "auto" too, except for two single prompts, which have no separation: then it is the last third of the
+            layers, where steering costs least.
 
     Raises:
-        InputError: no layers, none of the model's, or sets too small for "auto".
+        InputError: no layers, layers that the model does not have, or sets too small for "auto".
     """
     T = len(contrast.direction)
-    if layers is None and contrast.spread is None:
+    if layers is None and contrast.std is None:
         layers = range(2 * T // 3, T)
     if layers is None or (isinstance(layers, str) and layers == "auto"):
         return separating(contrast.separation[:-1])
@@ -39,12 +41,16 @@ def choose_layers(layers: Layers, contrast: Contrast) -> tuple[int, ...]:
 
 
 def separating(separation: Float32) -> tuple[int, ...]:
-    """The places, of those with these separations, that tell the sets apart about as well as the best one does."""
+    """The indices whose separation is at least `SEPARATING` times the largest."""
     return tuple(int(k) for k in np.flatnonzero(separation >= SEPARATING * separation.max()))
 
 
 def check_layers(layers: Iterable[int] | str | None, T: int) -> tuple[int, ...]:
-    """`layers` as a sorted tuple of distinct indices below T: negative ones count from the end; None, "all": all."""
+    """`layers` as a sorted tuple of distinct indices below T. Negative ones count from the end; None and "all" are all.
+
+    Raises:
+        InputError: no layers, or one that the model does not have.
+    """
     if isinstance(layers, str):
         if layers == "all":
             return tuple(range(T))

@@ -1,8 +1,7 @@
 """A model -> its layer Jacobians A_k = d phi_k / d z_k at the last token, averaged over nominal prompts.
 
-The token's own key and value are part of the map, all earlier tokens are fixed. Jacobians are streamed from the last
-layer to the first, the order in which the Riccati sweep consumes them, so that a few (d, d) matrices are all that is
-held.
+The token's own key and value are part of the map; all earlier tokens are fixed. Jacobians are streamed from the last
+layer to the first, as the Riccati recursion uses them, so that only a few (d, d) matrices are in memory.
 """
 
 from __future__ import annotations
@@ -11,10 +10,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import overload
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Float32, Model, Progress, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Float32, Progress, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.jacobians import JacobianWriter, StoredJacobians
@@ -37,17 +38,21 @@ class Jacobians(Sequence[Float32]):
     def __len__(self) -> int:
         return len(self.matrices)
 
-    def __getitem__(self, layer):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, layer: int) -> Float32: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[Float32]: ...
+    def __getitem__(self, layer: int | slice) -> Float32 | Sequence[Float32]:
         return self.matrices[layer]
 
     def save(self, path: str | PathLike[str], *, dtype: str = "float32", force: bool = False) -> None:
         """Write the tensors `jacobian.K` ("float32" or "float16") to a safetensors file.
 
         Args:
-            force: take the place of a file of any kind.
+            force: overwrite a file of any kind.
         """
         metadata = _metadata(self.fingerprint, self.model_name, self.prompt_count, "")
-        # In a new file, so that nothing of another, unfinished save is taken over.
+        # A new file, so that an unfinished one of another save is not continued.
         with writing(path, kind="Jacobians", force=force) as temporary:
             writer = JacobianWriter(temporary, len(self), len(self[0]), dtype, metadata)
             for k in reversed(range(len(self))):
@@ -56,7 +61,7 @@ class Jacobians(Sequence[Float32]):
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Jacobians:
-        """Open a file of Jacobians; each matrix is read from its memory map when it is used."""
+        """Open a file of Jacobians; each matrix is read when it is used (the file is memory-mapped)."""
         stored = StoredJacobians(path, FORMAT)
         metadata = stored.metadata
         return cls(
@@ -65,7 +70,7 @@ class Jacobians(Sequence[Float32]):
 
 
 def linearize(
-    model: Model,
+    model: Differentiable,
     prompts: Sequence[Prompt],
     *,
     store: str | PathLike[str] | None = None,
@@ -78,18 +83,19 @@ def linearize(
     Args:
         model: what `load` returned.
         prompts: where to linearise; a single one gives the "nominal" Jacobians at its last token.
-        store: a safetensors file to write them to, layer by layer; the result then reads from it. A run that was
-            interrupted goes on where it stopped when it is called again with the same arguments.
-        dtype: "float32" or "float16", for the stored ones.
-        force: let them take the place of a file of any kind.
+        store: a safetensors file to write them to, layer by layer; the result then reads from it. An interrupted run
+            continues where it stopped if it is called again with the same arguments.
+        dtype: "float32" or "float16", in the file.
+        force: overwrite a file of any kind.
         progress: called as progress(stage, done, total).
 
     Raises:
         InputError: unusable prompts, or a place that cannot be written.
     """
+    require(model, DIFFERENTIABLE, "compute Jacobians")
     if store is None:
-        found = dict(stream_jacobians(model, prompts, progress=progress))
-        return Jacobians([found[k] for k in range(len(found))], model.fingerprint, model.name, len(prompts))
+        jacobians = dict(stream_jacobians(model, prompts, progress=progress))
+        return Jacobians([jacobians[k] for k in range(len(jacobians))], model.fingerprint, model.name, len(prompts))
     points = traces(model, prompts)
     digest = hashlib.sha256(b"".join(trace.residual.tobytes() for trace in points)).hexdigest()[:16]
     metadata = _metadata(model.fingerprint, model.name, len(prompts), digest)
@@ -102,8 +108,8 @@ def linearize(
     return Jacobians.load(store)
 
 
-def traces(model: Model, prompts: Sequence[Prompt]) -> list[Trace]:
-    """Run each prompt, at most 32 tokens of it, up to where it is linearised.
+def traces(model: Differentiable, prompts: Sequence[Prompt]) -> list[Trace]:
+    """Run each prompt (at most 32 tokens of it) and keep what the Jacobians at its last token need.
 
     Raises:
         InputError: no prompts, or an unusable one.
@@ -114,9 +120,11 @@ def traces(model: Model, prompts: Sequence[Prompt]) -> list[Trace]:
 
 
 def stream_jacobians(
-    model: Model, prompts: Sequence[Prompt], *, lowest: int = 0, progress: Progress | None = None
+    model: Differentiable, prompts: Sequence[Prompt], *, lowest: int = 0, progress: Progress | None = None
 ) -> Iterator[tuple[int, Float32]]:
-    """Yield (k, A_k), averaged over prompts, from the last layer down to `lowest` (higher gains need no more).
+    """Yield (k, A_k), averaged over prompts, from the last layer down to `lowest`.
+
+    The gains of a layer depend on its own Jacobian and on those above it, so nothing below the lowest layer is needed.
 
     Raises:
         InputError: no prompts, an unusable prompt, or a Jacobian that is not finite (the layer is named).
@@ -125,7 +133,7 @@ def stream_jacobians(
 
 
 def _stream(
-    model: Model, points: Sequence[Trace], highest: int, lowest: int, progress: Progress | None
+    model: Differentiable, points: Sequence[Trace], highest: int, lowest: int, progress: Progress | None
 ) -> Iterator[tuple[int, Float32]]:
     steps = (model.num_layers - lowest) * len(points)
     for k in reversed(range(lowest, highest + 1)):

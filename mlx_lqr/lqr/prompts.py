@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.errors import InputError
 
 Prompt = str | Sequence[int]
 """Text (tokenised as it is, no chat template) or token ids."""
 
 
-def tokenise(model: Model, prompt: Prompt, *, any_length: bool = False) -> list[int]:
+def tokenise(model: Runner, prompt: Prompt, *, any_length: bool = False) -> list[int]:
     """Token ids of a prompt, checked: not empty, in the vocabulary and, unless `any_length`, in the model's context."""
     tokens = model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
     if not tokens:
@@ -26,16 +26,16 @@ def tokenise(model: Model, prompt: Prompt, *, any_length: bool = False) -> list[
 
 
 def tokenise_sets(
-    model: Model, positive: Sequence[Prompt], negative: Sequence[Prompt]
+    model: Runner, positive: Sequence[Prompt], negative: Sequence[Prompt]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of two sets of prompts, checked: each prompt as in `tokenise`, no set empty, the two not the same."""
+    """Token ids of two sets of prompts, checked: each prompt as in `tokenise`, no set empty, the sets different."""
     sets = _tokenise_set(model, positive, "positive"), _tokenise_set(model, negative, "negative")
     if sorted(sets[0]) == sorted(sets[1]):
         raise InputError("the positive and the negative prompts are the same: there is nothing to tell apart")
     return sets
 
 
-def _tokenise_set(model: Model, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
+def _tokenise_set(model: Runner, prompts: Sequence[Prompt], name: str) -> list[list[int]]:
     if isinstance(prompts, str):
         raise InputError(f"the {name} prompts must be a list of prompts, not one string")
     if not prompts:

@@ -7,8 +7,8 @@ dz_k,
     S_T = Qf,   M_k = rI - r^2 (S_{k+1} + rI)^-1,   K_k = M_k A_k / r,   S_k = Q + A_k' M_k A_k.
 
 M_k equals S - S (S + R)^-1 S, so this is the textbook recursion (K_k = (S_{k+1} + R)^-1 S_{k+1} A_k), in the form
-that keeps S symmetric and subtracts nothing large: the textbook's float32 form loses up to 3.5 % of K_k v over 30
-layers. Only q/r and qf/r matter: scaling (q, r, qf) together changes no gain.
+that keeps S symmetric and subtracts nothing large. In float32 the textbook form is off by up to 3.5 % of K_k v over 30
+layers. Only q/r and qf/r matter: scaling q, r and qf together changes no gain.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -29,7 +29,7 @@ from mlx_lqr.lqr.layers import check_layers
 Product = Callable[[int, Matrix], Matrix]
 
 WEIGHT = 3.0
-"""q/r and qf/r where nothing is said. The paper's 0.1 controls less at the same damage (docs/comparison.md)."""
+"""The default q/r and qf/r. The paper's 0.1 controls less at the same damage (docs/comparison.md)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Weights:
         if self.r <= 0:
             raise InputError(f"r must be above zero (r = {self.r:g}): it is the price of control")
         if self.q == 0 and self.qf == 0:
-            raise InputError("q and qf are both zero: then no control is the optimum; give one of them a weight")
+            raise InputError("q and qf are both zero, and then doing nothing is optimal: give one of them a weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,11 @@ class Gains(Sequence[Matrix]):
     def __len__(self) -> int:
         return len(self.matrices)
 
-    def __getitem__(self, layer):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, layer: int) -> Matrix: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[Matrix]: ...
+    def __getitem__(self, layer: int | slice) -> Matrix | Sequence[Matrix]:
         return self.matrices[layer]
 
     def apply(self, layer: int, vectors: ArrayLike) -> Matrix:
@@ -91,7 +95,7 @@ def solve(
         q, r, qf: weights of state, control and final state. Only the ratios q/r and qf/r matter.
         layers: where control may act (default: everywhere). Elsewhere K_k = 0 and S_k = Q + A_k' S_{k+1} A_k.
         dtype: precision of the recursion, float64 or float32.
-        algebra: where to compute, such as a model's `algebra`, which is its GPU's; by default NumPy.
+        algebra: where to compute, such as a model's `algebra`, which uses its GPU; by default NumPy.
 
     Raises:
         InputError: weights or layers out of range, or a recursion that fails (the layer is named).
@@ -120,7 +124,7 @@ def sweep(
 ) -> Iterator[tuple[int, Matrix]]:
     """Yield (k, K_k) from the last layer to the first, consuming (k, A_k) in that order.
 
-    Holds a handful of (d, d) matrices whatever the number of layers.
+    Only a few (d, d) matrices are in memory, however many layers there are.
     """
     return ((k, gain) for k, gain, _ in cost_to_go(jacobians, weights, layers, dtype, algebra))
 
@@ -132,9 +136,9 @@ def cost_to_go(
     dtype: DTypeLike = np.float64,
     algebra: LinearAlgebra | None = None,
 ) -> Iterator[tuple[int, Matrix, Any]]:
-    """Yield (k, K_k, S_k): `sweep`, with the matrix whose form dz_k' S_k dz_k is the least cost from layer k on.
+    """Yield (k, K_k, S_k): `sweep`, with the matrix for which dz_k' S_k dz_k is the lowest cost from layer k on.
 
-    S_k is a matrix of `algebra`, and NumPy's by default.
+    S_k is a matrix of `algebra`, by default a NumPy array.
     """
     chosen = frozenset(layers)
     algebra = algebra or NumPyAlgebra()
@@ -143,7 +147,7 @@ def cost_to_go(
         with algebra.computing():
             A = algebra.matrix(jacobian, dtype)
             if not algebra.is_finite(A):
-                raise InputError(f"the Jacobian of layer {k} has values that are not finite: no gains from it")
+                raise InputError(f"the Jacobian of layer {k} is not finite: compute it again in float32")
             if S is None:
                 S = algebra.matrix(weights.qf * np.eye(A.shape[0]), dtype)
             if k in chosen:
@@ -159,7 +163,7 @@ def cost_to_go(
             if not algebra.is_finite(S):
                 raise InputError(f"the Riccati recursion overflows {np.dtype(dtype)} at layer {k}: lower q and qf")
         yield k, gain, S
-        del jacobian, A, MA, gain  # nothing but S is held while the next Jacobian is made
+        del jacobian, A, MA, gain  # so that only S is in memory while the next Jacobian is computed
 
 
 def feature_sweep(
@@ -171,18 +175,18 @@ def feature_sweep(
 ) -> Iterator[tuple[int, Matrix]]:
     """Yield (k, g_k = K_k v_k) from the last layer to the first for a cost on the feature alone.
 
-    The cost is Q_k = (q / mu_k^2) v_k v_k', R_k = (r / mu_{k+1}^2) I, Qf = (qf / mu_T^2) v_T v_T': the relative error
-    of the feature, and the push relative to the concept's magnitude. Then S_k = W_k W_k' exactly, with at most
-    T - k + 1 columns, no (d, d) matrix exists, and with W = W_{k+1}
+    The cost is Q_k = (q / mu_k^2) v_k v_k', R_k = (r / mu_{k+1}^2) I, Qf = (qf / mu_T^2) v_T v_T': the feature's error
+    and the control, each relative to the concept's magnitude. Then S_k = W_k W_k' exactly, with at most T - k + 1
+    columns; no (d, d) matrix is formed. With W = W_{k+1}
 
         g_k = W (r_k I + W'W)^-1 (A_k' W)' v_k,   W_k = [A_k' W L, sqrt(q_k) v_k],   L L' = r_k (r_k I + W'W)^-1,
 
-    so that one product with A_k' and the columns of W serves both, and A_k is asked for nothing else.
+    so that the product A_k' W is all that is needed of A_k.
 
     Args:
         apply_transposed: (k, X) -> A_k' X for the columns of X (d, n).
         directions: unit vectors v_0..v_T: (T + 1, d); v_T belongs to the last block's output.
-        magnitudes: mu_0..mu_T: (T + 1,). A layer with mu_k = 0 has no feature to weigh.
+        magnitudes: mu_0..mu_T: (T + 1,). A layer with mu_k = 0 has no feature and adds nothing to the cost.
         weights: q, r and qf.
         layers: where control may act.
     """
@@ -204,12 +208,12 @@ def feature_sweep(
         if mu[k] > 0:
             W = np.column_stack([W, math.sqrt(weights.q) / mu[k] * V[k]])
         if not (np.all(np.isfinite(W)) and np.all(np.isfinite(gain))):
-            raise InputError(f"the Riccati recursion fails at layer {k}: values that are not finite")
+            raise InputError(f"the Riccati recursion overflows at layer {k}: lower q and qf, or raise r")
         yield k, gain
 
 
 def _controlled(S: Any, r: float, layer: int, algebra: LinearAlgebra, dtype: DTypeLike) -> Any:
-    """M = rI - r^2 (S + rI)^-1, by a Cholesky factorisation whose condition is checked."""
+    """M = rI - r^2 (S + rI)^-1 by a Cholesky factorisation, refused where it is badly conditioned."""
     M = S + 0
     algebra.add_to_diagonal(M, r)
     M, inverse_condition = algebra.inverse(M)

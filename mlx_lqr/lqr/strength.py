@@ -1,4 +1,4 @@
-"""The strength that a file recommends, and what steers where nobody names one."""
+"""The strength that a file recommends, and the strength that is used where none is given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Strengths = tuple[float, ...]
 
 
 class Recommending(Protocol):
-    """What may come with a recommended strength."""
+    """Steering that may recommend a strength."""
 
     @property
     def concepts(self) -> tuple[str, ...]: ...
@@ -21,24 +21,24 @@ class Recommending(Protocol):
 
 
 def default_strength(steering: Recommending) -> Strengths:
-    """What steers where no strength is given: what is recommended for each concept, or 1."""
+    """The strength used where none is given: for each concept the recommended one, or 1."""
     return steering.strength if steering.strength is not None else (1.0,) * len(steering.concepts)
 
 
 def combined_strength(steerings: Sequence[Recommending]) -> Strengths | None:
-    """The recommendations of several side by side, 1 for those without one; None where none has one."""
+    """The recommended strengths of several steerings, one after another, 1 for those without; None if none has one."""
     if all(one.strength is None for one in steerings):
         return None
     return tuple(strength for one in steerings for strength in default_strength(one))
 
 
 def strength_metadata(strength: Strengths | None) -> dict[str, str]:
-    """A file's entry for a recommended strength, if there is one."""
+    """The metadata entry for a recommended strength; empty if there is none."""
     return {} if strength is None else {"strength": json.dumps(strength)}
 
 
 def read_strength(metadata: Mapping[str, str], concepts: int) -> Strengths | None:
-    """A file's recommended strength, if it has one.
+    """The strength recommended in a file's metadata, or None.
 
     Raises:
         ValueError: it is not one finite number for each concept.

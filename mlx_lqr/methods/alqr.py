@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Array, Float32, Model, Progress
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Array, Differentiable, Float32, Progress, Recorder
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, contrast
 from mlx_lqr.lqr.controller import Controller, Cost, Positions, Setpoint
@@ -81,7 +82,7 @@ class ALQR(Method[Controller]):
 
     def fit(self, problem: Problem, options: Mapping[str, Any]) -> Controller:
         return fit(
-            problem.model,
+            require(problem.model, DIFFERENTIABLE, "fit controllers"),
             problem.positive,
             problem.negative,
             concept=problem.concept,
@@ -110,7 +111,7 @@ class ALQR(Method[Controller]):
 
     def prepare(
         self,
-        model: Model,
+        model: Recorder,
         positive: Sequence[Prompt],
         negative: Sequence[Prompt],
         given: Mapping[str, Any],
@@ -120,12 +121,14 @@ class ALQR(Method[Controller]):
         progress: Progress | None,
     ) -> Prepared:
         """One contrast and one set of Jacobians serve all fits: each is a Riccati sweep."""
+        differentiable = require(model, DIFFERENTIABLE, "fit controllers")
         options = self.complete(given)
         jacobians = options["jacobians"]
         if jacobians is None:
-            jacobians = linearize(model, positive[: options["jacobian_prompts"]], progress=progress)
+            jacobians = linearize(differentiable, positive[: options["jacobian_prompts"]], progress=progress)
         difference = contrast(model, positive, negative, progress=progress)
-        return prepared(model, difference, jacobians, given, concept=concept, positions=positions or self.positions)
+        positions = positions or self.positions
+        return prepared(differentiable, difference, jacobians, given, concept=concept, positions=positions)
 
     def show(self, steering: Controller) -> Shown:
         """Each concept's setpoint and the length of its gain, layer by layer."""
@@ -168,7 +171,7 @@ class ALQR(Method[Controller]):
 
 
 def prepared(
-    model: Model,
+    model: Differentiable,
     difference: Contrast,
     jacobians: Jacobians,
     given: Mapping[str, Any],
@@ -207,7 +210,7 @@ def prepared(
         "contrast": difference.direction.tolist(),
         "jacobians": [jacobians.prompt_count, np.asarray(jacobians[len(jacobians) - 1])[0].tolist()],
     }
-    auto = choose_layers("auto", difference) if difference.spread is not None else None
+    auto = choose_layers("auto", difference) if difference.std is not None else None
     return Prepared(solve, positions, auto, origins, fixed)
 
 

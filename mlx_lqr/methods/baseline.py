@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Float32, Model
+from mlx_lqr.backends.protocol import Float32, Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.tensors import check_finite, check_shape, read_tensors, write_tensors
@@ -148,7 +148,7 @@ class Baseline:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise InputError(f"{path} is a damaged file of a baseline method ({error}): fit it again") from error
 
-    def check_model(self, model: Model) -> None:
+    def check_model(self, model: Runner) -> None:
         """Raise `InputError` unless this was fitted on `model`."""
         check_fitted_on(self, model.name, model.fingerprint, model.num_layers, model.hidden_size, "this")
 

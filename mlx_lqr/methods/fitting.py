@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Progress, Recorder
 from mlx_lqr.lqr.controller import Positions
 from mlx_lqr.lqr.layers import Layers
 from mlx_lqr.lqr.prompts import Prompt
@@ -14,7 +14,7 @@ from mlx_lqr.methods.steering import Steering
 
 
 def fit_baseline(
-    model: Model,
+    model: Recorder,
     method: str,
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from mlx_lqr.backends.capabilities import HEAD_RECORDER, require
 from mlx_lqr.backends.protocol import Site
 from mlx_lqr.errors import InputError
-from mlx_lqr.lqr.contrast import check_finite
 from mlx_lqr.lqr.layers import check_layers
 from mlx_lqr.methods.addition import Addition
 from mlx_lqr.methods.baseline import Baseline, BaselineMethod
@@ -56,11 +56,11 @@ class ITI(BaselineMethod):
 
         Of heads with the same accuracy the one goes first whose probe gives the held-out labels more probability.
         """
-        model, heads, progress = problem.model, options["heads"], problem.progress
+        model = require(problem.model, HEAD_RECORDER, "record attention heads, as iti does")
+        heads, progress = options["heads"], problem.progress
         layers = problem.layers if isinstance(problem.layers, tuple) else check_layers("all", model.num_layers)
         positive = len(problem.positive)
         outputs = model.head_outputs([*problem.positive, *problem.negative], progress=progress)  # (n, T, H, head_dim)
-        check_finite(outputs, "outputs of attention heads")
         _, T, H, _ = outputs.shape
         count = max(1, round(HEADS * T * H)) if heads is None else heads
         if heads is not None and heads > len(layers) * H:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Progress, Recorder
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.controller import Positions, check_choice
 from mlx_lqr.lqr.layers import Layers, check_layers
@@ -116,7 +116,7 @@ class StrengthScale:
 class Problem:
     """What to fit: the model, the prompts with and without the concept, and where to act."""
 
-    model: Model
+    model: Recorder
     positive: Sequence[Sequence[int]]
     """Token ids of the prompts with the concept."""
     negative: Sequence[Sequence[int]]
@@ -237,7 +237,7 @@ class Method(ABC, Generic[Fitted]):
 
     def fit_prompts(
         self,
-        model: Model,
+        model: Recorder,
         positive: Sequence[Prompt],
         negative: Sequence[Prompt],
         given: Mapping[str, Any],
@@ -263,7 +263,7 @@ class Method(ABC, Generic[Fitted]):
 
     def prepare(
         self,
-        model: Model,
+        model: Recorder,
         positive: Sequence[Prompt],
         negative: Sequence[Prompt],
         given: Mapping[str, Any],

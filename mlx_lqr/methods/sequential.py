@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from mlx_lqr.backends.protocol import Float32
-from mlx_lqr.lqr.contrast import check_finite
 from mlx_lqr.lqr.controller import Positions
 from mlx_lqr.methods.baseline import Baseline, BaselineMethod
 from mlx_lqr.methods.contrasted import contrasted
@@ -62,7 +61,6 @@ class SequentialMethod(BaselineMethod):
             if options["incremental"] and done:
                 steer_all = fitted.positions == "all"
                 source = problem.model.residuals(problem.negative, law=self.law(fitted, 1.0), steer_all=steer_all)
-                check_finite(source)
             for name, row in transport(source[:, k + 1], sets.positive[:, k + 1]).items():
                 tensors[name][k] = row
             kept = {name: part[..., None] if "m" in self.tensors[name] else part for name, part in tensors.items()}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.concepts import bundled_concepts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.tensors import read_format
@@ -69,7 +69,7 @@ class Steering(Protocol):
     @property
     def library_version(self) -> str: ...
 
-    def check_model(self, model: Model) -> None:
+    def check_model(self, model: Runner) -> None:
         """Raise `InputError` unless this was fitted on `model`."""
 
     def recommending(self, strength: Strengths) -> Self:

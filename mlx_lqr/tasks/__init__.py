@@ -1,9 +1,9 @@
-"""Evaluation: does a controller do what it is for, and what does it cost? (needs no tensor framework of its own)
+"""Evaluation: does steering do what it should, and what does it cost? (needs no tensor framework of its own)
 
 task = tasks.concept(tasks.word_family("dog"), damage=[tasks.NeutralText(), tasks.Capability.bundled()])
 steering = tasks.named_steering([("dog.safetensors", 1.0)])
-found = tasks.evaluate(model, task, steering, strengths=[0, 1, 2, 3], output="dog.jsonl")
-for result in found.results(): result.strength, result.metrics["prevalence"], result.change["perplexity"]
+evaluation = tasks.evaluate(model, task, steering, strengths=[0, 1, 2, 3], output="dog.jsonl")
+for result in evaluation.results(): result.strength, result.metrics["prevalence"], result.change["perplexity"]
 
 space = tasks.alqr_space(model, contrast, jacobians, concept="dog")
 tuned = tasks.tune(model, task, space, damage="perplexity", limit=1.3, folder="dog-tuning")

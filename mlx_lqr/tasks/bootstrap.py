@@ -1,9 +1,9 @@
 """Percentile bootstrap intervals (Efron 1979) for shares, means and ratios of sums, and for paired differences.
 
-Every metric here is a function of sums over rows, f(sum_i x_i). Rows that belong together (several samples of one
-prompt) are one group, and groups are what is resampled: with the weights n ~ Multinomial(G, 1/G) a resample is f(n @
-X), X (G, k) the groups' sums. A difference of two runs over the same prompts uses the same weights for both, which
-takes out what the prompts alone explain.
+Every metric is a function of sums over rows, f(sum_i x_i). Rows that belong together (several samples of one prompt)
+form a group, and groups are resampled: with weights n ~ Multinomial(G, 1/G) a resample is f(n @ X), with X (G, k) the
+groups' sums. The difference of two runs over the same prompts uses the same weights for both, which removes the
+variance that comes from the prompts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _AT_ONCE = 100
 
 
 def ratio(sums: Float64) -> Float64:
-    """sums[..., 0] / sums[..., 1], NaN where nothing was counted."""
+    """sums[..., 0] / sums[..., 1]; NaN where the count is zero."""
     return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] != 0)
 
 
@@ -39,11 +39,11 @@ class Metric:
     terms: Float64
     """(n, k): what each row adds to the k sums"""
     groups: NDArray[np.int64]
-    """(n,): rows of the same number are resampled together"""
+    """(n,): rows with the same number are resampled together"""
     of: Callable[[Float64], Float64] = ratio
     """(..., k) -> (...)"""
     share: bool = False
-    """A share of rows with a yes-or-no property, for which a bootstrap of equal rows is replaced (see `estimate`)"""
+    """Whether it is a share of rows with a property. If all rows agree, its interval is exact (see `estimate`)"""
 
     @property
     def totals(self) -> Float64:
@@ -62,11 +62,11 @@ class Estimate:
     low: float
     high: float
     rows: int
-    """How many rows it is over"""
+    """The number of rows"""
 
 
 def mean(values: ArrayLike, groups: Sequence[int], *, share: bool = False) -> Metric:
-    """The mean of the values; those that are NaN (not defined for their row) do not count."""
+    """The mean of the values, without those that are NaN (not defined for their row)."""
     numbers = np.asarray(values, np.float64)
     known = np.isfinite(numbers)
     terms = np.stack([np.where(known, numbers, 0.0), known.astype(np.float64)], axis=1)
@@ -76,8 +76,8 @@ def mean(values: ArrayLike, groups: Sequence[int], *, share: bool = False) -> Me
 def estimate(metric: Metric, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
     """The metric with its percentile interval.
 
-    Where all groups agree on 0 or on 1, resampling would claim certainty. A share then gets the exact bound of Clopper
-    and Pearson (1934) for that many groups instead: 1 - 0.025^(1/G) above 0, the mirror of it below 1.
+    If all groups agree on 0 or on 1, resampling would claim certainty. A share then gets the exact bound of Clopper and
+    Pearson (1934) for G groups: from 0 to 1 - 0.025^(1/G), or from 0.025^(1/G) to 1.
     """
     totals = metric.totals
     value = float(metric.of(totals.sum(axis=0)))
@@ -89,10 +89,10 @@ def estimate(metric: Metric, *, seed: int = 0, resamples: int = RESAMPLES) -> Es
 
 
 def difference(metric: Metric, reference: Metric, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """metric - reference over the same groups, resampled together.
+    """metric - reference, resampled together.
 
     Raises:
-        ValueError: the two are not over the same groups.
+        ValueError: the two have different groups.
     """
     if not np.array_equal(np.unique(metric.groups), np.unique(reference.groups)):
         raise ValueError("a paired difference needs the same groups on both sides")
@@ -104,7 +104,7 @@ def difference(metric: Metric, reference: Metric, *, seed: int = 0, resamples: i
 
 
 def _resampled(totals: Float64, seed: int, resamples: int) -> list[Float64]:
-    """Sums (b, k) of resampled groups, some at a time; the same weights for the same seed and number of groups."""
+    """Sums (b, k) of resampled groups, in batches; the weights depend on the seed and the number of groups alone."""
     random = np.random.default_rng(seed)
     G = len(totals)
     counts = [min(_AT_ONCE, resamples - done) for done in range(0, resamples, _AT_ONCE)]

@@ -1,9 +1,9 @@
-"""Methods by strengths on one task, each with the same budget.
+"""Several methods at several strengths on one task, all with the same budget.
 
-A budget is a number of settings: every method is run at as many strengths as any other, over the same prompts with the
-same random numbers, against one unsteered run. Strengths of different methods need not be the same numbers, since they
-need not mean the same. Where a method's best setting is read off these results, it is chosen on the rows it is reported
-for, and looks a little better than it is; with equal budgets it does so for every method alike.
+A budget is a number of settings: every method is run at equally many strengths, over the same prompts with the same
+random numbers, and compared with one unsteered run. The strengths themselves may differ, since a strength means
+different things for different methods. A method's best setting, read from these results, was chosen on the rows it is
+reported for and looks a little better than it is; with equal budgets this is so for all methods alike.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Progress, Recorder
 from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.run import Evaluation, Result, Task, evaluate
 from mlx_lqr.tasks.steering import NamedSteering
@@ -29,15 +29,15 @@ class Method:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found for every method."""
+    """The results of every method."""
 
     task: str
     unsteered: Result
     methods: dict[str, list[Result]]
     settings: int
-    """Strengths tried of each method"""
+    """How many strengths of each method were run"""
     rows: int
-    """Rows measured at each setting"""
+    """Rows at each setting"""
 
     @property
     def budget(self) -> str:
@@ -51,22 +51,22 @@ class Comparison:
 
 
 def check_budgets(methods: Sequence[Method]) -> None:
-    """Raise `InputError` unless methods have different names and as many strengths each, none of them 0."""
+    """Raise `InputError` unless the methods have different names and equally many strengths, none of them 0."""
     names = [method.steering.name for method in methods]
     if not names:
         raise InputError("there is nothing to compare: give at least one controller")
     if len(set(names)) < len(names) or "unsteered" in names:
-        raise InputError(f"methods need names of their own, not {', '.join(names)}: rename a file")
+        raise InputError(f"methods need different names, not {', '.join(names)}: rename a file")
     for method in methods:
         if not method.strengths or 0 in method.strengths or len(set(method.strengths)) < len(method.strengths):
-            raise InputError(f"{method.steering.name} needs different strengths other than 0, which is always there")
+            raise InputError(f"{method.steering.name} needs different strengths, all other than 0, which is always run")
     if len({len(method.strengths) for method in methods}) > 1:
         counts = ", ".join(f"{method.steering.name} {len(method.strengths)}" for method in methods)
-        raise InputError(f"every method gets the same budget: give each as many strengths as the others ({counts})")
+        raise InputError(f"every method needs the same budget: give all of them equally many strengths ({counts})")
 
 
 def compare(
-    model: Model,
+    model: Recorder,
     task: Task,
     methods: Sequence[Method],
     *,
@@ -79,7 +79,7 @@ def compare(
     Args:
         model, task, loading, progress: see `evaluate`.
         methods: see `check_budgets`.
-        folder: where each method's rows go, under `output_name`; what is there of the same settings is not run again.
+        folder: the folder for each method's rows, in a file `output_name`; rows that are there are not run again.
 
     Raises:
         InputError: see `check_budgets` and `evaluate`.
@@ -93,11 +93,11 @@ def compare(
         return evaluate(model, task, steering, strengths, output=output, loading=loading, progress=progress)
 
     reference = run(None, (0.0,))
-    found = {method.steering.name: run(method.steering, method.strengths).results(reference) for method in methods}
+    results = {method.steering.name: run(method.steering, method.strengths).results(reference) for method in methods}
     rows = sum(len(part) for part in task.parts)
-    return Comparison(task.name, reference.results()[0], found, len(methods[0].strengths), rows)
+    return Comparison(task.name, reference.results()[0], results, len(methods[0].strengths), rows)
 
 
 def output_name(task: Task, steering: NamedSteering | None) -> str:
-    """The name of a run's file in its folder."""
+    """The file name of a method's rows."""
     return f"{task.name}-{steering.name if steering is not None else 'unsteered'}.jsonl"

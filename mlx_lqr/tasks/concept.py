@@ -1,21 +1,23 @@
 """Concept: how many of the texts that follow neutral openings mention the concept, by its word family.
 
-A word family is a list of words, matched whole and whatever their case; `wave*` stands for every word that begins so.
-Where a local model is asked too, a text counts as `judged` when it is likelier to say Yes than No (scorers.py).
+A word family is a list of words, matched as whole words in any case; `wave*` matches every word that begins with it. If
+a local model is asked as well, a text counts as `judged` if the model is likelier to say Yes than No (scorers.py).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import Recorder
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.generations import Decoding, Generations, Judge
+from mlx_lqr.tasks.kind import TaskKind, TaskOption, TaskSettings
 from mlx_lqr.tasks.read import bundled_lines, bundled_text
 from mlx_lqr.tasks.records import Row
 from mlx_lqr.tasks.run import Part, Task
@@ -28,10 +30,10 @@ class WordFamily:
     """The scorer: whether a text has a word of the family."""
 
     words: Sequence[str]
-    asked: Model | None = None
+    asked: Recorder | None = None
     """A model that is asked as well"""
     concept: str = ""
-    """What it is asked about"""
+    """The concept it is asked about"""
     pattern: re.Pattern[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -45,24 +47,24 @@ class WordFamily:
         return settings
 
     def score(self, texts: Sequence[str], rows: range) -> list[Row]:
-        found: list[Row] = [{"words": [word.lower() for word in self.pattern.findall(text)]} for text in texts]
+        rows_of_texts: list[Row] = [{"words": [word.lower() for word in self.pattern.findall(text)]} for text in texts]
         if self.asked is not None:
-            for row, sure in zip(found, mentions(Steered(self.asked), self.concept, texts), strict=True):
+            for row, sure in zip(rows_of_texts, mentions(Steered(self.asked), self.concept, texts), strict=True):
                 row["judged"] = sure
-        return found
+        return rows_of_texts
 
     def metrics(self, rows: Sequence[Row], groups: Sequence[int]) -> dict[str, Metric]:
-        found = {"prevalence": mean([bool(row["words"]) for row in rows], groups, share=True)}
+        metrics = {"prevalence": mean([bool(row["words"]) for row in rows], groups, share=True)}
         if self.asked is not None:
-            found["judged"] = mean([row["judged"] > 0.5 for row in rows], groups, share=True)
-        return found
+            metrics["judged"] = mean([row["judged"] > 0.5 for row in rows], groups, share=True)
+        return metrics
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
     """A pattern for whole words of a family.
 
     Raises:
-        InputError: no word, or one that is a bare `*`.
+        InputError: no words, or one that is not like `ocean` or `wave*`.
     """
     parts = []
     for word in words:
@@ -79,7 +81,7 @@ def word_family(concept: str) -> list[str]:
     """The words of a bundled concept.
 
     Raises:
-        InputError: a concept without one.
+        InputError: the concept is not a bundled one.
     """
     families = json.loads(bundled_text("words.json"))
     if concept not in families:
@@ -91,7 +93,7 @@ def word_family(concept: str) -> list[str]:
 
 
 def bundled_openings(purpose: Literal["evaluation", "tuning"] = "evaluation") -> list[str]:
-    """Beginnings of texts that could be about anything; those to tune on are others than those to report."""
+    """Beginnings of texts that could be about anything; tuning uses others than evaluation."""
     return bundled_lines("openings.txt" if purpose == "evaluation" else "tuning_openings.txt")
 
 
@@ -108,11 +110,14 @@ def concept(
 
     Args:
         words: the concept's family, see `word_family`.
-        openings: texts to go on with; by default those that come with the library.
-        decoding: by default 4 samples of each opening, of 40 tokens.
-        judge: of fluency.
-        ask: the concept's name, to ask the judge's model about each text; it needs one.
-        damage: what else to measure.
+        openings: texts to continue; by default the bundled ones.
+        decoding: by default 4 samples per opening, of 40 tokens.
+        judge: measures fluency.
+        ask: the concept's name, to ask the judge's model about each text; the judge must have a model.
+        damage: parts that measure damage.
+
+    Raises:
+        InputError: no words, or `ask` without a judge's model.
     """
     judge = judge or Judge()
     if ask is not None and judge.model is None:
@@ -121,3 +126,38 @@ def concept(
     prompts = openings or bundled_openings()
     generations = Generations(prompts, scorer, decoding or Decoding(samples=4), judge)
     return Task("concept", (generations, *damage), "prevalence", "share of texts with a word of the concept")
+
+
+def _of_options(options: Mapping[str, Any], settings: TaskSettings) -> Task:
+    words = options["words"].split(",") if options["words"] is not None else word_family(_only(settings.concepts))
+    openings = read_prompts(options["openings"]) if options["openings"] is not None else settings.openings
+    ask = _only(settings.concepts) if options["ask"] and settings.judge.model is not None else None
+    return concept(
+        words,
+        openings=openings[: settings.limit],
+        decoding=settings.decoding,
+        judge=settings.judge,
+        ask=ask,
+        damage=settings.damage,
+    )
+
+
+def _only(concepts: Sequence[str]) -> str:
+    if len(set(concepts)) != 1:
+        raise InputError("say which words to look for: --words ocean,sea,wave*")
+    return concepts[0]
+
+
+CONCEPT = TaskKind(
+    "concept",
+    """How many texts mention the concept.
+
+    The texts continue neutral openings.""",
+    (
+        TaskOption("words", "Such as ocean,sea,wave*; by default those of a bundled concept.", metavar="WORDS"),
+        TaskOption("openings", "Texts to continue, instead of ours.", metavar="FILE"),
+        TaskOption("ask", "Also ask the judge if texts are about the concept.", default=False, needs_judge=True),
+    ),
+    Decoding(samples=4),
+    _of_options,
+)

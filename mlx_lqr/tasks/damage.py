@@ -1,9 +1,9 @@
-"""What steering costs where it has no business: on neutral text, and on questions with one right answer.
+"""Damage: what steering changes on neutral text, and on questions with one right answer.
 
-KL: neutral sentences are read token by token, steered as if the model had written them; at each position after the
-first few the mean of KL(steered || unsteered) over next tokens, in nats (metrics.py). 0 is no change at all.
-Capability: multiple choice by log-probability. The answer whose text has the highest total log-probability after the
-question counts as given; chance is one over the number of answers.
+KL: neutral sentences are read token by token, steered as if the model had written them. At each position after the
+first few, KL(steered || unsteered) of the next token in nats (metrics.py); the metric is its mean. 0 is no change.
+Capability: multiple choice by log-probability. The answer with the highest total log-probability after the question
+counts as the model's; chance is one over the number of answers.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from os import PathLike
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.prompts import tokenise
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.metrics import kl_divergence
 from mlx_lqr.tasks.read import bundled_lines, read_rows
-from mlx_lqr.tasks.records import Row
-from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.records import Row, digest
 from mlx_lqr.tasks.steering import Steered
 
 PREFIX = 4
-"""Tokens of a sentence that come before the first position that counts."""
+"""Tokens of a sentence before the first position that is measured."""
 POSITIONS = 12
-"""Positions of each sentence that count, at most."""
+"""Measured positions of a sentence, at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +35,13 @@ class NeutralText:
     """The part: how far next-token distributions on neutral sentences move."""
 
     sentences: Sequence[str] = ()
-    """By default those that come with the library"""
+    """By default the bundled ones"""
     name: str = "neutral text"
 
     def __len__(self) -> int:
         return len(self._sentences)
 
-    def settings(self, model: Model) -> Row:
+    def settings(self, model: Runner) -> Row:
         return {"sentences": digest(list(self._sentences)), "prefix": PREFIX, "positions": POSITIONS}
 
     def rows(self, steered: Steered, indices: range) -> list[Row]:
@@ -56,8 +55,6 @@ class NeutralText:
             pairs = [(own[: PREFIX + 1], own[PREFIX + 1 :]) for own in tokens]  # the first steered position is PREFIX
             both = zip(steered.logits_along(pairs), steered.unsteered.logits_along(pairs), strict=True)
             divergences = [kl_divergence(logits, reference) for logits, reference in both]
-        if not all(np.all(np.isfinite(divergence)) for divergence in divergences):
-            raise steered.overflowing
         return [
             {"sentence": sentence, "kl": float(divergence.mean()), "positions": len(divergence)}
             for sentence, divergence in zip(sentences, divergences, strict=True)
@@ -94,7 +91,7 @@ class Capability:
 
     @classmethod
     def bundled(cls) -> Capability:
-        """Sums, facts and grammar that small models get partly right."""
+        """The bundled questions: sums, facts and grammar, which small models get partly right."""
         return cls([_question(json.loads(line)) for line in bundled_lines("capability.jsonl")])
 
     @classmethod
@@ -102,7 +99,7 @@ class Capability:
         """JSON lines with the keys prompt, answer and others (a list).
 
         Raises:
-            InputError: a file that is missing or not of this form.
+            InputError: the file is missing or not of this form.
         """
         return cls(
             [_question(row) for row in read_rows(path, {"prompt": "text", "answer": "text", "others": "texts"}, limit)]
@@ -111,13 +108,13 @@ class Capability:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def settings(self, model: Model) -> Row:
+    def settings(self, model: Runner) -> Row:
         return {"questions": digest([(one.prompt, one.answer, one.others) for one in self.questions])}
 
     def rows(self, steered: Steered, indices: range) -> list[Row]:
         asked = [self.questions[i] for i in indices]
         scores = steered.scores([(one.prompt, one.answers) for one in asked])
-        return [self._row(*found) for found in zip(asked, scores, strict=True)]
+        return [self._row(question, own) for question, own in zip(asked, scores, strict=True)]
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
         groups = [row["index"] for row in rows]

@@ -1,7 +1,8 @@
-"""Texts that a steered model writes, what a task makes of them, and what became of their fluency.
+"""Texts that a steered model writes: scored by the task, and measured for fluency.
 
-The part every generating task shares: prompt i's samples are rows i n .. i n + n - 1, drawn with `seed` + row, whatever
-the strength; each text is measured for distinct-1/2/3 and repetition (metrics.py) and for its perplexity under a judge.
+The part that all generating tasks share. With n samples, prompt i has the rows i n .. i n + n - 1; each row is sampled
+with `seed` + row at every strength. Each text is measured for distinct-1/2/3 and repetition (metrics.py) and for its
+perplexity under a judge.
 """
 
 from __future__ import annotations
@@ -12,26 +13,25 @@ from typing import Protocol
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Continued, Model, Sampling
+from mlx_lqr.backends.protocol import Continued, Recorder, Runner, Sampling
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.runtime import Options
 from mlx_lqr.tasks.bootstrap import Metric, exponential_ratio, mean
 from mlx_lqr.tasks.metrics import distinct, repetition, words
-from mlx_lqr.tasks.records import Row
-from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.records import Row, digest
 from mlx_lqr.tasks.steering import Steered
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are drawn."""
+    """How texts are sampled."""
 
     max_tokens: int = 40
     temperature: float = 0.8
     top_p: float = 0.9
     samples: int = 1
-    """Texts for each prompt"""
+    """Texts per prompt"""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -39,10 +39,10 @@ class Decoding:
             raise InputError(f"samples must be at least 1, not {self.samples}")
         if self.max_tokens < 1:
             raise InputError(f"max_tokens (-n) must be at least 1, not {self.max_tokens}")
-        Sampling(self.temperature, self.top_p, seed=self.seed)  # refuses what nothing can be drawn with
+        Sampling(self.temperature, self.top_p, seed=self.seed)  # refuses options that cannot be used for sampling
 
     def options(self, start: int) -> Options:
-        """For the rows from `start` on."""
+        """The options for rows from `start` on."""
         return {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
@@ -52,13 +52,13 @@ class Decoding:
 
 
 class TextScorer(Protocol):
-    """What a task makes of its texts."""
+    """How a task scores its texts."""
 
     @property
     def settings(self) -> Row: ...
 
     def score(self, texts: Sequence[str], rows: range) -> list[Row]:
-        """Fields for the rows of these texts; prompt number row // samples wrote each."""
+        """Fields for the rows of these texts; the text of a row follows prompt number row // samples."""
 
     def metrics(self, rows: Sequence[Row], groups: Sequence[int]) -> dict[str, Metric]:
         """`groups[i]` is the number of the prompt of `rows[i]`."""
@@ -66,13 +66,13 @@ class TextScorer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """Whose probabilities tell how natural a text is: another local model's, or those of the unsteered model itself.
+    """The model whose probabilities say how natural a text is: another local model, or the unsteered model itself.
 
-    A strength that the model itself calls unlikely need not read badly, and the other way round; a larger model is a
-    better judge. Perplexities are per token of the judge, and compare only under one judge.
+    A text that is unlikely for the model itself need not read badly, and the other way round; a larger model is a
+    better judge. Perplexities are per token of the judge, so they can be compared only under the same judge.
     """
 
-    model: Model | None = None
+    model: Recorder | None = None
 
     @property
     def settings(self) -> Row | str:
@@ -80,35 +80,33 @@ class Judge:
             return "the unsteered model itself"
         return {"name": self.model.name, "fingerprint": self.model.fingerprint}
 
-    def surprise(self, steered: Steered, written: Sequence[tuple[str, str]], *, chat: bool) -> list[tuple[float, int]]:
-        """For (prompt, text): the negative log-probability of the text in nats, and its number of tokens."""
+    def nll(self, steered: Steered, written: Sequence[tuple[str, str]], *, chat: bool) -> list[tuple[float, int]]:
+        """For each (prompt, text): the negative log-likelihood of the text in nats, and its number of tokens."""
         judge = Steered(self.model) if self.model is not None else steered.unsteered
-        found = judge.log_probabilities([_continued(judge.model, prompt, text, chat) for prompt, text in written])
-        if not all(np.all(np.isfinite(text)) for text in found):
-            raise InputError(f"the judge {judge.model.name} gives no finite probabilities: load it with dtype float32")
-        return [(-float(text.sum()), len(text)) for text in found]
+        pairs = [_continued(judge.model, prompt, text, chat) for prompt, text in written]
+        return [(-float(text.sum()), len(text)) for text in judge.log_probabilities(pairs)]
 
 
 @dataclass(frozen=True, eq=False)
 class Generations:
-    """The part: texts after prompts, with what a task's scorer finds in them."""
+    """The part: texts that follow prompts, with the fields of a task's scorer."""
 
     prompts: Sequence[str]
     scorer: TextScorer
     decoding: Decoding = field(default_factory=Decoding)
     judge: Judge = field(default_factory=Judge)
     chat: bool = False
-    """Whether prompts are a user's messages, put into the model's chat template, or texts to go on with"""
+    """True: prompts are user messages, put into the model's chat template. False: they are texts to continue."""
     name: str = "generations"
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise InputError("there are no prompts to go on with")
+            raise InputError("there are no prompts to continue: give at least one")
 
     def __len__(self) -> int:
         return len(self.prompts) * self.decoding.samples
 
-    def settings(self, model: Model) -> Row:
+    def settings(self, model: Runner) -> Row:
         return {
             "prompts": digest(list(self.prompts)),
             "chat": self.chat,
@@ -123,34 +121,34 @@ class Generations:
         written = steered.texts(prompts, self.decoding.options(indices.start))
         scored = self.scorer.score([text for text, _ in written], indices)
         texts = [(prompt, text) for prompt, (text, _) in zip(chosen, written, strict=True)]
-        judged = self.judge.surprise(steered, texts, chat=self.chat)
+        judged = self.judge.nll(steered, texts, chat=self.chat)
         return [
-            {"prompt": prompt, "text": text, "tokens": count, "nats": nats, "judged_tokens": tokens, **found}
-            for prompt, (text, count), (nats, tokens), found in zip(chosen, written, judged, scored, strict=True)
+            {"prompt": prompt, "text": text, "tokens": count, "nats": nats, "judged_tokens": tokens, **fields}
+            for prompt, (text, count), (nats, tokens), fields in zip(chosen, written, judged, scored, strict=True)
         ]
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
         groups = [int(row["index"]) // self.decoding.samples for row in rows]
         split = [words(row["text"]) for row in rows]
-        surprise = np.array([(row["nats"], row["judged_tokens"]) for row in rows], np.float64)
+        nll = np.array([(row["nats"], row["judged_tokens"]) for row in rows], np.float64)
         return {
             **self.scorer.metrics(rows, groups),
-            "perplexity": Metric(surprise, np.asarray(groups, np.int64), exponential_ratio),
+            "perplexity": Metric(nll, np.asarray(groups, np.int64), exponential_ratio),
             **{f"distinct_{n}": mean([distinct(text, n) for text in split], groups) for n in (1, 2, 3)},
             "repetition": mean([repetition(text) for text in split], groups),
             "tokens": mean([row["tokens"] for row in rows], groups),
         }
 
 
-def chat_prompt(model: Model, message: str) -> Prompt:
-    """A user's message in the model's chat template; the message itself and a line's end for a model without one."""
+def chat_prompt(model: Runner, message: str) -> Prompt:
+    """A user's message in the model's chat template; for a model without one, the message and a newline."""
     if model.tokenizer.has_chat_template:
         return model.tokenizer.chat([{"role": "user", "content": message}])
     return message + "\n"
 
 
-def _continued(model: Model, prompt: str, text: str, chat: bool) -> Continued:
-    """Token ids of a prompt and of the text that was written after it."""
+def _continued(model: Recorder, prompt: str, text: str, chat: bool) -> Continued:
+    """Token ids of a prompt, and of the text that follows it."""
     tokenizer = model.tokenizer
     if chat and tokenizer.has_chat_template:
         before, (after,) = tokenizer.chat_continuations([{"role": "user", "content": prompt}], [text])
@@ -162,8 +160,8 @@ def _continued(model: Model, prompt: str, text: str, chat: bool) -> Continued:
 def over_prompts(
     of: Callable[[Sequence[float]], float], values: Iterable[float], groups: Sequence[int]
 ) -> tuple[list[float], list[int]]:
-    """`of` over the values of each prompt's samples, and the prompts' numbers."""
+    """`of` of the values of each prompt's samples, and the prompts' numbers."""
     by_prompt: dict[int, list[float]] = {}
     for group, value in zip(groups, values, strict=True):
         by_prompt.setdefault(group, []).append(float(value))
-    return [of(found) for found in by_prompt.values()], list(by_prompt)
+    return [of(samples) for samples in by_prompt.values()], list(by_prompt)

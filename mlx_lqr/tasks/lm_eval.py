@@ -1,11 +1,11 @@
 """The tasks of lm-eval (EleutherAI's lm-evaluation-harness) on a steered model, through mlx-lm's own evaluator.
 
     chosen = lm_eval.load_tasks(["arc_easy", "hellaswag"])
-    found = lm_eval.evaluate(lm_eval.load_evaluator("demo"), chosen, steering, strengths=[0, 1, 2])
-    found.results[2.0]["arc_easy"]["acc,none"]
+    evaluation = lm_eval.evaluate(lm_eval.load_evaluator("demo"), chosen, steering, strengths=[0, 1, 2])
+    evaluation.results[2.0]["arc_easy"]["acc,none"]
 
-Steered are the last token of a context and everything after it, so that log-likelihoods are those of
-`Steered.log_probabilities`. lm-eval reads the task, makes the prompts and computes the metrics; nothing of it is ours.
+The last token of a context and everything after it is steered, so that log-likelihoods are those of
+`Steered.log_probabilities`. lm-eval reads the task, makes the prompts and computes the metrics; none of that is ours.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.protocol import Progress
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.loading import resolve
 from mlx_lqr.runtime import steer
-from mlx_lqr.tasks.records import Records, Row
-from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.records import Records, Row, digest
 from mlx_lqr.tasks.steering import NamedSteering, check_strengths
 
 if TYPE_CHECKING:
-    from mlx_lqr.backends.mlx.mlx_lm_eval import Evaluator
+    from mlx_lqr.backends.mlx.evaluator import Evaluator
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,9 @@ class Settings:
     """How lm-eval runs its tasks; the defaults are those of `mlx_lm.evaluate`."""
 
     limit: int | None = None
-    """Only so many documents of each task"""
+    """At most this many documents of each task"""
     num_shots: int | None = None
-    """Solved examples before each question; None leaves it to the task"""
+    """Solved examples before each question; None is the task's own number"""
     seed: int = 123
     confirm_run_unsafe_code: bool = False
     """Allow tasks that run the code that the model writes"""
@@ -49,23 +48,23 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Tasks:
-    """Tasks that lm-eval has loaded."""
+    """Tasks loaded by lm-eval."""
 
     manager: Any
     """Its `TaskManager`"""
     loaded: dict[str, Any]
-    """By the names asked for: what `TaskManager.load` returned"""
+    """name as given -> what `TaskManager.load` returned for it"""
 
 
 @dataclass(frozen=True, eq=False)
 class LMEvaluation:
-    """What lm-eval found, at every strength asked for."""
+    """lm-eval's results at every strength."""
 
     method: str
     """The steering's name"""
     header: Row
     results: dict[float, dict[str, Row]]
-    """By strength and by task, a group's parts included: lm-eval's own entries, such as {"acc,none": 0.5, ...}"""
+    """By strength and task, including the parts of a group: lm-eval's own entries, such as {"acc,none": 0.5, ...}"""
 
 
 def evaluate(
@@ -83,16 +82,17 @@ def evaluate(
     Args:
         evaluator: what `load_evaluator` returned.
         tasks: what `load_tasks` returned.
-        steering: what steers; None for the unsteered model, which has strength 0 alone.
+        steering: what steers; None for the unsteered model, which only has strength 0.
         strengths: 0 is the unsteered model.
         settings: by default those of `mlx_lm.evaluate`.
-        output: a file of JSON lines that gets a task's results as soon as it is done. Where it exists, what is in it is
-            not run again; more strengths may be added to it.
-        progress: called as progress(f"Strength {s:g}: {task}", tasks done, tasks in all).
+        output: a file of JSON lines; a task's results are appended as soon as it is done. If it exists, the results in
+            it are not computed again. More strengths may be added to it later.
+        progress: called as progress(f"Strength {s:g}: {task}", tasks done, all tasks).
 
     Raises:
         InputError: a controller of another model or that `steer` refuses, a strength other than 0 without steering, a
-            task that lm-eval refuses, an output of other settings, or a strength at which activations overflow.
+            task that lm-eval refuses, or an output made with other settings.
+        OverflowingError: activations overflow at a strength.
     """
     settings = settings or Settings()
     wanted = check_strengths(evaluator.model, steering, strengths)
@@ -105,21 +105,21 @@ def evaluate(
             with _steered(evaluator, steering, strength):
                 results = _run(evaluator, tasks, name, settings)
             records.append(strength, name, [{"results": results}])
-    found: dict[float, dict[str, Row]] = {strength: {} for strength in wanted}
+    by_strength: dict[float, dict[str, Row]] = {strength: {} for strength in wanted}
     for strength, name in runs:
-        found[strength].update(records.of(strength, name)[0]["results"])
-    return LMEvaluation(steering.name if steering is not None else "unsteered", records.header, found)
+        by_strength[strength].update(records.of(strength, name)[0]["results"])
+    return LMEvaluation(steering.name if steering is not None else "unsteered", records.header, by_strength)
 
 
 def load_tasks(names: Sequence[str], include_path: str | PathLike[str] | None = None) -> Tasks:
-    """Have lm-eval load tasks, with their data.
+    """Load lm-eval's tasks and their documents.
 
     Args:
-        names: of lm-eval's tasks, groups or tags.
-        include_path: a folder of tasks of your own (YAML files). lm-eval runs the Python functions that they name.
+        names: lm-eval's tasks, groups or tags.
+        include_path: a folder with your own tasks (YAML files). lm-eval runs the Python functions that they name.
 
     Raises:
-        InputError: lm-eval is not installed, an unknown name, or a task that cannot be loaded.
+        InputError: lm-eval is not installed, a name is unknown, or a task cannot be loaded.
     """
     _check_installed()
     if not names:
@@ -133,8 +133,8 @@ def load_tasks(names: Sequence[str], include_path: str | PathLike[str] | None = 
             raise InputError(f"lm-eval has no task {name}: `lm_eval ls tasks` lists them, --include-path adds your own")
         try:
             loaded[name] = manager.load([name])
-        except Exception as error:  # of the hub, of a data file, or of a task's own code
-            raise InputError(f"lm-eval cannot load the task {name}: {_first_line(error)}") from error
+        except Exception as error:  # from the hub, a file, or a task's own code
+            raise InputError(f"lm-eval cannot load the task {name}: {first_line(error)}") from error
     return Tasks(manager, loaded)
 
 
@@ -151,16 +151,16 @@ def load_evaluator(
 
     Args:
         source, dtype, progress: see `mlx_lqr.load`.
-        batch_size: texts that are written, or scored without a context, side by side.
-        max_tokens: of each text, at most; None leaves it to the task.
-        apply_chat_template: None for where the model has one.
+        batch_size: how many texts are generated, or scored without a context, side by side.
+        max_tokens: tokens per text, at most; None is the task's own number.
+        apply_chat_template: None applies it if the model has one.
 
     Raises:
-        InputError: lm-eval is not installed, no such source, or a model that mlx-lm cannot load or we cannot steer.
+        InputError: lm-eval is not installed, the source cannot be used, or mlx-lm cannot load or we cannot steer it.
     """
     _check_installed()
     folder, name = resolve(source, progress=progress)
-    from mlx_lqr.backends.mlx.mlx_lm_eval import Evaluator
+    from mlx_lqr.backends.mlx.evaluator import Evaluator
 
     options = {"batch_size": batch_size, "max_tokens": max_tokens, "use_chat_template": apply_chat_template}
     return Evaluator(folder, name, dtype, **options)
@@ -174,7 +174,7 @@ def _check_installed() -> None:
 
 
 def _manager(names: Sequence[str], include_path: str | PathLike[str] | None) -> Any:
-    """lm-eval's index of the tasks; without its own, which take it ten seconds to read, where they are not needed."""
+    """lm-eval's index of tasks. Its own tasks, which take ten seconds to read, are left out if they are not needed."""
     from lm_eval.tasks import TaskManager
 
     if include_path is None:
@@ -182,8 +182,8 @@ def _manager(names: Sequence[str], include_path: str | PathLike[str] | None) -> 
     try:
         own = TaskManager(include_path=str(include_path), include_defaults=False)
         return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include_path))
-    except Exception as error:  # whatever a YAML file brings about
-        raise InputError(f"lm-eval cannot read the tasks in {include_path}: {_first_line(error)}") from error
+    except Exception as error:  # a YAML file can raise anything
+        raise InputError(f"lm-eval cannot read the tasks in {include_path}: {first_line(error)}") from error
 
 
 def _steered(evaluator: Evaluator, steering: NamedSteering | None, strength: float) -> AbstractContextManager[None]:
@@ -200,8 +200,8 @@ def _run(evaluator: Evaluator, tasks: Tasks, name: str, settings: Settings) -> R
 
     loaded = tasks.loaded[name]
     try:
-        with redirect_stdout(sys.stderr):  # mlx-lm prints how far it is
-            found = simple_evaluate(
+        with redirect_stdout(sys.stderr):  # mlx-lm prints its progress
+            results = simple_evaluate(
                 evaluator,
                 tasks=[loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values()),
                 task_manager=tasks.manager,
@@ -217,13 +217,13 @@ def _run(evaluator: Evaluator, tasks: Tasks, name: str, settings: Settings) -> R
                 confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
             )
     except ValueError as error:
-        raise InputError(f"lm-eval refuses the task {name}: {_first_line(error)}") from error
-    entries = {**found["results"], **found.get("groups", {})}
+        raise InputError(f"lm-eval refuses the task {name}: {first_line(error)}") from error
+    entries = {**results["results"], **results.get("groups", {})}
     return json.loads(json.dumps(entries, default=handle_non_serializable), parse_constant=lambda _: None)
 
 
 def _describe(evaluator: Evaluator, tasks: Tasks, steering: NamedSteering | None, settings: Settings) -> Row:
-    """All that the results depend on but the strength."""
+    """Everything that the results depend on except the strength."""
     return {
         "task": "lm-eval",
         "model": {"name": evaluator.model.name, "fingerprint": evaluator.model.fingerprint, **evaluator.options},
@@ -235,14 +235,10 @@ def _describe(evaluator: Evaluator, tasks: Tasks, steering: NamedSteering | None
 
 
 def _content(loaded: Any) -> str:
-    """Tells tasks and their documents from what they were before someone edited them."""
+    """A digest of a task's settings and documents, which changes when someone edits them."""
     content = {}
     for name, task in loaded["tasks"].items():
-        # functions without a source are told by their address, which is another one every time
+        # functions without source code show as their address, which changes with every run
         config = {key: value for key, value in task.dump_config().items() if " at 0x" not in str(value)}
         content[name] = [config, list(task.eval_docs)]
     return digest(json.loads(json.dumps(content, default=str)))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error.args[0] if error.args else error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,9 +1,9 @@
-"""What steering costs, as numbers of texts and of distributions; NumPy only.
+"""Metrics of texts and of next-token distributions; NumPy only.
 
-distinct-n: the share of a text's n-grams that are different ones, |set| / count (Li et al. 2016; here for each text
-    alone and then averaged, so that it does not depend on how many texts there are).
-repetition: the share of a text's 4-grams that stood in it before, 1 - distinct-4.
-perplexity: exp of the mean negative log-probability of a text's tokens (generations.py says whose).
+distinct-n: the share of distinct n-grams of a text, |set| / count (Li et al. 2016; here of each text alone and then
+    averaged, so that it does not depend on how many texts there are).
+repetition: the share of a text's 4-grams that repeat an earlier one, 1 - distinct-4.
+perplexity: exp of the mean negative log-likelihood of a text's tokens (generations.py says under which model).
 KL(p || q) = sum_x p(x) (log p(x) - log q(x)), in nats, of two next-token distributions given by their logits.
 """
 
@@ -24,13 +24,13 @@ def words(text: str) -> list[str]:
 
 
 def distinct(tokens: Sequence[str], n: int) -> float:
-    """distinct-n of one text; NaN where it has no n-gram."""
+    """distinct-n of one text; NaN if it has no n-gram."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def repetition(tokens: Sequence[str], n: int = 4) -> float:
-    """The share of n-grams that repeat an earlier one; NaN where the text has none."""
+    """The share of n-grams that repeat an earlier one; NaN if the text has no n-gram."""
     return 1 - distinct(tokens, n)
 
 
@@ -45,7 +45,7 @@ def kl_divergence(logits: ArrayLike, reference: ArrayLike) -> NDArray[np.float64
     """KL(softmax(logits) || softmax(reference)) over the last axis, in nats: (..., V) -> (...)."""
     log_p, log_q = log_softmax(logits), log_softmax(reference)
     p = np.exp(log_p)
-    with np.errstate(invalid="ignore"):  # 0 times infinity, where both are certain of something else
+    with np.errstate(invalid="ignore"):  # 0 times infinity, where both distributions are certain
         terms = np.where(p > 0, p * (log_p - log_q), 0.0)
     return np.asarray(terms.sum(axis=-1))
 
@@ -53,8 +53,8 @@ def kl_divergence(logits: ArrayLike, reference: ArrayLike) -> NDArray[np.float64
 def multiple_choice(true: ArrayLike, false: ArrayLike, best: float) -> tuple[float, float]:
     """MC1 and MC2 of one question (Lin et al. 2022) from the total log-probabilities of its answers.
 
-    MC1 is 1 where the best answer is likelier than every false one; MC2 is the probability of the true answers,
-    normalised over true and false ones.
+    MC1 is 1 if the best answer is likelier than every false one; MC2 is the probability of the true answers, normalised
+    over the true and the false ones.
     """
     true, false = np.asarray(true, np.float64), np.asarray(false, np.float64)
     mass = np.exp(log_softmax(np.concatenate([true, false])))

@@ -1,4 +1,4 @@
-"""JSON lines from a path that the user gives, every row checked before anything is run, and the files of our own."""
+"""A task's files: JSON lines that the user names, checked before anything is run, and the bundled texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.prompts import is_unicode, parse_object, read_lines, text_lines
+from mlx_lqr.files.text import is_unicode, parse_object, read_lines, text_lines
 from mlx_lqr.tasks.records import Row
 
 Kind = Literal["text", "texts"]
@@ -17,15 +17,15 @@ _NAMES: dict[Kind, str] = {"text": "text", "texts": "a list of texts"}
 
 
 def read_rows(path: str | PathLike[str], keys: Mapping[str, Kind], limit: int | None = None) -> list[Row]:
-    """The rows of a file, or `limit` of them spread over it; blank lines do not count.
+    """The rows of a file, or `limit` of them spread evenly over it. Blank lines are skipped.
 
     Args:
         path: JSON lines.
-        keys: what every row must have: "text" that is not empty, or "texts", a list of at least one such.
-        limit: the whole file is checked nevertheless.
+        keys: the keys that every row must have: "text" is a text that is not empty, "texts" a list of at least one.
+        limit: how many rows to return; the whole file is checked in any case.
 
     Raises:
-        InputError: no such file, or a row that is not like this; the line is named.
+        InputError: the file cannot be read, or a row is not like this; the message names the line.
     """
     file = Path(path)
     if limit is not None and limit < 1:
@@ -37,18 +37,18 @@ def read_rows(path: str | PathLike[str], keys: Mapping[str, Kind], limit: int | 
 
 
 def spread(rows: Sequence[Row], count: int) -> list[Row]:
-    """`count` of the rows, or as many as there are, evenly spaced: files are often sorted by kind."""
+    """`count` of the rows (or all, if there are fewer), evenly spaced, since files are often sorted by kind."""
     count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def bundled_text(name: str) -> str:
-    """A file that comes with the tasks."""
+    """The text of a bundled file."""
     return resources.files("mlx_lqr.tasks.bundled").joinpath(name).read_text("utf-8")
 
 
 def bundled_lines(name: str) -> list[str]:
-    """The lines of such a file."""
+    """The lines of a bundled file."""
     return text_lines(bundled_text(name))
 
 

@@ -1,12 +1,13 @@
-"""An evaluation's file: JSON lines, a header and then one row for everything that was measured.
+"""An evaluation's file: JSON lines, a header and then one row for each measurement.
 
-Rows are appended in whole chunks, each in one write that is forced to the disk. Whoever opens the file again finds the
-finished chunks; what a chunk that was cut short has left is taken off the end, so that it is measured again, neither
-lost nor there twice. A file whose header says other settings is refused.
+Rows are appended in whole chunks, each in one write that is forced to the disk. When the file is opened again, finished
+chunks are kept; the rest of an interrupted chunk is cut off and measured again, so that no row is lost or there twice.
+A file whose header has other settings is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -30,10 +31,10 @@ class Records:
     """The rows so far, by strength and part, in the order of their `index`; in a file, or in memory alone."""
 
     def __init__(self, header: Row, path: str | PathLike[str] | None = None) -> None:
-        """Open the file at `path` to go on with it, or make it.
+        """Open the file at `path` to continue it, or create it.
 
         Raises:
-            InputError: the file is something else, is damaged, or was made with other settings.
+            InputError: the file is of another kind, damaged, or was made with other settings.
         """
         self.header: Row = json.loads(json.dumps({"format": FORMAT, **header}))
         self.rows: dict[Key, list[Row]] = {}
@@ -49,7 +50,7 @@ class Records:
         return self.rows.setdefault((strength, part), [])
 
     def append(self, strength: float, part: str, rows: Sequence[Row]) -> None:
-        """Add the rows that follow those of this strength and part.
+        """Append rows of a strength and part, after those that are there.
 
         Raises:
             InputError: the file cannot be written.
@@ -81,7 +82,7 @@ class Records:
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
         if not lines:
-            raise InputError(f"{path} is no evaluation: name another place, or remove it")
+            raise InputError(f"{path} is not an evaluation: name another file, or remove it")
         header = _parsed(path, 1, lines[0])
         if len(lines) == 1 and header.get("format") == FORMAT and header != self.header:
             self._begin(path)  # nothing has been measured yet
@@ -111,27 +112,32 @@ class Records:
                 raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
     def _length(self, part: str) -> int | None:
-        """How many rows the header says a part has."""
+        """How many rows a part has in all, by the header."""
         return dict(self.header.get("parts", {})).get(part, {}).get("rows")
 
-    def _check_header(self, path: Path, found: Row) -> None:
-        if found.get("format") != FORMAT:
-            raise InputError(f"{path} is no evaluation of this version: name another place, or remove it")
-        if found != self.header:
-            differing = sorted(_differences(found, self.header))
+    def _check_header(self, path: Path, header: Row) -> None:
+        if header.get("format") != FORMAT:
+            raise InputError(f"{path} is not an evaluation of this version: name another file, or remove it")
+        if header != self.header:
+            differing = sorted(_differences(header, self.header))
             raise InputError(
-                f"{path} was made with other settings ({', '.join(differing)}): name another place, or remove it"
+                f"{path} was made with other settings ({', '.join(differing)}): name another file, or remove it"
             )
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+def digest(content: Any) -> str:
+    """A short digest of settings that are too long for a header: different ones get different digests."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
     """The dotted names of the settings that differ."""
-    if not (isinstance(found, dict) and isinstance(wanted, dict)):
-        return [name] if found != wanted else []
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return [name] if ours != theirs else []
     return [
         difference
-        for key in found.keys() | wanted.keys()
-        for difference in _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+        for key in ours.keys() | theirs.keys()
+        for difference in _differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))
     ]
 
 
@@ -141,8 +147,8 @@ def _parsed(path: Path, number: int, line: bytes) -> Row:
     except ValueError:
         row = None
     if not isinstance(row, dict):
-        what = "is no evaluation" if number == 1 else f"is damaged at line {number}"
-        raise InputError(f"{path} {what}: name another place, or remove it")
+        what = "is not an evaluation" if number == 1 else f"is damaged at line {number}"
+        raise InputError(f"{path} {what}: name another file, or remove it")
     return row
 
 

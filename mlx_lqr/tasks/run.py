@@ -1,21 +1,19 @@
-"""Run a task at every strength, chunk by chunk, and say what was found.
+"""Run a task at every strength, chunk by chunk, and report its metrics.
 
-A task is made of parts: what it is about, and the damage. A part has a known number of rows, measures any of them at
-any strength, and turns rows into metrics. Rows do not depend on what was measured before, and the sampling of row i on
-`seed` + i alone, so that a run may stop and go on anywhere, and all strengths draw the same random numbers (paired).
+A task is made of parts: its own, and those that measure damage. A part has a known number of rows, measures any of them
+at any strength, and turns rows into metrics. Rows do not depend on earlier ones, and row i is sampled with `seed` + i.
+So a run can stop and continue anywhere, and all strengths use the same random numbers (their differences are paired).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from os import PathLike
-from typing import Any, Protocol
+from typing import Protocol
 
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Progress, Recorder, Runner
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, difference, estimate
 from mlx_lqr.tasks.records import CHUNK, Records, Row
 from mlx_lqr.tasks.steering import NamedSteering, Steered, check_strengths
@@ -30,14 +28,14 @@ class Part(Protocol):
     def __len__(self) -> int:
         """How many rows there are at one strength."""
 
-    def settings(self, model: Model) -> Row:
-        """Everything but model, steering and strength that the rows depend on, as JSON."""
+    def settings(self, model: Runner) -> Row:
+        """Everything that the rows depend on except model, steering and strength, as JSON."""
 
     def rows(self, steered: Steered, indices: range) -> list[Row]:
         """Measure these rows."""
 
     def metrics(self, rows: Sequence[Row]) -> dict[str, Metric]:
-        """What the rows come to, under names that no other part of a task uses; the names are those of no rows, too."""
+        """The metrics of these rows, under names that no other part of a task uses; the same names for no rows."""
 
 
 @dataclass(frozen=True)
@@ -47,29 +45,29 @@ class Task:
     name: str
     parts: tuple[Part, ...]
     control: str
-    """The metric that says how well steering does what it is for; higher is better"""
+    """The metric that says how well steering does what it should; higher is better"""
     control_label: str
     """The same in words, for an axis"""
 
     @property
     def metric_names(self) -> list[str]:
-        """Everything that is measured."""
+        """The names of all metrics, in order."""
         return [name for part in self.parts for name in part.metrics([])]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was found at one strength."""
+    """The metrics at one strength."""
 
     strength: float
     metrics: dict[str, Estimate]
     change: dict[str, Estimate]
-    """The same less that of the unsteered model on the same rows; empty where there is no such reference"""
+    """The same minus the unsteered model's on the same rows; empty at strength 0 and without an unsteered run"""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A task that was run, at every strength asked for."""
+    """A task that was run, with its rows at every strength."""
 
     task: Task
     method: str
@@ -82,23 +80,23 @@ class Evaluation:
         """Every metric at every strength with its interval, and its change from strength 0.
 
         Args:
-            reference: a run that has strength 0, where this one has not.
+            reference: a run with strength 0, if this one has none.
         """
         base = (reference or self).rows.get(0.0)
         unsteered = self._metrics(base) if base is not None else {}
-        found = []
+        results = []
         for strength, parts in self.rows.items():
             metrics = self._metrics(parts)
             change = {name: difference(metrics[name], unsteered[name]) for name in unsteered if strength != 0}
-            found.append(Result(strength, {name: estimate(metric) for name, metric in metrics.items()}, change))
-        return found
+            results.append(Result(strength, {name: estimate(metric) for name, metric in metrics.items()}, change))
+        return results
 
     def _metrics(self, parts: dict[str, list[Row]]) -> dict[str, Metric]:
         return {name: metric for part in self.task.parts for name, metric in part.metrics(parts[part.name]).items()}
 
 
 def evaluate(
-    model: Model,
+    model: Recorder,
     task: Task,
     steering: NamedSteering | None = None,
     strengths: Sequence[float] = (0.0,),
@@ -111,17 +109,18 @@ def evaluate(
 
     Args:
         model: what `mlx_lqr.load` returned.
-        task: what `tasks.concept` and the like made.
-        steering: what steers; None for the unsteered model, which has strength 0 alone.
+        task: what `tasks.concept` or another task returned.
+        steering: what steers; None for the unsteered model, which only has strength 0.
         strengths: 0 is the unsteered model.
-        output: a file of JSON lines that gets every row as soon as its chunk is done. Where it exists, rows that are in
-            it are not measured again; more strengths may be added to it.
-        loading: how the model was loaded (its dtype, for one), for the output's header: rows depend on it.
-        progress: called as progress(f"Strength {s:g}", rows done, rows in all).
+        output: a file of JSON lines; rows are appended as soon as their chunk is done. If it exists, the rows in it are
+            not measured again. More strengths may be added to it later.
+        loading: how the model was loaded (such as its dtype), for the output's header, since rows depend on it.
+        progress: called as progress(f"Strength {s:g}", rows done, all rows).
 
     Raises:
-        InputError: a controller of another model, a strength other than 0 without steering, an output of other
-            settings, or a strength at which activations overflow (what was measured before is kept).
+        InputError: a controller of another model, a strength other than 0 without steering, or an output made with
+            other settings.
+        OverflowingError: activations overflow at a strength; the rows measured before are kept.
     """
     wanted = check_strengths(model, steering, strengths)
     records = Records(describe(model, task, steering, loading), output)
@@ -130,8 +129,8 @@ def evaluate(
         steered = Steered(model, steering, strength)
         done = 0
         for part in task.parts:
-            have = len(records.of(strength, part.name))
-            for start in range(have, len(part), CHUNK):
+            known = len(records.of(strength, part.name))
+            for start in range(known, len(part), CHUNK):
                 if progress:
                     progress(f"Strength {strength:g}", done + start, total)
                 indices = range(start, min(start + CHUNK, len(part)))
@@ -139,14 +138,14 @@ def evaluate(
             done += len(part)
         if progress:
             progress(f"Strength {strength:g}", done, total)
-    found = {strength: {part.name: records.of(strength, part.name) for part in task.parts} for strength in wanted}
-    return Evaluation(task, steering.name if steering is not None else "unsteered", records.header, found)
+    rows = {strength: {part.name: records.of(strength, part.name) for part in task.parts} for strength in wanted}
+    return Evaluation(task, steering.name if steering is not None else "unsteered", records.header, rows)
 
 
 def describe(
-    model: Model, task: Task, steering: NamedSteering | None = None, loading: Mapping[str, str | None] | None = None
+    model: Recorder, task: Task, steering: NamedSteering | None = None, loading: Mapping[str, str | None] | None = None
 ) -> Row:
-    """All that an evaluation's rows depend on but the strength."""
+    """Everything that an evaluation's rows depend on except the strength."""
     return {
         "task": task.name,
         "model": {
@@ -159,8 +158,3 @@ def describe(
         "parts": {part.name: {"rows": len(part), **part.settings(model)} for part in task.parts},
         "version": metadata.version("mlx-lqr"),
     }
-
-
-def digest(content: Any) -> str:
-    """Tells settings too long for a header from others."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,12 +1,12 @@
 """Scorers from outside the library: any callable of texts, and the model inside the package alt-profanity-check.
 
-A scorer is named `module:function`; it takes a list of texts and returns as many numbers between 0 and 1.
+A scorer is named `module:function`. It takes a list of texts and returns one number between 0 and 1 for each.
 
 The default toxicity scorer is the linear classifier of alt-profanity-check (`pip install 'mlx-lqr[toxicity]'`). It is
-small, runs anywhere and knows mostly words: take its numbers as a share of profanity. That package stores its model as
-joblib files, which are pickles, and UNPICKLES THEM WHEN IT IS IMPORTED. mlx-lqr itself never unpickles anything;
-whoever installs this extra trusts that package's own files as one trusts its code. It is imported when it is first
-asked for a score, and not at all where another scorer is given.
+small, runs anywhere and mostly knows words, so read its numbers as a share of profanity. That package stores its model
+as joblib files, which are pickles, and UNPICKLES THEM WHEN IT IS IMPORTED. mlx-lqr itself never unpickles anything; if
+you install this extra, you trust that package's files as you trust its code. It is imported when the first score is
+needed, and not at all if another scorer is given.
 """
 
 from __future__ import annotations
@@ -28,20 +28,18 @@ DEFAULT = "profanity_check:predict_prob"
 
 
 def load_scorer(name: str = DEFAULT) -> Scorer:
-    """The scorer `module:function`, its answers checked whenever it is called.
-
-    The module may stand in the current folder.
+    """The scorer `module:function`, with its scores checked at every call. The module may be in the current folder.
 
     Raises:
-        InputError: not of this form, or not there; later, an answer that is not one number between 0 and 1 for each
-            text.
+        InputError: the name is not of this form or cannot be imported; at a call, the scorer does not return one number
+            between 0 and 1 for each text.
     """
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise InputError(f"a scorer is written module:function, not {name!r}")
-    sys.path.append(os.getcwd())  # at the end: a file there takes no installed package's place
+    sys.path.append(os.getcwd())  # at the end, so that a file there hides no installed package
     try:
-        found: Any = getattr(importlib.import_module(module), function)
+        scorer: Any = getattr(importlib.import_module(module), function)
     except ImportError as error:
         if name == DEFAULT:
             raise InputError(
@@ -53,7 +51,7 @@ def load_scorer(name: str = DEFAULT) -> Scorer:
         raise InputError(f"the scorer's module {module} has no {function}") from None
     finally:
         sys.path.remove(os.getcwd())
-    return partial(_checked, name, found)
+    return partial(_checked, name, scorer)
 
 
 def _checked(name: str, scorer: Any, texts: Sequence[str]) -> list[float]:
@@ -67,7 +65,7 @@ def _checked(name: str, scorer: Any, texts: Sequence[str]) -> list[float]:
 
 
 def mentions(judge: Steered, concept: str, texts: Sequence[str]) -> list[float]:
-    """How sure a local model is that texts have to do with a concept: p(Yes) over p(Yes) + p(No) for the next word."""
+    """How sure a local model is that each text is about a concept: p(Yes) / (p(Yes) + p(No)) for the next word."""
     asked = f'Does this text have to do with "{concept}"? Answer Yes or No.'
     questions = [(f'Text: "{text.strip()}"\nQuestion: {asked}\nAnswer:', ("Yes", "No")) for text in texts]
     return [float(1 / (1 + np.exp(np.clip(no - yes, -500, 500)))) for yes, no in judge.scores(questions)]

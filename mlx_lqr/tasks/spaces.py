@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Differentiable, Progress, Recorder
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.controller import Positions
 from mlx_lqr.lqr.layers import Layers, check_layers
@@ -19,13 +19,13 @@ from mlx_lqr.methods.alqr import ALQR, prepared
 from mlx_lqr.methods.method import Method, Prepared
 from mlx_lqr.methods.registry import METHODS
 from mlx_lqr.methods.steering import Steering
-from mlx_lqr.tasks.run import digest
+from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.search import Values
 from mlx_lqr.tasks.tuning import Candidate, Space
 
 
 def alqr_space(
-    model: Model,
+    model: Differentiable,
     contrast: Contrast,
     jacobians: Jacobians,
     *,
@@ -49,7 +49,7 @@ def alqr_space(
 
 
 def baseline_space(
-    model: Model,
+    model: Recorder,
     method: str,
     positive: Sequence[Prompt],
     negative: Sequence[Prompt],

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Continued, Float32, Law, Model
-from mlx_lqr.errors import InputError, OverflowingError
-from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Continued, Float32, Law, Recorder, Runner
+from mlx_lqr.errors import InputError
+from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.prompts import Prompt, tokenise
+from mlx_lqr.methods.running import adapts, law_on
 from mlx_lqr.methods.steering import Steering, combine, load_steering, only_controller
 from mlx_lqr.runtime import Options, batch_stream
-from mlx_lqr.runtime.generate import adapts, feedback
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,7 @@ def named_steering(files: Sequence[tuple[str, float]], name: str | None = None) 
     return NamedSteering(name or "+".join(Path(path).stem for path, _ in files), controller, shares)
 
 
-def check_strengths(model: Model, steering: NamedSteering | None, strengths: Sequence[float]) -> list[float]:
+def check_strengths(model: Runner, steering: NamedSteering | None, strengths: Sequence[float]) -> list[float]:
     """Each of the strengths once.
 
     Raises:
@@ -95,7 +96,7 @@ def check_strengths(model: Model, steering: NamedSteering | None, strengths: Seq
 class Steered:
     """A model, steered at one strength or not at all."""
 
-    model: Model
+    model: Recorder
     steering: NamedSteering | None = None
     strength: float = 0.0
 
@@ -103,7 +104,7 @@ class Steered:
     def law(self) -> Law | None:
         if self.steering is None or self.strength == 0:
             return None
-        return feedback(self.model, self.steering.controller, self.steering.strength(self.strength))
+        return law_on(self.model, self.steering.controller, self.steering.strength(self.strength))
 
     @property
     def unsteered(self) -> Steered:
@@ -147,10 +148,7 @@ class Steered:
             before, each = self.model.tokenizer.continuations(prompt, [space + answer for answer in answers])
             pairs += [(before, after) for after in each]
         totals = iter([float(each.sum()) for each in self.log_probabilities(pairs)])
-        scores = [[next(totals) for _ in answers] for _, answers in questions]
-        if not all(np.all(np.isfinite(some)) for some in scores):
-            raise self.overflowing
-        return scores
+        return [[next(totals) for _ in answers] for _, answers in questions]
 
     def logits_along(self, pairs: Sequence[Continued]) -> list[Float32]:
         """`Model.logits_along` as steered here."""
@@ -162,15 +160,9 @@ class Steered:
         if steering is None or self.strength == 0 or not adapts(steering.controller):
             return run(pairs, law=self.law, steer_all=self.steer_all)
         controller = only_controller(steering.controller, "adaptive")
+        model = require(self.model, DIFFERENTIABLE, "adapt gains to a prompt")
         results: list[Float32] = []
         for prompt, own in groupby(pairs, key=lambda pair: list(pair[0])):
-            adapted = readapted(self.model, controller, self.model.trace(prompt))
-            law = feedback(self.model, adapted, steering.strength(self.strength))
+            law = law_on(model, adapt_at(model, controller, model.trace(prompt)), steering.strength(self.strength))
             results += run(list(own), law=law, steer_all=self.steer_all)
         return results
-
-    @property
-    def overflowing(self) -> OverflowingError:
-        if self.strength == 0:
-            return OverflowingError(f"the activations of {self.model.name} overflow: load it with dtype float32")
-        return OverflowingError(f"the activations overflow at strength {self.strength:g}: lower the strength")

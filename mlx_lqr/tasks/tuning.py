@@ -21,13 +21,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from mlx_lqr.analysis.results import as_json
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Differentiable, Progress
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.results import as_json
 from mlx_lqr.methods.steering import Steering, load_steering
 from mlx_lqr.tasks.bootstrap import Estimate
-from mlx_lqr.tasks.run import Evaluation, Result, Task, digest, evaluate
+from mlx_lqr.tasks.records import digest
+from mlx_lqr.tasks.run import Evaluation, Result, Task, evaluate
 from mlx_lqr.tasks.search import Measurement, Search, Values
 from mlx_lqr.tasks.steering import NamedSteering
 
@@ -123,7 +124,7 @@ class Tuned:
 
 
 def tune(
-    model: Model,
+    model: Differentiable,
     task: Task,
     space: Space,
     *,
@@ -182,7 +183,7 @@ def check_limit(task: Task, control: str, damage: str, limit: float | None) -> f
 class _Run:
     """The trials so far, and what makes the next one."""
 
-    model: Model
+    model: Differentiable
     task: Task
     space: Space
     control: str

@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.command_line import refused, run
+from helpers.controllers import controller_for
+from helpers.prompts import NOMINAL_PROMPTS as PROMPTS
 from helpers.tiny import tiny
-from test_chat import fitted
-from test_cli import refused, run
-from test_linearity import PROMPTS
+from helpers.transitions import transition_norms
 
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.analysis import Certificate, certify
 from mlx_lqr.analysis.closed_loop import AtPrompt, ClosedLoop
-from mlx_lqr.analysis.lyapunov import error_bound, lyapunov_sweep, transition_norms, weighted_norm
-from mlx_lqr.analysis.results import as_json, write_json
+from mlx_lqr.analysis.lyapunov import error_bound, lyapunov_sweep, weighted_norm
 from mlx_lqr.analysis.rollout import roll_out
 from mlx_lqr.backends.protocol import Model
+from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.lqr.controller import Controller
 
 CALIBRATION, HELD_OUT = PROMPTS[:2], PROMPTS[2:]
@@ -37,8 +38,8 @@ def certified(model: Model, controller: Controller, **options: Any) -> Certifica
 def test_the_prediction_is_the_linear_loop(family: str, setpoint: str, linearised: Any) -> None:
     """Step by step with dense matrices, from the unsteered residual stream alone."""
     model = tiny(family, num_hidden_layers=4)
-    controller = fitted(model, layers=[1, 2, 3], setpoint=setpoint)
-    found = certified(model, controller, strengths=(1.0, 2.5), linearised=linearised)
+    controller = controller_for(model, layers=[1, 2, 3], setpoint=setpoint)
+    certificate = certified(model, controller, strengths=(1.0, 2.5), linearised=linearised)
     v, g = controller.direction[:, :, 0].astype(np.float64), controller.gain[:, :, 0].astype(np.float64)
     for n, prompt in enumerate(HELD_OUT):
         A = mlx_lqr.linearize(model, [prompt] if linearised == "prompt" else CALIBRATION)
@@ -49,32 +50,35 @@ def test_the_prediction_is_the_linear_loop(family: str, setpoint: str, linearise
                 u = (controller.offset[k, 0] + strength * controller.setpoint[k, 0] - v[k] @ (z0[k] + p)) * g[k]
                 p = A[k] @ p + u
                 if k < 3:
-                    assert found.predicted[n, s, k + 1] == pytest.approx(v[k + 1] @ (z0[k + 1] + p), abs=2e-3)
+                    assert certificate.predicted[n, s, k + 1] == pytest.approx(v[k + 1] @ (z0[k + 1] + p), abs=2e-3)
     wanted = controller.offset[:, 0] + np.array([[1.0], [2.5]]) * controller.setpoint[:, 0]
-    assert found.setpoint[:, :-1] == pytest.approx(wanted, rel=1e-6)
-    assert np.all(np.isnan(found.setpoint[:, -1])) == (setpoint == "centred")
-    assert found.first == 1
-    assert found.feature[:, :, 1] == pytest.approx(found.predicted[:, :, 1], abs=1e-4)  # nothing is displaced yet
-    assert found.feature_posterior[..., :2].max() < 1e-4  # but for rounding
+    assert certificate.setpoint[:, :-1] == pytest.approx(wanted, rel=1e-6)
+    assert np.all(np.isnan(certificate.setpoint[:, -1])) == (setpoint == "centred")
+    assert certificate.first == 1
+    # Nothing is displaced yet.
+    assert certificate.feature[:, :, 1] == pytest.approx(certificate.predicted[:, :, 1], abs=1e-4)
+    assert certificate.feature_posterior[..., :2].max() < 1e-4  # but for rounding
 
 
 def test_a_bound_from_the_very_samples_always_holds() -> None:
     """Constants that are the largest at the held-out prompts themselves: no estimate is left in the bound."""
     model = tiny("llama", num_hidden_layers=5)
-    controller = fitted(model)
+    controller = controller_for(model)
     for linearised in ("prompt", "average"):
-        found = certify(model, controller, PROMPTS, PROMPTS, quantile=1.0, linearised=linearised, strengths=(1.0, 3.0))
+        certificate = certify(
+            model, controller, PROMPTS, PROMPTS, quantile=1.0, linearised=linearised, strengths=(1.0, 3.0)
+        )
         for quantity in ("feature", "deviation"):
             for kind in ("posterior", "prior"):
-                assert np.all(found.held(quantity, kind) == 1), (linearised, quantity, kind)
-        assert np.all(found.remainder_held == 1)
-        assert np.all(found.feature_posterior <= found.feature_prior * (1 + 1e-4) + 1e-4)
-        assert np.all(found.feature_posterior[..., found.first + 2 :] > 0)
+                assert np.all(certificate.held(quantity, kind) == 1), (linearised, quantity, kind)
+        assert np.all(certificate.remainder_held == 1)
+        assert np.all(certificate.feature_posterior <= certificate.feature_prior * (1 + 1e-4) + 1e-4)
+        assert np.all(certificate.feature_posterior[..., certificate.first + 2 :] > 0)
 
 
 def test_own_jacobians_leave_no_mismatch_and_a_tighter_bound() -> None:
     model = tiny("llama", num_hidden_layers=4)
-    controller = fitted(model)
+    controller = controller_for(model)
     own, average = (certified(model, controller, linearised=at) for at in ("prompt", "average"))
     assert np.nanmax(own.mismatch.quantile) < 1e-4
     assert np.nanmin(average.mismatch.quantile) > 1e-3
@@ -89,28 +93,29 @@ def test_own_jacobians_leave_no_mismatch_and_a_tighter_bound() -> None:
 def test_the_deviation_is_of_second_order() -> None:
     """Half the push leaves a quarter of the deviation from the linear prediction."""
     model = tiny("qwen3")
-    controller = fitted(model, layers=[0, 1])
+    controller = controller_for(model, layers=[0, 1])
     off = []
     for share in (0.5, 0.25):
         weaker = replace(controller, gain=controller.gain * np.float32(share))
-        found = certified(model, weaker, strengths=(1.0,))
-        off.append(found.deviation[..., 2])
+        certificate = certified(model, weaker, strengths=(1.0,))
+        off.append(certificate.deviation[..., 2])
     assert np.median(off[0] / off[1]) == pytest.approx(4, rel=0.35)
 
 
 def test_the_certified_band_is_where_the_prior_bound_is_small() -> None:
     model = tiny("llama")
-    controller = fitted(model, layers=[0, 1])
-    found = certified(model, controller, strengths=(0.5, 1.0, 2.0, 4.0))
-    for k in range(found.first, 4):
-        low, high = found.certified_band[k]
-        for s, strength in enumerate(found.strengths):
-            within = np.all(found.feature_prior[:, s, k] <= 0.5 * found.magnitude[k])
+    controller = controller_for(model, layers=[0, 1])
+    certificate = certified(model, controller, strengths=(0.5, 1.0, 2.0, 4.0))
+    for k in range(certificate.first, 4):
+        low, high = certificate.certified_band[k]
+        for s, strength in enumerate(certificate.strengths):
+            within = np.all(certificate.feature_prior[:, s, k] <= 0.5 * certificate.magnitude[k])
             if not np.isnan(low) and low <= strength <= high:
                 assert within, (k, strength)
-    assert found.certified_band[found.first].tolist() == [-8, 8]  # there nothing is displaced, whatever the strength
-    assert len(found.measured_band()) == 4
-    assert set(found.measured_band()[found.first]) == set(found.strengths)
+    # At the first layer nothing is displaced, whatever the strength.
+    assert certificate.certified_band[certificate.first].tolist() == [-8, 8]
+    assert len(certificate.measured_band()) == 4
+    assert set(certificate.measured_band()[certificate.first]) == set(certificate.strengths)
 
 
 def test_the_papers_bound_holds_for_the_full_state_feedback() -> None:
@@ -136,7 +141,7 @@ def test_the_papers_bound_holds_for_the_full_state_feedback() -> None:
     bound = error_bound(transition_norms(F), size[:, 0], L / 2 * size[:, :-1] ** 2)
     assert np.all(size <= bound * (1 + 1e-6))
     assert np.median(bound[:, -1] / size[:, -1]) < 20
-    loop = ClosedLoop(model, fitted(model, qf=1.0), (1.0,), AtPrompt(model, trace))
+    loop = ClosedLoop(model, controller_for(model, qf=1.0), (1.0,), AtPrompt(model, trace))
     theory = loop.full_state()
     assert theory.step_norm == pytest.approx([step.step_norm for step in steps], rel=1e-3)
     assert theory.to_output == pytest.approx([*(step.to_output for step in steps), 1], rel=1e-3)
@@ -144,7 +149,7 @@ def test_the_papers_bound_holds_for_the_full_state_feedback() -> None:
 
 def test_a_controller_of_all_positions_is_certified_in_its_own_prefix() -> None:
     model = tiny("llama", num_hidden_layers=4)
-    controller = fitted(model, positions="all")
+    controller = controller_for(model, positions="all")
     average = certified(model, controller, linearised="average", strengths=(2.0, 1.0))
     run_alone = roll_out(model, HELD_OUT[0], controller, (2.0,))
     assert average.feature[0, 0, 1] == pytest.approx(controller.direction[1, :, 0] @ run_alone.steered[0, 1], abs=1e-4)
@@ -156,9 +161,9 @@ def test_a_controller_of_all_positions_is_certified_in_its_own_prefix() -> None:
 
 def test_what_cannot_be_certified_is_refused() -> None:
     model = tiny("llama")
-    controller = fitted(model)
+    controller = controller_for(model)
     jacobians = mlx_lqr.linearize(model, [PROMPTS[0]])
-    both = Controller.combine(controller, fitted(model, "b"))
+    both = Controller.combine(controller, controller_for(model, "b"))
     for says, call in {
         "at least two": lambda: certify(model, controller, [], HELD_OUT),
         "finite strength": lambda: certified(model, controller, strengths=()),
@@ -168,7 +173,7 @@ def test_what_cannot_be_certified_is_refused() -> None:
         "one concept": lambda: certified(model, both),
         "fitted on": lambda: certified(tiny("llama", seed=1), controller),
         "not of tiny-qwen3": lambda: certified(
-            tiny("qwen3"), fitted(tiny("qwen3")), linearised="average", jacobians=jacobians
+            tiny("qwen3"), controller_for(tiny("qwen3")), linearised="average", jacobians=jacobians
         ),
         "overflow": lambda: certified(model, controller, strengths=(1e38,)),
     }.items():
@@ -178,12 +183,12 @@ def test_what_cannot_be_certified_is_refused() -> None:
 
 def test_results_are_written_as_json(tmp_path: Path) -> None:
     model = tiny("llama")
-    found = certified(model, fitted(model), strengths=(1.0,))
-    write_json(tmp_path / "a.json", found)
+    certificate = certified(model, controller_for(model), strengths=(1.0,))
+    write_json(tmp_path / "a.json", certificate)
     read = json.loads((tmp_path / "a.json").read_text())
     assert read["strengths"] == [1.0]
-    assert np.allclose(read["feature"], found.feature, rtol=1e-5)
-    assert read["contraction"]["step_norm"] == pytest.approx(found.contraction.step_norm.tolist(), rel=1e-5)
+    assert np.allclose(read["feature"], certificate.feature, rtol=1e-5)
+    assert read["contraction"]["step_norm"] == pytest.approx(certificate.contraction.step_norm.tolist(), rel=1e-5)
     assert as_json({"a": np.float32(np.nan), "b": (1, np.inf)}) == {"a": None, "b": [1, None]}
 
 
@@ -194,7 +199,7 @@ def tiny_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[]
 
     def prepare() -> tuple[Path, Path]:
         model = tiny("llama", num_hidden_layers=4)
-        controller = fitted(model, layers=[1, 2, 3])
+        controller = controller_for(model, layers=[1, 2, 3])
         controller.save(tmp_path / "a.safetensors")
         (tmp_path / "prompts.txt").write_text("5 17 3\n9 9 41 2\n7\n3 1\n")
         module = importlib.import_module("mlx_lqr.commands.analysis")
@@ -271,11 +276,13 @@ def test_the_real_model_is_certified(smollm2: Model, dog: Path) -> None:
     """The linear prediction is close where the paper says that it is: late layers, moderate strengths."""
     controller = Controller.load(dog)
     controller = replace(controller, gain=controller.gain * (np.arange(30) >= 25)[:, None, None].astype(np.float32))
-    found = certify(smollm2, controller, ["The weather in", "She told me"], ["Once upon a time,"], strengths=(1.0,))
-    assert found.first == 25
-    off = np.abs(found.feature - found.predicted)[0, 0, 27:30] / found.magnitude[27:30]
+    certificate = certify(
+        smollm2, controller, ["The weather in", "She told me"], ["Once upon a time,"], strengths=(1.0,)
+    )
+    assert certificate.first == 25
+    off = np.abs(certificate.feature - certificate.predicted)[0, 0, 27:30] / certificate.magnitude[27:30]
     assert off.max() < 0.15
-    moved = np.abs(found.feature - found.unsteered)[0, 0, 27:30] / found.magnitude[27:30]
+    moved = np.abs(certificate.feature - certificate.unsteered)[0, 0, 27:30] / certificate.magnitude[27:30]
     assert np.median(off / moved) < 0.1
-    assert np.all(found.contraction.step_norm[25:] < 1)
-    assert np.median(found.held()[25:]) == 1
+    assert np.all(certificate.contraction.step_norm[25:] < 1)
+    assert np.median(certificate.held()[25:]) == 1

@@ -8,15 +8,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.by_hand import shifted_output
+from helpers.controllers import controller_for
+from helpers.prompts import NOMINAL_PROMPT as PROMPT
+from helpers.prompts import NOMINAL_PROMPTS as PROMPTS
 from helpers.tiny import FAMILY, tiny
-from test_chat import fitted
-from test_linearize import PROMPT, shifted_output
 
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.analysis import linearity, monitored
+from mlx_lqr.analysis.inputs import default_prompts
 from mlx_lqr.analysis.linearity import TOLERANCE, displacement_error, linearisation_error, trust_region
-from mlx_lqr.analysis.rollout import default_prompts, roll_out
+from mlx_lqr.analysis.rollout import roll_out
 from mlx_lqr.analysis.spectra import (
     dominant_modes,
     gaussian_modes,
@@ -26,9 +29,8 @@ from mlx_lqr.analysis.spectra import (
     spectral_similarity,
 )
 from mlx_lqr.backends.protocol import Model
+from mlx_lqr.lqr.controller import Positions
 from mlx_lqr.methods.alqr import LinearFeedback
-
-PROMPTS = [PROMPT, PROMPT[:4], [7, 1, 9], [3, 3, 50, 12, 6]]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))
@@ -102,9 +104,9 @@ def test_the_error_falls_in_proportion_to_the_step(random: np.random.Generator) 
     A = model.jacobian(trace, 1)
     with mx.stream(mx.cpu):
         at_rest = shifted_output(exact, PROMPT, 1, 0 * w)
-        for size, found in zip(sizes, error, strict=True):
+        for size, measured in zip(sizes, error, strict=True):
             remainder = shifted_output(exact, PROMPT, 1, size * w) - at_rest - A @ (size * w)
-            assert found == pytest.approx(np.linalg.norm(remainder) / np.linalg.norm(A @ (size * w)), rel=0.05)
+            assert measured == pytest.approx(np.linalg.norm(remainder) / np.linalg.norm(A @ (size * w)), rel=0.05)
     steps = sizes[:, None] * w
     assert displacement_error(model, trace, 1, trace.residual[1], steps) == pytest.approx(error, rel=1e-2)
     assert np.isnan(displacement_error(model, trace, 1, trace.residual[1], 0 * steps)).all()
@@ -115,19 +117,19 @@ def test_the_error_falls_in_proportion_to_the_step(random: np.random.Generator) 
 def test_the_trust_region_ends_where_the_error_passes_ten_per_cent() -> None:
     sizes = np.array([0.01, 0.1, 1.0, 10.0], np.float32)
     curves = np.array([sizes / 3, sizes * 100, sizes / 1e6, np.full(4, np.nan), [0.01, 0.5, 0.05, 0.01]], np.float32)
-    found = trust_region(sizes, curves)
-    assert found[0] == pytest.approx(3 * TOLERANCE)
-    assert found[1] == pytest.approx(TOLERANCE / 100)  # below the smallest size
-    assert np.isinf(found[2])
-    assert np.isnan(found[3])
-    assert 0.01 < found[4] < 0.1  # the first passage counts
+    radius = trust_region(sizes, curves)
+    assert radius[0] == pytest.approx(3 * TOLERANCE)
+    assert radius[1] == pytest.approx(TOLERANCE / 100)  # below the smallest size
+    assert np.isinf(radius[2])
+    assert np.isnan(radius[3])
+    assert 0.01 < radius[4] < 0.1  # the first passage counts
     assert trust_region(sizes, curves.reshape(1, 5, 4)).shape == (1, 5)
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
-def test_a_rollout_is_the_model_steered(positions: mlx_lqr.lqr.controller.Positions) -> None:
+def test_a_rollout_is_the_model_steered(positions: Positions) -> None:
     model = tiny("gemma3_text")
-    controller, strengths = fitted(model, positions=positions), (1.0, -2.0)
+    controller, strengths = controller_for(model, positions=positions), (1.0, -2.0)
     run = roll_out(model, PROMPT, controller, strengths)
     for s, strength in enumerate(strengths):
         law = LinearFeedback(controller, strength)
@@ -148,31 +150,31 @@ def test_a_rollout_is_the_model_steered(positions: mlx_lqr.lqr.controller.Positi
 
 def test_linearity_of_a_small_model() -> None:
     model = tiny("llama")
-    controller = fitted(model, layers=[0, 1])
+    controller = controller_for(model, layers=[0, 1])
     reported: list[tuple[str, int, int]] = []
-    found = linearity(
+    measured = linearity(
         model, PROMPTS, controller, strengths=(1.0, 4.0), modes=4, progress=lambda *step: reported.append(step)
     )
     n, T = 4, 3
     singular = np.stack(
         [[np.linalg.svd(mlx_lqr.linearize(model, [p])[k], compute_uv=False) for p in PROMPTS] for k in range(T)]
     )
-    assert found.singular_values[1] == pytest.approx(np.median(singular, axis=1), rel=1e-3, abs=1e-4)
-    assert np.all(found.singular_values[0] <= found.singular_values[2])
+    assert measured.singular_values[1] == pytest.approx(np.median(singular, axis=1), rel=1e-3, abs=1e-4)
+    assert np.all(measured.singular_values[0] <= measured.singular_values[2])
     pair = [mlx_lqr.linearize(model, [p])[2] for p in PROMPTS[:2]]
-    assert found.similarity[2, 0, 1] == pytest.approx(by_definition(*pair, 4), rel=1e-3)
-    j = found.mode_counts.index(4)
-    assert found.similarity_by_modes[2, j] == pytest.approx(mean_of_pairs(found.similarity[2]), rel=1e-3)
-    assert found.error["concept"].shape == (n, T, len(found.sizes))
-    assert np.isnan(found.error["push"][:, 0]).all()  # nothing is pushed before layer 0
-    assert not np.isnan(found.error["push"][:, 1:]).any()
-    assert found.trust_radius("random").shape == (T,)
+    assert measured.similarity[2, 0, 1] == pytest.approx(by_definition(pair[0], pair[1], 4), rel=1e-3)
+    j = measured.mode_counts.index(4)
+    assert measured.similarity_by_modes[2, j] == pytest.approx(mean_of_pairs(measured.similarity[2]), rel=1e-3)
+    assert measured.error["concept"].shape == (n, T, len(measured.sizes))
+    assert np.isnan(measured.error["push"][:, 0]).all()  # nothing is pushed before layer 0
+    assert not np.isnan(measured.error["push"][:, 1:]).any()
+    assert measured.trust_radius("random").shape == (T,)
     norms = np.linalg.norm(model.residuals(PROMPTS)[:, :-1], axis=2)
-    assert found.norm == pytest.approx(norms, rel=1e-4)
-    assert found.applied is not None
-    assert np.isnan(found.applied.displacement_error[:, :, 0]).all()
-    assert np.all(found.applied.displacement[:, 1, 1:] > 0)
-    assert np.all(found.applied.displacement[:, :, 0] == 0)
+    assert measured.norm == pytest.approx(norms, rel=1e-4)
+    assert measured.applied is not None
+    assert np.isnan(measured.applied.displacement_error[:, :, 0]).all()
+    assert np.all(measured.applied.displacement[:, 1, 1:] > 0)
+    assert np.all(measured.applied.displacement[:, :, 0] == 0)
     assert reported[T * n - 1] == ("Layers", T * n, T * n)
     alone = linearity(model, PROMPTS)
     assert set(alone.error) == {"random"}
@@ -181,39 +183,39 @@ def test_linearity_of_a_small_model() -> None:
 
 def test_the_region_goes_into_the_controller_and_with_it(tmp_path: Path) -> None:
     model = tiny("llama")
-    controller = fitted(model, layers=[0, 1])
-    found = linearity(model, PROMPTS, controller)
-    region = monitored(controller, found)
+    controller = controller_for(model, layers=[0, 1])
+    measured = linearity(model, PROMPTS, controller)
+    region = monitored(controller, measured)
     assert region.checked_error is not None
     assert region.checked_push is not None
     assert np.allclose(
-        region.checked_error[1], np.quantile(found.trust["concept"][:, 1] * found.norm[:, 1], 0.1, method="lower")
+        region.checked_error[1], np.quantile(measured.trust["concept"][:, 1] * measured.norm[:, 1], 0.1, method="lower")
     )
-    assert np.allclose(region.checked_push[0], found.trust_radius("push", 0.1)[1])
+    assert np.allclose(region.checked_push[0], measured.trust_radius("push", 0.1)[1])
     assert np.isinf(region.checked_push[-1])  # no block comes after the last
     region.save(tmp_path / "a.safetensors")
     loaded = mlx_lqr.Controller.load(tmp_path / "a.safetensors")
     assert np.array_equal(loaded.checked_push, region.checked_push)  # type: ignore[arg-type]
-    both = mlx_lqr.Controller.combine(loaded, fitted(model, "b"))
+    both = mlx_lqr.Controller.combine(loaded, controller_for(model, "b"))
     assert both.checked_error is not None
     assert np.array_equal(both.checked_error[:, 0], region.checked_error[:, 0])
     assert np.isinf(both.checked_error[:, 1]).all()
     first, second = both.split()
     assert np.array_equal(first.checked_error, region.checked_error)  # type: ignore[arg-type]
-    assert mlx_lqr.Controller.combine(fitted(model), fitted(model, "b")).checked_error is None
-    with pytest.raises(InputError, match="that one"):
-        monitored(second, found)
+    assert mlx_lqr.Controller.combine(controller_for(model), controller_for(model, "b")).checked_error is None
+    with pytest.raises(InputError, match="another controller: give the same one to both"):
+        monitored(second, measured)
 
 
 def test_what_cannot_be_measured_is_refused(smollm2: Model) -> None:
     model = tiny("llama")
     with pytest.raises(InputError, match="at least two"):
         linearity(model, [PROMPT])
-    both = mlx_lqr.Controller.combine(fitted(model), fitted(model, "b"))
+    both = mlx_lqr.Controller.combine(controller_for(model), controller_for(model, "b"))
     with pytest.raises(InputError, match="one concept at a time"):
         linearity(model, PROMPTS, both)
     with pytest.raises(InputError, match="fitted on"):
-        linearity(tiny("llama", seed=1), PROMPTS, fitted(model))
+        linearity(tiny("llama", seed=1), PROMPTS, controller_for(model))
 
 
 def test_default_prompts_end_in_different_tokens(smollm2: Model) -> None:

@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from helpers.transitions import transition_norms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import eigh
@@ -20,7 +21,6 @@ from mlx_lqr.analysis.lyapunov import (
     prior_bound,
     remainder_bound,
     spectral_norm,
-    transition_norms,
     transition_products,
     weighted_norm,
 )

@@ -7,9 +7,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from helpers.controllers import controller_for
+from helpers.prompts import NOMINAL_PROMPTS as PROMPTS
 from helpers.tiny import tiny
-from test_chat import fitted
-from test_linearity import PROMPTS
 
 from mlx_lqr.analysis import Certificate, Linearity, certify, linearity, plots
 
@@ -17,13 +17,13 @@ from mlx_lqr.analysis import Certificate, Linearity, certify, linearity, plots
 @pytest.fixture(scope="module")
 def measured() -> Linearity:
     model = tiny("llama", num_hidden_layers=4)
-    return linearity(model, PROMPTS, fitted(model, layers=[1, 2, 3]), modes=4)
+    return linearity(model, PROMPTS, controller_for(model, layers=[1, 2, 3]), modes=4)
 
 
 @pytest.fixture(scope="module")
 def certificate() -> Certificate:
     model = tiny("llama", num_hidden_layers=6)
-    controller = fitted(model, layers=[1, 2, 3, 4, 5], setpoint="paper")
+    controller = controller_for(model, layers=[1, 2, 3, 4, 5], setpoint="paper")
     return certify(model, controller, PROMPTS[:2], PROMPTS[2:], strengths=(1.0, 2.0))
 
 
@@ -62,13 +62,13 @@ def test_pictures_of_a_certificate_show_its_numbers(certificate: Certificate) ->
 
 def tradeoffs() -> list[plots.Tradeoff]:
     """Made up: two methods at three strengths."""
-    found = []
+    results = []
     for method, price in (("A-LQR", 1.0), ("additive", 2.0)):
         for strength in (3.0, 1.0, 2.0):
             control, damage = min(0.95, 0.3 * strength), 8 + price * strength
             intervals = (control - 0.08, control + 0.05), (damage - 0.4, damage + 0.6)
-            found.append(plots.Tradeoff(method, strength, control, damage, *intervals))
-    return found
+            results.append(plots.Tradeoff(method, strength, control, damage, *intervals))
+    return results
 
 
 def test_control_against_damage_joins_a_methods_strengths() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,75 +9,51 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.backends import BACKENDS, OTHERS, smollm2_on, tiny_on
-from helpers.tiny import FAMILY
+from helpers.controllers import NEGATIVE, POSITIVE, controller_for, law_for
+from helpers.decoding import decoded, decoded_together, prefill_chunks
+from helpers.prompts import BATCH, PROMPT
+from helpers.tiny import families
 
 import mlx_lqr
 from mlx_lqr import InputError
-from mlx_lqr.backends.protocol import Model, Sampling
-from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.backends.protocol import Sampling
+from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.methods.steering import law_of
 from mlx_lqr.runtime.decode import decode
 
-PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33, 21, 40]  # longer than the tiny models' sliding windows of 6
-BATCH = [PROMPT, PROMPT[:1], PROMPT[4:9], PROMPT[::-1], PROMPT[2:4]]
-POSITIVE, NEGATIVE = [[1, 2, 3], [4, 5]], [[6, 7], [8]]
-families = pytest.mark.parametrize("family", sorted(FAMILY))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 other_backends = pytest.mark.parametrize("backend", OTHERS)
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def controller_for(model: Model, **options: Any) -> mlx_lqr.Controller:
-    return mlx_lqr.fit(model, POSITIVE, NEGATIVE, q=1.0, **{"layers": "all", **options})
-
-
-def law_for(model: Model, strength: float = 2.0) -> LinearFeedback:
-    return LinearFeedback(controller_for(model), strength)
-
-
-def decoded(model: Model, prompt: list[int], **options: Any) -> list[int]:
-    return [token for _, token in decode(model, [prompt], **options)]
-
-
-def decoded_together(model: Model, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in prompts]
-    for i, token in decode(model, prompts, **options):
-        found[i].append(token)
-    return found
-
-
-def prefill_chunks(backend: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module(f"mlx_lqr.backends.{backend}.decoder"), "PREFILL_CHUNK", size)
+def relative(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 @other_backends
 @families
 def test_numbers_agree(backend: str, family: str, random: np.random.Generator) -> None:
-    expected, found = tiny_on("mlx", family), tiny_on(backend, family)
-    assert found.fingerprint == expected.fingerprint
-    assert (found.num_layers, found.hidden_size, found.vocab_size) == (3, 32, 64)
-    assert found.context_length == expected.context_length
+    expected, other = tiny_on("mlx", family), tiny_on(backend, family)
+    assert other.fingerprint == expected.fingerprint
+    assert (other.num_layers, other.hidden_size, other.vocab_size) == (3, 32, 64)
+    assert other.context_length == expected.context_length
     law = law_for(expected)
     for steering in ({}, {"law": law}, {"law": law, "steer_all": True}):
-        assert relative(found.residuals(BATCH, **steering), expected.residuals(BATCH, **steering)) < 1e-5
-        assert np.abs(found.logits(PROMPT, **steering) - expected.logits(PROMPT, **steering)).max() < 1e-4
-        logprobs = [model.log_probabilities([(PROMPT[:5], PROMPT[5:])], **steering)[0] for model in (found, expected)]
+        assert relative(other.residuals(BATCH, **steering), expected.residuals(BATCH, **steering)) < 1e-5
+        assert np.abs(other.logits(PROMPT, **steering) - expected.logits(PROMPT, **steering)).max() < 1e-4
+        logprobs = [model.log_probabilities([(PROMPT[:5], PROMPT[5:])], **steering)[0] for model in (other, expected)]
         assert np.abs(logprobs[0] - logprobs[1]).max() < 1e-4
-    traces = found.trace(PROMPT), expected.trace(PROMPT)
+    traces = other.trace(PROMPT), expected.trace(PROMPT)
     w = random.standard_normal((2, 32)).astype(np.float32)
     for k in range(3):
         A = expected.jacobian(traces[1], k)
-        assert relative(found.jacobian(traces[0], k), A) < 1e-4
-        assert relative(found.jvp(traces[0], k, w), w @ A.T) < 1e-4
-        assert relative(found.vjp(traces[0], k, w), w @ A) < 1e-4
+        assert relative(other.jacobian(traces[0], k), A) < 1e-4
+        assert relative(other.jvp(traces[0], k, w), w @ A.T) < 1e-4
+        assert relative(other.vjp(traces[0], k, w), w @ A) < 1e-4
         z = traces[1].residual[k] + np.vstack([np.zeros(32, np.float32), w])
         outputs = expected.block(traces[1], k, z)
         assert relative(outputs[0], traces[1].residual[k + 1]) < 1e-5
-        assert relative(found.block(traces[0], k, z), outputs) < 1e-4
+        assert relative(other.block(traces[0], k, z), outputs) < 1e-4
 
 
 @every_backend
@@ -87,7 +62,7 @@ def test_numbers_agree(backend: str, family: str, random: np.random.Generator) -
 def test_logits_and_probabilities_along_texts_are_those_of_the_steps(
     backend: str, family: str, steer_all: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_lqr.backends.protocol.BATCH_TOKENS", 20)  # two batches
+    monkeypatch.setattr("mlx_lqr.backends.batching.BATCH_TOKENS", 20)  # two batches
     model = tiny_on(backend, family)
     pairs = [([5], [6, 7, 8, 9]), (PROMPT[:5], PROMPT[5:]), ([1, 2, 3], [4]), ([3, 1], [4, 1, 5])]
     laws = [None, law_for(model)]
@@ -97,11 +72,11 @@ def test_logits_and_probabilities_along_texts_are_those_of_the_steps(
     for law in laws:
         logits = model.logits_along(pairs, law=law, steer_all=steer_all)
         scores = model.log_probabilities(pairs, law=law, steer_all=steer_all)
-        for (prompt, continuation), found, scored in zip(pairs, logits, scores, strict=True):
+        for (prompt, continuation), along, scored in zip(pairs, logits, scores, strict=True):
             decoder = model.decoder(law)
             decoder.fill([prompt[:-1]], steered=steer_all)
             steps = [decoder.step([token]).tolist()[0] for token in (prompt[-1], *continuation)]
-            assert np.allclose(found, steps, atol=1e-4)
+            assert np.allclose(along, steps, atol=1e-4)
             expected = [row[token] - np.log(np.exp(row).sum()) for row, token in zip(steps, continuation, strict=False)]
             assert np.allclose(scored, expected, atol=1e-4)
 
@@ -110,10 +85,10 @@ def test_logits_and_probabilities_along_texts_are_those_of_the_steps(
 @families
 @pytest.mark.parametrize("steer_all", [False, True])
 def test_steered_tokens_agree(backend: str, family: str, steer_all: bool) -> None:
-    expected, found = tiny_on("mlx", family), tiny_on(backend, family)
+    expected, other = tiny_on("mlx", family), tiny_on(backend, family)
     law = law_for(expected)
     options = {"law": law, "steer_all": steer_all, "max_tokens": 12}
-    assert decoded(found, PROMPT, **options) == decoded(expected, PROMPT, **options)
+    assert decoded(other, PROMPT, **options) == decoded(expected, PROMPT, **options)
 
 
 @other_backends
@@ -162,9 +137,9 @@ def test_linearising_goes_on_where_it_was_interrupted(backend: str, tmp_path: Pa
     model.jacobian = interrupted
     with pytest.raises(KeyboardInterrupt):
         mlx_lqr.linearize(model, [PROMPT], store=file)
-    found = mlx_lqr.linearize(model, [PROMPT], store=file)
+    resumed = mlx_lqr.linearize(model, [PROMPT], store=file)
     assert layers == [2, 1, 0, 0]
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(resumed, expected, strict=True))
 
 
 @every_backend
@@ -176,7 +151,7 @@ def test_a_batch_gets_the_tokens_that_each_prompt_gets_alone(
     model = tiny_on(backend, family)
     options = {"law": law_for(model), "steer_all": steer_all, "max_tokens": 8}
     alone = [decoded(model, prompt, **options) for prompt in BATCH]
-    prefill_chunks(backend, 3 * len(BATCH), monkeypatch)  # shorter than most prompts
+    prefill_chunks(3 * len(BATCH), monkeypatch)  # shorter than most prompts
     assert decoded_together(model, BATCH, **options) == alone
 
 
@@ -187,7 +162,7 @@ def test_chunks_of_the_prompt_change_nothing(backend: str, steer_all: bool, monk
     law = law_for(model)
     whole = model.logits(PROMPT, law=law, steer_all=steer_all)
     for chunk in (1, 3, 4, 11, 12, 50):
-        prefill_chunks(backend, chunk, monkeypatch)
+        prefill_chunks(chunk, monkeypatch)
         assert np.abs(model.logits(PROMPT, law=law, steer_all=steer_all) - whole).max() < 1e-4
 
 
@@ -208,13 +183,13 @@ def test_a_batch_goes_on_without_those_that_have_ended(backend: str) -> None:
     sampling = Sampling(seed=7, **filters)  # type: ignore[arg-type]
     assert decoded_together(model, BATCH, sampling=sampling, max_tokens=12) == expected
     assert len(expected[0]) <= 3
-    found: list[list[int]] = [[] for _ in BATCH]
+    answers: list[list[int]] = [[] for _ in BATCH]
     ended: set[int] = set()  # where the caller says which sequences are done
     for i, token in decode(model, BATCH, sampling=sampling, max_tokens=12, ended=ended):
-        found[i].append(token)
-        if i == 1 and len(found[i]) == 5:
+        answers[i].append(token)
+        if i == 1 and len(answers[i]) == 5:
             ended.add(i)
-    assert found == [tokens[:5] if i == 1 else tokens for i, tokens in enumerate(expected)]
+    assert answers == [tokens[:5] if i == 1 else tokens for i, tokens in enumerate(expected)]
 
 
 @every_backend
@@ -267,8 +242,8 @@ def test_what_does_not_fit_the_context_is_an_error_or_rolls(backend: str) -> Non
 def test_a_rolling_context_forgets_alike(backend: str) -> None:
     """Filled token by token, so that no backend's way to chunk a prompt matters."""
     models = [tiny_on(name, "qwen3", max_position_embeddings=16) for name in ("mlx", backend)]
-    expected, found = (decoded(model, PROMPT, max_tokens=700, overflow="roll") for model in models)
-    assert found == expected  # long enough for the torch backend's buffer to come round
+    expected, tokens = (decoded(model, PROMPT, max_tokens=700, overflow="roll") for model in models)
+    assert tokens == expected  # long enough for the torch backend's buffer to come round
 
 
 @every_backend
@@ -356,9 +331,9 @@ def test_adaptive_generation_linearises_during_prefill(backend: str) -> None:
     prompt = PROMPT * 2  # longer than the sliding window
     law = LinearFeedback(mlx_lqr.adapt(model, controller, prompt), 2.0)
     expected = decoded(model, prompt, law=law, max_tokens=8)
-    adapt = partial(readapted, model, controller)
-    found = decoded(model, prompt, max_tokens=8, adapted=lambda trace: LinearFeedback(adapt(trace), 2.0))
-    assert found == expected
+    adapt = partial(adapt_at, model, controller)
+    tokens = decoded(model, prompt, max_tokens=8, adapted=lambda trace: LinearFeedback(adapt(trace), 2.0))
+    assert tokens == expected
 
 
 @every_backend
@@ -399,21 +374,21 @@ def test_other_models_controllers_and_bad_dtypes_are_refused(backend: str, tmp_p
 @other_backends
 def test_the_real_model_agrees(backend: str, golden: dict[str, Any], controller: mlx_lqr.Controller) -> None:
     """SmolLM2: activations, probed Jacobians, and 40 greedy tokens with a controller that the other backend fitted."""
-    expected, found = smollm2_on("mlx"), smollm2_on(backend)
-    assert found.fingerprint == expected.fingerprint == controller.fingerprint
-    prompts = [found.tokenizer.encode(text) for text in golden["positive"][:6]]
+    expected, other = smollm2_on("mlx"), smollm2_on(backend)
+    assert other.fingerprint == expected.fingerprint == controller.fingerprint
+    prompts = [other.tokenizer.encode(text) for text in golden["positive"][:6]]
     scale = np.linalg.norm(expected.residuals(prompts), axis=-1)
-    error = np.linalg.norm(found.residuals(prompts) - expected.residuals(prompts), axis=-1)
+    error = np.linalg.norm(other.residuals(prompts) - expected.residuals(prompts), axis=-1)
     assert (error / scale).max() < 1e-5
-    traces = found.trace(prompts[0]), expected.trace(prompts[0])
+    traces = other.trace(prompts[0]), expected.trace(prompts[0])
     probes = golden["probe"][:, None].astype(np.float32)
-    for k in range(0, found.num_layers, 5):
+    for k in range(0, other.num_layers, 5):
         for product in ("jvp", "vjp"):
-            pair = [getattr(m, product)(t, k, probes[k]) for m, t in zip((found, expected), traces, strict=True)]
+            pair = [getattr(m, product)(t, k, probes[k]) for m, t in zip((other, expected), traces, strict=True)]
             assert np.linalg.norm(pair[0] - pair[1]) < 1e-4 * np.linalg.norm(pair[1])
     pieces = [
         [p.token for p in mlx_lqr.stream(m, golden["prompt"], controller=controller, strength=3.0, max_tokens=40)]
-        for m in (found, expected)
+        for m in (other, expected)
     ]
     assert pieces[0] == pieces[1]
     assert len(pieces[0]) == 40

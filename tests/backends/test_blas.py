@@ -45,8 +45,8 @@ def test_the_installation_brings_a_tuned_blas_which_mlx_then_uses() -> None:
 )
 def test_without_one_it_works_and_says_once_what_it_costs(code: str) -> None:
     load = "\nmlx_lqr.generate(mlx_lqr.load('demo'), 'Hi', max_tokens=1)\nmlx_lqr.load('demo')\nprint('works')"
-    found = "none found" if "mlx.core" not in code else ""
-    done = run(code + load, MLX_LQR_BLAS="/no/such/library.so" if found else "")
+    note = "none found" if "mlx.core" not in code else ""
+    done = run(code + load, MLX_LQR_BLAS="/no/such/library.so" if note else "")
     assert done.stdout == "works\n"
     assert done.stderr.count("no tuned BLAS in use") == 1
 
@@ -65,7 +65,7 @@ def test_a_head_laid_out_for_single_tokens_gives_the_logits_of_its_weight(rows: 
     import mlx.core as mx  # after mlx_lqr, so that MLX gets its BLAS
 
     x = mx.random.normal((rows, 1, smollm2.hidden_size), key=mx.random.key(rows))
-    found = np.asarray(smollm2.module.model.embed_tokens.as_linear(x))
+    logits = np.asarray(smollm2.module.model.embed_tokens.as_linear(x))
     weight = np.asarray(smollm2.module.model.embed_tokens.weight).astype(np.float64)
     expected = np.asarray(x).astype(np.float64) @ weight.T
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())

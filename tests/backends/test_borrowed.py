@@ -11,18 +11,20 @@ from typing import Any, get_args
 
 import pytest
 from helpers.backends import tiny_on
-from helpers.tiny import COMMON
+from helpers.controllers import controller_for
+from helpers.prompts import PROMPT
+from helpers.tiny import COMMON, families
 from oldest import PYPROJECT, oldest
-from test_backends import PROMPT, controller_for, families
 
 import mlx_lqr
-from mlx_lqr import InputError, loading
+from mlx_lqr import InputError
 from mlx_lqr.backends import borrowed
 from mlx_lqr.backends.borrowed import BORROWED, Borrowed, Moment, check_borrowed
 from mlx_lqr.backends.checkpoint.config import model_config
 from mlx_lqr.backends.mlx import family as mlx_family
-from mlx_lqr.backends.mlx.mlx_lm_models import import_mlx_lm, model_classes
+from mlx_lqr.backends.mlx.library import import_mlx_lm, model_classes
 from mlx_lqr.backends.torch import decoder as torch_decoder
+from mlx_lqr.backends.torch.backend import OLDEST
 
 ROOT = PYPROJECT.parent
 SOURCES = [file for folder in ("mlx_lqr", "runtime", "convert") for file in sorted((ROOT / folder).rglob("*.py"))]
@@ -196,10 +198,51 @@ def test_every_private_name_of_another_library_is_on_the_list() -> None:
     assert sorted((file, name) for file, name in foreign if name not in listed) == []
 
 
+LIBRARIES = {
+    "mlx-lm": ("mlx_lqr/backends/mlx/library.py", "mlx_lqr/backends/mlx/evaluator.py"),
+    "transformers": ("mlx_lqr/backends/torch/library.py",),
+    "lm-eval": ("mlx_lqr/tasks/lm_eval.py", "mlx_lqr/backends/mlx/evaluator.py"),
+}
+"""Where each library's private or renamed parts are touched."""
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """What is imported, as `module:name`, by statements and by `import_mlx_lm`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (f"{alias.name}:" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}:{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "import_mlx_lm":
+            yield "mlx_lm:"
+
+
+def test_each_library_is_touched_in_one_place() -> None:
+    everywhere = {file for files in LIBRARIES.values() for file in files}
+    listed = {name for row in BORROWED for name in (*re.split(r"[.:]", row.place), *row.attributes, *row.sets)}
+    for row in BORROWED:
+        user = row.user.partition(":")[0].replace(".", "/")
+        assert f"{user}.py" in LIBRARIES[row.package], row.place
+    for file in SOURCES:
+        path, tree = str(file.relative_to(ROOT)), ast.parse(file.read_text("utf-8"))
+        if path == "mlx_lqr/backends/borrowed.py":  # looks whether it is all there
+            continue
+        private = {name for name in private_names(tree) if name.startswith("_") and name in listed}
+        own = set(own_names(tree))
+        assert path in everywhere or private <= own, (path, private - own)
+        for name in imported(tree):
+            for row in BORROWED:
+                module, _, attribute = row.place.partition(":")
+                whole = row.package in ("mlx-lm", "lm-eval")  # and not some of its parts
+                same = name.split(".")[0].split(":")[0] == module.split(".")[0]
+                if (whole and same) or name == f"{module}:{attribute.split('.')[0]}":
+                    assert path in LIBRARIES[row.package], (path, name)
+
+
 def test_the_oldest_versions_are_those_of_pyproject() -> None:
-    found = oldest(PYPROJECT.read_text("utf-8"))
-    for package, numbers in loading._OLDEST.items():
-        assert found[package] == ".".join(map(str, numbers))
-    assert {"mlx", "mlx-lm", "torch", "tokenizers", "numpy"} <= set(found)
+    versions = oldest(PYPROJECT.read_text("utf-8"))
+    for package, numbers in OLDEST.items():
+        assert versions[package] == ".".join(map(str, numbers))
+    assert {"mlx", "mlx-lm", "torch", "tokenizers", "numpy"} <= set(versions)
     with pytest.raises(ValueError, match="'rich' has no lower bound"):
         oldest('dependencies = [\n  "rich",\n]\ntorch = []\n')

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.controllers import controller_for
 from helpers.tiny import FAMILY, tiny
 from mlx.utils import tree_map
 
@@ -16,8 +17,6 @@ from mlx_lqr.backends.mlx import decoder as mlx_decoder
 from mlx_lqr.backends.mlx import step as mlx_step
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.mlx.model import MLXModel
-from mlx_lqr.lqr.controller import Controller
-from mlx_lqr.lqr.layers import Layers
 from mlx_lqr.methods.alqr import LinearFeedback
 
 PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33]
@@ -29,10 +28,6 @@ def from_the_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """With buffers that soon are full, too."""
     monkeypatch.setattr(mlx_decoder, "COMPILE_AFTER", 0)
     monkeypatch.setattr(mlx_step, "STEP", 8)
-
-
-def controller_for(model: MLXModel, layers: Layers = "all") -> Controller:
-    return mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, layers=layers)
 
 
 def both_ways(
@@ -54,7 +49,7 @@ def logits_of_steps(decoder: MLXDecoder) -> np.ndarray:
 def test_steps_equal_plain_ones_in_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The windows of 6 tokens are full from the start, the buffers of 8 slots at once and again and again."""
     model = tiny(family)
-    law = LinearFeedback(controller_for(model, [0, 2]), 2.0)
+    law = LinearFeedback(controller_for(model, layers=[0, 2]), 2.0)
     compiled, plain = both_ways(model, logits_of_steps, monkeypatch, law=law)
     assert np.abs(compiled - plain).max() < 1e-4
     assert np.abs(compiled - both_ways(model, logits_of_steps, monkeypatch)[0]).max() > 1e-2
@@ -73,10 +68,10 @@ def test_whatever_happens_between_steps(family: str, rolling: bool, monkeypatch:
     model = tiny(family, max_position_embeddings=20)
 
     def work(decoder: MLXDecoder) -> list[np.ndarray]:
-        found = []
+        answers: list[Any] = []
 
         def steps(tokens: list[int]) -> None:
-            found.extend(np.array(decoder.step([token])) for token in tokens)
+            answers.extend(np.array(decoder.step([token])) for token in tokens)
 
         decoder.fill([PROMPT[:3]], steered=False)
         steps(TOKENS[:2])
@@ -84,14 +79,14 @@ def test_whatever_happens_between_steps(family: str, rolling: bool, monkeypatch:
             assert decoder.position == 4
         steps(TOKENS[2:5])
         decoder.fill([PROMPT[3:6]], steered=False)
-        found.append(decoder.trace(7).residual)
+        answers.append(decoder.trace(7).residual)
         steps(TOKENS[5:8])
         assert 0 <= decoder.sample(decoder.step([9])).item() < model.vocab_size
         if rolling:
             steps(TOKENS[8:])
             decoder.fill([PROMPT], steered=False)
             steps(TOKENS)
-        return found
+        return answers
 
     for compiled, plain in zip(*both_ways(model, work, monkeypatch, rolling=rolling), strict=True):
         assert np.abs(compiled - plain).max() < 1e-4

@@ -166,7 +166,7 @@ def test_a_key_is_computed_as_transformers_does_or_refused_by_name(family: str, 
         expected: np.ndarray | None = None
         for backend in BACKENDS:
             try:
-                found = our_logits(folder, backend)
+                logits = our_logits(folder, backend)
             except InputError as error:
                 message = str(error)
                 allowed = key in REFUSED | MAY_BE_REFUSED[backend] or "do not fit its config.json" in message
@@ -175,7 +175,7 @@ def test_a_key_is_computed_as_transformers_does_or_refused_by_name(family: str, 
                 continue
             if expected is None:
                 expected = plain_logits(folder)
-            assert relative(found, expected) < 1e-3, (backend, config.get(key))
+            assert relative(logits, expected) < 1e-3, (backend, config.get(key))
 
 
 def can_compute(folder: Path) -> bool:

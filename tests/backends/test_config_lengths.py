@@ -77,15 +77,15 @@ def test_texts_grow_past_the_window_alike(family: str, tmp_path: Path) -> None:
 def test_a_context_rolls_with_windows_shorter_and_longer_than_it(family: str, window: int, tmp_path: Path) -> None:
     short = BASE[family] | {"max_position_embeddings": 24, "original_max_position_embeddings": 24}
     folder = with_config(weights_folder(family), short | {"sliding_window": window}, tmp_path)
-    found = [tokens(load(folder, backend), [PROMPT], 30, overflow="roll") for backend in BACKENDS]
-    assert found[0] == found[1]
+    answers = [tokens(load(folder, backend), [PROMPT], 30, overflow="roll") for backend in BACKENDS]
+    assert answers[0] == answers[1]
 
 
 def tokens(model: Any, prompts: list[list[int]], count: int, **options: Any) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     for i, token in decode(model, prompts, max_tokens=count, **options):
-        found[i].append(token)
-    return found
+        answers[i].append(token)
+    return answers
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

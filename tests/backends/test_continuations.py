@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.backends import tiny_folder
-from helpers.every_tokenizer import KINDS, TEXTS, folder_of, tokenizer_of
-from test_streaming import beyond
+from helpers.every_tokenizer import KINDS, TEXTS, beyond, folder_of, tokenizer_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlx_lqr
@@ -139,13 +138,13 @@ def test_a_judge_reads_a_text_with_its_prompt(kind: str, chat: bool) -> None:
 
 def test_yes_and_no_are_scored_behind_the_question() -> None:
     model = model_of("llama")
-    found = mentions(tasks.Steered(model), "sea", ["The sea is deep."])[0]
+    mentioned = mentions(tasks.Steered(model), "sea", ["The sea is deep."])[0]
     asked = 'Does this text have to do with "sea"? Answer Yes or No.'
     text = f'Text: "The sea is deep."\nQuestion: {asked}\nAnswer:'
     theirs = AutoTokenizer.from_pretrained(folder("llama"))
     own = theirs.encode(text)
     yes, no = (transformers_score("llama", own, theirs.encode(f"{text} {word}")) for word in ("Yes", "No"))
-    assert found == pytest.approx(1 / (1 + np.exp(no - yes)), abs=1e-5)
+    assert mentioned == pytest.approx(1 / (1 + np.exp(no - yes)), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "metaspace", "gemma", "byte-level"])

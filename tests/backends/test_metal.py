@@ -20,14 +20,14 @@ import pytest
 from helpers.backends import smollm2_on, tiny_folder
 from helpers.metal import NotOnMetalError, rehearse
 from helpers.tiny import FAMILY
+from helpers.tiny_tokenizers import with_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
-from test_runtime import with_tokenizer
 
 import mlx_lqr
 from mlx_lqr import InputError, tasks
 from mlx_lqr.analysis import linearity
 from mlx_lqr.backends import blas
-from mlx_lqr.backends.mlx import sampling as mlx_sampling
+from mlx_lqr.backends.mlx.library import filters
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.protocol import Law, Sampling
 from mlx_lqr.convert import convert
@@ -55,8 +55,8 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> None:
     rehearse(monkeypatch)  # by the same one that tests use, which then undoes everything in its order
 
 
-def relative(found: Any, expected: Any) -> float:
-    return float(np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected))
+def relative(actual: Any, expected: Any) -> float:
+    return float(np.linalg.norm(np.asarray(actual) - expected) / np.linalg.norm(expected))
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -66,10 +66,10 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def tokens_of(model: MLXModel, *prompts: Sequence[int], law: Law | None = None, n: int = 4) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     for i, token in decode(model, [list(prompt) for prompt in prompts], law=law, max_tokens=n):
-        found[i].append(token)
-    return found
+        answers[i].append(token)
+    return answers
 
 
 def shortfall(reference: Any, prompt: Sequence[int], tokens: Sequence[int], law: Law | None = None) -> float:
@@ -129,7 +129,7 @@ def test_every_branch_of_the_gpu_is_taken(dtype: str, monkeypatch: pytest.Monkey
     assert model._compiled is None
     assert type(model.module.model.embed_tokens) is nn.Embedding
     asked = []
-    library = mlx_sampling.import_mlx_lm("sample_utils")
+    library = filters()
     apply_top_p = library.apply_top_p
     monkeypatch.setattr(library, "apply_top_p", lambda *args: asked.append(1) or apply_top_p(*args))
     list(decode(model, [PROMPT], sampling=Sampling(1.0, top_p=0.5, seed=0), max_tokens=2))
@@ -175,8 +175,8 @@ def test_the_main_job_in_every_family(family: str, kind: str) -> None:
     model, reference = rounded(family, kind)
     tolerance = 60 * ROUNDING["float16" if kind == "float16" else "bfloat16"]  # a dozen roundings, amplified
     tolerance *= 1 if family in DENSE else 2  # by the choice of experts too
-    found, expected = (mlx_lqr.contrast(one, POSITIVE, NEGATIVE) for one in (model, reference))
-    assert relative(found.direction, expected.direction) < tolerance
+    contrast, expected = (mlx_lqr.contrast(one, POSITIVE, NEGATIVE) for one in (model, reference))
+    assert relative(contrast.direction, expected.direction) < tolerance
     jacobians = [mlx_lqr.linearize(one, [PROMPT]) for one in (model, reference)]
     for A, B in zip(*jacobians, strict=True):
         assert relative(A, B) < tolerance
@@ -209,8 +209,8 @@ def test_every_law_acts_in_the_dtype_of_the_activations(dtype: str, method: Any)
     logits = decoder.step(PROMPT[-1:])
     assert logits.dtype == getattr(mx, dtype)
     expected = reference.logits(PROMPT, law=law, steer_all=steering.positions == "all")
-    found = np.array(logits[0].astype(mx.float32))
-    assert relative(found, expected) < 60 * ROUNDING[dtype]
+    first = np.array(logits[0].astype(mx.float32))
+    assert relative(first, expected) < 60 * ROUNDING[dtype]
 
 
 def test_a_recording_adaptive_gains_and_linearity() -> None:
@@ -230,9 +230,9 @@ def test_a_recording_adaptive_gains_and_linearity() -> None:
     law = LinearFeedback(adapted[1], 1.0)
     pieces = list(mlx_lqr.stream(model, PROMPT, controller=controller, adaptive=True, max_tokens=4))
     assert shortfall(reference, PROMPT, [piece.token for piece in pieces if piece.token is not None], law) < 0.2
-    found, expected = (linearity(one, [PROMPT, PROMPT[:4]], controller) for one in (model, reference))
+    measured, expected = (linearity(one, [PROMPT, PROMPT[:4]], controller) for one in (model, reference))
     for name in ("norm", "singular_values", "similarity"):
-        assert relative(getattr(found, name), getattr(expected, name)) < 0.1
+        assert relative(getattr(measured, name), getattr(expected, name)) < 0.1
 
 
 # SmolLM2.
@@ -298,8 +298,8 @@ def fitted() -> mlx_lqr.Controller:
 
 def test_smollm2_is_fitted_in_bfloat16_as_in_float32(in_16_bits: MLXModel) -> None:
     both = in_16_bits, smollm2_on("mlx")
-    found, expected = (mlx_lqr.contrast(one, POSITIVE_TEXTS, NEGATIVE_TEXTS) for one in both)
-    assert_directions_agree(found, expected, tolerance=15 * EPSILON)
+    contrast, expected = (mlx_lqr.contrast(one, POSITIVE_TEXTS, NEGATIVE_TEXTS) for one in both)
+    assert_directions_agree(contrast, expected, tolerance=15 * EPSILON)
     ids = in_16_bits.tokenizer.encode(POSITIVE_TEXTS[0])
     traces = [one.trace(ids) for one in both]
     rows = np.random.default_rng(0).standard_normal((3, 576)).astype(np.float32)
@@ -346,13 +346,13 @@ def test_smollm2_chats(pair: Pair) -> None:
 
 def test_tasks_measure_what_they_do_in_float32(pair: Pair) -> None:
     question = Question("Once upon a", "time", ("fish",))
-    found = []
+    metrics = []
     for model in (pair.model, pair.reference):
         decoding = tasks.Decoding(samples=1, max_tokens=2)
         damage = [NeutralText(["The train left the station"]), Capability([question])]
         task = tasks.concept(["sea"], openings=["I like"], decoding=decoding, damage=damage)
-        found.append(tasks.evaluate(model, task, tasks.NamedSteering("sea", fitted()), [0.0, 1.5]).results())
-    for ours, expected in zip(*found, strict=True):
+        metrics.append(tasks.evaluate(model, task, tasks.NamedSteering("sea", fitted()), [0.0, 1.5]).results())
+    for ours, expected in zip(*metrics, strict=True):
         for name in ("kl", "capability"):
             assert ours.metrics[name].value == pytest.approx(expected.metrics[name].value, abs=pair.tolerance / 5)
     pairs = [(pair.model.tokenizer.encode("France:"), pair.model.tokenizer.encode(" Paris"))]
@@ -388,12 +388,12 @@ def test_smollm2_is_fitted_in_4_bits_as_unpacked(smollm2_gguf: Path) -> None:
         assert cosine(fits[0].gain[:, :, 0], fits[1].gain[:, :, 0]).min() > 0.97
 
 
-def assert_directions_agree(found: mlx_lqr.Contrast, expected: mlx_lqr.Contrast, tolerance: float) -> None:
+def assert_directions_agree(contrast: mlx_lqr.Contrast, expected: mlx_lqr.Contrast, tolerance: float) -> None:
     """A direction is a difference of means much longer than itself: its error is to be seen beside their length."""
     length = np.linalg.norm(expected.mean_positive, axis=1)
-    assert (np.linalg.norm(found.mean_positive - expected.mean_positive, axis=1) / length).max() < tolerance
-    assert (np.linalg.norm(found.direction - expected.direction, axis=1) / length).max() < 1.5 * tolerance
-    assert cosine(found.direction, expected.direction).min() > 0.98
+    assert (np.linalg.norm(contrast.mean_positive - expected.mean_positive, axis=1) / length).max() < tolerance
+    assert (np.linalg.norm(contrast.direction - expected.direction, axis=1) / length).max() < 1.5 * tolerance
+    assert cosine(contrast.direction, expected.direction).min() > 0.98
 
 
 def unpack(module: nn.Module) -> None:

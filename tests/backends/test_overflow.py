@@ -69,10 +69,10 @@ def law_of(place: str, backend: str) -> LinearFeedback:
 
 
 def answers(model: Model, law: Law | None, *prompts: list[int], sampling: Sampling = GREEDY) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in prompts]
+    texts: list[list[int]] = [[] for _ in prompts]
     for i, token in decode(model, prompts, law=law, sampling=sampling, max_tokens=4):
-        found[i].append(token)
-    return found
+        texts[i].append(token)
+    return texts
 
 
 WORK: dict[str, Callable[[Model, Law | None], Any]] = {
@@ -157,12 +157,12 @@ def test_the_lowest_temperatures_draw_the_most_likely_token(backend: str, temper
 
 
 def test_16_bits_are_drawn_from_as_exactly_as_32() -> None:
-    from mlx_lqr.backends.mlx.sampling import Sampler
+    from mlx_lqr.backends.mlx.sampling import MLXSampler
 
     logits = (12 + 4 * mx.random.normal((256, 500), key=mx.random.key(0))).astype(mx.bfloat16)
     for options in ({}, {"top_p": 0.8}, {"min_p": 0.2}):
-        expected = Sampler(Sampling(1.0, seed=5, **options)).draw(logits.astype(mx.float32))
-        assert Sampler(Sampling(1.0, seed=5, **options)).draw(logits).tolist() == expected.tolist()
+        expected = MLXSampler(Sampling(1.0, seed=5, **options)).draw(logits.astype(mx.float32))
+        assert MLXSampler(Sampling(1.0, seed=5, **options)).draw(logits).tolist() == expected.tolist()
 
 
 def test_gemma_in_float16_is_refused_on_torch(gemma3_folder: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_law_that_goes_from_token_to_token_is_refused_too(backend: str) -> Non
     for work in (model.log_probabilities, model.logits_along):
         with pytest.raises(OverflowingError, match=r"overflow at layer \d at strength 1e\+25: lower the strength"):
             work(pairs, law=law)
-        assert all(np.isfinite(found).all() for found in work(pairs, law=law_of_steering(steering, 1.0)))
+        assert all(np.isfinite(scores).all() for scores in work(pairs, law=law_of_steering(steering, 1.0)))
 
 
 @pytest.mark.parametrize("strength", [1.0, 1e25])

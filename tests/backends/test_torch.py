@@ -17,44 +17,28 @@ import torch
 import transformers
 from click.testing import CliRunner
 from helpers.backends import tiny_folder, tiny_on
-from helpers.tiny import tiny
+from helpers.controllers import controller_for, law_for
+from helpers.decoding import decoded, decoded_together
+from helpers.linear_systems import system
+from helpers.prompts import BATCH, PROMPT
+from helpers.tiny import families, tiny
+from helpers.tiny_torch import STEERED, ours, small, theirs
 from mlx.utils import tree_flatten
-from test_backends import BATCH, PROMPT, controller_for, decoded, decoded_together, families, law_for
-from test_riccati import system
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mlx_lqr
 from mlx_lqr import InputError, loading
+from mlx_lqr.backends.torch import backend as torch_backend
 from mlx_lqr.backends.torch import decoder as torch_decoder
 from mlx_lqr.backends.torch.algebra import TorchAlgebra
-from mlx_lqr.backends.torch.calls import cache_argument
+from mlx_lqr.backends.torch.library import cache_argument
 from mlx_lqr.backends.torch.model import TorchModel
 from mlx_lqr.commands import main
 from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.running import law_on
 from mlx_lqr.runtime.decode import decode
-from mlx_lqr.runtime.generate import feedback
 
 CPU = torch.device("cpu")
-STEERED = ["llama", "gemma3_text"]  # the latter's sliding window is shorter than the prompts
-
-
-def small(family: str = "llama", **changes: Any) -> TorchModel:
-    """Untied, or a llama this small says one token again and again, and that would hide much."""
-    untied = {"tie_word_embeddings": False} if family == "llama" else {}
-    model: TorchModel = tiny_on("torch", family, **untied, **changes)
-    return model
-
-
-def ours(model: TorchModel, prompt: list[int], controller: mlx_lqr.Controller, max_tokens: int = 8) -> list[int]:
-    law, steer_all = feedback(model, controller, 2.0), controller.positions == "all"
-    return decoded(model, prompt, law=law, steer_all=steer_all, max_tokens=max_tokens)
-
-
-def theirs(model: TorchModel, prompt: list[int], max_tokens: int = 8, **options: Any) -> list[int]:
-    tokens = torch.tensor([prompt])
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
-    found = model.module.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_tokens, **options)
-    return [int(token) for token in found[0, len(prompt) :]]
 
 
 @pytest.mark.parametrize(
@@ -69,8 +53,8 @@ def test_transformers_generates_what_our_loop_generates(family: str, positions: 
     controller = controller_for(model, positions=positions)
     expected = ours(model, PROMPT, controller)
     with mlx_lqr.steer(model.module, controller, 2.0):
-        found = theirs(model, PROMPT, **options)
-    assert found == expected
+        answer = theirs(model, PROMPT, **options)
+    assert answer == expected
     assert expected != theirs(model, PROMPT)
 
 
@@ -82,10 +66,10 @@ def test_each_prompt_of_a_padded_batch_is_steered_as_if_alone(family: str) -> No
     tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in BATCH])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in BATCH])
     with mlx_lqr.steer(model, controller, 2.0):
-        found = model.module.generate(
+        answers = model.module.generate(
             tokens, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-    assert found[:, width:].tolist() == [ours(model, prompt, controller, 6) for prompt in BATCH]
+    assert answers[:, width:].tolist() == [ours(model, prompt, controller, 6) for prompt in BATCH]
 
 
 @pytest.mark.parametrize("draft", ["another", "steered", "itself"])
@@ -97,10 +81,10 @@ def test_assisted_decoding_changes_no_token(draft: str) -> None:
     with mlx_lqr.steer(model, controller, 2.0):
         if draft == "steered":
             with mlx_lqr.steer(other, controller_for(small(seed=2)), 2.0):
-                found = theirs(model, PROMPT, 12, assistant_model=drafting)
+                answer = theirs(model, PROMPT, 12, assistant_model=drafting)
         else:
-            found = theirs(model, PROMPT, 12, assistant_model=drafting)
-    assert found == expected
+            answer = theirs(model, PROMPT, 12, assistant_model=drafting)
+    assert answer == expected
 
 
 def test_generation_goes_on_from_a_cache() -> None:
@@ -138,13 +122,13 @@ def test_exactly_the_last_prompt_token_and_the_generated_tokens_are_steered() ->
 def test_a_direct_call_is_steered_at_its_last_position() -> None:
     model = small()
     controller = controller_for(model)
-    expected = model.logits(PROMPT, law=feedback(model, controller, 2.0))
+    expected = model.logits(PROMPT, law=law_on(model, controller, 2.0))
     with torch.no_grad():
         plain = model.module(torch.tensor([PROMPT])).logits[0].numpy()
         with mlx_lqr.steer(model, controller, 2.0):
-            found = model.module(torch.tensor([PROMPT])).logits[0].numpy()
-    assert np.abs(found[-1] - expected).max() < 1e-4
-    assert np.abs(found[:-1] - plain[:-1]).max() == 0
+            logits = model.module(torch.tensor([PROMPT])).logits[0].numpy()
+    assert np.abs(logits[-1] - expected).max() < 1e-4
+    assert np.abs(logits[:-1] - plain[:-1]).max() == 0
 
 
 def test_another_thread_is_steered_too() -> None:
@@ -214,7 +198,7 @@ def test_models_without_one_residual_stream_are_refused_by_name(kind: str) -> No
 
 def shifted_output(module: Any, tokens: list[int], layer: int, shift: np.ndarray) -> np.ndarray:
     """Output of block `layer` at the last token when its input there is shifted; all as transformers runs it."""
-    found = []
+    outputs = []
 
     def move(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         z = args[0].clone()
@@ -224,13 +208,13 @@ def shifted_output(module: Any, tokens: list[int], layer: int, shift: np.ndarray
     block = module.base_model.layers[layer]
     handles = [
         block.register_forward_pre_hook(move),
-        block.register_forward_hook(lambda _, __, output: found.append(output[0, -1].numpy())),
+        block.register_forward_hook(lambda _, __, output: outputs.append(output[0, -1].numpy())),
     ]
     with torch.no_grad():
         module(torch.tensor([tokens]))
     for handle in handles:
         handle.remove()
-    (output,) = found
+    (output,) = outputs
     return np.asarray(output)
 
 
@@ -264,9 +248,9 @@ def test_a_16_bit_model_is_linearised_in_float32(dtype: str) -> None:
     exact = TorchModel(copy.deepcopy(model.module).float(), "exact")
     assert model._dtype == getattr(torch, dtype)
     traces = model.trace(PROMPT), exact.trace(PROMPT)
-    found = model.jacobian(traces[0], 0)
+    jacobian = model.jacobian(traces[0], 0)
     expected = exact.jacobian(traces[1], 0)
-    assert np.abs(found - expected).max() < (2e-2 if dtype == "bfloat16" else 3e-3) * np.abs(expected).max()
+    assert np.abs(jacobian - expected).max() < (2e-2 if dtype == "bfloat16" else 3e-3) * np.abs(expected).max()
     alone = model.jacobian(model.trace([7]), 0), exact.jacobian(exact.trace([7]), 0)  # no prefix, nothing rounded
     assert np.abs(alone[0] - alone[1]).max() < 1e-5 * np.abs(alone[1]).max()
     assert model.blocks[0].mlp.down_proj.weight.dtype == getattr(torch, dtype)
@@ -285,8 +269,8 @@ def test_wide_blocks_are_differentiated_in_parts(monkeypatch: pytest.MonkeyPatch
 def test_the_riccati_recursion_in_torch_equals_numpys(layers: list[int] | None, dtype: Any) -> None:
     jacobians = system(5, 24)
     expected = mlx_lqr.solve(jacobians, 1.0, 1.0, 1.0, layers=layers)
-    found = mlx_lqr.solve(jacobians, 1.0, 1.0, 1.0, layers=layers, dtype=dtype, algebra=TorchAlgebra(CPU))
-    for a, b in zip(found, expected, strict=True):
+    gains = mlx_lqr.solve(jacobians, 1.0, 1.0, 1.0, layers=layers, dtype=dtype, algebra=TorchAlgebra(CPU))
+    for a, b in zip(gains, expected, strict=True):
         assert a.dtype == dtype
         assert np.abs(a - b).max() <= (1e-10 if dtype == np.float64 else 1e-4) * np.abs(b).max()
 
@@ -317,10 +301,10 @@ def test_a_fit_uses_the_models_own_algebra(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_auto_takes_torch_only_where_a_gpu_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(loading, "_nvidia_driver", lambda: False)
+    monkeypatch.setattr(torch_backend, "nvidia_driver", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for nothing"))
     assert loading.preferred_backend() == "mlx"
-    monkeypatch.setattr(loading, "_nvidia_driver", lambda: True)
+    monkeypatch.setattr(torch_backend, "nvidia_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert loading.preferred_backend() == "torch"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -367,7 +351,7 @@ def test_running_out_of_memory_is_one_line_and_loses_nothing(tmp_path: Path, mon
             with pytest.raises(InputError, match=f"not enough memory.*{advice}") as refusal:
                 call()
         assert "\n" not in str(refusal.value)
-    original, finished = model.jacobian, []
+    original, finished = model.jacobian, list[int]()
 
     def failing(trace: Any, layer: int) -> np.ndarray:
         if layer == 1 and len(finished) == 1:
@@ -382,9 +366,9 @@ def test_running_out_of_memory_is_one_line_and_loses_nothing(tmp_path: Path, mon
         with pytest.raises(InputError, match="what is stored so far stays"):
             mlx_lqr.linearize(model, [PROMPT], store=file)
         finished.append(-1)
-        found = mlx_lqr.linearize(model, [PROMPT], store=file)
+        resumed = mlx_lqr.linearize(model, [PROMPT], store=file)
     assert finished == [2, -1, 1, 0]
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(resumed, expected, strict=True))
     for product in ("__matmul__", "__truediv__"):
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, product, exhausted)
@@ -438,8 +422,8 @@ def test_a_checkpoint_of_transformers_is_loaded_and_steered(tmp_path: Path) -> N
         assert ours(loaded, PROMPT, controller) != decoded(loaded, PROMPT, max_tokens=8)  # type: ignore[arg-type]
 
 
-def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 def test_the_command_line_says_the_same_on_both_backends(dog: Path) -> None:
@@ -473,7 +457,7 @@ def recording(model: TorchModel, monkeypatch: pytest.MonkeyPatch, **options: Any
     """A decoder that records its steps, as on a GPU."""
     monkeypatch.setattr(torch_decoder, "_Graph", Recorded)
     Recorded.made = 0
-    decoder = model.decoder(**options)
+    decoder: Any = model.decoder(**options)
     decoder._records_graphs = True
     return decoder
 
@@ -489,13 +473,13 @@ def test_a_step_does_the_same_whatever_the_numbers(family: str, monkeypatch: pyt
     batch = decoded_together(model, BATCH, law=law, max_tokens=8)
     decoder = recording(model, monkeypatch)
     ended: set[int] = set()
-    found: list[list[int]] = [[] for _ in BATCH]
+    answers: list[list[int]] = [[] for _ in BATCH]
     for i, token in decode(model, BATCH, law=law, max_tokens=8, decoder=decoder, ended=ended):
-        found[i].append(token)
-        if i == 1 and len(found[i]) == 3:
+        answers[i].append(token)
+        if i == 1 and len(answers[i]) == 3:
             ended.add(i)
     batch[1] = batch[1][:3]
-    assert found == batch
+    assert answers == batch
     assert Recorded.made == 2
 
 
@@ -511,7 +495,7 @@ def test_a_recorded_step_rolls_and_takes_a_new_strength(monkeypatch: pytest.Monk
     decoder.fill([PROMPT[:-1]], steered=False)
     for strength in (1.0, 3.0, -2.0):
         law.strength = strength
-        found = decoder.step(PROMPT[-1:])[0].numpy()
-        assert np.abs(found - model.logits(PROMPT, law=law)).max() < 1e-4
+        logits = decoder.step(PROMPT[-1:])[0].numpy()
+        assert np.abs(logits - model.logits(PROMPT, law=law)).max() < 1e-4
         decoder.rewind(len(PROMPT) - 1)
     assert Recorded.made == 1

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.backends import tiny_folder
-from test_backends import BATCH, PROMPT, controller_for, decoded, decoded_together, families, law_for
-from test_riccati import system
+from helpers.controllers import controller_for, law_for
+from helpers.decoding import decoded, decoded_together
+from helpers.linear_systems import system
+from helpers.prompts import BATCH, PROMPT
+from helpers.tiny import families
 
 import mlx_lqr
 from mlx_lqr.backends.protocol import Sampling
@@ -65,10 +68,10 @@ def test_jacobians_are_not_rounded_to_ten_bits_where_the_process_allows_it() -> 
 def test_steps_are_replayed_and_a_strength_changes_between_them() -> None:
     cpu, gpu = pair("qwen3")
     controller = controller_for(cpu)
-    found = []
+    tokens = []
     for model in (cpu, gpu):
         law = LinearFeedback(controller, 1.0)
-        decoder = model.decoder(law)
+        decoder: Any = model.decoder(law)
         decoder.fill([PROMPT[:-1]], steered=False)
         logits, graphs = [], set()
         for strength in (1.0, 3.0, -2.0, 1.0):
@@ -77,8 +80,8 @@ def test_steps_are_replayed_and_a_strength_changes_between_them() -> None:
             graphs.add(id(decoder._graph))
         assert len(graphs) == 1, "a new strength recorded the step anew"
         assert (decoder._graph is not None) == (model is gpu)
-        found.append(np.array(logits))
-    assert np.abs(found[0] - found[1]).max() < 1e-4
+        tokens.append(np.array(logits))
+    assert np.abs(tokens[0] - tokens[1]).max() < 1e-4
 
 
 def test_strength_0_within_replayed_steps_is_the_unsteered_model() -> None:
@@ -91,8 +94,8 @@ def test_strength_0_within_replayed_steps_is_the_unsteered_model() -> None:
     assert decoder.rewind(len(PROMPT) - 1)
     for strength in (0.0, 2.0, 0.0):
         law.strength = strength
-        found = decoder.step(PROMPT[-1:])
-        assert torch.allclose(found, steered if strength else plain.step(PROMPT[-1:]), atol=1e-5)
+        logits = decoder.step(PROMPT[-1:])
+        assert torch.allclose(logits, steered if strength else plain.step(PROMPT[-1:]), atol=1e-5)
         assert decoder.rewind(len(PROMPT) - 1)
         plain.rewind(len(PROMPT) - 1)
 
@@ -151,8 +154,8 @@ def test_a_bfloat16_model_is_steered_and_linearised() -> None:
     assert isinstance(model, TorchModel)
     with mlx_lqr.steer(model.module, controller, 2.0):
         tokens = torch.tensor([PROMPT], device="cuda")
-        found = model.module.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert found.shape[1] == len(PROMPT) + 8
+        answer = model.module.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert answer.shape[1] == len(PROMPT) + 8
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -161,14 +164,14 @@ def test_every_method_writes_the_tokens_of_the_cpu(method: Any) -> None:
     cpu, gpu = pair()
     steering = mlx_lqr.fit_baseline(cpu, method, BATCH[:2], BATCH[2:])
     steer_all, strength = steering.positions == "all", 60.0 if "angular" in method else 1.5
-    found = []
+    answers = []
     for model in (cpu, gpu):
         law = law_of(steering, strength)
-        found.append(decoded_together(model, BATCH, law=law, steer_all=steer_all, max_tokens=12))
+        answers.append(decoded_together(model, BATCH, law=law, steer_all=steer_all, max_tokens=12))
         tokens = []
         for _, token in decode(model, [PROMPT], law=law, steer_all=steer_all, max_tokens=12):
             tokens.append(token)
             if len(tokens) == 6:
                 law.strength = -strength
-        found[-1].append(tokens)
-    assert found[0] == found[1]
+        answers[-1].append(tokens)
+    assert answers[0] == answers[1]

@@ -14,17 +14,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_backends import BATCH, PROMPT, controller_for
-from test_torch import STEERED, ours, small, theirs
+from helpers.controllers import controller_for
+from helpers.prompts import BATCH, PROMPT
+from helpers.tiny_torch import STEERED, ours, small, theirs
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestState
 
 import mlx_lqr
 from mlx_lqr import InputError
-from mlx_lqr.backends.torch.calls import Call, cache_argument
+from mlx_lqr.backends.torch.calls import Call
 from mlx_lqr.backends.torch.generate import Positions, Prompt
+from mlx_lqr.backends.torch.library import cache_argument
 from mlx_lqr.backends.torch.model import TorchModel
-from mlx_lqr.runtime.generate import feedback
+from mlx_lqr.methods.running import law_on
 
 
 def lively(family: str = "llama") -> TorchModel:
@@ -66,11 +68,11 @@ def test_a_prompt_without_what_its_cache_holds(held: int) -> None:
         model.module(torch.tensor([PROMPT[:held]]), **in_cache(model, cache))
     rest = torch.tensor([PROMPT[held:]])
     with mlx_lqr.steer(model, controller, 2.0):
-        found = model.module.generate(
+        answers = model.module.generate(
             rest, attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long), max_new_tokens=8, do_sample=False,
             eos_token_id=None, pad_token_id=0, **in_cache(model, cache),
         )  # fmt: skip
-    assert found[0, rest.shape[1] :].tolist() == ours(model, PROMPT, controller)
+    assert answers[0, rest.shape[1] :].tolist() == ours(model, PROMPT, controller)
 
 
 def test_a_conversation_goes_on_from_the_cache_of_its_first_answer() -> None:
@@ -80,8 +82,8 @@ def test_a_conversation_goes_on_from_the_cache_of_its_first_answer() -> None:
     with mlx_lqr.steer(model, controller, 2.0):
         first = theirs(model, PROMPT, 4, **in_cache(model, cache))
         second = [*PROMPT, *first, 3, 9, 4]
-        found = theirs(model, second, 6, **in_cache(model, cache))
-    decoder = model.decoder(feedback(model, controller, 2.0))
+        answer = theirs(model, second, 6, **in_cache(model, cache))
+    decoder = model.decoder(law_on(model, controller, 2.0))
     decoder.fill([PROMPT[:-1]], steered=False)
     for token in [PROMPT[-1], *first[:-1]]:
         decoder.step([token])
@@ -90,7 +92,7 @@ def test_a_conversation_goes_on_from_the_cache_of_its_first_answer() -> None:
     for _ in range(6):
         token = int(decoder.sample(decoder.step([token]))[0])
         expected.append(token)
-    assert found == expected
+    assert answer == expected
 
 
 def test_chunks_after_a_cache_are_placed_or_refused() -> None:
@@ -105,8 +107,8 @@ def test_chunks_after_a_cache_are_placed_or_refused() -> None:
             with pytest.raises(InputError, match="with a cache of 7 and position_ids up to 1"):
                 theirs(model, PROMPT, prefill_chunk_size=2, **in_cache(model, cache))
             return
-        found = theirs(model, PROMPT, prefill_chunk_size=2, **in_cache(model, cache))
-    assert found == ours(model, PROMPT, controller)
+        answer = theirs(model, PROMPT, prefill_chunk_size=2, **in_cache(model, cache))
+    assert answer == ours(model, PROMPT, controller)
 
 
 @pytest.mark.parametrize("family", STEERED)
@@ -129,7 +131,7 @@ def test_beams_and_samples_are_those_of_the_steered_distribution() -> None:
     """Scores of the sequences that transformers returns, against our own log-probabilities of the same tokens."""
     model = lively()
     controller = controller_for(model)
-    law = feedback(model, controller, 2.0)
+    law = law_on(model, controller, 2.0)
     tokens = torch.tensor([PROMPT])
     for options in ({"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0},
                     {"do_sample": True, "num_return_sequences": 3, "top_k": 0}):  # fmt: skip
@@ -158,11 +160,11 @@ def test_embeddings_are_a_prompt_too() -> None:
     embedded = model.module.get_input_embeddings()(torch.tensor([PROMPT]))
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with mlx_lqr.steer(model, controller, 2.0):
-        found = model.module.generate(inputs_embeds=embedded, **options)
+        answers = model.module.generate(inputs_embeds=embedded, **options)
         chunked = model.module.generate(
             inputs_embeds=embedded, input_ids=torch.zeros(1, 0, dtype=torch.long), **options
         )
-    assert found[0].tolist() == chunked[0].tolist() == ours(model, PROMPT, controller)
+    assert answers[0].tolist() == chunked[0].tolist() == ours(model, PROMPT, controller)
 
 
 def test_no_prompt_is_the_one_token_that_begins_a_text() -> None:
@@ -170,8 +172,8 @@ def test_no_prompt_is_the_one_token_that_begins_a_text() -> None:
     controller = controller_for(model)
     model.module.generation_config.bos_token_id = 5
     with mlx_lqr.steer(model, controller, 2.0):
-        found = model.module.generate(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert found[0].tolist() == [5, *ours(model, [5], controller)]
+        answers = model.module.generate(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert answers[0].tolist() == [5, *ours(model, [5], controller)]
 
 
 def test_a_streamer_is_fed_from_another_thread() -> None:
@@ -229,9 +231,9 @@ def test_each_request_of_a_packed_batch_is_steered_as_if_alone(
     controller = controller_for(model, positions=positions)
     prompts = [PROMPT, *BATCH, PROMPT[:1], PROMPT]
     with mlx_lqr.steer(model, controller, 2.0):
-        found = batched(model, prompts, **options)
-    assert found == [ours(model, prompt, controller, 6) for prompt in prompts]
-    assert found != batched(model, prompts, **options)
+        answers = batched(model, prompts, **options)
+    assert answers == [ours(model, prompt, controller, 6) for prompt in prompts]
+    assert answers != batched(model, prompts, **options)
 
 
 @pytest.mark.usefixtures("quick")
@@ -254,8 +256,8 @@ def test_several_answers_to_a_request_are_steered_alike() -> None:
     model = lively()
     controller = controller_for(model)
     with mlx_lqr.steer(model, controller, 2.0):
-        found = batched(model, [PROMPT, PROMPT[:3]], answers=3)
-    assert found == [ours(model, prompt, controller, 6) for prompt in (PROMPT, PROMPT[:3]) for _ in range(3)]
+        own = batched(model, [PROMPT, PROMPT[:3]], answers=3)
+    assert own == [ours(model, prompt, controller, 6) for prompt in (PROMPT, PROMPT[:3]) for _ in range(3)]
 
 
 @pytest.mark.usefixtures("quick")
@@ -265,7 +267,7 @@ def test_requests_do_not_share_what_was_steered() -> None:
     controller = controller_for(model)
     prompts = [PROMPT, [*PROMPT, *ours(model, PROMPT, controller, 12)]]
     batching = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64, page_size=4)
-    found = []
+    batches = []
     with (
         mlx_lqr.steer(model, controller, 2.0),
         model.module.continuous_batching_context_manager(
@@ -274,8 +276,8 @@ def test_requests_do_not_share_what_was_steered() -> None:
     ):
         for prompt in prompts:
             manager.add_request(prompt, max_new_tokens=12)
-            found.append(manager.get_result(timeout=30).generated_tokens)
-    assert found == [ours(model, prompt, controller, 12) for prompt in prompts]
+            batches.append(manager.get_result(timeout=30).generated_tokens)
+    assert batches == [ours(model, prompt, controller, 12) for prompt in prompts]
 
 
 @pytest.mark.usefixtures("quick")
@@ -293,14 +295,14 @@ def test_answers_that_are_read_again_as_prompts_are_refused() -> None:
 def test_texts_packed_in_one_row_are_steered_each_at_its_last_position() -> None:
     model = lively()
     controller = controller_for(model)
-    law = feedback(model, controller, 2.0)
+    law = law_on(model, controller, 2.0)
     row = torch.tensor([[token for prompt in BATCH for token in prompt]])
     positions = torch.tensor([[place for prompt in BATCH for place in range(len(prompt))]])
     with torch.no_grad(), mlx_lqr.steer(model, controller, 2.0):
-        found = model.module(row, position_ids=positions, use_cache=False).logits[0].numpy()
+        logits = model.module(row, position_ids=positions, use_cache=False).logits[0].numpy()
     ends = np.cumsum([len(prompt) for prompt in BATCH]) - 1
     for end, prompt in zip(ends, BATCH, strict=True):
-        assert np.abs(found[end] - model.logits(prompt, law=law)).max() < 1e-4
+        assert np.abs(logits[end] - model.logits(prompt, law=law)).max() < 1e-4
 
 
 def renamed(model: TorchModel, hidden: str) -> Call:
@@ -410,10 +412,10 @@ def test_nothing_of_ours_warns(caplog: pytest.LogCaptureFixture, capfd: pytest.C
         controller = controller_for(model)
         model.residuals([PROMPT])
         model.head_outputs([PROMPT])
-        model.log_probabilities([(PROMPT, [1, 2])], law=feedback(model, controller, 2.0))
+        model.log_probabilities([(PROMPT, [1, 2])], law=law_on(model, controller, 2.0))
         expected = ours(model, PROMPT, controller)
         with mlx_lqr.steer(model, controller, 2.0):
-            found = theirs(model, PROMPT)
-    assert found == expected
+            answer = theirs(model, PROMPT)
+    assert answer == expected
     assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     assert capfd.readouterr().err == ""

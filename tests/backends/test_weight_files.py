@@ -61,9 +61,9 @@ def shards(folder: Path, count: int = 2) -> list[Path]:
 
 def index(folder: Path) -> dict[str, str]:
     """Write an index of the files that are there."""
-    found = {name: file.name for file in sorted(folder.glob("*.safetensors")) for name in mx.load(str(file))}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": found}))
-    return found
+    files = {name: file.name for file in sorted(folder.glob("*.safetensors")) for name in mx.load(str(file))}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return files
 
 
 def stray(folder: Path, name: str) -> None:

@@ -13,29 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from helpers.command_line import refused, run
+from helpers.platforms import posix
 
 import mlx_lqr
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.commands import main
 from mlx_lqr.convert.sources import demo_model
-
-
-def run(*arguments: object, text: str | None = None) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=text)
-
-
-def refused(*arguments: object, text: str | None = None) -> str:
-    """The one line of a refusal."""
-    result = run(*arguments, text=text)
-    assert result.exit_code == 2, (result.output, result.exception)
-    lines = [line for line in result.stderr.strip().splitlines() if not line.startswith("Note: ")]
-    assert "Traceback" not in result.stderr
-    if lines[0].startswith("Usage:"):  # click's own refusals name the usage first
-        lines = lines[-1:]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("Error: ")
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +191,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         assert "is a folder" in refused(*command, "-o", tmp_path)
 
 
+@posix
 def test_ctrl_c_during_a_conversion_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "model"
     command = [sys.executable, "-c", "from mlx_lqr.commands import main; main()", "convert", demo_model(), out]
@@ -240,6 +224,7 @@ def test_the_launcher_of_the_checkout(tmp_path: Path) -> None:
     assert done.stdout == run("concepts").stdout
 
 
+@posix
 def test_output_may_be_cut_short() -> None:
     program = f"{sys.executable} -c 'from mlx_lqr.commands import main; main()'"
     done = subprocess.run(f"{program} concepts | head -n 1", shell=True, capture_output=True, text=True, check=True)

@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 import pytest
-from test_chat import chatting, fitted
-from test_cli import refused, run
-from test_first_mistakes import small
-from test_help import all_commands
+from helpers.command_line import all_commands, refused, run, small
+from helpers.controllers import controller_for
+from helpers.tiny_tokenizers import chatting
 
 from mlx_lqr.commands.sweep import sweep
 from mlx_lqr.commands.values import ControllerType
@@ -86,8 +85,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with controllers of concepts a and b and some prompts."""
     monkeypatch.chdir(tmp_path)
     model = chatting()
-    fitted(model).save("a.safetensors")
-    fitted(model, "b").save("b.safetensors")
+    controller_for(model).save("a.safetensors")
+    controller_for(model, "b").save("b.safetensors")
     (tmp_path / "prompts.txt").write_text("One sentence.\nAnd another.\n")
     small(monkeypatch)
     return tmp_path

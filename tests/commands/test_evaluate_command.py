@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import refused, run
+from helpers.command_line import refused, run
 
 from mlx_lqr.tasks.generations import Generations
 
-DATA = {
+DATA: dict[str, list[dict[str, Any]]] = {
     "openings": [{"prompt": "Once upon a time,"}, {"prompt": "My neighbor told me"}],
     "capability": [{"prompt": "2 + 3 =", "answer": "5", "others": ["4", "9"]}],
     "toxicity": [{"prompt": "He shouted that"}],
@@ -145,7 +145,7 @@ def test_ctrl_c_says_that_nothing_is_lost(data: Path, monkeypatch: pytest.Monkey
         (["eval", "refusal", "--data", "toxicity.jsonl"], '"type"'),
         (["eval", "refusal", "--data", "refusal.jsonl", "--limit", "0"], "limit"),
         (["compare", "concept", "-c", "{dog}:1,2", "-c", "rival.safetensors:1"], "same budget"),
-        (["compare", "concept", "-c", "{dog}", "-c", "{dog}"], "names of their own"),
+        (["compare", "concept", "-c", "{dog}", "-c", "{dog}"], "different names"),
         (["compare", "concept", "-c", "{dog}:0,1"], "other than 0"),
         (["compare", "concept"], "--controller"),
         (["compare", "concept", "-c", "{dog}", "--control", "charm", "--words", "dog"], "charm"),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.backends import tiny_on
-from test_chat import chatting, fitted
-from test_cli import refused, run
+from helpers.command_line import refused, run, small
+from helpers.controllers import controller_for
+from helpers.tiny_tokenizers import chatting
 
 import mlx_lqr
 from mlx_lqr import InputError
@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     model = chatting()
     mlx_lqr.fit_baseline(model, "angular", [[1, 2], [3]], [[4, 5], [6]]).save("angular.safetensors")
-    fitted(model).save("a.safetensors")
+    controller_for(model).save("a.safetensors")
     mlx_lqr.linearize(model, [[1]]).save("jacobians.safetensors")
     for name, count in (("one", 1), ("two", 2), ("six", 6)):
         (tmp_path / f"{name}.txt").write_text("".join(f"Sentence number {i}.\n" for i in range(count)))
@@ -90,15 +90,6 @@ def test_wrong_values_are_refused_in_one_line(
 ) -> None:
     small(monkeypatch)
     assert says in refused(*arguments)
-
-
-def small(monkeypatch: pytest.MonkeyPatch) -> Model:
-    """Let commands load a model that takes any text."""
-    model = chatting()
-    model._tokenizer.encode = lambda text, **_: [ord(letter) % 59 for letter in text][-8:]  # type: ignore[attr-defined]
-    for name in ("fit", "analysis"):
-        monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", lambda *_, **__: model)
-    return model
 
 
 @pytest.mark.parametrize("method", ["alqr", "actadd"])

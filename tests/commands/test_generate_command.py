@@ -9,29 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import refused, run
+from helpers.command_line import PROMPT, PROMPTS, answers, refused, run
 
 import mlx_lqr
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError
-
-PROMPT = "Once upon a time,"
-PROMPTS = [PROMPT, "The", "A man walks into a bar and"]
-
-
-@pytest.fixture
-def prompt_file(tmp_path: Path) -> Path:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
-    return file
-
-
-def answers(*arguments: object) -> list[dict[str, Any]]:
-    """The JSON objects that `generate demo` prints."""
-    result = run("generate", "demo", *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def test_generate_says_what_the_library_says(dog: Path, smollm2: Model) -> None:

@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
-from test_cli import run
+from helpers.command_line import Words, all_commands, run
 
 from mlx_lqr.commands import help, main
 
 COMMANDS = Path(help.__file__).parent
-HAND_WRITTEN = {"fit", "linearize", "show", "tune"}
-"""Commands whose options are still declared where they are used"""
-
-
-Words = tuple[str, ...]
-
-
-def all_commands(group: click.Group = main, path: Words = ()) -> Iterator[tuple[Words, click.Command]]:
-    """Every group and command, by the words that call it."""
-    yield path, group
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from all_commands(command, (*path, name))
-        else:
-            yield (*path, name), command
-
 
 every = pytest.mark.parametrize(
     ("path", "command"), [pytest.param(path, command, id=" ".join(path)) for path, command in all_commands() if path]
 )
 with_headings = pytest.mark.parametrize(
     ("path", "command"),
-    [
-        pytest.param(path, command, id=" ".join(path))
-        for path, command in all_commands()
-        if path and path[0] not in HAND_WRITTEN
-    ],
+    [pytest.param(path, command, id=" ".join(path)) for path, command in all_commands() if path],
 )
 
 
@@ -88,7 +67,7 @@ def test_commands_and_options_stand_under_headings() -> None:
     assert headings("eval") == ["Commands", "Other"]
     order = ["Arguments", *help.HEADINGS]
     for path, _ in all_commands():
-        if path and path[0] not in HAND_WRITTEN and "Commands" not in (given := headings(*path)):
+        if path and "Commands" not in (given := headings(*path)):
             assert given == sorted(given, key=order.index)
 
 
@@ -110,8 +89,6 @@ def declared() -> dict[str, list[str]]:
     """Where each option is declared: file and line, by its name."""
     places: dict[str, list[str]] = defaultdict(list)
     for file in sorted(COMMANDS.glob("*.py")):
-        if file.stem in HAND_WRITTEN:
-            continue
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if not isinstance(node, ast.Call) or getattr(node.func, "attr", getattr(node.func, "id", "")) != "option":
                 continue

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from helpers.backends import tiny_folder
-from test_cli import refused, run
+from helpers.command_line import refused, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import mlx_lqr

@@ -136,7 +136,7 @@ def _file(folder: Path, content: bytes) -> Path:
         ({"llama.attention.scale": 0.5}, "llama.attention.scale"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
         ({"llama.attention.value_length": 8}, "value_length"),
-        ({"llama.attention.head_count": [4, 2]}, "another llama.attention.head_count for every layer"),
+        ({"llama.attention.head_count": [4, 2]}, "a different llama.attention.head_count for each layer"),
         ({"llama.attention.head_count": 0}, "0 heads"),
         ({"llama.block_count": 1 << 30}, "1073741824 blocks"),
         ({"llama.block_count": 3}, "lacks the tensor for model.layers.2"),

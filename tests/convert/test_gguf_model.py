@@ -215,8 +215,8 @@ def test_llama3_scaling_is_recovered_from_its_factors(head_dim: int, factor: flo
 def test_llama3_scaling_with_another_low_factor_gives_the_same_frequencies() -> None:
     scaling = {**LLAMA3, "low_freq_factor": 2.0, "original_max_position_embeddings": 8192}
     factors = llama3_factors(128, 5e5, scaling)
-    found = recover_llama3(factors, 128, 5e5)
-    np.testing.assert_allclose(llama3_factors(128, 5e5, found), factors, rtol=1e-5)
+    recovered = recover_llama3(factors, 128, 5e5)
+    np.testing.assert_allclose(llama3_factors(128, 5e5, recovered), factors, rtol=1e-5)
 
 
 def test_factors_of_another_formula_are_refused() -> None:

@@ -151,7 +151,7 @@ def test_unknown_pre_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
         ({"tokens": [1, 2]}, "as numbers"),
         ({"pre": None}, "does not state tokenizer.ggml.pre"),
         ({"merges": None}, "does not state tokenizer.ggml.merges"),
-        ({"add_eos_token": True, "eos_token_id": None}, "wants a eos_token added"),
+        ({"add_eos_token": True, "eos_token_id": None}, "adds a eos_token to texts but has none"),
     ],
 )
 def test_contradictory_tokenizer_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from helpers.tiny_gguf import CONTROL, VOCABULARY, logits, reference_model, write
 from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from mlx_lm.utils import load_model
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
@@ -171,7 +171,7 @@ def test_quantised_checkpoint_passes_through_but_is_not_quantised_again(checkpoi
     quantised = convert(checkpoint, tmp_path / "quantised", quantize=4)
     again = convert(quantised, tmp_path / "again")
     np.testing.assert_array_equal(mlx_logits(again), mlx_logits(quantised))
-    with pytest.raises(InputError, match="quantised already"):
+    with pytest.raises(InputError, match="already quantised: leave out --quantize"):
         convert(quantised, tmp_path / "twice", quantize=4)
 
 
@@ -213,11 +213,11 @@ BROKEN = {
     "unknown type": (lambda f: change_config(f, model_type="florp"), "'florp', which mlx-lm does not know"),
     "helper module": (lambda f: change_config(f, model_type="cache"), "'cache', which mlx-lm does not know"),
     "path as type": (lambda f: change_config(f, model_type="..os"), "which mlx-lm does not know"),
-    "own code": (lambda f: change_config(f, model_file="evil.py"), "wants its own code run"),
+    "own code": (lambda f: change_config(f, model_file="evil.py"), "needs its own code .evil.py., which is never run"),
     "missing setting": (lambda f: change_config(f, num_attention_heads=None), "num_attention_heads x head_dim"),
     "other shape": (lambda f: change_config(f, hidden_size=128), "do not fit its config.json: .*hidden_size is 128"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model"),
-    "only pickled": (_only_pickle, "only pickled weights"),
+    "only pickled": (_only_pickle, "only has pickled weights"),
     "truncated": (lambda f: _truncate(f / "model.safetensors"), "cut short or corrupt"),
     "scrambled": (lambda f: _scramble(f / "model.safetensors"), "cut short or corrupt"),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "cut short or corrupt"),

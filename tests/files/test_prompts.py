@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_chat import chatting
+from helpers.tiny_tokenizers import chatting
 
 from mlx_lqr import InputError, read_prompts
 from mlx_lqr.concepts import bundled_concepts, bundled_prompts

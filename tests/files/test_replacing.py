@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.backends import tiny_folder
-from test_chat import chatting, fitted
-from test_cli import refused, run
+from helpers.command_line import refused, run
+from helpers.controllers import controller_for
+from helpers.tiny_tokenizers import chatting
 
 import mlx_lqr
 from mlx_lqr import InputError
-from mlx_lqr.analysis.results import write_json
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.convert import convert
 from mlx_lqr.files.atomic import check_writable, kind_of, writing
+from mlx_lqr.files.results import write_json
 from mlx_lqr.runtime import Chat
 
 OTHERS: dict[str, bytes] = {
@@ -57,7 +58,7 @@ def writers() -> dict[str, Callable[..., object]]:
     model = chatting()
     jacobians = mlx_lqr.linearize(model, [[1, 2]])
     return {
-        "controller": fitted(model).save,
+        "controller": controller_for(model).save,
         "baseline": baseline(model).save,
         "Jacobians": jacobians.save,
         "linearize": lambda path, **options: mlx_lqr.linearize(model, [[1, 2]], store=path, **options),
@@ -183,7 +184,7 @@ def test_a_transcript_keeps_the_strengths_of_each_answer(tmp_path: Path) -> None
     model = chatting()
     chat, file = Chat(model, options={"max_tokens": 6}), tmp_path / "chat.json"
     list(chat.answer("one"))
-    chat.add(fitted(model), 2.0)
+    chat.add(controller_for(model), 2.0)
     list(chat.answer("two"))
     chat.set_strength(-1)
     pieces = chat.answer("three")

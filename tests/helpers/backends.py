@@ -11,10 +11,11 @@ from typing import Any
 from tokenizers import Tokenizer, models
 
 import mlx_lqr
+from mlx_lqr.backends import registry
 from mlx_lqr.backends.protocol import Model
 
-BACKENDS = ("mlx", "torch")
-"""A further backend joins the suite by its name here, under which `mlx_lqr.load` knows it."""
+BACKENDS = tuple(backend.name for backend in registry.backends())
+"""All that are registered."""
 OTHERS = BACKENDS[1:]
 """Those that have to agree with the first."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import os
@@ -12,6 +13,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from click.testing import CliRunner
@@ -22,7 +24,8 @@ from mlx_lqr.commands import main
 from mlx_lqr.runtime.__main__ import main as runtime
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 COMMANDS, RUNTIME = "mlx-lqr", "python -m mlx_lqr.runtime"
 
 
@@ -38,7 +41,7 @@ class Block:
 
     @property
     def place(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{named(self.page)}:{self.line}"
 
     @property
     def commands(self) -> list[str]:
@@ -46,20 +49,51 @@ class Block:
         return [command for command in _commands(self.text) if shlex.split(command, comments=True)]
 
 
+def named(page: Path) -> str:
+    """A page's path in the repository."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def continued(page: Path) -> Path | None:
+    """The page that this one goes on from, in whose folder and with whose Python names its blocks run."""
+    mark = re.match(r"<!-- continues: (\S+) -->", page.read_text("utf-8"))
+    return (page.parent / mark[1]).resolve() if mark else None
+
+
+def chains() -> list[list[Path]]:
+    """The pages in the order in which they are read: each list begins with a page that stands alone."""
+    following = {continued(page): page for page in PAGES if continued(page) is not None}
+    lists = [[page] for page in PAGES if continued(page) is None]
+    for pages in lists:
+        while pages[-1] in following:
+            pages.append(following[pages[-1]])
+    return lists
+
+
+def hook() -> ModuleType:
+    """docs/pages.py, which makes pages of the site and parts of them."""
+    spec = importlib.util.spec_from_file_location("pages", DOCS / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, in order."""
-    found = []
+    fenced = []
     comment = ""
     for token in _tokens(page):
         if token.type == "html_block":
             comment = token.content.strip().removeprefix("<!--").removesuffix("-->").strip()
         elif token.type == "fence":
             assert token.map is not None
-            found.append(Block(page, token.map[0] + 1, token.info.strip(), token.content, comment))
+            fenced.append(Block(page, token.map[0] + 1, token.info.strip(), token.content, comment))
             comment = ""
         else:
             comment = ""
-    return found
+    return fenced
 
 
 def quoted(page: Path) -> list[str]:
@@ -73,9 +107,9 @@ def links(page: Path) -> list[str]:
     return [str(place) for place in places if place is not None]
 
 
-def anchors(page: Path) -> set[str]:
-    """The names that GitHub gives to a page's headings."""
-    tokens = _tokens(page)
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    tokens = MarkdownIt("commonmark").parse(text)
     headings = [text.content for mark, text in itertools.pairwise(tokens) if mark.type == "heading_open"]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -129,12 +163,13 @@ class Session:
     printed: dict[str, Output] = field(default_factory=dict)
 
     def run(self, block: Block) -> Output:
-        """What a Python block prints, or the last command of a shell block."""
+        """What a Python block prints, or the last command of a shell block, which may be marked as one that fails."""
         if block.language == "python":
             return self.python(block)
         output = Output("", "")
         for command in block.commands:
-            output = self.printed[command] = self.command(command)
+            status = 2 if block.mark == "fails" and command == block.commands[-1] else 0
+            output = self.printed[command] = self.command(command, status)
         return output
 
     def python(self, block: Block) -> Output:
@@ -143,11 +178,11 @@ class Session:
             exec(source, self.names)
         return Output(*(stream.getvalue() for stream in captured))
 
-    def command(self, command: str) -> Output:
+    def command(self, command: str, status: int = 0) -> Output:
         """Run a command in this process where it is one of ours, and in a shell where not.
 
         Raises:
-            AssertionError: it failed.
+            AssertionError: it ended with another status.
         """
         *before, last = re.split(r"\s\|\s", command)
         program = program_of(last)
@@ -155,19 +190,19 @@ class Session:
             done = subprocess.run(
                 ["bash", "-ec", command], capture_output=True, text=True, cwd=self.folder, check=False
             )
-            assert done.returncode == 0, f"{command}\n{done.stderr}"
+            assert done.returncode == status, f"{command}\n{done.stderr}"
             return Output(done.stdout, done.stderr)
         typed = self.command(" | ".join(before)).stdout if before else _by_beginning(self.typed, last)
         arguments = [*arguments_of(last), *shlex.split(_by_beginning(self.smaller, last))]
         with _inside(self.folder):
             if program == COMMANDS:
                 result = CliRunner().invoke(main, arguments, input=typed)
-                assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
+                assert result.exit_code == status, f"{command}\n{result.output}\n{result.exception!r}"
                 return Output(result.stdout, result.stderr)
             with _captured() as captured:
-                status = runtime(arguments)
+                ended = runtime(arguments)
         output = Output(*(stream.getvalue() for stream in captured))
-        assert status == 0, f"{command}\n{output.stderr}"
+        assert ended == status, f"{command}\n{output.stderr}"
         return output
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def _changing_its_end() -> Tokenizer:
     return tokenizer
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[[], Tokenizer]] = {
     "byte-level": _byte_level,
     "llama": functools.partial(_sentencepiece, prefix=True, metaspace=False),
     "metaspace": functools.partial(_sentencepiece, prefix=True, metaspace=True),
@@ -154,3 +155,8 @@ def folder_of(kind: str, folder: Path, **settings: Any) -> Path:
 def tokenizer_of(kind: str) -> Tokenizer:
     """A tokenizer of this kind, with a BOS token before every text, special tokens, and `<think>`, which is text."""
     return Tokenizer.from_str(_text_of(kind))
+
+
+def beyond(prompt: str, whole: str) -> str:
+    """What a text has beyond the beginning that it shares with another."""
+    return whole[next((i for i in range(len(prompt)) if whole[i : i + 1] != prompt[i]), len(prompt)) :]

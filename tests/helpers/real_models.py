@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from mlx_lqr.convert import convert
 from mlx_lqr.files.cache import cache_folder
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -84,6 +83,8 @@ def gemma3_folder(gemma3_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def _converted(gguf_file: Path, name: str, factory: pytest.TempPathFactory) -> Path:
     """The float32 folder of a GGUF file, converted once for all processes of this test run."""
+    from mlx_lqr.convert import convert  # here, since conftest.py imports this file: MLX may not be installed
+
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent

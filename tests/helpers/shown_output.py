@@ -26,9 +26,9 @@ def difference(shown: str, printed: str) -> str | None:
     match = re.fullmatch(pattern, _squeezed(printed), re.DOTALL)
     if match is None:
         return f"shown:\n{shown}\nprinted:\n{printed}"
-    for expected, found in zip(numbers, match.groups(), strict=True):
-        if not _near(expected, found):
-            return f"{expected} is shown where {found} is printed:\n{printed}"
+    for expected, number in zip(numbers, match.groups(), strict=True):
+        if not _near(expected, number):
+            return f"{expected} is shown where {number} is printed:\n{printed}"
     return None
 
 
@@ -52,8 +52,8 @@ def unlike(shown: str, printed: str) -> str | None:
     return None
 
 
-def _near(expected: str, found: str) -> bool:
-    wanted, got = (float(number.replace(",", "")) for number in (expected, found))
+def _near(expected: str, printed: str) -> bool:
+    wanted, got = (float(number.replace(",", "")) for number in (expected, printed))
     if "." not in expected and abs(wanted) < 100:
         return wanted == got
     digits = len(expected.partition(".")[2])

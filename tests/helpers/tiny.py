@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from mlx.utils import tree_map_with_path
 
-from mlx_lqr.backends.mlx.mlx_lm_models import is_supported, model_classes
+from mlx_lqr.backends.mlx.library import is_supported, model_classes
 from mlx_lqr.backends.mlx.model import MLXModel
 
 COMMON: dict[str, Any] = {
@@ -46,6 +47,7 @@ FAMILY: dict[str, dict[str, Any]] = {
 }
 
 FAMILY = {family: settings for family, settings in FAMILY.items() if is_supported(family)}  # of the mlx-lm installed
+families = pytest.mark.parametrize("family", sorted(FAMILY))
 
 
 def tiny(family: str, *, seed: int = 0, dtype: mx.Dtype = mx.float32, **changes: Any) -> MLXModel:

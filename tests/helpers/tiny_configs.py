@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 import mlx_lqr
 from mlx_lqr.backends.checkpoint.families import SETTINGS
-from mlx_lqr.backends.mlx.mlx_lm_models import is_supported
+from mlx_lqr.backends.mlx.library import is_supported
 
 FAMILIES = [family for family in sorted(SETTINGS) if is_supported(family)]
 PROMPT = np.random.default_rng(1).integers(0, 48, 20).tolist()
@@ -150,5 +150,5 @@ def load(folder: Path, backend: str) -> Any:
     return mlx_lqr.load(folder, backend=backend, dtype="float32")  # type: ignore[arg-type]
 
 
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def relative(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())

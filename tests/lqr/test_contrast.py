@@ -29,26 +29,26 @@ def test_a_padded_batch_gives_what_single_prompts_give(family: str) -> None:
 def test_direction_is_the_difference_of_means() -> None:
     model = tiny("llama")
     positive, negative = [[1, 2, 3], [4, 5]], [[6, 7, 8, 9], [10], [11, 12]]
-    found = mlx_lqr.contrast(model, positive, negative)
+    contrast = mlx_lqr.contrast(model, positive, negative)
     expected = np.mean([model.residuals([p])[0] for p in positive], 0) - np.mean(
         [model.residuals([p])[0] for p in negative], 0
     )
-    assert np.allclose(found.direction, expected[:-1], atol=1e-5)
-    assert np.allclose(found.output_direction, expected[-1], atol=1e-5)
-    assert np.allclose(np.linalg.norm(found.unit_direction, axis=-1), 1)
-    assert found.prompt_counts == (2, 3)
+    assert np.allclose(contrast.direction, expected[:-1], atol=1e-5)
+    assert np.allclose(contrast.output_direction, expected[-1], atol=1e-5)
+    assert np.allclose(np.linalg.norm(contrast.unit_direction, axis=-1), 1)
+    assert contrast.prompt_counts == (2, 3)
 
 
-def test_separation_is_the_magnitude_over_the_spread_within_the_sets() -> None:
+def test_separation_is_the_magnitude_over_the_std_within_the_sets() -> None:
     model = tiny("llama")
     positive, negative = [[1, 2, 3], [4, 5], [7, 7]], [[6, 7, 8, 9], [10], [11, 12], [9]]
-    found = mlx_lqr.contrast(model, positive, negative)
-    unit = np.vstack([found.unit_direction, found.output_direction / found.output_magnitude])
+    contrast = mlx_lqr.contrast(model, positive, negative)
+    unit = np.vstack([contrast.unit_direction, contrast.output_direction / contrast.output_magnitude])
     sets = [np.stack([model.residuals([prompt])[0] for prompt in prompts]) for prompts in (positive, negative)]
     for k, v in enumerate(unit):
         a, b = (residuals[:, k].astype(np.float64) @ v for residuals in sets)
         pooled = np.sqrt((2 * np.var(a, ddof=1) + 3 * np.var(b, ddof=1)) / 5)
-        assert found.separation[k] == pytest.approx((a.mean() - b.mean()) / pooled, rel=1e-4)
+        assert contrast.separation[k] == pytest.approx((a.mean() - b.mean()) / pooled, rel=1e-4)
 
 
 def test_auto_takes_the_layers_that_separate_about_as_well_as_the_best() -> None:
@@ -56,31 +56,31 @@ def test_auto_takes_the_layers_that_separate_about_as_well_as_the_best() -> None
     direction = np.zeros((5, 4), np.float32)
     direction[:, 0] = magnitude[:5]
     output = np.array([9, 0, 0, 0], np.float32)
-    spread = np.array([1, 4, 1, 2, 10, 0.1], np.float32)  # separations 0, 0.5, 3, 4, 1, and 90 at the output
-    found = mlx_lqr.Contrast(direction, direction * 0, direction, output, (5, 5), spread=spread)
-    assert found.separation == pytest.approx([0, 0.5, 3, 4, 1, 90])
-    assert choose_layers("auto", found) == (3,)
-    closer = replace(found, spread=spread * np.array([1, 1, 0.9, 1, 0.29, 1], np.float32))
+    std = np.array([1, 4, 1, 2, 10, 0.1], np.float32)  # separations 0, 0.5, 3, 4, 1, and 90 at the output
+    contrast = mlx_lqr.Contrast(direction, direction * 0, direction, output, (5, 5), std=std)
+    assert contrast.separation == pytest.approx([0, 0.5, 3, 4, 1, 90])
+    assert choose_layers("auto", contrast) == (3,)
+    closer = replace(contrast, std=std * np.array([1, 1, 0.9, 1, 0.29, 1], np.float32))
     assert choose_layers("auto", closer) == (2, 3, 4)
-    assert choose_layers("all", found) == (0, 1, 2, 3, 4)
-    assert choose_layers(None, found) == (3,)
-    assert choose_layers(None, replace(found, spread=None)) == (3, 4)  # two single prompts: the last third
-    assert choose_layers(iter([-1, 0]), found) == (0, 4)
+    assert choose_layers("all", contrast) == (0, 1, 2, 3, 4)
+    assert choose_layers(None, contrast) == (3,)
+    assert choose_layers(None, replace(contrast, std=None)) == (3, 4)  # two single prompts: the last third
+    assert choose_layers(iter([-1, 0]), contrast) == (0, 4)
 
 
 def test_auto_layers_everywhere_layers_are_named() -> None:
     model = tiny("llama")
     sets = [[1, 2, 3], [4, 5], [7, 7]], [[6, 7, 8, 9], [10], [11, 12]]
-    found = mlx_lqr.contrast(model, *sets)
-    chosen = choose_layers("auto", found)
+    contrast = mlx_lqr.contrast(model, *sets)
+    chosen = choose_layers("auto", contrast)
     assert 0 < len(chosen) < 3
     jacobians = mlx_lqr.linearize(model, sets[0])
     assert mlx_lqr.fit(model, *sets, layers="auto").active_layers == chosen
     assert mlx_lqr.fit(model, *sets, layers=np.array([0, 2])).active_layers == (0, 2)
     assert mlx_lqr.fit(model, *sets, layers="auto", cost="feature").active_layers == chosen
     assert mlx_lqr.fit(model, *sets, layers="auto", jacobians=jacobians).active_layers == chosen
-    assert mlx_lqr.adapt(model, found, [1, 2], layers="auto").active_layers == chosen
-    outputs = found.separation[1:]
+    assert mlx_lqr.adapt(model, contrast, [1, 2], layers="auto").active_layers == chosen
+    outputs = contrast.separation[1:]
     assert mlx_lqr.fit_baseline(model, "actadd", *sets, layers="auto").active_layers == (int(outputs.argmax()),)
     expected = tuple(np.flatnonzero(outputs >= 0.8 * outputs.max()))
     assert mlx_lqr.fit_baseline(model, "proportional", *sets, layers="auto").active_layers == expected
@@ -91,28 +91,28 @@ def test_auto_layers_everywhere_layers_are_named() -> None:
             fit(model, *sets, layers="best")
 
 
-def test_where_nothing_is_said_fit_takes_what_has_been_measured_to_do_best() -> None:
+def test_the_defaults_of_fit_are_those_measured_to_do_best() -> None:
     model = tiny("llama")
     sets = [[1, 2, 3], [4, 5], [7, 7]], [[6, 7, 8, 9], [10], [11, 12]]
-    found = mlx_lqr.fit(model, *sets)
-    said = mlx_lqr.fit(model, *sets, layers="auto", q=3.0, r=1.0, qf=3.0, setpoint="centred", cost="state")
-    assert found.active_layers == said.active_layers
+    default = mlx_lqr.fit(model, *sets)
+    explicit = mlx_lqr.fit(model, *sets, layers="auto", q=3.0, r=1.0, qf=3.0, setpoint="centred", cost="state")
+    assert default.active_layers == explicit.active_layers
     for name in ("gain", "setpoint", "offset"):
-        assert np.array_equal(getattr(found, name), getattr(said, name))
+        assert np.array_equal(getattr(default, name), getattr(explicit, name))
     contrast = mlx_lqr.contrast(model, *sets)
     gains = mlx_lqr.solve(mlx_lqr.linearize(model, sets[0]), layers=mlx_lqr.choose_layers("auto", contrast))
     step_by_step = mlx_lqr.compile(gains, contrast)
-    assert np.allclose(step_by_step.gain, found.gain, atol=1e-6)
-    assert np.allclose(step_by_step.offset, found.offset, atol=1e-6)
+    assert np.allclose(step_by_step.gain, default.gain, atol=1e-6)
+    assert np.allclose(step_by_step.offset, default.offset, atol=1e-6)
     assert mlx_lqr.fit(model, [[1]], [[2]]).active_layers == (2,)
 
 
 def test_prompts_that_end_alike_have_no_direction_at_layer_0() -> None:
     model = tiny("llama")
-    found = mlx_lqr.contrast(model, [[1, 2, 9], [3, 9], [7, 9]], [[4, 5, 9], [6, 9]])
-    assert not found.direction[0].any()
-    assert not found.unit_direction[0].any()
-    assert found.direction[1:].any(axis=1).all()
+    contrast = mlx_lqr.contrast(model, [[1, 2, 9], [3, 9], [7, 9]], [[4, 5, 9], [6, 9]])
+    assert not contrast.direction[0].any()
+    assert not contrast.unit_direction[0].any()
+    assert contrast.direction[1:].any(axis=1).all()
     controller = mlx_lqr.fit(model, [[1, 2, 9], [3, 9]], [[4, 5, 9], [6, 9]], layers="all")
     assert 0 not in controller.active_layers
     assert np.isfinite(controller.gain).all()
@@ -175,12 +175,12 @@ def test_bundled_sets_are_large_and_end_alike() -> None:
 
 
 def test_bundled_sets_tell_themselves_apart_on_smollm2(smollm2: Model) -> None:
-    """Held-out sentences fall on their own side of the direction found from the others, in the last third of layers."""
+    """Held-out sentences fall on their own side of the direction that the others give, in the last third of layers."""
     for name in ("ocean", "refusal"):
         positive, negative = mlx_lqr.bundled_prompts(name)
-        found = mlx_lqr.contrast(smollm2, positive[:20], negative[:20])
+        contrast = mlx_lqr.contrast(smollm2, positive[:20], negative[:20])
         held_out = [smollm2.tokenizer.encode(text) for text in positive[40:50] + negative[40:50]]
-        middle = (found.mean_positive + found.mean_negative) / 2
-        side = np.einsum("nkd,kd->nk", smollm2.residuals(held_out)[:, :-1] - middle, found.unit_direction)[:, 20:]
+        middle = (contrast.mean_positive + contrast.mean_negative) / 2
+        side = np.einsum("nkd,kd->nk", smollm2.residuals(held_out)[:, :-1] - middle, contrast.unit_direction)[:, 20:]
         right = np.concatenate([side[:10] > 0, side[10:] < 0]).mean()
         assert right > 0.8, (name, right)  # 0.5 is chance

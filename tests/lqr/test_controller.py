@@ -79,7 +79,8 @@ class FullGainLaw:
         self._parts = K, V, pseudoinverse, wanted
 
     def place(self, array: Any, add_product: Any) -> FullGainLaw:
-        return FullGainLaw(*([array(part) for part in parts] for parts in self._parts), self.layers)
+        K, V, pseudoinverse, wanted = ([array(part) for part in parts] for parts in self._parts)
+        return FullGainLaw(K, V, pseudoinverse, wanted, self.layers)
 
     def __call__(self, layer: int, z: Any, output: Any) -> Any:
         K, V, pseudoinverse, wanted = (parts[layer] for parts in self._parts)
@@ -93,15 +94,15 @@ def test_on_the_real_model_the_joint_law_is_the_full_gain_law(
     gains = mlx_lqr.solve(jacobians, weight, 1.0, weight)
     other = mlx_lqr.contrast(smollm2, golden["positive"][:6], golden["negative"][:6])  # overlaps with the first
     joint = Controller.combine(
-        *(mlx_lqr.compile(gains, found, name, setpoint="paper") for found, name in ((ocean, "a"), (other, "b")))
+        *(mlx_lqr.compile(gains, contrast, name, setpoint="paper") for contrast, name in ((ocean, "a"), (other, "b")))
     )
     strengths = np.array([1.0, -2.0], np.float32)
     pseudoinverse = [np.linalg.pinv(V) for V in joint.direction]
     full = FullGainLaw(list(gains), joint.direction, pseudoinverse, joint.setpoint * strengths, joint.active_layers)
     tokens = smollm2.tokenizer.encode(golden["prompt"])
-    found = smollm2.residuals([tokens], law=LinearFeedback(joint, strengths))[0]
+    residuals = smollm2.residuals([tokens], law=LinearFeedback(joint, strengths))[0]
     expected = smollm2.residuals([tokens], law=full)[0]
-    assert (np.linalg.norm(found - expected, axis=1) < 1e-4 * np.linalg.norm(expected, axis=1)).all()
+    assert (np.linalg.norm(residuals - expected, axis=1) < 1e-4 * np.linalg.norm(expected, axis=1)).all()
 
 
 def test_combining_one_by_one_equals_combining_at_once(random: np.random.Generator) -> None:

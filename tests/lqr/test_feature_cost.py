@@ -7,8 +7,8 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.prompts import NOMINAL_PROMPT as PROMPT
 from helpers.tiny import FAMILY, tiny
-from test_linearize import PROMPT
 
 import mlx_lqr
 from mlx_lqr import Controller, InputError
@@ -20,7 +20,7 @@ def dense(jacobians: Any, V: np.ndarray, mu: np.ndarray, weights: Weights, layer
     """g_k by the textbook recursion in float64 with the same d x d weights."""
     T, d = len(jacobians), V.shape[1]
     S = weights.qf / mu[T] ** 2 * np.outer(V[T], V[T])
-    found = np.zeros((T, d))
+    gains = np.zeros((T, d))
     for k in reversed(range(T)):
         A = np.asarray(jacobians[k], np.float64)
         Q = weights.q / mu[k] ** 2 * np.outer(V[k], V[k]) if mu[k] > 0 else np.zeros((d, d))
@@ -30,13 +30,13 @@ def dense(jacobians: Any, V: np.ndarray, mu: np.ndarray, weights: Weights, layer
             K = np.linalg.solve(S + R, S @ A)
         S = Q + A.T @ S @ (A - K)
         S = (S + S.T) / 2
-        found[k] = K @ V[k]
-    return found
+        gains[k] = K @ V[k]
+    return gains
 
 
-def closest(found: np.ndarray, expected: np.ndarray) -> float:
+def closest(gains: np.ndarray, expected: np.ndarray) -> float:
     rows = np.linalg.norm(expected, axis=1) > 0
-    return float((np.linalg.norm(found - expected, axis=1)[rows] / np.linalg.norm(expected, axis=1)[rows]).max())
+    return float((np.linalg.norm(gains - expected, axis=1)[rows] / np.linalg.norm(expected, axis=1)[rows]).max())
 
 
 @pytest.mark.parametrize("weights", [Weights(0.1, 1, 0.1), Weights(10, 1, 0), Weights(0, 1, 3)])
@@ -49,11 +49,11 @@ def test_equals_the_dense_recursion(weights: Weights, layers: set[int], random: 
     mu = random.uniform(0.5, 5, T + 1)
     V[0], mu[0] = 0, 0
     sweep = feature_sweep(lambda k, X: jacobians[k].T @ X, V, mu, weights, layers)
-    found = np.zeros((T, d))
+    gains = np.zeros((T, d))
     for k, gain in sweep:
-        found[k] = gain
+        gains[k] = gain
     expected = dense(jacobians, V, mu, weights, layers)
-    assert np.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert np.allclose(gains, expected, rtol=1e-9, atol=1e-12)
     assert expected.any()
 
 
@@ -61,15 +61,15 @@ def test_equals_the_dense_recursion_on_smollm2(
     smollm2: Model, golden: dict[str, Any], jacobians: mlx_lqr.Jacobians
 ) -> None:
     prompts = golden["positive"], golden["negative"]
-    found = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobian_prompts=3, layers="all")
+    fitted = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobian_prompts=3, layers="all")
     contrast = mlx_lqr.contrast(smollm2, *prompts)
     V = np.vstack([contrast.unit_direction, contrast.output_direction / contrast.output_magnitude])
     expected = dense(jacobians, V, np.append(contrast.magnitude, contrast.output_magnitude), Weights(), set(range(30)))
     assert golden["positive"][:3] == golden["jacobian_prompts"]
-    assert closest(found.gain[:, :, 0], expected) < 1e-5
+    assert closest(fitted.gain[:, :, 0], expected) < 1e-5
     stored = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobians=jacobians, layers="all")
     assert closest(stored.gain[:, :, 0], expected) < 1e-5
-    assert found.cost == "feature"
+    assert fitted.cost == "feature"
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))
@@ -126,7 +126,7 @@ def test_a_saved_controller_adapts_as_its_contrast_does(tmp_path: Any) -> None:
     adapted = mlx_lqr.adapt(model, Controller.load(tmp_path / "both.safetensors"), PROMPT)
     expected = Controller.combine(
         *(
-            mlx_lqr.adapt(model, mlx_lqr.contrast(model, *prompts), PROMPT, q=1.0, layers="all", name=name)
+            mlx_lqr.adapt(model, mlx_lqr.contrast(model, *prompts), PROMPT, q=1.0, layers="all", concept=name)
             for name, prompts in sets.items()
         )
     )

@@ -9,50 +9,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.by_hand import prefix_of, shifted_output
+from helpers.prompts import NOMINAL_PROMPT as PROMPT
 from helpers.tiny import FAMILY, tiny
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from safetensors.numpy import save_file
 
 import mlx_lqr
-from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.mlx import expansion as mlx_expansion
-from mlx_lqr.backends.mlx.blocks import hooked
-from mlx_lqr.backends.mlx.model import MLXModel, MLXTrace
-
-PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33]  # longer than the tiny models' sliding windows of 6
-
-
-def prefix_of(model: MLXModel, tokens: list[int]) -> list[Any]:
-    """mlx-lm's own caches after all tokens but the last."""
-    cache = make_prompt_cache(model.module)
-    model.module(mx.array([tokens[:-1]]), cache=cache)
-    return cache
-
-
-def shifted_output(
-    model: MLXModel, tokens: list[int], layer: int, shift: np.ndarray, prefix: list[Any] | None = None
-) -> np.ndarray:
-    """Output of block `layer` at the last token when its input there is shifted; every block runs as mlx-lm runs it.
-
-    Args:
-        prefix: what `prefix_of` returned, to use it again; it is as before afterwards.
-    """
-    found: list[mx.array] = []
-
-    def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
-        moved = z.at[0, -1].add(mx.array(shift, z.dtype))
-        output = call(moved)
-        found.append(output[0, -1])
-        return output
-
-    cache = prefix_of(model, tokens) if prefix is None else prefix
-    with hooked(model.blocks, hook, [layer]):
-        model.module(mx.array([tokens[-1:]]), cache=cache)
-    output = np.asarray(found[0].astype(mx.float64), dtype=np.float64)
-    if prefix is not None:
-        assert can_trim_prompt_cache(prefix)
-        assert trim_prompt_cache(prefix, 1) == 1
-    return output
+from mlx_lqr.backends.mlx.decoder import MLXTrace
+from mlx_lqr.backends.mlx.model import MLXModel
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))
@@ -77,19 +42,19 @@ def test_attention_is_expanded_head_by_head_only_where_heads_are_independent(
     family: str, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OLMo 2 norms its queries across all heads, Phi-3 has its projections in one: what cannot be expanded is not."""
-    found: dict[str, bool] = {}
+    expanded: dict[str, bool] = {}
     for name in ("_attention_expansion", "_mlp_expansion"):
         expand = getattr(mlx_expansion, name)
 
         def watched(*args: Any, name: str = name, expand: Any = expand) -> Any:
             result = expand(*args)
-            found[name] = result is not None
+            expanded[name] = result is not None
             return result
 
         monkeypatch.setattr(mlx_expansion, name, watched)
     model = tiny(family)
     model.jacobian(model.trace(PROMPT), 0)
-    assert found == {"_attention_expansion": products == "both", "_mlp_expansion": products != "none"}
+    assert expanded == {"_attention_expansion": products == "both", "_mlp_expansion": products != "none"}
 
 
 @pytest.mark.slow
@@ -99,6 +64,7 @@ def test_real_jacobians_equal_finite_differences(
 ) -> None:
     path = request.getfixturevalue(folder)
     model, exact = mlx_lqr.load(path), mlx_lqr.load(path)
+    assert isinstance(exact, MLXModel)
     exact.module.set_dtype(mx.float64)
     tokens = model.tokenizer.encode("Salt from the ocean dried on his skin as he walked along the beach.")
     trace = model.trace(tokens)
@@ -128,10 +94,10 @@ def test_quantised_model_is_linearised_as_its_unpacked_self(family: str, bits: i
             packing = {"group_size": source.group_size, "bits": source.bits}
             leaf.weight = mx.dequantize(source.weight, source.scales, source.biases, **packing)
     before = {name: type(module) for name, module in packed.items()}
-    found, expected = mlx_lqr.linearize(model, [PROMPT]), mlx_lqr.linearize(unpacked, [PROMPT])
+    jacobians, expected = mlx_lqr.linearize(model, [PROMPT]), mlx_lqr.linearize(unpacked, [PROMPT])
     assert {name: type(module) for name, module in model.module.named_modules()} == before
     for k in range(model.num_layers):
-        assert np.abs(found[k] - expected[k]).max() < 1e-4 * np.abs(expected[k]).max()
+        assert np.abs(jacobians[k] - expected[k]).max() < 1e-4 * np.abs(expected[k]).max()
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -139,8 +105,8 @@ def test_a_16_bit_model_is_linearised_in_float32(dtype: mx.Dtype) -> None:
     """Its Jacobian is that of the same weights in float32, up to where the 16-bit forward pass put the prefix."""
     model, exact = tiny("llama", dtype=dtype), tiny("llama", dtype=dtype)
     exact.module.set_dtype(mx.float32)
-    found, expected = mlx_lqr.linearize(model, [[7]]), mlx_lqr.linearize(exact, [[7]])
-    assert np.abs(found[0] - expected[0]).max() < 1e-5 * np.abs(expected[0]).max()
+    jacobians, expected = mlx_lqr.linearize(model, [[7]]), mlx_lqr.linearize(exact, [[7]])
+    assert np.abs(jacobians[0] - expected[0]).max() < 1e-5 * np.abs(expected[0]).max()
     assert model.blocks[0].mlp.down_proj.weight.dtype == dtype
 
 
@@ -216,9 +182,9 @@ def test_another_run_does_not_go_on_from_it(tmp_path: Path) -> None:
         Interrupting(model, 2, patch)
         with pytest.raises(KeyboardInterrupt):
             mlx_lqr.linearize(model, [PROMPT], store=file)
-    found = mlx_lqr.linearize(model, [PROMPT[:3]], store=file)
+    stored = mlx_lqr.linearize(model, [PROMPT[:3]], store=file)
     expected = mlx_lqr.linearize(model, [PROMPT[:3]])
-    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(stored, expected, strict=True))
 
 
 def test_a_save_takes_nothing_over_from_another_one(tmp_path: Path) -> None:

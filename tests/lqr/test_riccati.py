@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.linear_systems import system
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import solve_discrete_are
 
 from mlx_lqr import InputError, solve
 from mlx_lqr.lqr.riccati import Weights, cost_to_go, sweep
-
-
-def system(T: int, d: int, seed: int = 0) -> list[np.ndarray]:
-    """Jacobians like a transformer's: the identity and something of its size."""
-    random = np.random.default_rng(seed)
-    return [np.eye(d) + random.standard_normal((d, d)) / np.sqrt(d) for _ in range(T)]
 
 
 def cost(jacobians: list[np.ndarray], gains: list[np.ndarray], weights: Weights, z: np.ndarray) -> float:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.backends import BACKENDS, tiny_on
+from helpers.command_line import run
+from helpers.tiny_tokenizers import chatting
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_chat import chatting
-from test_cli import run
 
 import mlx_lqr
 from mlx_lqr import Controller, InputError
@@ -51,16 +51,16 @@ def test_centred_strengths_0_and_1_are_the_levels_of_the_sets(backend: str) -> N
 
 def test_centred_everywhere_a_setpoint_is_chosen() -> None:
     model = tiny_on("mlx", "llama")
-    found = mlx_lqr.contrast(model, *SETS)
+    contrast = mlx_lqr.contrast(model, *SETS)
     jacobians = mlx_lqr.linearize(model, SETS[0])
-    expected = np.einsum("kd,kd->k", found.unit_direction, found.mean_negative)[:, None]
+    expected = np.einsum("kd,kd->k", contrast.unit_direction, contrast.mean_negative)[:, None]
     gains = mlx_lqr.solve(jacobians)
     for controller in (
         mlx_lqr.fit(model, *SETS, setpoint="centred", cost="feature", layers="all"),
         mlx_lqr.fit(model, *SETS, setpoint="centred", jacobians=jacobians, layers="all"),
-        mlx_lqr.compile(gains, found, setpoint="centred"),
-        mlx_lqr.adapt(model, found, [1, 2], setpoint="centred"),
-        mlx_lqr.adapt(model, mlx_lqr.compile(gains, found, setpoint="centred"), [1, 2]),
+        mlx_lqr.compile(gains, contrast, setpoint="centred"),
+        mlx_lqr.adapt(model, contrast, [1, 2], setpoint="centred"),
+        mlx_lqr.adapt(model, mlx_lqr.compile(gains, contrast, setpoint="centred"), [1, 2]),
     ):
         assert np.allclose(controller.offset, expected, atol=1e-5)
     paper = mlx_lqr.fit(model, *SETS, concept="one", layers="all", setpoint="paper")
@@ -79,7 +79,7 @@ def test_a_recommended_strength_survives_files_and_combination(kind: str, tmp_pa
     other = made(model, kind, "other")
     if isinstance(other, Controller):
         other = replace(other, direction=other.direction[:, ::-1])
-    tuned: Any = replace(plain, strength=(2.5,))
+    tuned: Any = plain.recommending((2.5,))
     for steering in (plain, tuned, combine([tuned, other])):
         steering.save(tmp_path / "file")
         assert load_steering(tmp_path / "file").strength == steering.strength
@@ -106,7 +106,7 @@ def test_a_damaged_recommendation_is_refused(kind: str, entry: str, tmp_path: Pa
 def test_python_takes_the_recommended_strength_where_none_is_given(backend: str, kind: str) -> None:
     model = tiny_on(backend, "llama")
     plain = made(model, kind)
-    tuned: Any = replace(plain, strength=(4.0,))
+    tuned: Any = plain.recommending((4.0,))
     for steering, strength in ((plain, 1.0), (tuned, 4.0)):
         options: mlx_lqr.Options = {"controller": steering, "max_tokens": 12}
         expected = [piece.token for piece in mlx_lqr.stream(model, [1, 2], strength=strength, **options)]
@@ -123,7 +123,7 @@ def test_a_steered_model_of_others_takes_it_too() -> None:
     import mlx.core as mx
 
     model = tiny_on("mlx", "llama")
-    tuned: Any = replace(made(model, "alqr"), strength=(4.0,))
+    tuned: Any = made(model, "alqr").recommending((4.0,))
     logits = []
     for strength in (None, 4.0, 1.0):
         with mlx_lqr.steer(model.module, tuned, strength):
@@ -134,7 +134,7 @@ def test_a_steered_model_of_others_takes_it_too() -> None:
 
 def test_a_chat_takes_it_and_keeps_what_was_set() -> None:
     model = chatting()
-    tuned: Any = replace(made(model, "alqr"), strength=(2.5,))
+    tuned: Any = made(model, "alqr").recommending((2.5,))
     chat = mlx_lqr.runtime.Chat(model)
     chat.add(tuned)
     assert chat.strengths == {"one": 2.5}

@@ -10,20 +10,21 @@ import numpy as np
 import pytest
 import torch
 from helpers.backends import BACKENDS, tiny_on
-from test_chat import chatting
+from helpers.tiny_tokenizers import chatting
 
 import mlx_lqr
 from mlx_lqr import Controller, InputError
+from mlx_lqr.analysis import certify, linearity
 from mlx_lqr.analysis.rollout import roll_out
-from mlx_lqr.analysis.tracking import track, track_answer
+from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.chat import _state
 from mlx_lqr.methods.registry import METHODS
 from mlx_lqr.methods.steering import Steering, combine, law_of
 from mlx_lqr.runtime import Chat, batch_stream
 from mlx_lqr.runtime.monitor import largest_excess
-from mlx_lqr.tasks.steering import NamedSteering as Named
-from mlx_lqr.tasks.steering import Steered, check_strengths
+from mlx_lqr.runtime.tracking import track_answer
+from mlx_lqr.tasks.steering import NamedSteering, Steered, check_strengths
 
 SETS = {
     "one": ([[1, 2, 3], [4, 5, 6], [7, 9]], [[9, 8, 7], [6, 5], [11, 12]]),
@@ -84,10 +85,10 @@ def test_batches_and_tasks(backend: str) -> None:
     ]
     assert runs[0] == runs[1]
     for strength, shares in ((-0.0, (1.0,)), (2.0, (0.0,))):
-        steered = Steered(model, Named("a", controller, shares), strength)
+        steered = Steered(model, NamedSteering("a", controller, shares), strength)
         assert np.array_equal(steered.logits_along([(PROMPT, [1])])[0], model.logits_along([(PROMPT, [1])])[0])
         assert steered.texts(prompts, {"max_tokens": 6}) == Steered(model).texts(prompts, {"max_tokens": 6})
-    assert str(check_strengths(model, Named("a", controller), [-0.0, 0.0, 1.0])) == "[0.0, 1.0]"
+    assert str(check_strengths(model, NamedSteering("a", controller), [-0.0, 0.0, 1.0])) == "[0.0, 1.0]"
 
 
 def test_steering_in_place() -> None:
@@ -98,8 +99,8 @@ def test_steering_in_place() -> None:
         tokens = mx.array([PROMPT]) if backend == "mlx" else torch.tensor([PROMPT])
 
         def logits(model: Any = model, tokens: Any = tokens, backend: str = backend) -> np.ndarray:
-            found = model.module(tokens)
-            return np.array(found) if backend == "mlx" else found.logits.detach().numpy()
+            output = model.module(tokens)
+            return np.array(output) if backend == "mlx" else output.logits.detach().numpy()
 
         expected = logits()
         for kind in ("centred", "all positions", "angular", "proportional"):
@@ -123,8 +124,8 @@ def test_one_of_several_is_as_if_it_were_not_there(backend: str, kind: str) -> N
             own = [strengths[i] for i in kept]
             some = [0.0 if i in gone else strength for i, strength in enumerate(strengths)]
             expected = model.logits(PROMPT, law=law_of(combine([parts[i] for i in kept]), own), steer_all=steer_all)
-            found = model.logits(PROMPT, law=law_of(combine(parts), some), steer_all=steer_all)
-            assert found == pytest.approx(expected, abs=2e-5)
+            logits = model.logits(PROMPT, law=law_of(combine(parts), some), steer_all=steer_all)
+            assert logits == pytest.approx(expected, abs=2e-5)
             alone = answer(model, controller=combine([parts[i] for i in kept]), strength=own)
             assert answer(model, controller=combine(parts), strength=some) == alone
     off_alone = model.logits(PROMPT, law=law_of(combine(parts), [0, 0, 0]), steer_all=steer_all)
@@ -239,6 +240,7 @@ def test_what_is_recorded_and_tracked() -> None:
     assert half.push() == pytest.approx(alone.push(), rel=1e-4)
     assert np.isnan(half.feature_error()[..., 0]).all()
     assert half.feature_error()[..., 1:] == pytest.approx(alone.feature_error(), rel=1e-3, abs=1e-5)
+    assert isinstance(controller, Controller)
     region = np.full_like(controller.setpoint, 1e9)
     narrow = np.where([True, False], 1e-9, region)  # of the one that is off, which it cannot leave
     known = replace(controller, checked_error=narrow, checked_push=narrow.astype(np.float32))
@@ -256,6 +258,6 @@ def test_the_linear_analysis_has_nothing_to_look_at() -> None:
     assert np.array_equal(run.steered[0], run.unsteered[0])
     assert not run.push[0].any()
     with pytest.raises(InputError, match="strength 0 is not steered"):
-        mlx_lqr.analysis.certify(model, controller, [PROMPT], [[1, 2]], strengths=(0.0, 1.0))
+        certify(model, controller, [PROMPT], [[1, 2]], strengths=(0.0, 1.0))
     with pytest.raises(InputError, match="strength 0 is not steered"):
-        mlx_lqr.analysis.linearity(model, [PROMPT, [1, 2]], controller, strengths=(0.0, 1.0))
+        linearity(model, [PROMPT, [1, 2]], controller, strengths=(0.0, 1.0))

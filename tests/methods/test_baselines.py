@@ -431,6 +431,7 @@ def test_vectors_are_added_up_and_other_methods_are_refused_by_name() -> None:
     one = fitted(model, "actadd", concept="a", layers=[0])
     two = mlx_lqr.fit_baseline(model, "actadd", NEGATIVE, POSITIVE, concept="b", layers=[0, 2])
     both = combine([one, two])
+    assert isinstance(two, Baseline)
     assert isinstance(both, Baseline)
     assert both.active_layers == (0, 2)
     law = law_of(both, [2.0, 0.5])

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers.backends import BACKENDS, smollm2_on, tiny_on
+from helpers.decoding import prefill_chunks
+from helpers.prompts import PROMPT
 from helpers.tiny import FAMILY, tiny
 from scipy.optimize import minimize
-from test_backends import PROMPT, prefill_chunks
 
 import mlx_lqr
 from mlx_lqr import InputError
@@ -31,7 +32,13 @@ families = pytest.mark.parametrize("family", sorted(FAMILY))
 
 
 def fitted(model: Any, **options: Any) -> Baseline:
-    return mlx_lqr.fit_baseline(model, "iti", POSITIVE, NEGATIVE, **{"heads": 4, **options})
+    return iti(model, POSITIVE, NEGATIVE, **{"heads": 4, **options})
+
+
+def iti(model: Any, positive: Any, negative: Any, **options: Any) -> Baseline:
+    steering = mlx_lqr.fit_baseline(model, "iti", positive, negative, **options)
+    assert isinstance(steering, Baseline)
+    return steering
 
 
 def moved_heads(model: Any, steering: Baseline) -> Float32:
@@ -125,7 +132,7 @@ def test_the_head_that_tells_the_prompts_apart_is_found_and_moved_by_its_spread(
     outputs[:30, 1, 2, 5] += 6
     monkeypatch.setattr(model, "head_outputs", lambda prompts, progress=None: outputs)
     prompts = [[token, 7] for token in range(60)]
-    steering = mlx_lqr.fit_baseline(model, "iti", prompts[:30], prompts[30:], heads=1)
+    steering = iti(model, prompts[:30], prompts[30:], heads=1)
     assert steering.active_layers == (1,)
     assert np.argwhere(steering.tensors["head_spread"][..., 0]).tolist() == [[1, 2]]
     accuracy = steering.tensors["head_accuracy"][..., 0]
@@ -135,7 +142,7 @@ def test_the_head_that_tells_the_prompts_apart_is_found_and_moved_by_its_spread(
     weight = np.array(model.blocks[1].self_attn.o_proj.weight.tolist())[:, 16:24]
     expected = weight @ theta * (outputs[:, 1, 2] @ theta).std()
     assert np.allclose(steering.tensors["attention_shift"][1, :, 0], expected, atol=1e-5)
-    elsewhere = mlx_lqr.fit_baseline(model, "iti", prompts[:30], prompts[30:], heads=3, layers=[0, 2])
+    elsewhere = iti(model, prompts[:30], prompts[30:], heads=3, layers=[0, 2])
     chosen = np.argwhere(elsewhere.tensors["head_spread"][..., 0])
     assert len(chosen) == 3
     assert set(chosen[:, 0]) <= {0, 2}
@@ -215,7 +222,7 @@ def test_prompts_are_steered_alike_in_chunks_and_as_a_whole(
     continued = model.log_probabilities(
         [(PROMPT[:1] if steer_all else PROMPT, PROMPT[1:])], law=law, steer_all=steer_all
     )[0]
-    prefill_chunks(backend, 3, monkeypatch)
+    prefill_chunks(3, monkeypatch)
     assert np.allclose(model.logits(PROMPT, law=law, steer_all=steer_all), whole, atol=1e-4)
     decoder, expected = model.decoder(law), []
     prompt = PROMPT[:1] if steer_all else PROMPT
@@ -267,7 +274,7 @@ def test_activations_that_overflow_are_reported_with_their_layer(backend: str) -
 def test_concepts_are_added_and_taken_apart_and_kept(tmp_path: Path) -> None:
     model = tiny_on("mlx", "llama")
     one = fitted(model, concept="a", layers=[0])
-    two = mlx_lqr.fit_baseline(model, "iti", NEGATIVE, POSITIVE, concept="b", layers=[0, 2], heads=2)
+    two = iti(model, NEGATIVE, POSITIVE, concept="b", layers=[0, 2], heads=2)
     both = combine([one, two])
     assert isinstance(both, Baseline)
     both.save(tmp_path / "both")
@@ -306,7 +313,7 @@ def test_options_are_refused_where_they_mean_nothing() -> None:
 def test_a_real_model_writes_of_dogs(backend: str) -> None:
     model = smollm2_on(backend)
     positive, negative = mlx_lqr.bundled_prompts("dog")
-    steering = mlx_lqr.fit_baseline(model, "iti", positive[:20], negative[:20], concept="dog")
+    steering = iti(model, positive[:20], negative[:20], concept="dog")
     assert (steering.tensors["head_spread"] > 0).sum() == 13  # of 270
     plain, steered = (
         mlx_lqr.generate(model, "Once upon a time,", controller=steering, strength=strength, max_tokens=30)

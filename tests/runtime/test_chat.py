@@ -2,82 +2,32 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
-import select
 import shutil
-import signal
 import subprocess
 import sys
-import termios
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.tiny import tiny
-from test_cli import refused, run
+from helpers.by_hand import last_features
+from helpers.command_line import refused, run
+from helpers.controllers import controller_for
+from helpers.decoding import tokens
+from helpers.tiny_tokenizers import chatting
 
 import mlx_lqr
 from mlx_lqr import InputError, Options
-from mlx_lqr.backends.hooks import BlockCall
-from mlx_lqr.backends.mlx.blocks import hooked
-from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.commands.chat_view import draw_tracking
 from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.runtime import Chat, stream
 
-EDITING = b"\x1b[?2004h"
-"""What a line editor tells the terminal when it is ready: mark what is pasted."""
 QUESTIONS = ["hello", "tell me more", "and then"]
-
-
-class Letters:
-    """A tokenizer of single letters with a chat template: a token for the role, then the text."""
-
-    end_tokens: frozenset[int] = frozenset()
-    roles = ("system", "user", "assistant")
-
-    def chat(self, messages: list[Message]) -> list[int]:
-        tokens: list[int] = []
-        for message in messages:
-            tokens += [60 + self.roles.index(message["role"]), *(ord(letter) % 59 for letter in message["content"])]
-        return [*tokens, 62]
-
-    def stream(self, prompt: Sequence[int] = ()) -> Letters:
-        return self
-
-    def add(self, token: int) -> str:
-        return chr(59 + token) if token < 59 else ""
-
-    def finish(self) -> str:
-        return ""
-
-
-def chatting(family: str = "llama", **changes: Any) -> MLXModel:
-    model = tiny(family, **changes)
-    model._tokenizer = Letters()  # type: ignore[assignment]
-    return model
-
-
-def fitted(model: Model, concept: str = "a", **options: Any) -> Controller:
-    sets = ([[1, 2, 3], [4, 5]], [[6, 7], [8]]) if concept == "a" else ([[9, 10]], [[11, 12, 13]])
-    return mlx_lqr.fit(model, *sets, q=1.0, concept=concept, **{"layers": "all", **options})
-
-
-def tokens(pieces: Iterator[mlx_lqr.Piece]) -> list[int | None]:
-    return [piece.token for piece in pieces]
 
 
 def fresh(chat: Chat) -> list[int | None]:
@@ -95,7 +45,7 @@ def test_every_answer_is_that_of_a_fresh_decode(family: str, positions: str | No
     model = chatting(family, **({"sliding_window": 24} if family == "gemma3_text" else {}))
     chat = Chat(model, options={"max_tokens": 8})
     if positions is not None:
-        chat.add(fitted(model, positions=positions), 2.0)
+        chat.add(controller_for(model, positions=positions), 2.0)
     decoders = []
     for question in QUESTIONS:
         assert tokens(chat.answer(question)) == fresh(chat)
@@ -112,13 +62,14 @@ def test_every_answer_is_that_of_a_fresh_decode_while_steering_changes() -> None
     chat = Chat(model, options={"max_tokens": 6})
     answers = [tokens(chat.answer("hello"))]
     for change in (
-        lambda: chat.add(fitted(model, positions="all"), 3.0),  # what was run without steering is of no use to it
+        # what was run without steering is of no use to this one
+        lambda: chat.add(controller_for(model, positions="all"), 3.0),
         chat.off,
-        lambda: chat.add(fitted(model), 3.0),
-        lambda: chat.add(fitted(model, "b"), 2.0),
+        lambda: chat.add(controller_for(model), 3.0),
+        lambda: chat.add(controller_for(model, "b"), 2.0),
         lambda: chat.off("a"),
-        lambda: chat.options.update(repetition_penalty=1.3),
-        lambda: chat.options.update(overflow="roll", repetition_penalty=1.0),
+        lambda: chat.options.update({"repetition_penalty": 1.3}),
+        lambda: chat.options.update({"overflow": "roll", "repetition_penalty": 1.0}),
     ):
         change()
         answers.append(tokens(chat.answer("more")))
@@ -138,53 +89,35 @@ def by_hand(model: Model, law: LinearFeedback, prompt: list[int], strengths: lis
     """Tokens from one step after another, step i under strengths[i]."""
     decoder = model.decoder(law)
     decoder.fill([prompt[:-1]], steered=False)
-    found = [prompt[-1]]
+    decoded = [prompt[-1]]
     for strength in strengths:
         law.strength = strength
-        found += decoder.sample(decoder.step(found[-1:])).tolist()
-    return found[1:]
+        decoded += decoder.sample(decoder.step(decoded[-1:])).tolist()
+    return decoded[1:]
 
 
 def test_a_strength_changed_during_an_answer_acts_from_the_next_step_on() -> None:
     model = chatting()
     chat = Chat(model, options={"max_tokens": 12})
-    controller = fitted(model)
+    controller = controller_for(model)
     chat.add(controller, 1.0)
     pieces = chat.answer("hello")
-    found = tokens(islice(pieces, 3))
+    answered = tokens(islice(pieces, 3))
     chat.set_strength(6.0)
-    found += tokens(pieces)
+    answered += tokens(pieces)
     prompt = model.tokenizer.chat(chat.messages[:-1])
     law = LinearFeedback(controller, 1.0)
     # With the third token, the step that makes the fourth has begun.
-    assert found == by_hand(model, law, prompt, [1.0] * 4 + [6.0] * 8)
-    assert found != by_hand(model, law, prompt, [1.0] * 12)
+    assert answered == by_hand(model, law, prompt, [1.0] * 4 + [6.0] * 8)
+    assert answered != by_hand(model, law, prompt, [1.0] * 12)
     assert chat.track().strength == (6.0,)
-
-
-def last_features(model: MLXModel, controller: Controller, run: list[int], strengths: list[float | None]) -> np.ndarray:
-    """v_k . z_k (T, m) at the last token of one pass without a cache, position i steered by hand with strengths[i]."""
-    found = []
-
-    def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
-        output, x = np.array(call(z)), np.array(z)
-        found.append(x[0, -1] @ controller.direction[k])
-        for i, strength in enumerate(strengths):
-            if strength is not None:
-                error = controller.offset[k] + strength * controller.setpoint[k] - x[0, i] @ controller.direction[k]
-                output[0, i] += controller.gain[k] @ error
-        return mx.array(output)
-
-    with hooked(model.blocks, hook, range(model.num_layers)):
-        mx.eval(model.module(mx.array([run])))
-    return np.array(found)
 
 
 @pytest.mark.parametrize(("positions", "adaptive"), [("last", False), ("all", False), ("last", True)])
 def test_tracking_shows_the_answer_as_it_was_steered(positions: Any, adaptive: bool) -> None:
     model = chatting("gemma3_text")  # its window of 6 has long moved on
     chat = Chat(model, options={"max_tokens": 9, "adaptive": adaptive})
-    controller = fitted(model, positions=positions)
+    controller = controller_for(model, positions=positions)
     chat.add(controller, 1.0)
     pieces = chat.answer("hello")
     answer = tokens(islice(pieces, 3))
@@ -210,8 +143,8 @@ def test_tracking_shows_the_answer_as_it_was_steered(positions: Any, adaptive: b
 def test_tracking_is_drawn_where_the_numbers_are(capsys: pytest.CaptureFixture[str]) -> None:
     model = chatting()
     chat = Chat(model, options={"max_tokens": 4})
-    chat.add(fitted(model, layers=[1, 2]), 2.0)
-    chat.add(fitted(model, "b"), 1.0)
+    chat.add(controller_for(model, layers=[1, 2]), 2.0)
+    chat.add(controller_for(model, "b"), 1.0)
     list(chat.answer("hello"))
     tracked = chat.track()
     draw_tracking(tracked)
@@ -244,7 +177,7 @@ def test_what_cannot_be_compared_or_tracked_is_refused() -> None:
 def test_comparing_leaves_the_conversation_alone() -> None:
     model = chatting()
     chat = Chat(model, options={"max_tokens": 6})
-    chat.add(fitted(model), 3.0)
+    chat.add(controller_for(model), 3.0)
     given = "".join(piece.text for piece in chat.answer("hello"))
     before = json.dumps(chat.messages)
     assert "".join(piece.text for piece in chat.steered()) == given
@@ -259,7 +192,7 @@ def test_comparing_leaves_the_conversation_alone() -> None:
 def test_an_answer_cut_short_stays_and_the_chat_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model = chatting()
     chat = Chat(model, options={"max_tokens": 9})
-    chat.add(fitted(model), 1.0)
+    chat.add(controller_for(model), 1.0)
     pieces = chat.answer("hello")
     said: list[str] = [piece.text for piece in islice(pieces, 3)]
     chat.set_strength(1e30)
@@ -300,7 +233,7 @@ def test_an_answer_gets_the_room_that_the_context_leaves() -> None:
     chat.options["overflow"] = "roll"  # which the decoder of the first answer cannot
     assert tokens(chat.answer("room now")) == fresh(chat)
     rolling = Chat(model, options={"max_tokens": 16, "overflow": "roll"})
-    rolling.add(fitted(model), 2.0)
+    rolling.add(controller_for(model), 2.0)
     for question in QUESTIONS:
         assert tokens(rolling.answer(question)) == fresh(rolling)
     assert np.all(np.isfinite(rolling.track().steered.feature))
@@ -315,22 +248,22 @@ def test_wrong_options_are_refused_before_anything_is_said(options: Options) -> 
 def test_a_transcript_brings_the_conversation_back(tmp_path: Path) -> None:
     model = chatting()
     chat = Chat(model, [{"role": "system", "content": "Be brief.\nVery."}], options={"max_tokens": 6})
-    chat.add(fitted(model), 3.0)
-    chat.add(fitted(model, "b"), 0.5)
+    chat.add(controller_for(model), 3.0)
+    chat.add(controller_for(model, "b"), 0.5)
     list(chat.answer("hello"))
     chat.save(tmp_path / "chat.json")
     other = Chat(model, options={"max_tokens": 6})
-    other.add(fitted(model), 1.0)
+    other.add(controller_for(model), 1.0)
     (note,) = other.load(tmp_path / "chat.json")
     assert "steered by b" in note
-    other.add(fitted(model, "b"), 1.0)
+    other.add(controller_for(model, "b"), 1.0)
     assert other.load(tmp_path / "chat.json") == []
     assert other.strengths == chat.strengths == {"a": 3.0, "b": 0.5}
     assert other.messages == chat.messages
     assert tokens(other.answer("more")) == tokens(chat.answer("more"))
     model.name = "another"
     (note,) = other.load(tmp_path / "chat.json")
-    assert "of tiny-llama; another goes on" in note
+    assert "of tiny-llama; another continues it" in note
 
 
 SOUND: dict[str, Any] = {
@@ -351,15 +284,18 @@ SOUND: dict[str, Any] = {
         ({key: SOUND[key] for key in ("model", "strengths")}, "no 'messages'"),
         ({**SOUND, "strengths": {"a": "much"}}, "strength"),
         ({**SOUND, "strengths": {"a": float("nan")}}, "finite"),
-        ({**SOUND, "messages": "hello"}, "wrong kind"),
+        ({**SOUND, "messages": "hello"}, "wrong type"),
         ({**SOUND, "messages": ["hello"]}, "message 1 has no text"),
         ({**SOUND, "messages": [{"role": "user", "content": None}]}, "message 1 has no text"),
-        ({**SOUND, "messages": [{"role": "robot", "content": "a"}]}, "message 1 is of 'robot'"),
+        ({**SOUND, "messages": [{"role": "robot", "content": "a"}]}, "message 1 has the role 'robot'"),
         ({**SOUND, "messages": [{"content": "a"}]}, "no 'role'"),
-        ({**SOUND, "messages": [{"role": ["user"], "content": "a"}]}, "message 1 is of"),
-        ({**SOUND, "messages": [SOUND["messages"][1]]}, "message 1 is of 'assistant'"),
-        ({**SOUND, "messages": [*SOUND["messages"], SOUND["messages"][1]]}, "message 3 is of 'assistant'"),
-        ({**SOUND, "messages": [*SOUND["messages"], {"role": "system", "content": "a"}]}, "message 3 is of 'system'"),
+        ({**SOUND, "messages": [{"role": ["user"], "content": "a"}]}, "message 1 has the role"),
+        ({**SOUND, "messages": [SOUND["messages"][1]]}, "message 1 has the role 'assistant'"),
+        ({**SOUND, "messages": [*SOUND["messages"], SOUND["messages"][1]]}, "message 3 has the role 'assistant'"),
+        (
+            {**SOUND, "messages": [*SOUND["messages"], {"role": "system", "content": "a"}]},
+            "message 3 has the role 'system'",
+        ),
         ({**SOUND, "messages": [SOUND["messages"][0]]}, "no answer"),
     ],
 )
@@ -477,83 +413,3 @@ def test_a_base_model_does_not_chat(tmp_path: Path, smollm2: Model) -> None:
     settings.pop("chat_template", None)
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
     assert "no chat template" in refused("chat", base, text="hi\n")
-
-
-def read_until(source: int, wanted: bytes, seconds: float = 60) -> bytes:
-    """What comes from a file descriptor until `wanted` has come."""
-    found, deadline = b"", time.monotonic() + seconds
-    while wanted not in found:
-        assert time.monotonic() < deadline, found
-        if select.select([source], [], [], 0.2)[0]:
-            part = os.read(source, 4096)
-            assert part, found
-            found += part
-    return found
-
-
-def test_ctrl_c_stops_an_answer_in_a_pipe(tmp_path: Path, smollm2: Model) -> None:
-    command = [sys.executable, "-c", "from mlx_lqr.commands import main; main()", "chat", "demo", "-n", "4000"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdin.write(b"Write a very long story.\n")
-        process.stdin.flush()
-        first = read_until(process.stdout.fileno(), b" ")
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(f"/save {tmp_path}/chat.json\n".encode(), timeout=60)
-    assert process.returncode == 0, errors
-    assert b"[stopped]" in errors
-    assert b"Traceback" not in errors
-    (_, answer) = json.loads((tmp_path / "chat.json").read_text())["messages"]
-    assert (first + rest).decode() == answer["content"] + "\n"
-
-
-@contextmanager
-def on_a_terminal(*arguments: str, cache: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """`mlx-lqr chat demo` with a terminal for its input and messages and a pipe for its answers."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x28\x00\x78\x00\x00\x00\x00\x00")  # 40 rows, 120 columns
-    code = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from mlx_lqr.commands import main; main()"
-    command = [sys.executable, "-c", code, "chat", "demo", *arguments]
-    environment = {**os.environ, "TERM": "xterm", "MLX_LQR_CACHE": str(cache), "PROMPT_TOOLKIT_NO_CPR": "1"}
-    streams: dict[str, Any] = {"stdin": theirs, "stdout": subprocess.PIPE, "stderr": theirs}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-    os.close(theirs)
-    with process:
-        try:
-            yield process, ours
-        finally:
-            process.kill()
-            os.close(ours)
-
-
-def test_a_chat_on_a_terminal(tmp_path: Path, smollm2: Model) -> None:
-    """Several lines in one message, Ctrl-C at the prompt and during an answer, a mistake, and Ctrl-D."""
-    (tmp_path / "demo").symlink_to(demo_model().parent)
-    saved = tmp_path / "chat.json"
-    with on_a_terminal("-n", "4000", cache=tmp_path) as (process, terminal):
-        assert process.stdout is not None
-        read_until(terminal, EDITING)
-        os.write(terminal, b"never sent\x03")
-        read_until(terminal, EDITING)
-        os.write(terminal, b"One\x1b\rtwo\\\rthree\x1b[200~ and\nfour\x1b[201~, a long story\r")
-        answer = read_until(process.stdout.fileno(), b" ")
-        os.write(terminal, b"typed")
-        answer += read_until(process.stdout.fileno(), b" ")
-        os.write(terminal, b"\x03")
-        shown = read_until(terminal, EDITING)
-        assert b"[stopped]" in shown
-        assert b"typed" not in shown  # keys pressed during an answer do not appear in it
-        os.write(terminal, b"/track\r")
-        assert b"Error: the last answer was not steered" in read_until(terminal, EDITING)
-        os.write(terminal, f"/save {saved}\r".encode())
-        read_until(terminal, EDITING)
-        os.write(terminal, b"\x04")
-        answer += process.stdout.read()
-        assert process.wait(60) == 0
-        assert termios.tcgetattr(terminal)[3] & termios.ECHO
-    question, reply = json.loads(saved.read_text())["messages"]
-    assert question["content"] == "One\ntwo\nthree and\nfour, a long story"
-    assert answer.decode() == reply["content"] + "\n"
-    assert "four, a long story" in (tmp_path / "chat_history").read_text()

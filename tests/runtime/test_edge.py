@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.platforms import posix
 
 import mlx_lqr
 from mlx_lqr.backends.protocol import Model
@@ -81,6 +82,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(arguments: list[str], says: str
     assert says in line
 
 
+@posix
 @pytest.mark.parametrize("ending", ["Ctrl-C", "closed pipe"])
 def test_an_answer_may_be_cut_short(ending: str) -> None:
     arguments = command("demo", "-p", PROMPT, "-n", 4000)

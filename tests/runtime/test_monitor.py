@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.by_hand import last_features
+from helpers.command_line import PROMPT, answers, run
+from helpers.controllers import controller_for
+from helpers.decoding import tokens
 from helpers.tiny import tiny
-from test_chat import chatting, fitted, last_features, tokens
-from test_cli import run
-from test_generate_command import PROMPT, answers, prompt_file  # noqa: F401 - a fixture
+from helpers.tiny_tokenizers import chatting
 
 import mlx_lqr
 from mlx_lqr import InputError
@@ -22,8 +24,8 @@ from mlx_lqr.commands.chat_view import draw_tracking
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.methods.recording import RecordedFeedback, Recording
+from mlx_lqr.methods.running import law_on
 from mlx_lqr.runtime import Chat, Options, batch_stream, stream
-from mlx_lqr.runtime.generate import feedback
 from mlx_lqr.runtime.monitor import largest_excess
 
 
@@ -33,13 +35,13 @@ def test_what_is_recorded_is_what_happened(family: str, positions: Any) -> None:
     """Against the features of every token in a fresh run of all of them, and |u_k| = |G_k alpha_k|."""
     model = chatting(family)
     controller = Controller.combine(
-        fitted(model, positions=positions, layers=[0, 1]), fitted(model, "b", positions=positions)
+        controller_for(model, positions=positions, layers=[0, 1]), controller_for(model, "b", positions=positions)
     )
     recording, prompt, strength = Recording(), [5, 17, 3, 42], [2.0, -1.0]
     options: mlx_lqr.Options = {"controller": controller, "strength": strength, "max_tokens": 5}
-    found = tokens(stream(model, prompt, record=recording, **options))
-    assert found == tokens(stream(model, prompt, **options))  # recording changes nothing
-    run_tokens = [*prompt, *(token for token in found if token is not None)][:-1]  # the last one is never run
+    recorded = tokens(stream(model, prompt, record=recording, **options))
+    assert recorded == tokens(stream(model, prompt, **options))  # recording changes nothing
+    run_tokens = [*prompt, *(token for token in recorded if token is not None)][:-1]  # the last one is never run
     first = 0 if positions == "all" else len(prompt) - 1
     error, push = recording.feature_error(), recording.push()
     assert error.shape == (len(run_tokens) - first, 3, 2)
@@ -63,7 +65,7 @@ def test_what_is_recorded_is_what_happened(family: str, positions: Any) -> None:
 def test_layers_without_control_are_not_recorded() -> None:
     model = chatting()
     recording = Recording()
-    list(stream(model, [1, 2], controller=fitted(model, layers=[1]), max_tokens=3, record=recording))
+    list(stream(model, [1, 2], controller=controller_for(model, layers=[1]), max_tokens=3, record=recording))
     assert recording.push().shape == (3, 3)
     assert np.isnan(recording.push()[:, [0, 2]]).all()
     assert not np.isnan(recording.push()[:, 1]).any()
@@ -72,7 +74,7 @@ def test_layers_without_control_are_not_recorded() -> None:
 @pytest.mark.parametrize("own", [{"adaptive": True}, {"overflow": "roll"}, {}])
 def test_many_prompts_go_one_by_one_where_they_must(own: Options) -> None:
     model = chatting()
-    controller = fitted(model)
+    controller = controller_for(model)
     prompts = [[1, 2], [3, 4, 5], [6]]
     options: Options = {**own, "controller": controller, "max_tokens": 4, "temperature": 1.0, "seed": 5}
     recordings, done = [Recording() for _ in prompts], list[tuple[str, int, int]]()
@@ -90,19 +92,19 @@ def test_many_prompts_go_one_by_one_where_they_must(own: Options) -> None:
 
 def test_nothing_is_kept_where_nobody_asks() -> None:
     model = tiny("llama")
-    law = feedback(model, fitted(model), 1.0)
+    law = law_on(model, controller_for(model), 1.0)
     assert type(law) is LinearFeedback
-    assert type(feedback(model, fitted(model), 1.0, Recording())) is RecordedFeedback
+    assert type(law_on(model, controller_for(model), 1.0, Recording())) is RecordedFeedback
     assert Recording().feature_error().size == Recording().push().size == 0
     with pytest.raises(InputError, match="one prompt at a time"):
-        mlx_lqr.batch_generate(model, [[1], [2]], controller=fitted(model), record=Recording())
+        mlx_lqr.batch_generate(model, [[1], [2]], controller=controller_for(model), record=Recording())
 
 
 def test_the_answer_is_cut_out_of_what_was_run() -> None:
     """Not the prompt's other tokens, and not an end token that was run but not shown."""
     model = chatting()
     for positions, first in (("last", 0), ("all", 2)):
-        controller = fitted(model, positions=positions)
+        controller = controller_for(model, positions=positions)
         recording = Recording()
         list(stream(model, [1, 2, 3], controller=controller, max_tokens=4, record=recording))
         error, push = recording.answer(controller, 3, 2)
@@ -112,17 +114,17 @@ def test_the_answer_is_cut_out_of_what_was_run() -> None:
 
 def test_the_excess_is_the_largest_of_all_ratios() -> None:
     model = tiny("llama")
-    controller = fitted(model)
+    controller = controller_for(model)
     assert largest_excess(controller, np.ones((2, 3, 1)), np.ones((2, 3))) is None  # no region
     region = np.array([[1.0], [2.0], [np.inf]], np.float32)
     known = replace(controller, checked_error=region, checked_push=4 * region)
     assert largest_excess(known, np.empty((0, 0, 0)), np.empty((0, 0))) is None  # no token
     error = np.array([[[0.5], [-3.0], [99.0]], [[0.9], [1.0], [5.0]]])
     push = np.array([[np.nan, 1.0, 1.0], [1.0, 1.0, 1.0]])
-    found = largest_excess(known, error, push)
-    assert found is not None
-    assert (found.quantity, found.layer, found.token, found.ratio, found.outside) == ("alpha", 1, 0, 1.5, 0.5)
-    assert str(found) == (
+    excess = largest_excess(known, error, push)
+    assert excess is not None
+    assert (excess.quantity, excess.layer, excess.token, excess.ratio, excess.outside) == ("alpha", 1, 0, 1.5, 0.5)
+    assert str(excess) == (
         "|alpha_k| of a at layer 1, the prompt's last token, is 3, 1.5 times what was checked; 50% of the tokens left "
         "the linear region"
     )
@@ -142,7 +144,7 @@ def test_a_chat_knows_how_far_it_went(positions: Any, adaptive: bool, capsys: py
     model = chatting()
     chat = Chat(model, options={"max_tokens": 5, "adaptive": adaptive})
     assert chat.excess() is None
-    controller = fitted(model, positions=positions)
+    controller = controller_for(model, positions=positions)
     chat.add(controller, 2.0)
     answer = tokens(chat.answer("hello"))
     assert chat.excess() is None  # no region
@@ -176,7 +178,7 @@ def test_a_chat_knows_how_far_it_went(positions: Any, adaptive: bool, capsys: py
 
 def test_the_last_token_that_was_run_is_recorded_as_it_was() -> None:
     model = chatting()
-    controller = with_region(fitted(model), 1.0)
+    controller = with_region(controller_for(model), 1.0)
     chat = Chat(model, options={"max_tokens": 4})
     chat.add(controller, 1.5)
     answer = tokens(chat.answer("hello"))
@@ -202,7 +204,7 @@ def test_chat_warns_once_an_answer(dog: Path, tmp_path: Path) -> None:
     assert "Note" not in run("chat", "demo", "-c", f"{file}:2", "-n", 2, text="Hello\n").stderr
 
 
-def test_generate_shows_the_control_of_every_token(dog: Path, prompt_file: Path, smollm2: Model) -> None:  # noqa: F811
+def test_generate_shows_the_control_of_every_token(dog: Path, prompt_file: Path, smollm2: Model) -> None:
     controller = Controller.load(dog)
     (answer,) = answers("-p", PROMPT, "-n", 3, "-c", f"{dog}:2", "--track")
     control = answer["control"]

@@ -9,40 +9,21 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.controllers import law_for
+from helpers.decoding import decoded
+from helpers.prompts import PROMPT
 from helpers.tiny import FAMILY, tiny
+from helpers.tiny_tokenizers import with_tokenizer
 
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.mlx.sampling import LIKELIEST, nucleus
 from mlx_lqr.backends.protocol import Model, Sampling
-from mlx_lqr.lqr.adapt import readapted
+from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.runtime.decode import decode
 from mlx_lqr.runtime.stopping import StopStrings
-
-PROMPT = [5, 17, 3, 42, 8, 29, 11, 60, 2, 33, 21, 40]
-
-
-class NoEnd:
-    """A tokenizer for models that have none: nothing ends a text."""
-
-    end_tokens: frozenset[int] = frozenset()
-
-
-def with_tokenizer(family: str = "llama", **changes: object) -> MLXModel:
-    model = tiny(family, **changes)
-    model._tokenizer = NoEnd()  # type: ignore[assignment]
-    return model
-
-
-def decoded(model: Model, prompt: list[int], **options: Any) -> list[int]:
-    """The tokens that follow one prompt."""
-    return [token for _, token in decode(model, [prompt], **options)]
-
-
-def law_for(model: Model, strength: float = 2.0) -> LinearFeedback:
-    return LinearFeedback(mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, layers="all"), strength)
 
 
 def steered_step_by_step(model: MLXModel, law: LinearFeedback, tokens: list[int], first: int) -> list[np.ndarray]:
@@ -69,13 +50,13 @@ def steered_step_by_step(model: MLXModel, law: LinearFeedback, tokens: list[int]
 def test_steered_decoding_equals_the_law_applied_by_hand(family: str, steer_all: bool) -> None:
     model = with_tokenizer(family)
     law = law_for(model)
-    found = decoded(model, PROMPT, law=law, steer_all=steer_all, max_tokens=5)
+    steered = decoded(model, PROMPT, law=law, steer_all=steer_all, max_tokens=5)
     tokens = list(PROMPT)
-    for token in found:
+    for token in steered:
         logits = steered_step_by_step(model, law, tokens, 0 if steer_all else len(PROMPT) - 1)[0]
         assert token == int(logits[-1].argmax())
         tokens.append(token)
-    assert found != decoded(model, PROMPT, max_tokens=5)
+    assert steered != decoded(model, PROMPT, max_tokens=5)
 
 
 def test_residuals_under_a_law_are_those_of_the_decoder() -> None:
@@ -139,7 +120,7 @@ def test_adaptive_generation_runs_the_prompt_once() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model.module), "__call__", counted)
-        adapt = partial(readapted, model, controller)
+        adapt = partial(adapt_at, model, controller)
         decoded(model, PROMPT, max_tokens=8, adapted=lambda trace: LinearFeedback(adapt(trace), 2.0))
     assert passes.count(len(PROMPT) - 1) == 1
 
@@ -152,10 +133,10 @@ def test_stop_strings_end_the_text_across_pieces(stop: str | list[str], expected
     stops = StopStrings(StopStrings.check(stop))
     said = ""
     for piece in ["the qui", "ck b", "rown f", "o", "x ju", "mps", " nev"]:
-        text, found = stops.add(piece)
+        text, stopped = stops.add(piece)
         said += text
         assert not any(text in said for text in StopStrings.check(stop))
-        if found:
+        if stopped:
             break
     assert said + stops.rest() == expected
     with pytest.raises(InputError, match="stop"):

@@ -12,20 +12,21 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from helpers.controllers import controller_for
+from helpers.prompts import PROMPT
+from helpers.tiny_tokenizers import with_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from test_runtime import PROMPT, with_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.mlx.model import MLXModel
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.methods.running import law_on
 from mlx_lqr.runtime.decode import decode
-from mlx_lqr.runtime.generate import feedback
 
 FAMILIES = ["llama", "gemma3_text"]  # the latter's sliding window is shorter than the prompts
 LETTERS = {chr(0x100 + token): token for token in range(64)}
@@ -50,12 +51,8 @@ def tokens_of(text: str) -> list[int]:
     return [LETTERS[letter] for letter in text]
 
 
-def fitted(model: Model, **options: Any) -> mlx_lqr.Controller:
-    return mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, **{"layers": "all", **options})
-
-
 def ours(model: MLXModel, prompt: Sequence[int], controller: mlx_lqr.Controller, max_tokens: int = 8) -> list[int]:
-    law, steer_all = feedback(model, controller, 2.0), controller.positions == "all"
+    law, steer_all = law_on(model, controller, 2.0), controller.positions == "all"
     return [token for _, token in decode(model, [prompt], law=law, steer_all=steer_all, max_tokens=max_tokens)]
 
 
@@ -69,7 +66,7 @@ def theirs(model: MLXModel, prompt: list[int], **options: Any) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mlx_lm_generates_what_our_loop_generates(family: str, positions: Any, chunk: int, letters: Any) -> None:
     model = small(family)
-    controller = fitted(model, positions=positions)
+    controller = controller_for(model, positions=positions)
     expected = ours(model, PROMPT, controller)
     options = {"max_tokens": 8, "prefill_step_size": chunk}
     with mlx_lqr.steer(model.module, controller, 2.0):
@@ -82,7 +79,7 @@ def test_mlx_lm_generates_what_our_loop_generates(family: str, positions: Any, c
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_prompt_of_batch_generate_is_steered_as_if_alone(family: str, letters: Any) -> None:
     model = small(family)
-    controller = fitted(model)
+    controller = controller_for(model)
     prompts = [PROMPT, PROMPT[:3], PROMPT[2:9], PROMPT[::-1], PROMPT[:1]]
     # three at a time, so that prompts are read while others are being answered
     sizes = {"prefill_step_size": 4, "prefill_batch_size": 2, "completion_batch_size": 3}
@@ -100,7 +97,7 @@ def test_generation_from_a_prompt_cache_equals_that_from_the_whole_prompt(
     family: str, chunk: int, letters: Any
 ) -> None:
     model = small(family)
-    controller = fitted(model)
+    controller = controller_for(model)
 
     def beginning() -> list[Any]:
         cache: list[Any] = make_prompt_cache(model.module)
@@ -119,7 +116,7 @@ def test_generation_from_a_prompt_cache_equals_that_from_the_whole_prompt(
 def test_exactly_the_last_prompt_token_and_the_generated_tokens_are_steered(chunk: int, letters: Any) -> None:
     """In the last block's keys one sees which positions the blocks before it steered."""
     model = small()
-    controller = fitted(model)
+    controller = controller_for(model)
     last = len(PROMPT) - 1
 
     def keys(tokens: list[int], **options: Any) -> np.ndarray:
@@ -134,8 +131,8 @@ def test_exactly_the_last_prompt_token_and_the_generated_tokens_are_steered(chun
         ).caches
     plain = keys([*PROMPT, *ours(model, PROMPT, controller)], max_tokens=0)
     batched = np.array(cache[-1].keys[0, :, : plain.shape[1]])
-    for found in (steered, batched):
-        moved = np.abs(found - plain[:, : found.shape[1]]).max(axis=(0, 2))
+    for keys_of_run in (steered, batched):
+        moved = np.abs(keys_of_run - plain[:, : keys_of_run.shape[1]]).max(axis=(0, 2))
         assert moved[:last].max() < 1e-5
         assert moved[last:].min() > 1e-2
 
@@ -143,11 +140,11 @@ def test_exactly_the_last_prompt_token_and_the_generated_tokens_are_steered(chun
 @pytest.mark.parametrize("draft", ["another", "steered", "itself"])
 def test_speculative_decoding_changes_no_token(draft: str, letters: Any) -> None:
     model, other = small(), small(seed=2)
-    controller = fitted(model)
+    controller = controller_for(model)
     with ExitStack() as steered:
         steered.enter_context(mlx_lqr.steer(model, controller, 2.0))
         if draft == "steered":
-            steered.enter_context(mlx_lqr.steer(other, fitted(other)))
+            steered.enter_context(mlx_lqr.steer(other, controller_for(other)))
         drafting = model.module if draft == "itself" else other.module
         pieces = list(
             mlx_lm.stream_generate(
@@ -177,13 +174,13 @@ def test_the_steered_text_on_the_real_model(smollm2: Any, controller: mlx_lqr.Co
 
 def test_a_direct_call_is_steered_at_its_last_position() -> None:
     model = small()
-    controller = fitted(model)
+    controller = controller_for(model)
     plain = np.array(model.module(mx.array([PROMPT]))[0])
     with mlx_lqr.steer(model, controller, 2.0):
         for _ in theirs_unfinished(model):  # also while a generator of mlx_lm is suspended
-            found = np.array(model.module(mx.array([PROMPT]))[0])
-    assert np.abs(found[-1] - model.logits(PROMPT, law=feedback(model, controller, 2.0))).max() < 1e-4
-    assert np.abs(found[:-1] - plain[:-1]).max() == 0
+            logits = np.array(model.module(mx.array([PROMPT]))[0])
+    assert np.abs(logits[-1] - model.logits(PROMPT, law=law_on(model, controller, 2.0))).max() < 1e-4
+    assert np.abs(logits[:-1] - plain[:-1]).max() == 0
 
 
 def theirs_unfinished(model: MLXModel) -> list[int]:
@@ -200,7 +197,7 @@ def theirs_unfinished(model: MLXModel) -> list[int]:
 
 def test_generators_that_take_turns_do_not_disturb_each_other() -> None:
     model = small()
-    controller = fitted(model)
+    controller = controller_for(model)
     with mlx_lqr.steer(model, controller, 2.0):
         prompts = [PROMPT, PROMPT[::-1]]
         steps = [
@@ -213,19 +210,19 @@ def test_generators_that_take_turns_do_not_disturb_each_other() -> None:
 
 def test_generate_step_is_steered_for_those_who_import_it_by_name() -> None:
     model = small()
-    controller = fitted(model)
+    controller = controller_for(model)
     before = generate_step
     with mlx_lqr.steer(model, controller, 2.0):
         steps = generate_step(mx.array(PROMPT), model.module, max_tokens=8, prefill_step_size=5)
-        found = [int(token) for token, _ in steps]
-    assert found == ours(model, PROMPT, controller)
+        tokens = [int(token) for token, _ in steps]
+    assert tokens == ours(model, PROMPT, controller)
     assert generate_step is before
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_other_threads_are_steered_too(dtype: mx.Dtype) -> None:
     model = small(dtype=dtype)
-    controller = fitted(model)
+    controller = controller_for(model)
     expected = ours(model, PROMPT, controller)
     with mlx_lqr.steer(model, controller, 2.0), ThreadPoolExecutor() as pool:
         assert pool.submit(theirs, model, PROMPT, prefill_step_size=3).result() == expected
@@ -237,16 +234,16 @@ def test_a_thread_does_not_disturb_the_calls_of_another() -> None:
     def direct() -> np.ndarray:
         return np.array(model.module(mx.array([PROMPT])))
 
-    with mlx_lqr.steer(model, fitted(model), 2.0), ThreadPoolExecutor() as pool:
-        found: list[np.ndarray] = []
-        theirs(model, PROMPT, prompt_progress_callback=lambda *_: found.append(pool.submit(direct).result()))
-        assert all(np.array_equal(logits, direct()) for logits in found)
+    with mlx_lqr.steer(model, controller_for(model), 2.0), ThreadPoolExecutor() as pool:
+        from_the_thread: list[np.ndarray] = []
+        theirs(model, PROMPT, prompt_progress_callback=lambda *_: from_the_thread.append(pool.submit(direct).result()))
+        assert all(np.array_equal(logits, direct()) for logits in from_the_thread)
 
 
 @pytest.mark.parametrize("left", ["by itself", "unfinished", RuntimeError, KeyboardInterrupt])
 def test_the_model_is_as_before_afterwards(left: Any) -> None:
     model = small()
-    controller = fitted(model)
+    controller = controller_for(model)
     before = np.array(model.module(mx.array([PROMPT])))
     classes = [type(block) for block in model.blocks]
     weights = {name: np.array(weight) for name, weight in tree_flatten(model.module.parameters())}
@@ -273,7 +270,7 @@ def mlx_lm_functions() -> list[Any]:
 
 def test_only_the_steered_model_is_steered() -> None:
     model, other = small(), small(seed=2)
-    controller = fitted(model)
+    controller = controller_for(model)
     plain = theirs(other, PROMPT)
     with mlx_lqr.steer(model, controller, 2.0):
         assert theirs(other, PROMPT) == plain
@@ -282,7 +279,7 @@ def test_only_the_steered_model_is_steered() -> None:
 @pytest.mark.parametrize("left_first", [0, 1])
 def test_two_models_steered_at_once_are_left_in_any_order(left_first: int) -> None:
     pair = [small(), small(seed=2)]
-    controllers = [fitted(model) for model in pair]
+    controllers = [controller_for(model) for model in pair]
     expected = [ours(model, PROMPT, controller) for model, controller in zip(pair, controllers, strict=True)]
     plain = [theirs(model, PROMPT) for model in pair]
     functions = mlx_lm_functions()
@@ -300,7 +297,7 @@ def test_two_models_steered_at_once_are_left_in_any_order(left_first: int) -> No
 
 def test_steering_a_steered_model_is_refused_and_leaves_it_steered() -> None:
     model = small()
-    controller = fitted(model)
+    controller = controller_for(model)
     expected, plain = ours(model, PROMPT, controller), theirs(model, PROMPT)
     with mlx_lqr.steer(model, controller, 2.0):
         with pytest.raises(InputError, match="already steered: combine"), mlx_lqr.steer(model.module, controller):
@@ -310,19 +307,19 @@ def test_steering_a_steered_model_is_refused_and_leaves_it_steered() -> None:
 
 
 def test_what_is_no_model_is_refused() -> None:
-    controller = fitted(small())
+    controller = controller_for(small())
     with pytest.raises(InputError, match="cannot steer a str"):
         mlx_lqr.steer("model", controller)
 
 
 def test_our_own_functions_are_refused_inside_the_block() -> None:
     model = with_tokenizer()
-    controller = fitted(model)
+    controller = controller_for(model)
     with mlx_lqr.steer(model, controller):
         for call in (
             lambda: mlx_lqr.generate(model, PROMPT, max_tokens=3),
             lambda: model.residuals([PROMPT]),
-            lambda: fitted(model),
+            lambda: controller_for(model),
         ):
             with pytest.raises(InputError, match="being steered"):
                 call()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from helpers.every_tokenizer import BYTES, KINDS, SPECIAL, TEXTS, folder_of, tokenizer_of
+from helpers.every_tokenizer import BYTES, KINDS, SPECIAL, TEXTS, beyond, folder_of, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -52,11 +52,6 @@ def sequences(kind: str) -> st.SearchStrategy[list[int]]:
 def streamed(tokenizer: Tokenizer, prompt: Sequence[int], answer: Sequence[int]) -> list[str]:
     stream = tokenizer.stream(prompt)
     return [*(stream.add(token) for token in answer), stream.finish()]
-
-
-def beyond(prompt: str, whole: str) -> str:
-    """What a text has beyond the beginning that it shares with another."""
-    return whole[next((i for i in range(len(prompt)) if whole[i : i + 1] != prompt[i]), len(prompt)) :]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import refused, run
+from helpers.command_line import refused, run
+from helpers.platforms import posix
 
-from mlx_lqr.analysis.tracking import TrackedAnswer, Tracking
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.commands import chat_view
-from mlx_lqr.commands.tables import show_table
 from mlx_lqr.runtime.__main__ import main as edge
 
 COMMAND = [sys.executable, "-c", "from mlx_lqr.commands import main; main()"]
@@ -30,6 +28,7 @@ def started(*arguments: str, encoding: str = "utf-8", out: str | None = None, **
         )
 
 
+@posix
 @pytest.mark.parametrize("arguments", [["concepts", "--json"], ["--help"], ["generate", "demo", "-p", "Hi", "-n", "2"]])
 def test_a_full_disk_is_one_line(arguments: list[str], smollm2: Model) -> None:
     done = started(*arguments, out="/dev/full")
@@ -39,6 +38,7 @@ def test_a_full_disk_is_one_line(arguments: list[str], smollm2: Model) -> None:
     assert b"Exception ignored" not in done.stderr
 
 
+@posix
 def test_a_full_disk_under_the_small_runtime(smollm2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
@@ -50,10 +50,10 @@ def test_what_an_encoding_does_not_have_is_escaped(encoding: str, tmp_path: Path
     """Names of a user's own, tables and bars: what every command prints comes from these."""
     file = tmp_path / "chats \N{DOG FACE}.json"
     code = (
-        "import sys, numpy as np; from test_streams import show; "
+        "from helpers.drawings import show; "
         "from mlx_lqr.runtime.streams import accept_any_text; accept_any_text(); show()"
     )
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert ("█".encode() in done.stdout) == (encoding == "utf-8")
@@ -62,23 +62,6 @@ def test_what_an_encoding_does_not_have_is_escaped(encoding: str, tmp_path: Path
         done = started("generate", str(file), "-p", "x", encoding=encoding)
         assert done.returncode == 2
         assert b"Traceback" not in done.stderr
-
-
-def show() -> None:
-    import numpy as np
-
-    from mlx_lqr.lqr.controller import Controller
-
-    class Drawn:
-        concepts, num_layers = ("\N{DOG FACE}",), 2
-        setpoint, offset = np.ones((2, 1), np.float32), np.zeros((2, 1), np.float32)
-
-    some = Tracking(np.full((2, 1), 0.5, np.float32), np.ones((2, 1), np.float32))
-    controller: Controller = Drawn()  # type: ignore[assignment]
-    chat_view.draw_tracking(TrackedAnswer(controller, (1.0,), some, some, np.ones((2, 3, 1), np.float32)))
-    chat_view.draw_comparison([("\N{DOG FACE}", iter([]))])
-    show_table(["task", "±"], [["\N{DOG FACE}", "1"]])
-    print("\N{DOG FACE}")
 
 
 @pytest.mark.parametrize("text", ["Once\n", "Once\r\n", "\ufeffOnce\n"])

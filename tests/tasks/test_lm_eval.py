@@ -13,28 +13,28 @@ import numpy as np
 import pytest
 import torch
 from helpers.backends import tiny_folder
+from helpers.command_line import refused, run
 from helpers.every_tokenizer import folder_of, tokenizer_of
 from helpers.tiny_configs import BASE, FACTORS, PROMPT, plain_logits, weights_folder, with_config
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from mlx_lm.evaluate import MLXLM
-from test_cli import refused, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mlx_lqr
 from mlx_lqr import InputError, tasks
-from mlx_lqr.backends.mlx.mlx_lm_eval import Evaluator
+from mlx_lqr.backends.mlx.evaluator import Evaluator
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.tasks import lm_eval
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"question": "The animal that barks at night is a", "choices": ["cat on a roof", "big dog", "fish"], "answer": 1},
     {"question": "Fish swim in the", "choices": ["deep blue water", "sky", "oven, where it is hot"], "answer": 0},
     {"question": "The sun rises in the", "choices": ["evening", "morning and in the east"], "answer": 1},
 ]
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "choice": {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}"},
     "scored": {
         "output_type": "loglikelihood",
@@ -105,7 +105,7 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
 def scores_of(steered: tasks.Steered, pairs: Sequence[tuple[str, str]]) -> list[float]:
     """Our own scores of continuations."""
     encoded = [steered.model.tokenizer.continuations(context, [text]) for context, text in pairs]
-    return [float(found.sum()) for found in steered.log_probabilities([(before, one) for before, (one,) in encoded])]
+    return [float(logp.sum()) for logp in steered.log_probabilities([(before, one) for before, (one,) in encoded])]
 
 
 def in_steps_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,27 +117,27 @@ def in_steps_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unsteered_results_are_those_of_mlx_lms_evaluator(
     demo: Evaluator, chosen: lm_eval.Tasks, dog: Path, own: Path
 ) -> None:
-    found = lm_eval.evaluate(demo, chosen, tasks.named_steering([(str(dog), 1.0)]), [0.0]).results[0.0]
+    results = lm_eval.evaluate(demo, chosen, tasks.named_steering([(str(dog), 1.0)]), [0.0]).results[0.0]
     theirs = MLXLM(str(demo_model()), **{name: demo.options[name] for name in demo.options if name != "dtype"})
     manager = lm_eval.load_tasks(list(chosen.loaded), own).manager
     expected = simple_evaluate(theirs, tasks=list(chosen.loaded), task_manager=manager)["results"]
-    assert found == json.loads(json.dumps(expected))
-    assert found["our_scored"]["perplexity,none"] > 1
-    assert found == lm_eval.evaluate(demo, chosen).results[0.0]
+    assert results == json.loads(json.dumps(expected))
+    assert results["our_scored"]["perplexity,none"] > 1
+    assert results == lm_eval.evaluate(demo, chosen).results[0.0]
 
 
 def test_steered_results_are_those_of_our_own_scores(
     demo: Evaluator, chosen: lm_eval.Tasks, dog: Path, smollm2: Model
 ) -> None:
     steering = tasks.named_steering([(str(dog), 0.5)])
-    found = lm_eval.evaluate(demo, chosen, steering, [0.0, 6.0]).results
-    for strength, results in found.items():
+    results = lm_eval.evaluate(demo, chosen, steering, [0.0, 6.0]).results
+    for strength, by_task in results.items():
         steered = tasks.Steered(smollm2, steering, strength)
         scores = steered.scores([(row["question"], row["choices"]) for row in ROWS])
         right = [int(np.argmax(of)) == row["answer"] for of, row in zip(scores, ROWS, strict=True)]
-        assert results["our_choice"]["acc,none"] == np.mean(right)
+        assert by_task["our_choice"]["acc,none"] == np.mean(right)
         answers = [of[row["answer"]] for of, row in zip(scores, ROWS, strict=True)]
-        assert results["our_scored"]["perplexity,none"] == pytest.approx(np.exp(-np.mean(answers)), rel=1e-4)
+        assert by_task["our_scored"]["perplexity,none"] == pytest.approx(np.exp(-np.mean(answers)), rel=1e-4)
         texts = [smollm2.tokenizer.encode(row["question"]) for row in ROWS]
         whole = sum(
             float(
@@ -146,8 +146,8 @@ def test_steered_results_are_those_of_our_own_scores(
             for text in texts
         )
         words = sum(len(row["question"].split()) for row in ROWS)
-        assert results["our_text"]["word_perplexity,none"] == pytest.approx(np.exp(-whole / words), rel=1e-4)
-    perplexities = [results["our_scored"]["perplexity,none"] for results in found.values()]
+        assert by_task["our_text"]["word_perplexity,none"] == pytest.approx(np.exp(-whole / words), rel=1e-4)
+    perplexities = [by_task["our_scored"]["perplexity,none"] for by_task in results.values()]
     assert abs(np.log(perplexities[1] / perplexities[0])) > 0.1
 
 
@@ -168,10 +168,10 @@ def test_log_likelihoods_are_steered_as_ours_in_any_steps(
     in_steps_of(step, monkeypatch)
     plain = evaluator.loglikelihood(requests("loglikelihood", *pairs))
     with mlx_lqr.steer(evaluator.model, controller, 2.0):
-        found = evaluator.loglikelihood(requests("loglikelihood", *pairs))
+        scores = evaluator.loglikelihood(requests("loglikelihood", *pairs))
         whole = evaluator.loglikelihood_rolling(requests("loglikelihood_rolling", ("w9 w8 w7 w6",), ("w4 w3 w2 w1",)))
     expected = scores_of(steered, pairs)
-    assert [score for score, _ in found] == pytest.approx(expected, abs=1e-4)
+    assert [score for score, _ in scores] == pytest.approx(expected, abs=1e-4)
     assert np.abs(np.subtract(expected, [score for score, _ in plain])).min() > 1e-2
     assert whole == pytest.approx(scores_of(steered, [("w9", " w8 w7 w6"), ("w4", " w3 w2 w1")]), abs=1e-4)
     greedy = mlx_lqr.generate(model, "w1", controller=controller, strength=2.0, max_tokens=3)
@@ -220,9 +220,9 @@ def test_contexts_that_end_anywhere_are_scored_as_transformers_reads_the_whole(k
             logits = network(ids[:, :-1]).logits[0].double().log_softmax(-1)
         return sum(float(logits[len(before) - 1 + i, token]) for i, token in enumerate(after))
 
-    found = evaluator.loglikelihood(requests("loglikelihood", *PAIRS, (long, " The sea")))
+    scores = evaluator.loglikelihood(requests("loglikelihood", *PAIRS, (long, " The sea")))
     first = theirs.encode("<s>" if bos else "</s>", add_special_tokens=False)[:1]
-    for (context, text), (value, _) in zip([*PAIRS, (long, " The sea")], found, strict=True):
+    for (context, text), (value, _) in zip([*PAIRS, (long, " The sea")], scores, strict=True):
         own = theirs.encode(context)
         wholes = [theirs.encode(context + after) for before, after in [*PAIRS, (long, " The sea")] if before == context]
         common = next((n for n in range(len(own), 0, -1) if all(whole[:n] == own[:n] for whole in wholes)), 0)
@@ -270,7 +270,7 @@ def test_what_a_template_refuses_to_the_system_is_the_users(here: Path) -> None:
     }
     (here / "own/choice.yaml").write_text(json.dumps(config))
     with pytest.warns(UserWarning, match="no system role"):
-        found = lm_eval.evaluate(evaluator, lm_eval.load_tasks(["our_choice"], here / "own"))
+        evaluation = lm_eval.evaluate(evaluator, lm_eval.load_tasks(["our_choice"], here / "own"))
     asked = [f"<user>Choose well.\n\n{row['question']} <assistant>" for row in ROWS]
     scores = tasks.Steered(mlx_lqr.load(made, backend="mlx", dtype="float32"))
     right = []
@@ -279,7 +279,7 @@ def test_what_a_template_refuses_to_the_system_is_the_users(here: Path) -> None:
         before, each = scores.model.tokenizer.continuations(ids, row["choices"])
         values = [float(one.sum()) for one in scores.log_probabilities([(before, one) for one in each])]
         right.append(int(np.argmax(values)) == row["answer"])
-    assert found.results[0.0]["our_choice"]["acc,none"] == pytest.approx(np.mean(right))
+    assert evaluation.results[0.0]["our_choice"]["acc,none"] == pytest.approx(np.mean(right))
 
 
 def test_written_texts_are_steered_as_ours(demo: Evaluator, dog: Path, smollm2: Model) -> None:
@@ -287,11 +287,11 @@ def test_written_texts_are_steered_as_ours(demo: Evaluator, dog: Path, smollm2: 
     prompts = ["Once upon a time,", "My neighbor told me that"]
     arguments = [(prompt, {"until": ["."]}) for prompt in prompts]
     with mlx_lqr.steer(demo.model, steering.controller, 3.0):
-        found = demo.generate_until(requests("generate_until", *arguments))
+        texts = demo.generate_until(requests("generate_until", *arguments))
     expected = tasks.Steered(smollm2, steering, 3.0).texts(prompts, {"max_tokens": 12})
     # some of mlx-lm's detokenizers drop a leading space
-    assert [text.strip() for text in found] == [text.split(".")[0].strip() for text, _ in expected]
-    assert found != demo.generate_until(requests("generate_until", *arguments))
+    assert [text.strip() for text in texts] == [text.split(".")[0].strip() for text, _ in expected]
+    assert texts != demo.generate_until(requests("generate_until", *arguments))
 
 
 def test_the_evaluator_is_as_before_afterwards(dog: Path, demo: Evaluator) -> None:
@@ -329,14 +329,14 @@ def test_the_command_reports_writes_and_goes_on(dog: Path, here: Path, monkeypat
     command += ["--tasks", "our_choice,our_written", "--include-path", "own", "--num-shots", 1]
     result = run(*command, "--json")
     assert result.exit_code == 0, (result.output, result.exception)
-    found = json.loads(result.stdout)
-    assert json.loads((here / "out/lm-eval-dog.summary.json").read_text()) == found
-    assert [entry["strength"] for entry in found["strengths"]] == [0, 3]
-    assert all(entry["results"]["our_choice"]["sample_len"] == 2 for entry in found["strengths"])
-    assert found["model"]["use_chat_template"] is True
-    assert found["settings"]["num_shots"] == 1
+    summary = json.loads(result.stdout)
+    assert json.loads((here / "out/lm-eval-dog.summary.json").read_text()) == summary
+    assert [entry["strength"] for entry in summary["strengths"]] == [0, 3]
+    assert all(entry["results"]["our_choice"]["sample_len"] == 2 for entry in summary["strengths"])
+    assert summary["model"]["use_chat_template"] is True
+    assert summary["settings"]["num_shots"] == 1
     assert "Generation: 12 tokens" in result.stderr, "two texts of the task's own length"
-    assert found["steering"]["concepts"] == ["dog"]
+    assert summary["steering"]["concepts"] == ["dog"]
     monkeypatch.setattr(lm_eval, "_run", None)  # nothing is run a second time
     lines = run(*command).stdout.splitlines()
     assert lines[0].split()[:4] == ["lm-eval", "unsteered", "strength", "3"]
@@ -392,8 +392,8 @@ def test_what_mlx_lm_would_drop_of_a_config_is_computed(family: str, tmp_path: P
     config["rope_parameters"] = rope | {"rope_theta": config.pop("rope_theta")}
     folder = with_config(weights_folder(family), config, tmp_path)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    found = lm_eval.load_evaluator(folder, dtype="float32").model.logits_along([(PROMPT[:1], PROMPT[1:])])[0]
-    assert np.abs(found - plain_logits(folder)).max() < 1e-3 * np.abs(found).max()
+    logits = lm_eval.load_evaluator(folder, dtype="float32").model.logits_along([(PROMPT[:1], PROMPT[1:])])[0]
+    assert np.abs(logits - plain_logits(folder)).max() < 1e-3 * np.abs(logits).max()
 
 
 def test_what_cannot_be_steered_is_refused(demo: Evaluator, chosen: lm_eval.Tasks, tmp_path: Path) -> None:

@@ -48,20 +48,20 @@ def test_word_overlap() -> None:
 
 
 def test_estimate_of_a_mean_and_of_a_ratio() -> None:
-    found = estimate(mean([1.0, 2.0, math.nan, 6.0], [0, 1, 2, 3]))
-    assert found.value == 3.0
-    assert found.rows == 4
-    assert found.low < 3 < found.high
-    surprise = Metric(np.array([[2.0, 1], [4.0, 3]]), np.array([0, 1]), exponential_ratio)
-    assert estimate(surprise).value == pytest.approx(math.exp(6 / 4))
+    estimated = estimate(mean([1.0, 2.0, math.nan, 6.0], [0, 1, 2, 3]))
+    assert estimated.value == 3.0
+    assert estimated.rows == 4
+    assert estimated.low < 3 < estimated.high
+    perplexity = Metric(np.array([[2.0, 1], [4.0, 3]]), np.array([0, 1]), exponential_ratio)
+    assert estimate(perplexity).value == pytest.approx(math.exp(6 / 4))
     assert math.isnan(estimate(mean([math.nan], [0])).value)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say(random: np.random.Generator) -> None:
     held = 0
     for trial in range(300):
-        found = estimate(mean(random.exponential(1.0, 60), range(60)), seed=trial, resamples=400)
-        held += found.low <= 1.0 <= found.high
+        interval = estimate(mean(random.exponential(1.0, 60), range(60)), seed=trial, resamples=400)
+        held += interval.low <= 1.0 <= interval.high
     assert 0.90 <= held / 300 <= 0.98
 
 
@@ -84,8 +84,8 @@ def test_a_share_on_which_all_agree_is_not_certain() -> None:
 def test_a_paired_difference_forgets_what_prompts_explain(random: np.random.Generator) -> None:
     base = 10 * random.normal(size=50)
     groups = list(range(50))
-    found = difference(mean(base + 1, groups), mean(base, groups))
-    assert (found.value, found.low, found.high) == pytest.approx((1, 1, 1))
+    change = difference(mean(base + 1, groups), mean(base, groups))
+    assert (change.value, change.low, change.high) == pytest.approx((1, 1, 1))
     assert estimate(mean(base, groups)).high - estimate(mean(base, groups)).low > 1
     with pytest.raises(ValueError, match="same groups"):
         difference(mean(base, groups), mean(base[:49], groups[:49]))

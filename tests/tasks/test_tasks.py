@@ -81,9 +81,9 @@ def test_an_interrupted_run_goes_on_to_the_very_same_bytes(
             tasks.evaluate(model, task, steering, strengths, output=broken)
     monkeypatch.setattr(Generations, "rows", honest)
     assert 0 < len(broken.read_bytes()) < len(whole.read_bytes())
-    found = tasks.evaluate(model, task, steering, strengths, output=broken)
+    resumed = tasks.evaluate(model, task, steering, strengths, output=broken)
     assert broken.read_bytes() == whole.read_bytes()
-    assert found.results() == expected.results()
+    assert resumed.results() == expected.results()
 
 
 def test_what_a_cut_chunk_has_left_is_measured_again(
@@ -132,7 +132,7 @@ def test_other_settings_are_refused(
     header = json.loads(before.splitlines()[0])
     assert header["model"]["fingerprint"] == model.fingerprint
     assert header["version"]
-    for content, says in ((b"", "no evaluation"), (b"{}\n", "no evaluation"), (before[:-9] + b"\n", "damaged")):
+    for content, says in ((b"", "not an evaluation"), (b"{}\n", "not an evaluation"), (before[:-9] + b"\n", "damaged")):
         file.write_bytes(content)
         with pytest.raises(InputError, match=says):
             tasks.evaluate(model, task, steering, [0.0], output=file)
@@ -145,9 +145,9 @@ def test_other_settings_are_refused(
 def test_every_text_is_what_its_prompt_and_seed_make_alone(
     model: Model, steering: tasks.NamedSteering, task: tasks.Task
 ) -> None:
-    found = tasks.evaluate(model, task, steering, [0.0, 2.0])
-    assert len(found.rows[0.0]["generations"]) == 20 > records.CHUNK
-    for strength, parts in found.rows.items():
+    evaluation = tasks.evaluate(model, task, steering, [0.0, 2.0])
+    assert len(evaluation.rows[0.0]["generations"]) == 20 > records.CHUNK
+    for strength, parts in evaluation.rows.items():
         options: mlx_lqr.Options = {"max_tokens": 5, "temperature": 1.0}
         if strength:
             options |= {"controller": steering.controller, "strength": strength}
@@ -156,20 +156,21 @@ def test_every_text_is_what_its_prompt_and_seed_make_alone(
             assert row["prompt"] == prompt
             assert row["text"] == mlx_lqr.generate(model, prompt, seed=3 + row["index"], **options)
             tokens = model.tokenizer.encode(row["text"])
-            surprise = -model.log_probabilities([(model.tokenizer.encode(prompt), tokens)])[0].sum()  # unsteered
-            assert row["nats"] == pytest.approx(surprise, rel=1e-5)
+            nll = -model.log_probabilities([(model.tokenizer.encode(prompt), tokens)])[0].sum()  # unsteered
+            assert row["nats"] == pytest.approx(nll, rel=1e-5)
             assert row["judged_tokens"] == len(tokens)
-    texts = [[row["text"] for row in found.rows[strength]["generations"]] for strength in (0.0, 2.0)]
+    texts = [[row["text"] for row in evaluation.rows[strength]["generations"]] for strength in (0.0, 2.0)]
     assert texts[0] != texts[1]
 
 
 def test_strengths_draw_the_same_random_numbers(model: Model, task: tasks.Task, steering: tasks.NamedSteering) -> None:
     controller = steering.controller
+    assert isinstance(controller, mlx_lqr.Controller)
     powerless = mlx_lqr.Controller(**{**vars(controller), "gain": controller.gain * 0})
-    found = tasks.evaluate(model, task, tasks.NamedSteering("powerless", powerless), [0.0, 1.0, 3.0])
-    texts = [[row["text"] for row in parts["generations"]] for parts in found.rows.values()]
+    evaluation = tasks.evaluate(model, task, tasks.NamedSteering("powerless", powerless), [0.0, 1.0, 3.0])
+    texts = [[row["text"] for row in parts["generations"]] for parts in evaluation.rows.values()]
     assert texts[0] == texts[1] == texts[2]
-    change = found.results()[1].change
+    change = evaluation.results()[1].change
     assert all(value.low == value.value == value.high == 0 for value in change.values())
 
 
@@ -178,7 +179,7 @@ def test_divergence_is_that_of_the_models_own_logits(model: Model, positions: An
     controller = mlx_lqr.fit(
         model, [[1, 2], [3, 4]], [[5, 6], [7, 8]], q=1.0, qf=1.0, positions=positions, layers="all"
     )
-    found = tasks.evaluate(
+    evaluation = tasks.evaluate(
         model,
         tasks.Task("kl", (tasks.NeutralText(SENTENCES),), "kl", ""),
         tasks.NamedSteering("one", controller),
@@ -186,7 +187,7 @@ def test_divergence_is_that_of_the_models_own_logits(model: Model, positions: An
     )
     law = LinearFeedback(controller, 2.0)
     every = []
-    for sentence, row in zip(SENTENCES, found.rows[2.0]["neutral text"], strict=True):
+    for sentence, row in zip(SENTENCES, evaluation.rows[2.0]["neutral text"], strict=True):
         tokens = model.tokenizer.encode(sentence)
         divergence = []
         for end in range(PREFIX + 1, len(tokens) + 1):
@@ -197,8 +198,8 @@ def test_divergence_is_that_of_the_models_own_logits(model: Model, positions: An
             divergence.append(float(kl_divergence(logits.tolist()[0], reference)))
         assert row["kl"] == pytest.approx(np.mean(divergence), rel=1e-3)
         every += divergence
-    assert found.results()[1].metrics["kl"].value == pytest.approx(np.mean(every), rel=1e-3)
-    assert found.results()[0].metrics["kl"].value == 0
+    assert evaluation.results()[1].metrics["kl"].value == pytest.approx(np.mean(every), rel=1e-3)
+    assert evaluation.results()[0].metrics["kl"].value == 0
     assert np.mean(every) > 0.01
 
 
@@ -217,8 +218,8 @@ def _log_probability(model: Model, prompt: str, answer: str, law: LinearFeedback
 def test_multiple_choice_is_that_of_the_models_own_logits(model: Model, steering: tasks.NamedSteering) -> None:
     asked = [Asked("w1 w2?", "w3 w4.", ("w5.", "w3 w4."), ("w6.", "w7 w8 w9.")), Asked("w2", "w3", ("w3",), ("w4",))]
     part = Choices(asked, examples=0)
-    found = tasks.evaluate(model, tasks.Task("mc", (part,), "mc2", ""), steering, [0.0, 2.0])
-    for strength, parts in found.rows.items():
+    evaluation = tasks.evaluate(model, tasks.Task("mc", (part,), "mc2", ""), steering, [0.0, 2.0])
+    for strength, parts in evaluation.rows.items():
         law = LinearFeedback(steering.controller, strength) if strength else None
         for question, row in zip(asked, parts["choices"], strict=True):
             scores = {
@@ -229,7 +230,9 @@ def test_multiple_choice_is_that_of_the_models_own_logits(model: Model, steering
             true = sum(mass[answer] for answer in question.true)
             assert row["mc2"] == pytest.approx(true / sum(mass.values()), rel=1e-4)
             assert row["mc1"] == (scores[question.best] > max(scores[answer] for answer in question.false))
-    assert found.rows[0.0]["choices"][0]["mc2"] != pytest.approx(found.rows[2.0]["choices"][0]["mc2"], rel=1e-3)
+    assert evaluation.rows[0.0]["choices"][0]["mc2"] != pytest.approx(
+        evaluation.rows[2.0]["choices"][0]["mc2"], rel=1e-3
+    )
 
 
 def test_another_backend_finds_the_same(folder: Path, model: Model, steering: tasks.NamedSteering) -> None:
@@ -240,7 +243,7 @@ def test_another_backend_finds_the_same(folder: Path, model: Model, steering: ta
     for ours, theirs in zip(
         *(tasks.evaluate(one, task, steering, [0.0, 1.0]).results() for one in (model, torch)), strict=True
     ):
-        values = [{name: found.value for name, found in one.metrics.items()} for one in (ours, theirs)]
+        values = [{name: metric.value for name, metric in one.metrics.items()} for one in (ours, theirs)]
         assert values[0] == pytest.approx(values[1], rel=1e-3, nan_ok=True)
 
 
@@ -250,8 +253,10 @@ def test_truthful_answers_end_in_one_full_stop_and_hold_the_best() -> None:
 
 
 def test_capability_counts_the_likeliest_answer(model: Model, steering: tasks.NamedSteering) -> None:
-    found = tasks.evaluate(model, tasks.Task("c", (tasks.Capability(QUESTIONS),), "capability", ""), steering, [0.0])
-    for question, row in zip(QUESTIONS, found.rows[0.0]["capability"], strict=True):
+    evaluation = tasks.evaluate(
+        model, tasks.Task("c", (tasks.Capability(QUESTIONS),), "capability", ""), steering, [0.0]
+    )
+    for question, row in zip(QUESTIONS, evaluation.rows[0.0]["capability"], strict=True):
         answers = (question.answer, *question.others)
         scores = [_log_probability(model, question.prompt, f" {answer}", None) for answer in answers]
         assert row["given"] == answers[int(np.argmax(scores))]
@@ -424,22 +429,22 @@ def test_every_method_gets_the_same_budget(
     other = tasks.NamedSteering("other", steering.controller, (-1.0,))
     with pytest.raises(InputError, match="one 2, other 1"):
         compare(model, task, [Method(steering, (1.0, 2.0)), Method(other, (1.0,))])
-    with pytest.raises(InputError, match="names of their own"):
+    with pytest.raises(InputError, match=r"different names.*rename a file"):
         compare(model, task, [Method(steering, (1.0,)), Method(steering, (1.0,))])
     with pytest.raises(InputError, match="other than 0"):
         compare(model, task, [Method(steering, (0.0,))])
     methods = [Method(steering, (1.0, 2.0)), Method(other, (1.5, 2.0))]
-    found = compare(model, task, methods, folder=tmp_path)
-    assert {name: [result.strength for result in results] for name, results in found.methods.items()} == {
+    comparison = compare(model, task, methods, folder=tmp_path)
+    assert {name: [result.strength for result in results] for name, results in comparison.methods.items()} == {
         "one": [1.0, 2.0],
         "other": [1.5, 2.0],
     }
-    assert "2 settings of 24 rows (one at 1, 2; other at 1.5, 2)" in found.budget
+    assert "2 settings of 24 rows (one at 1, 2; other at 1.5, 2)" in comparison.budget
     alone = tasks.evaluate(model, task, steering, [0.0, 2.0]).results()
-    assert found.unsteered == alone[0]
-    assert found.methods["one"][1] == alone[1]
+    assert comparison.unsteered == alone[0]
+    assert comparison.methods["one"][1] == alone[1]
     monkeypatch.setattr(Generations, "rows", None)  # all is there
-    assert compare(model, task, methods, folder=tmp_path) == found
+    assert compare(model, task, methods, folder=tmp_path) == comparison
 
 
 def test_another_models_controller_and_nothing_to_steer_with(

@@ -17,6 +17,7 @@ import mlx_lqr
 from mlx_lqr import tasks
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.methods.steering import law_of
 from mlx_lqr.tasks.bootstrap import Metric, exponential_ratio, mean
 from mlx_lqr.tasks.concept import bundled_openings
 from mlx_lqr.tasks.records import Row
@@ -335,7 +336,7 @@ def test_every_baseline_has_a_space_whose_candidates_can_be_fitted(method: Any) 
     assert len({json.dumps(steering.settings) for steering in steerings}) > len(fitted) / 2  # options do arrive
     assert {one.method for one in fitted} == {method}
     mild, strong = space.candidate(start).strengths
-    law = mlx_lqr.methods.law_of(fitted[0], strong)
+    law = law_of(fitted[0], strong)
     assert not np.allclose(model.logits([1, 2, 3], law=law), model.logits([1, 2, 3]))
     assert mild != strong
 

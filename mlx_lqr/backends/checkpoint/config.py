@@ -115,12 +115,12 @@ def context_of(config: Mapping[str, Any]) -> tuple[int, bool]:
 def explicit(meaning: ModelConfig) -> dict[str, Any]:
     """The keys of a config.json that leaves nothing to the defaults of whoever reads it, but for its layers' types."""
     full = meaning.rotations[FULL]
-    found = {**meaning.settings, "rope_theta": full.theta}
+    settings = {**meaning.settings, "rope_theta": full.theta}
     if SLIDING in meaning.rotations:
-        found["rope_local_base_freq"] = meaning.rotations[SLIDING].theta
+        settings["rope_local_base_freq"] = meaning.rotations[SLIDING].theta
     if "sliding_window" in SETTINGS[meaning.family]:
-        found["sliding_window"] = meaning.window
-    return found
+        settings["sliding_window"] = meaning.window
+    return settings
 
 
 def check_rolling(rolls: bool, rolling: bool) -> None:

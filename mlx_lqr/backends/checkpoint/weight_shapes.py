@@ -74,10 +74,10 @@ def _other_layers(said: dict[str, Any], shapes: Shapes) -> str | None:
     if layers and "decoder_sparse_step" in said:
         step, dense, experts = said["decoder_sparse_step"], said["mlp_only_layers"], said["num_experts"]
         mixing = [k for k in range(count) if experts and k not in dense and (k + 1) % step == 0]
-        found = sorted({int(name.split(".")[2]) for name in shapes if ".experts." in name or ".switch_mlp." in name})
-        if found != mixing:
+        mixed = sorted({int(name.split(".")[2]) for name in shapes if ".experts." in name or ".switch_mlp." in name})
+        if mixed != mixing:
             return (
-                f"the layers with experts are {found}, but num_experts {experts}, decoder_sparse_step {step} and "
+                f"the layers with experts are {mixed}, but num_experts {experts}, decoder_sparse_step {step} and "
                 f"mlp_only_layers {dense} say {mixing}"
             )
     return None

@@ -1,14 +1,12 @@
-"""A hook on the blocks of an mlx-lm module, or on parts of them: the one mechanism for recording, linearising and
-steering.
+"""Hooks on the blocks of an mlx-lm module, or on parts of them; a block with its past frozen, in float32.
 
 Every block's class is exchanged for a subclass of itself whose call passes through the hook, and put back afterwards.
-The module tree, its parameters and attributes are untouched, so this works for every family, inside the model's own
-forward pass with its own masks and scalings.
+The module tree, its parameters and attributes are untouched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -16,68 +14,49 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, Hook, LawHooks
-from mlx_lqr.errors import InputError
+from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, BlockHooks, Hook, LawHooks
 
 TANGENTS = 576
 """Directions differentiated at once: enough for full speed, and little memory beside a wide model's matrices."""
 
 
-class BlockHooks:
-    """A hook for the blocks at `layers`, which is placed and taken off at every pass: so its classes are made once.
+class ClassHooks(BlockHooks):
+    """Hooks by exchanging classes, which are made once."""
 
-    Args:
-        law: where it acts inside blocks, its hook is placed there too.
-    """
+    library = "mlx_lm"
 
-    def __init__(self, blocks: list[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED) -> None:
-        self._hooked = [(k, blocks[k], hook) for k in layers]
-        self._hooked += [(k, output_projection(blocks[k]), law.projection) for k in law.projections]
+    def __init__(
+        self, blocks: Sequence[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED
+    ) -> None:
+        super().__init__(blocks, hook, layers, law)
         self._classes: dict[tuple[int, type[nn.Module]], type[nn.Module]] = {}
 
-    @contextmanager
-    def placed(self) -> Iterator[None]:
-        """Inside this context every call of the blocks goes through the hook."""
-        original = [(module, type(module)) for _, module, _ in self._hooked]
-        try:
-            for k, module, hook in self._hooked:
-                object.__setattr__(module, "__class__", self._class(k, type(module), hook))
-            yield
-        finally:
-            for module, kind in original:
-                object.__setattr__(module, "__class__", kind)
+    @staticmethod
+    def _is_hooked(module: nn.Module) -> bool:
+        return getattr(type(module), "is_hooked", False)
 
-    def _class(self, k: int, kind: type[nn.Module], hook: Hook) -> type[nn.Module]:
-        refuse_hooked(kind)
+    def _call_of(self, module: nn.Module) -> type[nn.Module]:
+        return type(module)
+
+    def _place(self, k: int, module: nn.Module, hook: Hook) -> None:
+        kind = type(module)
         if (k, kind) not in self._classes:
 
             def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
                 return hook(k, x, BlockCall(kind.__call__.__get__(self), args, kwargs))
 
             self._classes[k, kind] = type(kind.__name__, (kind,), {"__call__": call, "is_hooked": True})
-        return self._classes[k, kind]
+        object.__setattr__(module, "__class__", self._classes[k, kind])
 
-
-def refuse_hooked(kind: type[nn.Module]) -> None:
-    """Raise `InputError` for the class of a block that has a hook already."""
-    if getattr(kind, "is_hooked", False):
-        raise InputError(
-            "the model is being steered by mlx_lqr.steer: call mlx_lm's functions inside the block; outside it, "
-            "mlx_lqr.generate and the like take the controller themselves"
-        )
+    def _put_back(self, module: nn.Module, call: type[nn.Module]) -> None:
+        object.__setattr__(module, "__class__", call)
 
 
 def hooked(
-    blocks: list[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED
+    blocks: Sequence[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED
 ) -> AbstractContextManager[None]:
     """Inside this context every call of the blocks at `layers` goes through `hook` (see `BlockHooks`)."""
-    return BlockHooks(blocks, hook, layers, law).placed()
-
-
-def output_projection(block: nn.Module) -> nn.Module:
-    """What the block's attention puts its heads through; every supported family has it under this name."""
-    projection: nn.Module = block.self_attn.o_proj
-    return projection
+    return ClassHooks(blocks, hook, layers, law).placed()
 
 
 class FrozenCache:

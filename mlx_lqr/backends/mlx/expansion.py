@@ -58,8 +58,8 @@ def block_jacobian(block: nn.Module, call: Callable[[mx.array], mx.array], z: mx
 
         with _replaced(block, {**given(outputs), name: _StandIn(stop_here)}):
             call(z[None, None])
-        (found,) = calls
-        return found
+        (call_of_part,) = calls
+        return call_of_part
 
     def input_of(name: str) -> Callable[..., mx.array]:
         return lambda z, *outputs: arguments(name, z, *outputs)[0][0].reshape(-1)
@@ -67,9 +67,9 @@ def block_jacobian(block: nn.Module, call: Callable[[mx.array], mx.array], z: mx
     for name, expansion in (("self_attn", _attention_expansion), ("mlp", _mlp_expansion)):
         part = getattr(block, name, None)
         if isinstance(part, nn.Module):
-            found = expansion(part, *arguments(name, z, *values.values()))
-            if found is not None:
-                values[name], slope = found
+            expanded = expansion(part, *arguments(name, z, *values.values()))
+            if expanded is not None:
+                values[name], slope = expanded
                 slopes.append(slope)
 
     d = z.size

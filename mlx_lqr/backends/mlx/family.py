@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx_lqr.backends.borrowed import changed
 from mlx_lqr.backends.checkpoint.config import ModelConfig
 from mlx_lqr.backends.checkpoint.rotation import Rotation
-from mlx_lqr.backends.mlx.mlx_lm_models import import_mlx_lm, model_classes
+from mlx_lqr.backends.mlx.library import attention_mask, model_classes, window_caches
 from mlx_lqr.errors import InputError
 
 Activation = Callable[[mx.array], mx.array]
@@ -168,25 +168,17 @@ class _Gate(nn.Module):
 
 def _slide(module: nn.Module, windows: list[int | None]) -> None:
     """Let every block see its window, whatever mask and caches the model would make."""
-    make_mask = import_mlx_lm("models.base").create_attention_mask
-    kinds = import_mlx_lm("models.cache")
-
-    def make_cache(self: nn.Module) -> list[Any]:
-        return [kinds.KVCache() if window is None else kinds.RotatingKVCache(window) for window in windows]
-
-    _recast(module, make_cache=make_cache)
+    _recast(module, make_cache=lambda self: window_caches(windows))
     for block, window in zip(module.layers, windows, strict=True):
         as_array = hasattr(block.self_attn, "attn_logit_softcapping")  # Gemma 2's attention takes no name for a mask
-        _recast(block, _with_own_mask(type(block), make_mask, window, as_array))
+        _recast(block, _with_own_mask(type(block), window, as_array))
 
 
-def _with_own_mask(
-    kind: type[nn.Module], make_mask: Callable[..., Any], window: int | None, as_array: bool
-) -> Callable[..., mx.array]:
+def _with_own_mask(kind: type[nn.Module], window: int | None, as_array: bool) -> Callable[..., mx.array]:
     def call(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         held = getattr(cache, "max_size", None)  # a context that rolls may be shorter than the window
         seen = window if window is None or held is None or held >= window else None
-        own = make_mask(x, cache, window_size=seen, return_array=as_array)
+        own = attention_mask(x, cache, seen, as_array=as_array)
         output: mx.array = kind.__call__(self, x, own, cache)
         return output
 

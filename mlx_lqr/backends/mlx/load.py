@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from mlx_lqr.backends.checkpoint.weight_files import INDEX, Weights, weights_of
 from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
 from mlx_lqr.backends.mlx.device import on_gpu, on_linux
 from mlx_lqr.backends.mlx.family import ALWAYS_TIED, arguments, complete
-from mlx_lqr.backends.mlx.mlx_lm_models import REMAPPED, import_mlx_lm, model_classes
-from mlx_lqr.errors import InputError
+from mlx_lqr.backends.mlx.library import model_classes, settings_read
+from mlx_lqr.errors import InputError, first_line
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -63,12 +62,12 @@ def load_module(folder: Path, config: dict[str, Any], meaning: ModelConfig, dtyp
     except (TypeError, ValueError, KeyError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"the weights in {folder} do not fit its config.json: {_first_line(error)}") from error
+        raise InputError(f"the weights in {folder} do not fit its config.json: {first_line(error)}") from error
     cast(module, dtype)
     try:
         mx.eval(module.parameters())
     except RuntimeError as error:
-        raise InputError(f"the weights in {folder} cannot be read: {_first_line(error)}") from error
+        raise InputError(f"the weights in {folder} cannot be read: {first_line(error)}") from error
     if on_linux() and not on_gpu():
         _lay_out_for_single_tokens(module)
     return module
@@ -163,18 +162,8 @@ class _TiedHead(nn.Embedding):
         return (self.weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
 
 
-def settings_read(config: dict[str, Any]) -> set[str] | None:
-    """The config's keys that mlx-lm's model of this type reads, or None if it has no such model."""
-    model_type = str(config.get("model_type"))
-    try:
-        ModelArgs = import_mlx_lm(f"models.{REMAPPED.get(model_type, model_type)}").ModelArgs
-    except (ImportError, AttributeError):  # no such module, or one of mlx-lm's that is no model
-        return None
-    return {field.name for field in fields(ModelArgs)}
-
-
 def flattened(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with what transformers 5 nests or words anew as mlx-lm's older models look for it.
+    """`config` with what transformers 5 nests or renames, as mlx-lm's older models look for it.
 
     They know nothing of `rope_parameters` and would silently take their default RoPE base. transformers reads both.
     """
@@ -184,14 +173,14 @@ def flattened(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_parameters" not in (settings_read(config) or ()):
         del flat["rope_parameters"]
-        found: dict[str, Any] = {}
+        rotary: dict[str, Any] = {}
         if isinstance(rope.get("sliding_attention"), dict):
-            found["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+            rotary["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
             rope = rope.get("full_attention", {})
-        found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+        rotary |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
         if rope.get("rope_type", "default") != "default":
-            found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        flat |= {key: value for key, value in found.items() if value is not None and flat.get(key) is None}
+            rotary["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        flat |= {key: value for key, value in rotary.items() if value is not None and flat.get(key) is None}
     kinds = config.get("layer_types")
     if config.get("model_type") == "gemma3_text" and isinstance(kinds, list) and "full_attention" in kinds:
         period = kinds.index("full_attention") + 1
@@ -243,7 +232,3 @@ def _quantize(module: nn.Module, quantization: dict[str, Any], weights: dict[str
         mode=quantization.get("mode", "affine"),
         class_predicate=packed,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

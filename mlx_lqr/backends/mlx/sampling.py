@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.mlx.device import on_gpu
-from mlx_lqr.backends.mlx.mlx_lm_models import import_mlx_lm
-from mlx_lqr.backends.protocol import LEAST_TEMPERATURE, Sampling
+from mlx_lqr.backends.mlx.library import filters
+from mlx_lqr.backends.protocol import Sampling
+from mlx_lqr.backends.sampling import Sampler
 
 LIKELIEST = 2048
 """Tokens that nearly always have the mass that top-p asks for."""
 
 
-class Sampler:
-    """Draws a token for each of B sequences, as it would be drawn for that sequence alone."""
+class MLXSampler(Sampler):
+    """Draws with a key for each sequence."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-        self._seed = sampling.seed if sampling.seed is not None else secrets.randbits(32)
+        super().__init__(sampling)
         self._keys: mx.array | None = None
         """(B, 2), made when the number of sequences is known."""
 
-    def draw(self, logits: mx.array) -> mx.array:
-        """A token (B,) from each row of logits (B, V)."""
-        sampling = self.sampling
-        if sampling.temperature == 0:
-            return mx.argmax(logits, axis=-1)
+    def keep(self, rows: Sequence[int]) -> None:
+        if self._keys is not None:
+            self._keys = self._keys[mx.array(list(rows))]
+
+    def _likeliest(self, logits: mx.array) -> mx.array:
+        return mx.argmax(logits, axis=-1).astype(mx.int32)
+
+    def _filtered(self, logits: mx.array) -> mx.array:
         check_borrowed("mlx sampling")
-        library = import_mlx_lm("sample_utils")
+        library, sampling = filters(), self.sampling
         logits = logits.astype(mx.float32)  # first: 16 bits round what is subtracted
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         if sampling.top_p < 1:
@@ -40,18 +42,15 @@ class Sampler:
             logprobs = library.apply_min_p(logprobs, sampling.min_p)
         if 0 < sampling.top_k < logits.shape[-1]:
             logprobs = library.apply_top_k(logprobs, sampling.top_k)
+        return logprobs - logprobs.max(axis=-1, keepdims=True)
+
+    def _drawn(self, logprobs: mx.array) -> mx.array:
         if self._keys is None:
-            self._keys = mx.stack([mx.random.key(self._seed + row) for row in range(len(logits))])
+            self._keys = mx.stack([mx.random.key(self._seed + row) for row in range(len(logprobs))])
         split = mx.vmap(mx.random.split)(self._keys)  # (B, 2, 2)
         self._keys = split[:, 0]
         pick: Callable[[mx.array, mx.array], mx.array] = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))
-        relative = logprobs - logprobs.max(axis=-1, keepdims=True)  # at low temperatures, only 0 stays finite
-        return pick(relative / max(sampling.temperature, LEAST_TEMPERATURE), split[:, 1])
-
-    def keep(self, rows: mx.array | Sequence[int]) -> None:
-        """Go on with these sequences alone."""
-        if self._keys is not None:
-            self._keys = self._keys[mx.array(rows)]
+        return pick(logprobs, split[:, 1]).astype(mx.int32)
 
 
 def nucleus(logprobs: mx.array, top_p: float) -> mx.array:
@@ -61,7 +60,7 @@ def nucleus(logprobs: mx.array, top_p: float) -> mx.array:
     model does. Here the likeliest are sorted alone; whether they have mass enough must be known at once, so that this
     waits for the logits, which on a GPU, where sorting is quick, would cost more than it saves.
     """
-    apply_top_p: Callable[[mx.array, float], mx.array] = import_mlx_lm("sample_utils").apply_top_p
+    apply_top_p: Callable[[mx.array, float], mx.array] = filters().apply_top_p
     if on_gpu():
         return apply_top_p(logprobs, top_p)
     count = min(LIKELIEST, logprobs.shape[-1])

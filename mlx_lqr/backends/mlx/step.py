@@ -16,11 +16,12 @@ import mlx.nn as nn
 
 from mlx_lqr.backends.hooks import BlockCall, LawHooks
 from mlx_lqr.backends.mlx.blocks import hooked
-from mlx_lqr.backends.mlx.mlx_lm_models import import_mlx_lm
+from mlx_lqr.backends.mlx.framework import energy
+from mlx_lqr.backends.mlx.library import hand_back, in_order, rotates
 from mlx_lqr.backends.protocol import Law
 
 STEP = 256
-"""Slots by which buffers grow, as mlx-lm's caches do; every size is recorded anew."""
+"""Slots by which buffers grow, as mlx-lm's caches do; the step is recorded once for each size."""
 
 Buffers = list[tuple[mx.array, mx.array]]
 """Keys and values (1, heads, slots, head_dim) of every layer."""
@@ -33,27 +34,20 @@ class FixedCache:
     in the place of the token that is to be forgotten. Keys are rotated already, so that their order is of no matter.
 
     Args:
-        layers: mlx-lm's caches of one sequence, see `can_take`.
+        layers: mlx-lm's caches, see `library.are_of_one_sequence`.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self._layers = layers
         self.length = int(layers[0].offset)
-        self.keep = [layer.keep if _rotates(layer) else 0 for layer in layers]
-        self._limits = [layer.max_size if _rotates(layer) else None for layer in layers]
+        self.keep = [layer.keep if rotates(layer) else 0 for layer in layers]
+        self._limits = [layer.max_size if rotates(layer) else None for layer in layers]
         self.buffers: Buffers = []
         for layer, limit, keep in zip(layers, self._limits, self.keep, strict=True):
             keys, values = in_order(layer)
             place = self._placing(keys.shape[-2], limit, keep)
             self.buffers.append((place(keys), place(values)))
             layer.keys = layer.values = None  # or a second reference would force a copy at every token
-
-    @staticmethod
-    def can_take(layers: Sequence[Any]) -> bool:
-        """Whether all layers are mlx-lm's plain or rotating caches of one sequence, with something in them."""
-        kinds = import_mlx_lm("models.cache")
-        known = (kinds.KVCache, kinds.RotatingKVCache)
-        return all(type(layer) in known and layer.keys is not None for layer in layers)
 
     def make_room(self) -> None:
         """Let the buffers grow where the next token has no slot."""
@@ -66,15 +60,13 @@ class FixedCache:
         """Hand everything back to mlx-lm's caches."""
         for layer, keep, (keys, values) in zip(self._layers, self.keep, self.buffers, strict=True):
             size = keys.shape[-2]
-            if _rotates(layer):
-                if self.length < size:
-                    keys, values = keys[..., : self.length, :], values[..., : self.length, :]
-                elif self.length > size:
-                    oldest = keep + (self.length - keep) % (size - keep)
-                    order = mx.array([*range(keep), *range(oldest, size), *range(keep, oldest)])
-                    keys, values = keys[..., order, :], values[..., order, :]
-                layer._idx = keys.shape[-2]
-            layer.keys, layer.values, layer.offset = keys, values, self.length
+            if rotates(layer) and self.length < size:
+                keys, values = keys[..., : self.length, :], values[..., : self.length, :]
+            elif rotates(layer) and self.length > size:
+                oldest = keep + (self.length - keep) % (size - keep)
+                order = mx.array([*range(keep), *range(oldest, size), *range(keep, oldest)])
+                keys, values = keys[..., order, :], values[..., order, :]
+            hand_back(layer, keys, values, self.length)
 
     def _placing(self, held: int, limit: int | None, keep: int) -> Callable[[mx.array], mx.array]:
         """How to put the `held` tokens of a layer, in the order of time, into their slots."""
@@ -166,30 +158,6 @@ class _Slots:
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """(1, slots): those that hold a token. A window is as long as its buffer, so that all of these are seen."""
         return mx.arange(self.keys.shape[-2])[None] <= self.offset
-
-
-def energy(z: mx.array) -> mx.array:
-    """|z|^2 (...) of activations (..., d), in float32."""
-    return mx.square(z.astype(mx.float32)).sum(axis=-1)
-
-
-def in_order(layer: Any) -> tuple[mx.array, mx.array]:
-    """Keys and values in one of mlx-lm's caches of one sequence, in the order of time, without what the next token
-    sees no more."""
-    if not _rotates(layer):
-        return layer.keys[..., : layer.offset, :], layer.values[..., : layer.offset, :]
-    keys, values = layer._temporal_order(layer.keys), layer._temporal_order(layer.values)
-    gone = max(0, keys.shape[-2] - (layer.max_size - 1))
-
-    def seen(part: mx.array) -> mx.array:
-        return mx.concatenate([part[..., : layer.keep, :], part[..., layer.keep + gone :, :]], axis=-2)
-
-    return (seen(keys), seen(values)) if gone else (keys, values)
-
-
-def _rotates(layer: Any) -> bool:
-    """Whether it keeps a window of the newest tokens."""
-    return isinstance(layer, import_mlx_lm("models.cache").RotatingKVCache)
 
 
 def _grown(part: mx.array, size: int) -> mx.array:

@@ -20,7 +20,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 
 
 def rendered(
@@ -51,9 +51,9 @@ def rendered(
             **special_tokens,
         )
     except TemplateError as error:
-        raise InputError(f"the model's chat template refuses the conversation: {_line(error)}") from error
+        raise InputError(f"the model's chat template refuses the conversation: {first_line(error)}") from error
     except Exception as error:  # a template can bring about any
-        raise InputError(f"the model's chat template fails: {type(error).__name__}: {_line(error)}") from error
+        raise InputError(f"the model's chat template fails: {type(error).__name__}: {first_line(error)}") from error
 
 
 class _Generation(Extension):
@@ -127,7 +127,3 @@ def _to_json(
 
 def _raise(message: str) -> None:
     raise TemplateError(message)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0][:300]

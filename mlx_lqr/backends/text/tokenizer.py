@@ -149,13 +149,13 @@ class Tokenizer:
         """Every id that ends a text, from whichever of the model's files says so."""
         inner = config.get("text_config")
         sources = (config, inner if isinstance(inner, dict) else {}, read_json(self._folder / "generation_config.json"))
-        found: set[int] = set()
+        tokens: set[int] = set()
         for source in sources:
             ids = source.get("eos_token_id")
-            found.update(ids if isinstance(ids, list) else [ids] if ids is not None else [])
+            tokens.update(ids if isinstance(ids, list) else [ids] if ids is not None else [])
         named = self.special_tokens.get("eos_token")
         ending = self._tokenizer.token_to_id(named) if named is not None else None
-        return found | ({ending} if ending is not None else set())
+        return tokens | ({ending} if ending is not None else set())
 
 
 def at_border(

@@ -72,21 +72,21 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     files = {file.stem: file for file in sorted((folder / _TEMPLATES).glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files = {"default": folder / "chat_template.jinja", **files}
-    found: Any = {name: _read(file) for name, file in files.items()} or settings.get("chat_template")
-    if found is None:
-        found = read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(found, list):
-        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-    if isinstance(found, dict):
-        if "default" not in found:
+    given: Any = {name: _read(file) for name, file in files.items()} or settings.get("chat_template")
+    if given is None:
+        given = read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(given, list):
+        given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+    if isinstance(given, dict):
+        if "default" not in given:
             raise InputError(
-                f"{folder} has several chat templates ({', '.join(sorted(map(str, found)))}) and none is the default: "
+                f"{folder} has several chat templates ({', '.join(sorted(map(str, given)))}) and none is the default: "
                 "save the one to use as chat_template.jinja"
             )
-        found = found["default"]
-    if found is not None and not isinstance(found, str):
+        given = given["default"]
+    if given is not None and not isinstance(given, str):
         raise InputError(f"the chat template of {folder} is no text: download the model again")
-    return found
+    return given
 
 
 def _read(file: Path) -> str:

@@ -9,19 +9,17 @@ import torch
 from numpy.typing import DTypeLike
 
 from mlx_lqr.backends.protocol import Matrix
-from mlx_lqr.backends.torch.load import memory_for
-
-_ADVICE = "solve in NumPy (algebra=None), load the model with device cpu, or use the feature cost"
+from mlx_lqr.backends.torch.framework import memory_for
 
 
 class TorchAlgebra:
-    """The `LinearAlgebra` protocol (see algebra.py) on a device."""
+    """The `LinearAlgebra` protocol on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def computing(self) -> AbstractContextManager[None]:
-        return memory_for("the gains", _ADVICE)
+        return memory_for("the gains")
 
     def matrix(self, values: Matrix, dtype: DTypeLike) -> torch.Tensor:
         kind = torch.float64 if np.dtype(dtype) == np.float64 else torch.float32

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mlx_lqr.backends.borrowed import changed
+from mlx_lqr.backends.torch.library import attention_by, register_attention
 
 NAME = "mlx_lqr"
 
@@ -68,15 +68,12 @@ _current: list[Layout] = []
 @contextmanager
 def attending(config: Any, layout: Layout) -> Iterator[None]:
     """Inside this context a model with this config attends by `layout`; afterwards as before."""
-    before = config._attn_implementation_internal
-    # Not by the property, which walks through the config each time.
-    config._attn_implementation_internal = NAME
     _current.append(layout)
     try:
-        yield
+        with attention_by(config, NAME):
+            yield
     finally:
         _current.pop()
-        config._attn_implementation_internal = before
 
 
 def attend(
@@ -136,4 +133,4 @@ def _by_products(
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+register_attention(NAME, attend)

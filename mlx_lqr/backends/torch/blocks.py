@@ -1,116 +1,74 @@
-"""A hook on the blocks of a transformers model, or on parts of them: the one mechanism for recording, linearising and
-steering.
+"""Hooks on the blocks of a transformers model, or on parts of them; a block at one token as a function of its input.
 
 Every block gets a `forward` of its own, which passes through the hook, and loses it afterwards. Module tree, parameters
-and classes are untouched, so this works for every family, inside the model's own forward pass.
+and classes are untouched.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from mlx_lqr.backends.borrowed import changed
-from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, Hook, LawHooks
+from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, BlockHooks, Hook, LawHooks
 from mlx_lqr.backends.torch.attention import attending
 from mlx_lqr.backends.torch.cache import FrozenCache
-from mlx_lqr.errors import InputError
+from mlx_lqr.backends.torch.library import dense_experts
 
 TANGENTS = 512
 """Directions differentiated at once: enough for full speed, and little memory beside a wide model's matrices."""
 
 
-class BlockHooks:
-    """A hook for the blocks at `layers`, which is placed and taken off at every pass.
+class ForwardHooks(BlockHooks):
+    """Hooks by a `forward` of the module's own, which is made once."""
 
-    Args:
-        law: where it acts inside blocks, its hook is placed there too.
-    """
+    library = "transformers"
 
     def __init__(
         self, blocks: Sequence[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED
     ) -> None:
-        found = [(k, blocks[k], hook) for k in layers]
-        found += [(k, output_projection(blocks[k]), law.projection) for k in law.projections]
-        self._modules = [(module, self._hooked(k, module, hook)) for k, module, hook in found]
-
-    @contextmanager
-    def placed(self) -> Iterator[None]:
-        """Inside this context every call of the blocks goes through the hook."""
-        before = [(module, module.__dict__.get("forward")) for module, _ in self._modules]
-        try:
-            for module, forward in self._modules:
-                refuse_hooked(module)
-                module.__dict__["forward"] = forward
-            yield
-        finally:
-            for module, forward in before:
-                if forward is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.__dict__["forward"] = forward
+        super().__init__(blocks, hook, layers, law)
+        self._forwards = {id(module): _through(k, module, hook) for k, module, hook in self._hooked}
+        for _, module, _ in self._hooked:
+            self.refuse(module)
 
     @staticmethod
-    def _hooked(k: int, module: nn.Module, hook: Hook) -> Callable[..., torch.Tensor]:
-        refuse_hooked(module)
-        original = module.forward
+    def _is_hooked(module: nn.Module) -> bool:
+        return getattr(module.__dict__.get("forward"), "is_hook", False)
 
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return hook(k, hidden_states, BlockCall(original, args, kwargs))
+    def _call_of(self, module: nn.Module) -> Any:
+        return module.__dict__.get("forward")
 
-        forward.is_hook = True  # type: ignore[attr-defined]
-        return forward
+    def _place(self, k: int, module: nn.Module, hook: Hook) -> None:
+        module.__dict__["forward"] = self._forwards[id(module)]
 
-
-_PARTS = ("config.max_position_embeddings", "base_model.layers", "base_model.norm", "base_model.rotary_emb.rope_type")
-
-
-def check_parts(module: Any) -> None:
-    """Look for the parts of a supported family's model, and the arguments of its blocks, that we know by name.
-
-    Raises:
-        InputError: transformers has renamed one of them.
-    """
-    try:
-        for path in _PARTS:
-            attrgetter(path)(module)
-        block = module.base_model.layers[0]
-        output_projection(block)
-    except AttributeError as error:
-        raise changed("transformers", f"makes a {type(module).__name__} without {error.name}") from error
-    first, *others = inspect.signature(type(block).forward).parameters
-    if [first, *others[:1]] != ["self", "hidden_states"] or "position_embeddings" not in others:
-        raise changed("transformers", f"calls a {type(block).__name__} in another way")
+    def _put_back(self, module: nn.Module, call: Any) -> None:
+        if call is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = call
 
 
-def refuse_hooked(block: nn.Module) -> None:
-    """Raise `InputError` for a block that has a hook already."""
-    if getattr(block.__dict__.get("forward"), "is_hook", False):
-        raise InputError(
-            "the model is being steered by mlx_lqr.steer: call transformers' functions inside the block; outside it, "
-            "mlx_lqr.generate and the like take the controller themselves"
-        )
+def _through(k: int, module: nn.Module, hook: Hook) -> Callable[..., torch.Tensor]:
+    original = module.forward
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hook(k, hidden_states, BlockCall(original, args, kwargs))
+
+    forward.is_hook = True  # type: ignore[attr-defined]
+    return forward
 
 
 def hooked(
     blocks: Sequence[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED
 ) -> AbstractContextManager[None]:
     """Inside this context every call of the blocks at `layers` goes through `hook` (see `BlockHooks`)."""
-    return BlockHooks(blocks, hook, layers, law).placed()
-
-
-def output_projection(block: Any) -> nn.Module:
-    """What the block's attention puts its heads through; every supported family has it under this name."""
-    projection: nn.Module = block.self_attn.o_proj
-    return projection
+    return ForwardHooks(blocks, hook, layers, law).placed()
 
 
 @dataclass(frozen=True)
@@ -148,7 +106,7 @@ class FrozenBlock:
             present = {name: weights[name] for name, _ in self.block.named_parameters()}
             return functional_call(self.block, present, (z[None, None], *self.args), self.kwargs)[0, 0]
 
-        with attending(self.config, self.frozen), _dense_experts(self.config), _full_float32():
+        with attending(self.config, self.frozen), dense_experts(self.config), _full_float32():
             yield function
 
 
@@ -221,20 +179,6 @@ class _StandIn(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._function(x)
-
-
-@contextmanager
-def _dense_experts(config: Any) -> Iterator[None]:
-    """Experts of a mixture are gathered and multiplied in one batch, which can be differentiated; afterwards as before.
-
-    transformers' other ways go through the experts one by one, with shapes that depend on the numbers.
-    """
-    before = config._experts_implementation_internal
-    config._experts_implementation_internal = "batched_mm"
-    try:
-        yield
-    finally:
-        config._experts_implementation_internal = before
 
 
 @contextmanager

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
+from mlx_lqr.backends.hooked_decoder import SINKS
 from mlx_lqr.backends.torch.attention import seen
 
 GROWTH = 256
 """Tokens for which room is made at once."""
-SINKS = 4
-"""How many of the oldest tokens a rolling cache keeps: attention leans on them (arXiv 2309.17453)."""
 
 
 class KeyValueCache:

@@ -7,7 +7,6 @@ placed is refused: taken for the beginning of a text, it would be steered at the
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,25 +15,8 @@ from typing import Any
 
 import torch
 
+from mlx_lqr.backends.torch.library import paged_cache
 from mlx_lqr.errors import InputError
-
-_CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls the cache, the newest name first."""
-
-
-def cache_argument(module: Any) -> str:
-    """The name under which the model's forward takes its cache.
-
-    Raises:
-        InputError: none that is known.
-    """
-    parameters = inspect.signature(module.forward).parameters
-    for name in _CACHE_NAMES:
-        if name in parameters:
-            return name
-    raise InputError(
-        f"{_whose(module)} takes its cache under a name that mlx_lqr does not know: use another version of transformers"
-    )
 
 
 def unknown_positions(what: str) -> InputError:
@@ -80,7 +62,7 @@ class Call:
     def is_paged(self) -> bool:
         """Whether many requests stand in one row, with a cache that does not tell where they do (generate_batch)."""
         cache = self.cache
-        return cache is not None and (isinstance(cache, _paged_cache()) or not hasattr(cache, "get_seq_length"))
+        return cache is not None and (isinstance(cache, paged_cache()) or not hasattr(cache, "get_seq_length"))
 
     def before(self) -> int:
         """How many positions stand before those of the call, padding included.
@@ -130,7 +112,7 @@ class Call:
     def last_of_each_text(self) -> torch.Tensor | None:
         """The last position of each text (B, L, 1) where several stand in one row without a cache, or None.
 
-        transformers tells them apart in the same way: by position ids that start anew, where there is no mask.
+        transformers tells them apart in the same way: by position ids that start again, where there is no mask.
         """
         positions = self.arguments.get("position_ids")
         if positions is None or self.cache is not None or self.arguments.get("attention_mask") is not None:
@@ -141,18 +123,7 @@ class Call:
         return torch.nn.functional.pad(starts, (0, 1), value=True)[..., None]
 
 
-@functools.cache
-def _paged_cache() -> Any:
-    from transformers.generation.continuous_batching.cache import PagedAttentionCache
-
-    return PagedAttentionCache
-
-
 def _is_cache(value: Any) -> bool:
     if isinstance(value, (torch.Tensor, Mapping)):
         return False
     return callable(getattr(value, "get_seq_length", None)) or callable(getattr(value, "update", None))
-
-
-def _whose(module: Any) -> str:
-    return f"{type(module).__name__} of transformers {metadata.version('transformers')}"

@@ -2,7 +2,7 @@
 
 A forward call does not tell whether its last position is the last of the prompt: a prompt may be read in chunks, and
 assisted decoding checks several generated tokens at once. So while a model is steered, its `generate` announces the
-length of the prompt, and each call tells where its tokens stand (see torch_calls.py).
+length of the prompt, and each call tells where its tokens stand (see calls.py).
 
 `generate_batch` packs requests in one row, and asks for the logits of just those positions that are to be steered.
 """
@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from mlx_lqr.backends.borrowed import check_borrowed
+from mlx_lqr.backends.steered import SteeredModules
 from mlx_lqr.backends.torch.calls import Call, unknown_positions
+from mlx_lqr.backends.torch.library import is_unshared, request_state, unshared
 from mlx_lqr.errors import InputError, OverflowingError
 
 
@@ -101,6 +103,9 @@ class Positions(threading.local):
         if before is None and self._spoiled is not None and self._spoiled.item() != 0:
             raise OverflowingError("the activations overflow at this strength: lower it")
 
+    def enter(self, z: torch.Tensor) -> None:
+        """The call has come to the first block; `begin` has told all that there is to know."""
+
     def end(self, output: torch.Tensor) -> None:
         """The call has come to the end of the last block, whose output is (B, L, d)."""
         if self._prompt is not None:
@@ -115,10 +120,6 @@ class _Resumption(threading.local):
 
 
 _resumption = _Resumption()
-_steered: set[int] = set()
-"""The modules steered at present, by id."""
-_lock = threading.Lock()
-_put_back: Callable[[], None]
 
 
 @contextmanager
@@ -131,39 +132,29 @@ def announcing_prompts(module: Any, positions: Positions, refusals: list[InputEr
     Raises:
         InputError: the model is steered already.
     """
-    global _put_back
     check_borrowed("torch steer")
-    with _lock:
-        if id(module) in _steered:
-            raise InputError("the model is already steered: combine the controllers (Controller.combine)")
-        if not _steered:  # once for all models, or blocks that overlap would put back each other's functions
-            _put_back = _refuse_resumption()
-        _steered.add(id(module))
     body = module.base_model
     signature = inspect.signature(body.forward)
 
     def before_call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         positions.begin(Call.of(signature, args, kwargs))
 
-    own = {
-        "generate": _announcing(module.generate, positions),
-        "generate_batch": _reporting(module.generate_batch, refusals),
-        "init_continuous_batching": _unshared(module),
-    }
-    before = {name: module.__dict__[name] for name in own if name in module.__dict__}
-    handle = body.register_forward_pre_hook(before_call, with_kwargs=True)
-    module.__dict__.update(own)
-    try:
-        yield
-    finally:
-        for name in own:
-            del module.__dict__[name]
-        module.__dict__.update(before)
-        handle.remove()
-        with _lock:
-            _steered.discard(id(module))
-            if not _steered:
-                _put_back()
+    with _steered.including(module, positions):
+        own = {
+            "generate": _announcing(module.generate, positions),
+            "generate_batch": _reporting(module.generate_batch, refusals),
+            "init_continuous_batching": _unshared(module),
+        }
+        before = {name: module.__dict__[name] for name in own if name in module.__dict__}
+        handle = body.register_forward_pre_hook(before_call, with_kwargs=True)
+        module.__dict__.update(own)
+        try:
+            yield
+        finally:
+            for name in own:
+                del module.__dict__[name]
+            module.__dict__.update(before)
+            handle.remove()
 
 
 def _announcing(original: Callable[..., Any], positions: Positions) -> Callable[..., Any]:
@@ -226,19 +217,14 @@ def _unshared(module: Any) -> Callable[..., Any]:
     def init_continuous_batching(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         options = call.arguments.get("continuous_batching_config")
-        options = _batching_config() if options is None else copy.copy(options)
-        options.allow_block_sharing = options.use_cuda_graph = False
-        options.varlen_compile_config = options.decode_compile_config = None
-        options.default_compile_level = 0
-        call.arguments["continuous_batching_config"] = options
+        call.arguments["continuous_batching_config"] = unshared(options)
         config = call.arguments.get("generation_config") or module.generation_config
         if config.compile_config is not None:
             config = copy.copy(config)
             config.compile_config = None
         call.arguments["generation_config"] = config
         manager = original(*call.args, **call.kwargs)
-        used = manager.continuous_batching_config
-        if used.allow_block_sharing or any(used.cuda_graph_booleans) or used.varlen_compile_config is not None:
+        if not is_unshared(manager):
             raise InputError(
                 "the model keeps a manager of generate_batch from before it was steered: call its "
                 "destroy_cached_continuous_batching_manager() first"
@@ -248,19 +234,12 @@ def _unshared(module: Any) -> Callable[..., Any]:
     return init_continuous_batching
 
 
-def _batching_config() -> Any:
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
-    return ContinuousBatchingConfig()
-
-
 def _refuse_resumption() -> Callable[[], None]:
     """Keep requests that have lost their keys and values from going on; returns what allows it again.
 
     Their answers so far are read with their prompts, and then look alike.
     """
-    from transformers.generation.continuous_batching.requests import RequestState
-
+    RequestState = request_state()
     original = RequestState.create_equivalent_initial_request
 
     @functools.wraps(original)
@@ -279,3 +258,6 @@ def _refuse_resumption() -> Callable[[], None]:
 
     RequestState.create_equivalent_initial_request = create_equivalent_initial_request
     return put_back
+
+
+_steered: SteeredModules[Positions] = SteeredModules(_refuse_resumption)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig
-from transformers.activations import ACT2FN
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
 from mlx_lqr.backends.borrowed import changed
@@ -24,7 +23,9 @@ from mlx_lqr.backends.checkpoint.families import SETTINGS
 from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, check_dtype
 from mlx_lqr.backends.checkpoint.weight_files import INDEX, SINGLE, Weights, weights_of
 from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
-from mlx_lqr.errors import InputError
+from mlx_lqr.backends.torch.framework import out_of_memory
+from mlx_lqr.backends.torch.library import config_of, knows_activation, model_class
+from mlx_lqr.errors import InputError, first_line
 
 _FAMILIES = sorted((*FAMILIES, "ministral"))
 """With what transformers makes of a Mistral with layers of two kinds."""
@@ -91,8 +92,7 @@ def load_module(
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, AssertionError) as error:
         if isinstance(error, InputError) or out_of_memory(error):
             raise
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the weights in {folder} do not fit its config.json: {line}") from error
+        raise InputError(f"the weights in {folder} do not fit its config.json: {first_line(error)}") from error
     if files.formats == {"mlx"} and meaning.family == "gemma3_text":
         # Whoever wrote this folder reckoned with mlx-lm, which rounds the embedding's scale in every dtype.
         scale = torch.tensor(math.sqrt(module.config.hidden_size)).bfloat16()
@@ -126,7 +126,7 @@ def transformers_config(config: dict[str, Any], meaning: ModelConfig) -> Pretrai
     """
     if meaning.rope_traditional:
         raise InputError("config.json says rope_traditional true, which transformers has not: use the mlx backend")
-    if meaning.activation not in ACT2FN:
+    if not knows_activation(meaning.activation):
         key = "hidden_activation" if "hidden_activation" in meaning.settings else "hidden_act"
         raise InputError(
             f"config.json says {key} {meaning.activation!r}, which transformers does not know: use another model"
@@ -146,7 +146,8 @@ def transformers_config(config: dict[str, Any], meaning: ModelConfig) -> Pretrai
     given["rope_parameters"] = deepcopy(nested if len(nested) > 1 else nested["full_attention"])
     given |= {key: value for key in _KEPT if (value := config.get(key)) is not None}
     try:
-        return CONFIG_MAPPING[family](**given)
+        built_from: PretrainedConfig = config_of(family, given)
+        return built_from
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise InputError(f"transformers cannot do what config.json says: {line}") from error
@@ -157,12 +158,12 @@ _KEPT = ("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id"
 
 def _from_pretrained(folder: Path, config: PretrainedConfig, files: Weights, dtype: Any) -> Any:
     usual = [folder / SINGLE] if (folder / SINGLE).is_file() else []  # what transformers takes before it looks for more
-    found = files.unnamed is None and (files.paths == usual or (not usual and (folder / INDEX).is_file()))
-    kind = AutoModelForCausalLM if found else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    by_name = files.unnamed is None and (files.paths == usual or (not usual and (folder / INDEX).is_file()))
+    kind = AutoModelForCausalLM if by_name else model_class(config)
     module, report = kind.from_pretrained(
-        str(folder) if found else None,
+        str(folder) if by_name else None,
         config=config,
-        state_dict=None if found else _tensors(files),
+        state_dict=None if by_name else _tensors(files),
         dtype=dtype,
         local_files_only=True,
         trust_remote_code=False,
@@ -235,19 +236,3 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether torch has failed to get memory, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def memory_for(what: str, advice: str) -> Iterator[None]:
-    """Turn torch's failure to get memory inside this context into one line that says what to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise InputError(f"not enough memory for {what}: {advice}") from error

@@ -22,7 +22,7 @@ from mlx_lqr.backends.mlx.family import complete
 from mlx_lqr.backends.mlx.load import arguments_for, as_mlx_lm_reads, cast
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.text.tokenizer import at_border
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 
 _NEVER = "\ud800"
 """Half of a character, which is in no text, for mlx-lm must have something to stop at"""
@@ -59,7 +59,7 @@ class Evaluator(MLXLM):
             with as_mlx_lm_reads(folder, given, files) as view:
                 super().__init__(str(view), **options)
         except (OSError, RuntimeError, ValueError) as error:
-            raise InputError(f"mlx-lm cannot load {folder}: {str(error).partition(chr(10))[0]}") from error
+            raise InputError(f"mlx-lm cannot load {folder}: {first_line(error)}") from error
         complete(self._model, meaning)
         cast(self._model, dtype)
         mx.eval(self._model.parameters())
@@ -79,7 +79,7 @@ class Evaluator(MLXLM):
         except Exception as error:  # whatever a template brings about
             folded = _without_system(chat_history)
             if folded is None:
-                raise InputError(f"the model's chat template refuses the conversation: {_line(error)}") from error
+                raise InputError(f"the model's chat template refuses the conversation: {first_line(error)}") from error
         warnings.warn("the chat template has no system role: its text begins the user's message instead", stacklevel=2)
         return self.apply_chat_template(folded, add_generation_prompt)
 
@@ -107,9 +107,9 @@ class Evaluator(MLXLM):
                     "the task out"
                 )
             pairs |= {number: (tuple(before[-room:]), tuple(ids)) for number, ids in zip(numbers, each, strict=True)}
-        found = self._scored([pairs[number] for number in range(len(requests))])
-        _check_finite([score for score, _ in found])
-        return found
+        scored = self._scored([pairs[number] for number in range(len(requests))])
+        _check_finite([score for score, _ in scored])
+        return scored
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """log p of each text after its first token. One that is too long for the model is read in parts.
@@ -120,8 +120,8 @@ class Evaluator(MLXLM):
         texts = [self._ids(request.args[0]) for request in requests]
         scores = [0.0] * len(texts)
         usual = [number for number, ids in enumerate(texts) if 1 < len(ids) <= self.model.context_length]
-        found = super().loglikelihood_rolling([requests[number] for number in usual]) if usual else []
-        for number, score in zip(usual, found, strict=True):
+        in_one = super().loglikelihood_rolling([requests[number] for number in usual]) if usual else []
+        for number, score in zip(usual, in_one, strict=True):
             scores[number] = score
         for number, ids in enumerate(texts):
             if len(ids) > self.model.context_length:
@@ -173,10 +173,10 @@ class Evaluator(MLXLM):
         some = [number for number, (_, after) in enumerate(pairs) if after]
         held, self._max_tokens = self._max_tokens, self.model.context_length  # it is for texts that are written
         try:
-            found = super().loglikelihood([SimpleNamespace(args=pairs[number]) for number in some]) if some else []
+            scored = super().loglikelihood([SimpleNamespace(args=pairs[number]) for number in some]) if some else []
         finally:
             self._max_tokens = held
-        scores = dict(zip(some, found, strict=True))
+        scores = dict(zip(some, scored, strict=True))
         return [scores.get(number, (0.0, True)) for number in range(len(pairs))]
 
 
@@ -186,10 +186,6 @@ def _without_system(history: list[dict[str, str]]) -> list[dict[str, str]] | Non
         return None
     system, user = history[0]["content"].strip(), history[1]
     return [{**user, "content": f"{system}\n\n{user['content']}"}, *history[2:]]
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_finite(scores: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""A result as JSON: every field of its dataclass, arrays as nested lists of six digits, what is not finite as null."""
+"""A result as JSON: each field of its dataclass, arrays as nested lists of six digits, null for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlx_lqr.files.atomic import writing
 
 
 def as_json(result: Any) -> Any:
-    """A result, or a part of one, in terms of JSON's own types."""
+    """A result, or a part of one, as JSON's own types."""
     if is_dataclass(result) and not isinstance(result, type):
         return {field.name: as_json(getattr(result, field.name)) for field in fields(result)}
     if isinstance(result, np.ndarray | np.generic):
@@ -29,10 +29,13 @@ def as_json(result: Any) -> Any:
 
 
 def write_json(path: str | PathLike[str], result: Any, *, force: bool = False) -> None:
-    """Write a result to a file, atomically; with `force` in place of a file of any kind.
+    """Write a result to a file, atomically.
+
+    Args:
+        force: overwrite a file of any kind, not only of results.
 
     Raises:
-        InputError: a place that cannot be written, or where something else stands.
+        InputError: the file cannot be written, or is of another kind.
     """
     with writing(path, kind="results", force=force) as temporary:
         temporary.write_text(json.dumps(as_json(result)) + "\n", "utf-8")

@@ -7,12 +7,10 @@ tell from a call which it sees; so while a model is steered, the places where ml
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -21,8 +19,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lqr.backends.borrowed import check_borrowed
-from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.backends.mlx.library import Method, evaluated, generation, wrap_evaluator
+from mlx_lqr.backends.steered import SteeredModules
+from mlx_lqr.errors import OverflowingError
 
 
 @dataclass
@@ -51,25 +50,27 @@ class Prompt:
 
 
 class Positions(threading.local):
-    """How many leading positions of the current call are not steered; each thread has calls, and so values, of its own.
+    """From which position on the current call is steered; each thread has calls, and so values, of its own.
 
     mlx_lm's server calls the model in another thread than the one that steers it.
     """
 
     def __init__(self, steer_all: bool) -> None:
-        self.unsteered = 0
+        self.first = 0
+        """The first steered position of the call."""
         self._prompt: Prompt | None = None
         self._steer_all = steer_all
 
-    def begin(self, length: int) -> None:
-        """A call of the model with `length` positions starts."""
+    def enter(self, z: mx.array) -> None:
+        """A call has come to the first block, whose input is z (B, L, d)."""
+        length = z.shape[1]
         if self._steer_all:
-            self.unsteered = 0
+            self.first = 0
         elif self._prompt is None:  # called by nobody we know: take each call for a whole prompt, or for one step
-            self.unsteered = length - 1
+            self.first = length - 1
         else:
-            self.unsteered = int(min(length, self._prompt.left))
-            self._prompt.left -= self.unsteered
+            self.first = int(min(length, self._prompt.left))
+            self._prompt.left -= self.first
 
     def end(self, output: mx.array) -> None:
         """The call has come to the end of the last block."""
@@ -86,57 +87,36 @@ class Positions(threading.local):
             self._prompt = before
 
 
-_steered: dict[int, Positions] = {}
-"""The models steered at present, by the id of their module."""
-_lock = threading.Lock()
-_put_back: Callable[[], None]
-
-
-@contextmanager
-def announcing_prompts(module: nn.Module, positions: Positions) -> Iterator[None]:
+def announcing_prompts(module: nn.Module, positions: Positions) -> AbstractContextManager[None]:
     """Inside this context, mlx_lm's generation functions and evaluator announce `module`'s prompts to `positions`.
 
     Raises:
-        InputError: the model is steered already.
+        InputError: on entering it, the model is steered already.
     """
-    global _put_back
-    with _lock:
-        if id(module) in _steered:
-            raise InputError("the model is already steered: combine the controllers (Controller.combine)")
-        if not _steered:  # once for all models, or blocks that overlap would put back each other's functions
-            _put_back = _wrap_generation()
-        _steered[id(module)] = positions
-    try:
-        yield
-    finally:
-        with _lock:
-            del _steered[id(module)]
-            if not _steered:
-                _put_back()
+    return _steered.including(module, positions)
 
 
 def _wrap_generation() -> Callable[[], None]:
     """Exchange mlx_lm's functions for ones that announce prompts; returns what puts them back."""
-    check_borrowed("mlx steer")
-    library: Any = importlib.import_module("mlx_lm.generate")
-    batch = library.PromptProcessingBatch
-    step, speculative, process = library.generate_step, library.speculative_generate_step, batch.prompt
+    library = generation()
+    step, speculative, batch, process = library.step, library.speculative, library.batch, library.batch.prompt
     signature = inspect.signature(step)
 
     @functools.wraps(step)
     def generate_step(prompt: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
         embeddings = signature.bind(prompt, model, *args, **kwargs).arguments.get("input_embeddings")
         before_last = len(prompt if embeddings is None else embeddings) - 1
-        return _announced(step(prompt, model, *args, **kwargs), {id(model): before_last})
+        return _announced(step(prompt, model, *args, **kwargs), [(model, before_last)])
 
     @functools.wraps(speculative)
     def speculative_generate_step(
         prompt: Any, model: nn.Module, draft_model: nn.Module, *args: Any, **kwargs: Any
     ) -> Iterator[Any]:
-        before_last: Counter[int] = Counter()
-        for reader in (model, draft_model):  # one model may be both, and then reads the prompt twice
-            before_last[id(reader)] += len(prompt) - 1
-        return _announced(speculative(prompt, model, draft_model, *args, **kwargs), before_last)
+        before_last = len(prompt) - 1
+        readers = [(model, before_last), (draft_model, before_last)]
+        if model is draft_model:  # and reads the prompt twice
+            readers = [(model, 2 * before_last)]
+        return _announced(speculative(prompt, model, draft_model, *args, **kwargs), readers)
 
     @functools.wraps(process)
     def prompt(self: Any, tokens: Any) -> None:
@@ -147,7 +127,7 @@ def _wrap_generation() -> Callable[[], None]:
     _exchange(speculative, speculative_generate_step)
     batch.prompt = prompt
 
-    unwrap_evaluator = _wrap_evaluator()
+    unwrap_evaluator = wrap_evaluator(_reading, _scoring)
 
     def put_back() -> None:
         _exchange(generate_step, step)
@@ -158,50 +138,47 @@ def _wrap_generation() -> Callable[[], None]:
     return put_back
 
 
-def _wrap_evaluator() -> Callable[[], None]:
-    """The same for the scores of mlx_lm's evaluator, where it has been imported (which needs lm-eval).
-
-    It runs a context and what it scores after it in calls of their own, the latter in one call of many positions.
-    """
-    if "mlx_lm.evaluate" not in sys.modules:
-        return lambda: None
-    check_borrowed("mlx evaluator")
-    evaluator: Any = sys.modules["mlx_lm.evaluate"].MLXLM
-    read, score = evaluator._process_prompt, evaluator._score_fn
+def _reading(read: Method) -> Method:
+    """Of mlx_lm's evaluator, which runs a context and what it scores after it in calls of their own."""
 
     @functools.wraps(read)
     def process_prompt(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        with _working_through(self._model, len(prompt) - 1):
+        with _working_through(evaluated(self), len(prompt) - 1):
             return read(self, prompt, *args, **kwargs)
+
+    return process_prompt
+
+
+def _scoring(score: Method) -> Method:
+    """The latter, in one call of many positions."""
 
     @functools.wraps(score)
     def score_fn(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        with _working_through(self._model, 0):  # without a context, the first token is taken for one
+        with _working_through(evaluated(self), 0):  # without a context, the first token is taken for one
             return score(self, inputs, *args, **kwargs)
 
-    evaluator._process_prompt, evaluator._score_fn = process_prompt, score_fn
+    return score_fn
 
-    def put_back() -> None:
-        evaluator._process_prompt, evaluator._score_fn = read, score
 
-    return put_back
+_steered: SteeredModules[Positions] = SteeredModules(_wrap_generation)
 
 
 def _working_through(module: nn.Module, before_last: float) -> AbstractContextManager[None]:
     """Announce a prompt of `before_last` tokens and one to the model, if it is steered."""
-    positions = _steered.get(id(module))
+    positions = _steered.get(module)
     return positions.working_through(Prompt(before_last)) if positions is not None else nullcontext()
 
 
-def _announced(steps: Generator[Any, None, None], before_last: Mapping[int, int]) -> Iterator[Any]:
-    """Hand on the steps; only while one is computed do the models know of the prompt, `before_last[id]` tokens and one.
+def _announced(steps: Generator[Any, None, None], readers: Sequence[tuple[nn.Module, int]]) -> Iterator[Any]:
+    """Hand on the steps; only while one is computed do the readers know of the prompt: so many tokens and a last one.
 
     So a generator that is suspended, or abandoned, has no part in what else calls the model.
 
     Raises:
         OverflowingError: activations that overflow.
     """
-    prompts = [(_steered[model], Prompt(tokens)) for model, tokens in before_last.items() if model in _steered]
+    steered = [(_steered.get(module), before_last) for module, before_last in readers]
+    prompts = [(positions, Prompt(before_last)) for positions, before_last in steered if positions is not None]
     try:
         while True:
             with ExitStack() as announcements:

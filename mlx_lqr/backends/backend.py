@@ -1,0 +1,64 @@
+"""What the library knows of a backend before any model is loaded, and without importing its framework."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mlx_lqr.backends.protocol import Runner
+
+if TYPE_CHECKING:
+    from mlx_lqr.backends.capabilities import Capability
+
+
+class Suitability(IntEnum):
+    """How well a backend suits this machine; "auto" takes the one that suits it best."""
+
+    NOT_INSTALLED = 0
+    CPU = 1
+    GPU = 2
+    MADE_FOR_IT = 3
+    """The machine's own GPU, which no other backend uses as well."""
+
+
+class Backend(ABC):
+    """One way to run language models; each folder beside this file has one, as `BACKEND` in its `backend.py`."""
+
+    name: ClassVar[str]
+    """The folder's name, by which it is chosen."""
+    title: ClassVar[str]
+    capabilities: ClassVar[frozenset[Capability[Any]]]
+    """What its models can do beyond running."""
+    takes_device: ClassVar[bool]
+    """Whether the caller may say where it computes."""
+    adopts: ClassVar[str]
+    """Which models of its framework `adopt` takes, as a message names them."""
+
+    @abstractmethod
+    def suitability(self) -> Suitability:
+        """How well it suits this machine."""
+
+    @abstractmethod
+    def check_installed(self) -> None:
+        """Raise `InputError` where a package that it needs is missing or too old."""
+
+    @abstractmethod
+    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None) -> Runner:
+        """The model in a folder of config.json, safetensors and tokenizer files.
+
+        Args:
+            device: None where the backend takes none.
+
+        Raises:
+            InputError: an unsupported architecture, a device that is not there, or files that are missing or damaged.
+        """
+
+    @abstractmethod
+    def adopt(self, model: Any) -> Runner | None:
+        """The framework's own model object, wrapped; None for anything else.
+
+        Raises:
+            InputError: a model of this framework with an architecture that is not supported.
+        """

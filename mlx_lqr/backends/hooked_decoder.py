@@ -1,0 +1,224 @@
+"""Decoding with a model whose own modules run: the bookkeeping of some sequences side by side, whatever the framework.
+
+A backend adds its caches, how a token is run through the model, and the trace of one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_lqr.backends.batching import padded_left
+from mlx_lqr.backends.framework import Framework
+from mlx_lqr.backends.hooks import BlockCall, BlockHooks, LawHooks
+from mlx_lqr.backends.overflow import Examined, located
+from mlx_lqr.backends.protocol import OVERFLOWED, Array, CarryingLaw, Law, Sampling, restart
+from mlx_lqr.backends.sampling import Sampler, penalised
+from mlx_lqr.errors import InputError, OverflowingError
+
+PREFILL_CHUNK = 512
+"""Prompt tokens, of all sequences together, per forward pass while the cache is filled."""
+SINKS = 4
+"""How many of the oldest tokens a rolling cache keeps: attention leans on them (arXiv 2309.17453)."""
+
+
+class HookedDecoder(ABC):
+    """Everything of `TracingDecoder` that frameworks have in common.
+
+    Args:
+        blocks: the model's.
+        vocabulary: its size.
+        law, sampling: see the protocol.
+        window: how many tokens a rolling context holds; None where it does not roll.
+    """
+
+    def __init__(
+        self,
+        framework: Framework,
+        blocks: Sequence[Any],
+        vocabulary: int,
+        law: Law | None,
+        sampling: Sampling,
+        window: int | None,
+    ) -> None:
+        self._framework = framework
+        self._blocks = blocks
+        self._vocabulary = vocabulary
+        self._window = window
+        self._cache: Any = None
+        self._hooks: BlockHooks | None = None
+        self._energy: Array | None = None
+        """|z|^2 (B,) after the last steered block of the last step: not finite once activations overflow."""
+        self._seen: Array | None = None
+        """(B, V): the tokens met so far, for the repetition penalty."""
+        self.law = law
+        self.sampling = sampling
+
+    @property
+    @abstractmethod
+    def position(self) -> int:
+        """How many tokens the cache holds, of the longest sequence."""
+
+    @abstractmethod
+    def _place(self, law: Law | None) -> Law | None:
+        """The law with this framework's arrays; what was made for the one before it is forgotten."""
+
+    @abstractmethod
+    def _sampler_of(self, sampling: Sampling) -> Sampler: ...
+
+    @abstractmethod
+    def _new_cache(self, padding: list[int]) -> Any:
+        """Caches for sequences with this much padding on their left."""
+
+    @abstractmethod
+    def _append(self, tokens: Array, *, steered: bool, head: bool = True) -> Array:
+        """Run tokens (B, L), all of them steered or none; the last one's logits (B, V), or with no `head` anything."""
+
+    @abstractmethod
+    def _step(self, tokens: Array) -> Array:
+        """Run one token (B,) of each sequence, steered, in the fastest way: logits (B, V)."""
+
+    @abstractmethod
+    def _keep(self, rows: Array) -> None:
+        """Go on with these rows of the cache."""
+
+    @abstractmethod
+    def _rewind(self, position: int) -> bool:
+        """Let the cache forget what lies beyond; False where it cannot."""
+
+    @abstractmethod
+    def trace(self, token: int) -> Any:
+        """See `TracingDecoder`."""
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Bring the cache into its usual form, where steps keep it in another."""
+
+    @property
+    def law(self) -> Law | None:
+        return self._law
+
+    @law.setter
+    def law(self, law: Law | None) -> None:
+        self._law = placed = self._place(law)
+        self._hooks = None
+        if placed is None or not placed.layers:
+            return
+        framework, steering, last = self._framework, LawHooks(placed), max(placed.layers)
+
+        def hook(k: int, z: Array, call: BlockCall) -> Array:
+            output = steering.block(k, z, call)
+            if k == last:
+                self._energy = framework.energy(output[:, -1])
+            return output
+
+        self._hooks = framework.hooks(self._blocks, hook, placed.layers, steering)
+
+    @property
+    def sampling(self) -> Sampling:
+        return self._sampler.sampling
+
+    @sampling.setter
+    def sampling(self, sampling: Sampling) -> None:
+        self._sampler = self._sampler_of(sampling)
+
+    def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
+        """See `Decoder`."""
+        with self._framework.computing("the prompts"):
+            self._settle()
+            restart(self._law)
+            width = max(len(prompt) for prompt in prompts)
+            if not self._cache:
+                self._start([width - len(prompt) for prompt in prompts])
+            if self._seen is not None:
+                for row, prompt in enumerate(prompts):
+                    self._seen[row, self._framework.integers(list(prompt))] = True
+            tokens = self._framework.integers(padded_left(prompts))
+            chunk = max(1, PREFILL_CHUNK // len(prompts))
+            for start in range(0, width, chunk):
+                self._append(tokens[:, start : start + chunk], steered=steered, head=False)
+
+    def step(self, tokens: Array | Sequence[int]) -> Array:
+        """See `Decoder`."""
+        with self._framework.computing("the next token"):
+            if not self._cache:
+                self._start([0] * len(tokens))
+            tokens = self._framework.tokens(tokens)
+            if self._seen is not None:
+                self._seen[self._framework.arange(len(tokens)), tokens] = True
+            return self._step(tokens)
+
+    def sample(self, logits: Array) -> Array:
+        """See `Decoder`."""
+        framework = self._framework
+        with framework.computing("the next token"):
+            spoiled = (logits * 0).sum(-1)  # 0, or NaN where one of them is not finite
+            if self._energy is not None:
+                spoiled = spoiled + self._energy * 0
+            if self._seen is not None:
+                logits = penalised(logits, self._seen, self.sampling.repetition_penalty, framework.where)
+            tokens = framework.where(spoiled == 0, self._sampler.draw(logits), OVERFLOWED)
+            framework.start(tokens)
+        return tokens
+
+    def keep(self, rows: Sequence[int], tokens: Array) -> Array:
+        """See `Decoder`."""
+        with self._framework.computing("the next token"):
+            self._settle()
+            chosen = self._framework.integers(list(rows))
+            self._keep(chosen)
+            if isinstance(self._law, CarryingLaw):
+                self._law.keep(chosen)
+            self._sampler.keep(rows)
+            if self._seen is not None:
+                self._seen = self._seen[chosen]
+            return tokens[chosen]
+
+    def rewind(self, position: int) -> bool:
+        """See `Decoder`."""
+        self._settle()
+        return bool(self._cache) and self._seen is None and self._rewind(position)
+
+    def trace_prompt(self, prompt: Sequence[int]) -> Any:
+        """`fill` of all but the last token, not steered, and `trace` of that one, for a new decoder."""
+        self.fill([prompt[:-1]], steered=False)
+        return self.trace(prompt[-1])
+
+    def overflow(self, tokens: Sequence[int], first: int) -> OverflowingError:
+        """See `Decoder`."""
+        with self._framework.computing("the prompts"):
+            self._start([0])
+            restart(self._law)
+            return located(
+                self._examined,
+                tokens,
+                first,
+                self._law,
+                layers=len(self._blocks),
+                chunk=PREFILL_CHUNK,
+                dtype=self._framework.dtype_name,
+            )
+
+    def _examined(self, tokens: Sequence[int], steering: LawHooks) -> Examined:
+        framework = self._framework
+        energies: list[Array] = []
+
+        def record(k: int, z: Array, call: BlockCall) -> Array:
+            if k == 0:
+                energies.append(framework.energy(z)[0])
+            output = steering.block(k, z, call)
+            energies.append(framework.energy(output)[0])
+            framework.compute([output, *energies])  # or the intermediates of all blocks are held at once
+            return output
+
+        with framework.hooked(self._blocks, record, range(len(self._blocks)), steering):
+            logits = self._append(framework.integers([list(tokens)]), steered=False)
+        return [row.tolist() for row in energies], framework.is_finite(logits)
+
+    def _start(self, padding: list[int]) -> None:
+        if self._window is not None and len(padding) > 1:
+            raise InputError("a batch cannot roll its context: decode one prompt at a time")
+        self._cache = self._new_cache(padding)
+        if self.sampling.repetition_penalty != 1:
+            self._seen = self._framework.none_seen(len(padding), self._vocabulary)

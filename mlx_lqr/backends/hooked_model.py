@@ -1,0 +1,301 @@
+"""A model whose own modules run: how it is recorded, scored and steered, whatever the framework.
+
+Every number is got by a hook on the blocks in the model's own forward pass. A backend adds how its modules are called,
+its derivatives (`Differentiable`), and its decoder (`hooked_decoder.py`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlx_lqr.backends.batching import Stretches, in_batches, padded
+from mlx_lqr.backends.checkpoint.config import check_rolling, context_of
+from mlx_lqr.backends.fingerprint import fingerprint_of
+from mlx_lqr.backends.framework import Framework
+from mlx_lqr.backends.hooked_decoder import HookedDecoder
+from mlx_lqr.backends.hooks import BlockCall, LawHooks, output_projection
+from mlx_lqr.backends.overflow import first_overflow
+from mlx_lqr.backends.protocol import (
+    GREEDY,
+    OVERFLOWED,
+    Array,
+    CarryingLaw,
+    Continued,
+    Float32,
+    Law,
+    Progress,
+    Sampling,
+    restart,
+)
+from mlx_lqr.backends.text.tokenizer import Tokenizer
+from mlx_lqr.errors import InputError
+
+
+class OthersCalls(Protocol):
+    """Calls of a steered model that are not ours: which of their positions are steered."""
+
+    @property
+    def first(self) -> int | Array:
+        """The first steered position of the call under way, or a mask (B or 1, L, 1) of those that are."""
+
+    def enter(self, z: Array) -> None:
+        """The call has come to the first block, whose input is z (B, L, d)."""
+
+    def end(self, output: Array) -> None:
+        """The call has come to the end of the last block, whose output is (B, L, d)."""
+
+
+class HookedModel(ABC):
+    """Everything of `Runner`, `Recorder` and `HeadRecorder` that frameworks have in common.
+
+    Args:
+        module: the framework's own model.
+        config: its sizes, under the names of config.json.
+    """
+
+    backend: str
+    _framework: Framework
+
+    def __init__(
+        self, module: Any, blocks: Sequence[Any], config: Mapping[str, Any], name: str, tokenizer: Tokenizer | None
+    ) -> None:
+        self.module = module
+        self.blocks = blocks
+        self.name = name
+        self._tokenizer = tokenizer
+        self.num_layers = len(blocks)
+        self.hidden_size = int(config["hidden_size"])
+        self.vocab_size = int(config["vocab_size"])
+        self._heads = int(config["num_attention_heads"])
+        self.context_length, self.rolls = context_of(config)
+
+    @abstractmethod
+    def _norms(self) -> Iterable[tuple[str, bytes]]:
+        """The blocks' norm weights in bfloat16, by "LAYER.path.to.weight"."""
+
+    @property
+    @abstractmethod
+    def _final_norm(self) -> Any:
+        """The module between the last block and the head."""
+
+    @abstractmethod
+    def _run_blocks(self, tokens: Array) -> None:
+        """Run prompts (B, L) through all blocks, without a cache."""
+
+    @abstractmethod
+    def _run(self, tokens: Array) -> Array:
+        """The logits (B, L, V) of prompts (B, L), without a cache."""
+
+    @abstractmethod
+    def _new_decoder(self, law: Law | None, sampling: Sampling, window: int | None) -> Any:
+        """The framework's `HookedDecoder`."""
+
+    @abstractmethod
+    def _others_calls(self, *, steer_all: bool) -> AbstractContextManager[OthersCalls]:
+        """Inside this context, calls that are not ours tell which of their positions are steered."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InputError("this model came without its tokenizer: use mlx_lqr.load, or give token ids")
+        return self._tokenizer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint_of((self.num_layers, self.hidden_size, self.vocab_size), self._norms())
+
+    def place(self, law: Law | None) -> Law | None:
+        """The law with its arrays on the model's device, in the dtype of the residual stream."""
+        if law is None:
+            return None
+        return law.place(self._framework.floats, self._framework.add_product, renew=self._framework.renewed)
+
+    def residuals(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        law: Law | None = None,
+        steer_all: bool = False,
+        progress: Progress | None = None,
+    ) -> Float32:
+        """See `Recorder`."""
+        placed = self.place(law)
+        return in_batches(prompts, lambda batch: self._residuals_of_batch(batch, placed, steer_all), progress)
+
+    def _residuals_of_batch(self, prompts: list[Sequence[int]], law: Law | None, steer_all: bool) -> Float32:
+        """(B, T + 1, d)"""
+        framework = self._framework
+        restart(law)
+        with framework.computing("the activations"):
+            tokens, rows, last = self._padded(prompts)
+            steering = self._from_positions(law, 0 if steer_all else last[:, None], tokens)
+            recorded: list[Array] = []
+
+            def record(k: int, z: Array, call: BlockCall) -> Array:
+                output = steering.block(k, z, call)
+                recorded.append(z[rows, last])
+                if k == self.num_layers - 1:
+                    recorded.append(output[rows, last])
+                framework.compute([output, *recorded])  # or the intermediates of all blocks are held at once
+                return output
+
+            with framework.hooked(self.blocks, record, range(self.num_layers), steering):
+                self._run_blocks(tokens)
+            residuals = framework.numpy(framework.stack(recorded, 1))
+        if (row := first_overflow(residuals)) is not None:
+            raise self.decoder(law).overflow(prompts[row], 0 if steer_all else len(prompts[row]) - 1)
+        return residuals
+
+    def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
+        """See `HeadRecorder`."""
+        return in_batches(prompts, self._head_outputs_of_batch, progress)
+
+    def _head_outputs_of_batch(self, prompts: list[Sequence[int]]) -> Float32:
+        """(B, T, heads, head_dim)"""
+        framework = self._framework
+        with framework.computing("the activations"):
+            tokens, rows, last = self._padded(prompts)
+            recorded: list[Array] = []
+
+            def record(k: int, heads: Array, call: BlockCall) -> Array:
+                recorded.append(heads[rows, last])
+                output = call(heads)
+                framework.compute([output, *recorded])
+                return output
+
+            projections = [output_projection(block) for block in self.blocks]
+            with framework.hooked(projections, record, range(self.num_layers)):
+                self._run_blocks(tokens)
+            heads = framework.numpy(framework.stack(recorded, 1))
+        if (row := first_overflow(heads)) is not None:
+            raise self.decoder().overflow(prompts[row], len(prompts[row]))
+        return heads.reshape(*heads.shape[:2], self._heads, -1)
+
+    def projected(self, layer: int, heads: Float32) -> Float32:
+        """See `HeadRecorder`."""
+        projection = output_projection(self.blocks[layer])
+        with self._framework.computing("the activations"):
+            rows = np.vstack([heads, np.zeros_like(heads[:1])])  # zero gives the bias, whatever the module
+            outputs = self._framework.numpy(projection(self._framework.floats(rows)))
+        return outputs[:-1] - outputs[-1]
+
+    def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
+        """See `Recorder`."""
+        decoder = self.decoder(law)
+        decoder.fill([tokens[:-1]], steered=steer_all)
+        logits = decoder.step(tokens[-1:])
+        if OVERFLOWED in decoder.sample(logits).tolist():
+            raise self.decoder(law).overflow(tokens, 0 if steer_all else len(tokens) - 1)
+        return self._framework.numpy(logits[0])
+
+    def log_probabilities(
+        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+    ) -> list[Float32]:
+        """See `Recorder`."""
+        scores = [np.empty(0, np.float32)] * len(pairs)
+        with self._framework.computing("the log-probabilities"):
+            for i, logits in self._along([(prompt, tokens[:-1]) for prompt, tokens in pairs], law, steer_all):
+                scores[i] = self._framework.log_probabilities(logits, pairs[i][1])
+        return scores
+
+    def logits_along(
+        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+    ) -> list[Float32]:
+        """See `Recorder`."""
+        with self._framework.computing("the logits"):
+            by_pair = {i: self._framework.numpy(logits) for i, logits in self._along(pairs, law, steer_all)}
+        return [by_pair[i] for i in range(len(pairs))]
+
+    def _along(self, pairs: Sequence[Continued], law: Law | None, steer_all: bool) -> Iterator[tuple[int, Array]]:
+        """The number of each pair, and its logits (1 + n, V) in float32."""
+        framework, placed = self._framework, self.place(law)
+        decoder = partial(self.decoder, law)
+        for batch, asked in Stretches.batches(self.vocab_size, pairs):
+            if isinstance(law, CarryingLaw) and law.acts:
+                steps = framework.float32(framework.stack(list(asked.steps(decoder)), 1))
+                yield from (
+                    (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))
+                )
+                continue
+            logits, spoiled = self._logits_at(asked, placed, steer_all)
+            asked.check((spoiled == 0).tolist(), decoder, steer_all=steer_all)
+            start = 0
+            for i, count in zip(batch, asked.counts, strict=True):
+                yield i, logits[start : start + count]
+                start += count
+
+    def _logits_at(self, asked: Stretches, law: Law | None, steer_all: bool) -> tuple[Array, Array]:
+        """The logits (n, V) in float32 at the n positions that are asked for, and 0 (n,), or NaN at those that
+        overflow (see `HookedDecoder.sample`)."""
+        framework = self._framework
+        tokens, _, _ = self._padded(asked.sequences)
+        at = framework.integers(asked.rows), framework.integers(asked.positions)
+        first = 0 if steer_all else framework.integers(asked.first)[:, None]
+        steering = self._from_positions(law, first, tokens)
+        energies: list[Array] = []
+
+        def gather(_: int, z: Array, call: BlockCall) -> Array:
+            energies.append(framework.energy(z[at]))
+            return call(z[at][None])  # the head is a large matrix, and few positions are asked for
+
+        layers = law.layers if law is not None else ()
+        gathering = framework.hooked([self._final_norm], gather, [0])
+        with gathering, framework.hooked(self.blocks, steering.block, layers, steering):
+            logits = framework.float32(self._run(tokens)[0])
+        return logits, (logits * 0).sum(-1) + energies[0] * 0
+
+    def trace(self, tokens: Sequence[int]) -> Any:
+        """See `Differentiable`."""
+        trace = self.decoder().trace_prompt(tokens)
+        if first_overflow(trace.residual) is not None:
+            raise self.decoder().overflow(tokens, len(tokens))
+        return trace
+
+    def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> HookedDecoder:
+        """See `Runner`."""
+        self._framework.hooks.refuse(self.blocks[0])
+        check_rolling(self.rolls, rolling)
+        decoder: HookedDecoder = self._new_decoder(law, sampling, self.context_length if rolling else None)
+        return decoder
+
+    @contextmanager
+    def steer(self, law: Law, *, steer_all: bool) -> Iterator[None]:
+        """See `Runner`."""
+        framework, placed = self._framework, self._placed_for_others(law)
+        with self._others_calls(steer_all=steer_all) as calls:
+            steering = LawHooks.beyond(placed, lambda: calls.first, framework.concatenate, framework.where)
+
+            def hook(k: int, z: Array, call: BlockCall) -> Array:
+                if k == 0:
+                    calls.enter(z)
+                output = steering.block(k, z, call)
+                if k == self.num_layers - 1:
+                    calls.end(output)
+                return output
+
+            layers = sorted({0, self.num_layers - 1, *placed.layers})
+            with framework.hooked(self.blocks, hook, layers, steering):
+                yield
+
+    def _placed_for_others(self, law: Law) -> Law:
+        """The law for calls that may come from another thread."""
+        placed = self.place(law)
+        assert placed is not None
+        return placed
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Array, Array, Array]:
+        """Tokens (B, L) as `padded` makes them, the rows' numbers (B,) and where each prompt's last token is (B,)."""
+        tokens, last = padded(prompts)
+        framework = self._framework
+        return framework.integers(tokens), framework.arange(len(prompts)), framework.integers(last)
+
+    def _from_positions(self, law: Law | None, first: Array | int, tokens: Array) -> LawHooks:
+        """The law from positions `first` (B, 1) of tokens (B, L) on."""
+        positions = self._framework.arange(tokens.shape[1])[None]
+        return LawHooks.at(law, (positions >= first)[..., None], self._framework.where)

@@ -1,0 +1,53 @@
+"""MLX as a backend: Metal on a Mac, else the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_lqr.backends.backend import Backend, Suitability
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, RECORDER
+from mlx_lqr.backends.mlx.device import on_mac
+from mlx_lqr.backends.protocol import Model
+from mlx_lqr.errors import InputError
+
+
+class MLX(Backend):
+    """mlx-lm's models."""
+
+    name = "mlx"
+    title = "MLX"
+    capabilities = frozenset({RECORDER, HEAD_RECORDER, DIFFERENTIABLE})
+    takes_device = False
+    adopts = "mlx_lm.load"
+
+    def suitability(self) -> Suitability:
+        if on_mac():
+            return Suitability.MADE_FOR_IT
+        return Suitability.CPU if importlib.util.find_spec("mlx") is not None else Suitability.NOT_INSTALLED
+
+    def check_installed(self) -> None:
+        if importlib.util.find_spec("mlx") is None:
+            raise InputError("the mlx backend needs mlx, which is not installed: pip install mlx-lqr")
+
+    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None) -> Model:
+        from mlx_lqr.backends.mlx import model
+
+        assert device is None
+        return model.load(folder, name, dtype)
+
+    def adopt(self, model: Any) -> Model | None:
+        nn = sys.modules.get("mlx.nn")
+        if nn is None or not isinstance(model, nn.Module):
+            return None
+        from mlx_lqr.backends.mlx.library import model_classes
+        from mlx_lqr.backends.mlx.model import MLXModel
+
+        model_type = str(getattr(model, "model_type", type(model).__module__))
+        model_classes(model_type)
+        return MLXModel(model, model_type)
+
+
+BACKEND = MLX()

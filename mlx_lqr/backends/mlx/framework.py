@@ -1,0 +1,96 @@
+"""MLX's names for what recording and decoding are made of (see `Framework`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_lqr.backends.framework import Framework
+from mlx_lqr.backends.mlx.blocks import ClassHooks
+from mlx_lqr.backends.protocol import Float32
+
+
+class MLXFramework(Framework):
+    """MLX, which computes lazily, where it chooses.
+
+    Args:
+        block: one of the model's.
+    """
+
+    hooks = ClassHooks
+
+    def __init__(self, block: nn.Module) -> None:
+        parameters = tree_flatten(block.parameters())
+        self.dtype = next(weight.dtype for name, weight in parameters if name.endswith("norm.weight"))
+        """Of the residual stream: that of the norms, which are never packed."""
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).rpartition(".")[2]
+
+    def floats(self, values: np.ndarray) -> mx.array:
+        return mx.array(values).astype(self.dtype)
+
+    def renewed(self, array: mx.array, values: np.ndarray) -> mx.array:
+        array[...] = self.floats(values)
+        return array
+
+    def integers(self, numbers: Any) -> mx.array:
+        return mx.array(numbers, mx.int32)
+
+    def tokens(self, tokens: mx.array | Sequence[int]) -> mx.array:
+        return tokens if isinstance(tokens, mx.array) else self.integers(tokens)
+
+    def arange(self, count: int) -> mx.array:
+        return mx.arange(count)
+
+    def none_seen(self, rows: int, vocabulary: int) -> mx.array:
+        return mx.zeros((rows, vocabulary), mx.bool_)
+
+    def float32(self, array: mx.array) -> mx.array:
+        return array.astype(mx.float32)
+
+    def numpy(self, array: mx.array) -> Float32:
+        return np.asarray(array.astype(mx.float32))
+
+    def stack(self, arrays: Sequence[mx.array], axis: int) -> mx.array:
+        return mx.stack(list(arrays), axis)
+
+    def concatenate(self, arrays: Sequence[mx.array], axis: int) -> mx.array:
+        return mx.concatenate(list(arrays), axis)
+
+    def where(self, condition: mx.array, a: mx.array, b: mx.array | int) -> mx.array:
+        return mx.where(condition, a, b)
+
+    def add_product(self, c: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        return mx.addmm(c, a, b)
+
+    def energy(self, z: mx.array) -> mx.array:
+        return energy(z)
+
+    def is_finite(self, array: mx.array) -> bool:
+        return bool(mx.all(mx.isfinite(array)).item())
+
+    def log_probabilities(self, logits: mx.array, tokens: Sequence[int]) -> Float32:
+        chosen = mx.take_along_axis(logits, self.integers(list(tokens))[:, None], axis=-1)[:, 0]
+        return self.numpy(chosen - mx.logsumexp(logits, axis=-1))
+
+    def compute(self, arrays: Iterable[mx.array]) -> None:
+        mx.eval(list(arrays))
+
+    def start(self, array: mx.array) -> None:
+        mx.async_eval(array)
+
+    def computing(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def energy(z: mx.array) -> mx.array:
+    """|z|^2 (...) of activations (..., d), in float32."""
+    return mx.square(z.astype(mx.float32)).sum(axis=-1)

@@ -1,0 +1,266 @@
+"""mlx-lm as this backend sees it: its model classes, and all that is private in it or may be renamed.
+
+What is taken from it stands here and in `evaluator.py`, a subclass of its evaluator, and nowhere else; `borrowed.py`
+lists it and looks whether it is there.
+
+The model classes come without the 3 seconds that `import mlx_lm` takes: `mlx_lm/__init__.py` imports its generation
+code and with it transformers, and the model files need neither. So they are imported below a stand-in for the package,
+which then goes. Whoever imports `mlx_lm` afterwards gets the real package with these very modules in it: there is one
+copy of every class.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib import metadata
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lqr.backends.borrowed import check_borrowed
+from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, check_family
+from mlx_lqr.errors import InputError
+
+_SINCE = {"qwen3_moe": (0, 32)}
+"""Families that older versions of mlx-lm have, but cannot differentiate."""
+
+_REMAPPED = {"mistral": "llama"}
+
+
+def import_mlx_lm(submodule: str) -> ModuleType:
+    """Import `mlx_lm.<submodule>` at its own cost alone, where it needs nothing of the package's `__init__`."""
+    if "mlx_lm" in sys.modules:
+        return importlib.import_module(f"mlx_lm.{submodule}")
+    with _stand_in():
+        return importlib.import_module(f"mlx_lm.{submodule}")
+
+
+def is_supported(model_type: str) -> bool:
+    """Whether the family can be steered with the mlx-lm that is installed."""
+    installed = tuple(int(number) for number in metadata.version("mlx-lm").split(".")[:2])
+    return model_type in FAMILIES and installed >= _SINCE.get(model_type, (0, 0))
+
+
+def model_classes(model_type: str) -> tuple[Any, Any]:
+    """The `Model` and `ModelArgs` classes of a supported family.
+
+    Raises:
+        InputError: another architecture, with the list of those supported.
+    """
+    check_family(model_type)
+    if not is_supported(model_type):
+        needed = ".".join(map(str, _SINCE[model_type]))
+        raise InputError(f"{model_type} needs mlx-lm {needed}: pip install -U mlx-lm (with Python 3.11 or newer)")
+    module = import_mlx_lm(f"models.{_REMAPPED.get(model_type, model_type)}")
+    return module.Model, module.ModelArgs
+
+
+def settings_read(config: dict[str, Any]) -> set[str] | None:
+    """The config's keys that mlx-lm's model of this type reads, or None if it has no such model."""
+    model_type = str(config.get("model_type"))
+    try:
+        ModelArgs = import_mlx_lm(f"models.{_REMAPPED.get(model_type, model_type)}").ModelArgs
+    except (ImportError, AttributeError):  # no such module, or one of mlx-lm's that is no model
+        return None
+    return {field.name for field in fields(ModelArgs)}
+
+
+def attention_mask(x: mx.array, cache: Any, window: int | None, *, as_array: bool) -> Any:
+    """The mask with which a block attends, by what its cache holds."""
+    make_mask = import_mlx_lm("models.base").create_attention_mask
+    return make_mask(x, cache, window_size=window, return_array=as_array)
+
+
+def filters() -> Any:
+    """The module with `apply_top_p`, `apply_min_p` and `apply_top_k`."""
+    return import_mlx_lm("sample_utils")
+
+
+def window_caches(windows: Sequence[int | None]) -> list[Any]:
+    """A cache for each block: of its window, or of everything."""
+    kinds = import_mlx_lm("models.cache")
+    return [kinds.KVCache() if window is None else kinds.RotatingKVCache(window) for window in windows]
+
+
+def decoding_caches(module: nn.Module, padding: list[int], window: int | None, sinks: int) -> list[Any]:
+    """A cache for each block, for sequences with this much padding on their left.
+
+    Args:
+        window: how many tokens a single sequence keeps at most, `sinks` of them the oldest; None for all.
+    """
+    kinds = import_mlx_lm("models.cache")
+    caches: list[Any] = kinds.make_prompt_cache(module)
+    if window is not None:
+        caches = [
+            layer if getattr(layer, "max_size", math.inf) < window else kinds.RotatingKVCache(window, keep=sinks)
+            for layer in caches
+        ]
+    if len(padding) > 1:
+        caches = [
+            kinds.BatchRotatingKVCache(layer.max_size, padding) if rotates(layer) else kinds.BatchKVCache(padding)
+            for layer in caches
+        ]
+        if module.model_type == "gemma2" and module.layers[0].self_attn.repeats > 1:
+            for layer in caches:
+                layer.make_mask = _for_grouped_heads(layer.make_mask)
+    return caches
+
+
+def _for_grouped_heads(make_mask: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Masks (B, 1, 1, L, S) for attention that computes its scores by groups of heads, as mlx-lm's Gemma 2 does; it
+    has no place for a mask (B, 1, L, S) of a batch."""
+    return lambda *args, **kwargs: make_mask(*args, **kwargs)[:, :, None]
+
+
+def rotates(layer: Any) -> bool:
+    """Whether a cache keeps a window of the newest tokens."""
+    return isinstance(layer, import_mlx_lm("models.cache").RotatingKVCache)
+
+
+def are_of_one_sequence(caches: Sequence[Any]) -> bool:
+    """Whether all are plain or rotating caches of one sequence, with something in them."""
+    kinds = import_mlx_lm("models.cache")
+    known = (kinds.KVCache, kinds.RotatingKVCache)
+    return all(type(layer) in known and layer.keys is not None for layer in caches)
+
+
+def in_order(layer: Any) -> tuple[mx.array, mx.array]:
+    """Keys and values in a cache of one sequence, in the order of time, without what the next token sees no more."""
+    if not rotates(layer):
+        return layer.keys[..., : layer.offset, :], layer.values[..., : layer.offset, :]
+    keys, values = layer._temporal_order(layer.keys), layer._temporal_order(layer.values)
+    gone = max(0, keys.shape[-2] - (layer.max_size - 1))
+
+    def seen(part: mx.array) -> mx.array:
+        return mx.concatenate([part[..., : layer.keep, :], part[..., layer.keep + gone :, :]], axis=-2)
+
+    return (seen(keys), seen(values)) if gone else (keys, values)
+
+
+def hand_back(layer: Any, keys: mx.array, values: mx.array, length: int) -> None:
+    """Let a cache of one sequence hold these, in the order of time, after `length` tokens."""
+    if rotates(layer):
+        layer._idx = keys.shape[-2]
+    layer.keys, layer.values, layer.offset = keys, values, length
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Where mlx-lm works through prompts."""
+
+    step: Callable[..., Any]
+    """generate_step(prompt, model, ...)"""
+    speculative: Callable[..., Any]
+    """speculative_generate_step(prompt, model, draft_model, ...)"""
+    batch: Any
+    """The class whose method `prompt(tokens)` reads the prompts of a batch."""
+
+
+def generation() -> Generation:
+    check_borrowed("mlx steer")
+    library: Any = importlib.import_module("mlx_lm.generate")
+    return Generation(library.generate_step, library.speculative_generate_step, library.PromptProcessingBatch)
+
+
+Method = Callable[..., Any]
+
+
+def wrap_evaluator(reading: Callable[[Method], Method], scoring: Callable[[Method], Method]) -> Callable[[], None]:
+    """Wrap two methods of mlx-lm's evaluator, where somebody has imported it (which needs lm-eval).
+
+    Args:
+        reading: wraps method(self, prompt), which runs a context.
+        scoring: wraps method(self, inputs), which runs what is scored after it.
+
+    Returns:
+        What puts the methods back.
+    """
+    if "mlx_lm.evaluate" not in sys.modules:
+        return lambda: None
+    check_borrowed("mlx evaluator")
+    evaluator: Any = sys.modules["mlx_lm.evaluate"].MLXLM
+    read, score = evaluator._process_prompt, evaluator._score_fn
+    evaluator._process_prompt, evaluator._score_fn = reading(read), scoring(score)
+
+    def put_back() -> None:
+        evaluator._process_prompt, evaluator._score_fn = read, score
+
+    return put_back
+
+
+def evaluated(evaluator: Any) -> nn.Module:
+    """The module that an evaluator runs."""
+    module: nn.Module = evaluator._model
+    return module
+
+
+def load_lazily(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's own model of a folder, its weights not read yet, and its config."""
+    check_borrowed("convert")
+    from mlx_lm.utils import load_model
+
+    module, config = load_model(folder, lazy=True)
+    return module, config
+
+
+def quantised_by(module: nn.Module) -> Callable[[str, nn.Module], bool | dict[str, Any]] | None:
+    """How the model wants its part of a path quantised, where it has wishes."""
+    wanted: Callable[[str, nn.Module], bool | dict[str, Any]] | None = getattr(module, "quant_predicate", None)
+    return wanted
+
+
+def may_be_cast(module: nn.Module, name: str) -> bool:
+    """Whether the weight of this name may be cast to a narrower dtype."""
+    return bool(getattr(module, "cast_predicate", lambda _: True)(name))
+
+
+@contextmanager
+def _stand_in() -> Iterator[None]:
+    """An empty package that knows only where mlx_lm's files are."""
+    spec = importlib.util.find_spec("mlx_lm")
+    if spec is None:
+        raise InputError("mlx-lm is not installed: pip install mlx-lm")
+    package = ModuleType("mlx_lm")
+    package.__path__ = list(spec.submodule_search_locations or [])
+    sys.modules["mlx_lm"] = package
+    try:
+        yield
+    finally:
+        del sys.modules["mlx_lm"]
+        if not any(isinstance(finder, _RealPackage) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _RealPackage())
+
+
+class _RealPackage(MetaPathFinder, Loader):
+    """Finds the real mlx_lm once, and gives it the submodules that were imported before it as attributes."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "mlx_lm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            self._loader = spec.loader
+            spec.loader = self
+        return spec
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert self._loader is not None
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        for name, submodule in list(sys.modules.items()):
+            parent, _, child = name.rpartition(".")
+            if parent == "mlx_lm":
+                setattr(module, child, submodule)
+        self._loader.exec_module(module)
