@@ -41,9 +41,10 @@ def steer(model: Any, controller: Steering, strength: Strength = None) -> Abstra
     `OverflowingError`, as our own functions do. Batches of mlx_lm, its server and `generate_batch` are not checked.
 
     Raises:
-        InputError: a controller of another model, S-PID with a derivative or an adaptive controller (other libraries'
-            calls do not say where a prompt begins), or something that is no model. On entering the block: a model that
-            is already steered, or a version of its library that lacks what this needs.
+        InputError: a controller of another model; a method that carries something from token to token, as S-PID with a
+            derivative does, or an adaptive controller (other libraries' calls do not say where a prompt begins); or
+            something that is no model. On entering the block: a model that is already steered, or a version of its
+            library that lacks what this needs.
     """
     if adapts(controller):
         raise InputError(
@@ -54,7 +55,7 @@ def steer(model: Any, controller: Steering, strength: Strength = None) -> Abstra
     law = law_on(adopted, controller, strength)
     if isinstance(law, CarryingLaw):
         raise InputError(
-            "S-PID's derivative goes from token to token, and these calls do not say where a prompt begins: use "
-            "mlx_lqr.generate, or fit it with kd = 0"
+            "this method carries something from token to token, and these calls do not say where a prompt begins: use "
+            "mlx_lqr.generate, or for spid kd = 0"
         )
     return adopted.steer(law, steer_all=controller.positions == "all")

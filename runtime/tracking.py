@@ -95,11 +95,11 @@ class _Watch:
         self._law = law
         self._passed: dict[int, Array] = {}  # shared with the copies that `place` makes
 
-    def place(
+    def to(
         self, array: Callable[[np.ndarray], Array], add_product: AddProduct, *, renew: Renew | None = None
     ) -> _Watch:
         placed = copy(self)
-        placed._law = self._law.place(array, add_product, renew=renew) if self._law is not None else None
+        placed._law = self._law.to(array, add_product, renew=renew) if self._law is not None else None
         return placed
 
     @property

@@ -228,7 +228,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     _toxicity(),
     _truthfulness(),
     _refusal(
-        "refusal-more", "More refusals: XSTest", "discernment", "refusals of unsafe less those of safe requests", False
+        "refusal-more", "More refusals: XSTest", "discernment", "refusals of unsafe minus those of safe requests", False
     ),
     _refusal(
         "refusal-less", "Fewer refusals: XSTest", "answered_safe", "share of safe requests that are answered", True

@@ -114,7 +114,7 @@ class HookedModel(ABC):
         """The law with its arrays on the model's device, in the dtype of the residual stream."""
         if law is None:
             return None
-        return law.place(self._framework.floats, self._framework.add_product, renew=self._framework.renewed)
+        return law.to(self._framework.floats, self._framework.add_product, renew=self._framework.renewed)
 
     def residuals(
         self,

@@ -54,9 +54,7 @@ class Law(Protocol):
     replayable: bool
     """Whether a call does nothing but compute, so that its operations may be recorded once and replayed."""
 
-    def place(
-        self, array: Callable[[np.ndarray], Array], add_product: AddProduct, *, renew: Renew | None = None
-    ) -> Law:
+    def to(self, array: Callable[[np.ndarray], Array], add_product: AddProduct, *, renew: Renew | None = None) -> Law:
         """The same law with its arrays made by `array`, the backend's constructor, and its way to form c + a @ b.
 
         It asks for all its arrays at once, always in the same order. An array that changes is made again by `array`, or
@@ -245,7 +243,11 @@ class Runner(Protocol):
 
 
 class Recorder(Runner, Protocol):
-    """A model that shows what it computes on the way from tokens to logits."""
+    """A model that shows what it computes on the way from tokens to logits.
+
+    No number that it returns is infinite or NaN: every method raises `OverflowingError`, which names the layer, where
+    activations or logits overflow.
+    """
 
     def residuals(
         self,
@@ -272,7 +274,10 @@ class Recorder(Runner, Protocol):
 
 
 class HeadRecorder(Recorder, Protocol):
-    """A model that shows the heads of its attention too, and takes laws of the site "attention"."""
+    """A model that shows the heads of its attention too, and takes laws of the site "attention".
+
+    `head_outputs` raises `OverflowingError` as the methods of a `Recorder` do.
+    """
 
     def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
         """What each attention head of each block puts out at the last token of each prompt, before the projection:

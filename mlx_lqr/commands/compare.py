@@ -19,7 +19,7 @@ from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.runtime.arguments import ControllerChoice
 from mlx_lqr.tasks import Task, named_steering
-from mlx_lqr.tasks.compare import Comparison, Method, check_budgets
+from mlx_lqr.tasks.compare import Comparison, Contender, check_budgets
 from mlx_lqr.tasks.compare import compare as compare_methods
 
 DAMAGE = {
@@ -39,9 +39,10 @@ def compare_group() -> None:
     """
 
 
-def _methods(controllers: Sequence[ControllerChoice], strengths: list[float] | None) -> list[Method]:
+def _methods(controllers: Sequence[ControllerChoice], strengths: list[float] | None) -> list[Contender]:
     return [
-        Method(named_steering([(choice.file, 1.0)]), chosen) for choice, chosen in strengths_of(controllers, strengths)
+        Contender(named_steering([(choice.file, 1.0)]), chosen)
+        for choice, chosen in strengths_of(controllers, strengths)
     ]
 
 

@@ -134,7 +134,7 @@ class Controller:
 
         Raises:
             InputError: missing, damaged, of another format, or with tensors of wrong shapes or values that are not
-            finite.
+                finite.
         """
         tensors, metadata = read_tensors(path, FORMAT, "a controller")
         try:

@@ -54,9 +54,7 @@ class AdjustableLaw:
         """The strength, in a list that this law and those placed from it have in common."""
         self._arrange()
 
-    def place(
-        self, array: Callable[[np.ndarray], Array], add_product: AddProduct, *, renew: Renew | None = None
-    ) -> Self:
+    def to(self, array: Callable[[np.ndarray], Array], add_product: AddProduct, *, renew: Renew | None = None) -> Self:
         placed = copy(self)
         placed._array, placed._add_product = array, add_product
         placed._renew = renew or (lambda _, values: array(values))

@@ -20,7 +20,7 @@ from mlx_lqr.tasks.steering import NamedSteering
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
+class Contender:
     """A steering and the strengths to try it at."""
 
     steering: NamedSteering
@@ -50,7 +50,7 @@ class Comparison:
         return f"Budget, the same for every method: {settings} of {self.rows} rows ({tried})"
 
 
-def check_budgets(methods: Sequence[Method]) -> None:
+def check_budgets(methods: Sequence[Contender]) -> None:
     """Raise `InputError` unless the methods have different names and equally many strengths, none of them 0."""
     names = [method.steering.name for method in methods]
     if not names:
@@ -68,7 +68,7 @@ def check_budgets(methods: Sequence[Method]) -> None:
 def compare(
     model: Recorder,
     task: Task,
-    methods: Sequence[Method],
+    methods: Sequence[Contender],
     *,
     folder: str | PathLike[str] | None = None,
     loading: Mapping[str, str | None] | None = None,

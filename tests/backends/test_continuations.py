@@ -59,12 +59,12 @@ def transformers_score(kind: str, common: Sequence[int], whole: Sequence[int]) -
 def test_answers_are_scored_as_transformers_reads_the_whole_text(kind: str) -> None:
     theirs = AutoTokenizer.from_pretrained(folder(kind))
     scores = tasks.Steered(model_of(kind)).scores(QUESTIONS)
-    for (prompt, answers), found in zip(QUESTIONS, scores, strict=True):
+    for (prompt, answers), actual in zip(QUESTIONS, scores, strict=True):
         own = theirs.encode(prompt)
         wholes = [theirs.encode(prompt + ("" if prompt[-1].isspace() else " ") + answer) for answer in answers]
         common = next(n for n in range(len(own), 0, -1) if all(whole[:n] == own[:n] for whole in wholes))
         expected = [transformers_score(kind, own[:common], whole) for whole in wholes]
-        assert found == pytest.approx(expected, abs=1e-3)
+        assert actual == pytest.approx(expected, abs=1e-3)
         assert len(own) - common <= 1, "no more than the border's token"
 
 

@@ -108,8 +108,8 @@ def test_exactly_the_last_prompt_token_and_the_generated_tokens_are_steered() ->
     def keys(tokens: list[int], **options: Any) -> np.ndarray:
         cache = transformers.DynamicCache(config=model.module.config)
         theirs(model, tokens, **{cache_argument(model.module): cache}, **options)
-        found: np.ndarray = cache.layers[-1].keys[0].numpy()
-        return found
+        keys: np.ndarray = cache.layers[-1].keys[0].numpy()
+        return keys
 
     with mlx_lqr.steer(model, controller, 2.0):
         steered = keys(PROMPT, prefill_chunk_size=5)

@@ -129,8 +129,8 @@ def test_gains_on_the_gpu_are_those_of_the_cpu() -> None:
     assert gpu.algebra is not None
     assert cpu.algebra is None
     expected = mlx_lqr.solve(system(5, 64), 1.0, 1.0, 1.0)
-    found = mlx_lqr.solve(system(5, 64), 1.0, 1.0, 1.0, algebra=TorchAlgebra(torch.device("cuda")))
-    assert all(np.abs(a - b).max() < 1e-8 * np.abs(b).max() for a, b in zip(found, expected, strict=True))
+    on_the_gpu = mlx_lqr.solve(system(5, 64), 1.0, 1.0, 1.0, algebra=TorchAlgebra(torch.device("cuda")))
+    assert all(np.abs(a - b).max() < 1e-8 * np.abs(b).max() for a, b in zip(on_the_gpu, expected, strict=True))
     gains = controller_for(gpu).gain, controller_for(cpu).gain
     assert np.abs(gains[0] - gains[1]).max() < 1e-4 * np.abs(gains[1]).max()
 

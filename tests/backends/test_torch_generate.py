@@ -137,17 +137,17 @@ def test_beams_and_samples_are_those_of_the_steered_distribution() -> None:
                     {"do_sample": True, "num_return_sequences": 3, "top_k": 0}):  # fmt: skip
         torch.manual_seed(0)
         with mlx_lqr.steer(model, controller, 2.0):
-            found = model.module.generate(
+            generated = model.module.generate(
                 tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5, eos_token_id=None, pad_token_id=0,
                 output_scores=True, return_dict_in_generate=True, **options,
             )  # fmt: skip
             scores = model.module.compute_transition_scores(
-                found.sequences,
-                found.scores,
-                getattr(found, "beam_indices", None),
+                generated.sequences,
+                generated.scores,
+                getattr(generated, "beam_indices", None),
                 normalize_logits="do_sample" in options,
             )
-        answers = found.sequences[:, len(PROMPT) :].tolist()
+        answers = generated.sequences[:, len(PROMPT) :].tolist()
         expected = model.log_probabilities([(PROMPT, answer) for answer in answers], law=law)
         assert np.abs(scores.numpy() - np.stack(expected)).max() < 1e-4, options
         plain = model.log_probabilities([(PROMPT, answer) for answer in answers])
@@ -212,12 +212,12 @@ def batched(
     model: TorchModel, prompts: list[list[int]], max_tokens: int = 6, answers: int = 1, **options: Any
 ) -> list[list[int]]:
     batching = ContinuousBatchingConfig(**{"num_blocks": 64, "max_batch_tokens": 64, "page_size": 16, **options})
-    found = model.module.generate_batch(
+    generated = model.module.generate_batch(
         prompts,
         generation_config=answering(max_tokens, num_return_sequences=answers),
         continuous_batching_config=batching,
     )
-    return [answer.generated_tokens for answer in found.values()]
+    return [answer.generated_tokens for answer in generated.values()]
 
 
 @pytest.mark.parametrize("options", BATCHING, ids=str)

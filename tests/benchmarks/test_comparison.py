@@ -47,10 +47,10 @@ def folders() -> list[Path]:
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    found = [tiny_folder("llama", seed=seed, vocab_size=256, max_position_embeddings=2048) for seed in (0, 1)]
-    for folder in found:
+    folders = [tiny_folder("llama", seed=seed, vocab_size=256, max_position_embeddings=2048) for seed in (0, 1)]
+    for folder in folders:
         tokenizer.save(str(folder / "tokenizer.json"))
-    return found
+    return folders
 
 
 def test_the_script_measures_writes_and_goes_on(
@@ -76,8 +76,8 @@ def test_the_script_measures_writes_and_goes_on(
     assert files == {path: path.read_bytes() for path in output.rglob("*.json*")}
 
     rows = output / "smollm2" / "truthfulness" / "report" / "alqr.jsonl"
-    found = [json.loads(line) for line in rows.read_text().splitlines()[1:]]
-    choices = [row for row in found if row["part"] == "choices"]
+    rows_read = [json.loads(line) for line in rows.read_text().splitlines()[1:]]
+    choices = [row for row in rows_read if row["part"] == "choices"]
     assert {split.part_of(row["question"]) for row in choices} == {"report"}
 
     run("page", "-o", str(output), "--docs", str(docs))

@@ -38,9 +38,9 @@ def written(path: tuple[str, ...], controller: str) -> list[str]:
 
 
 def test_one_parser_serves_every_command() -> None:
-    found = steering_commands()
-    assert len(found) == 4 + 5 + 4
-    for path, parameter in found:
+    commands = steering_commands()
+    assert len(commands) == 4 + 5 + 4
+    for path, parameter in commands:
         assert isinstance(parameter.type, ControllerType)
         assert parameter.multiple
         assert parameter.type.several_strengths == (path[0] == "compare")

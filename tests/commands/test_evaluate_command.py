@@ -51,12 +51,12 @@ def succeeded(*arguments: object) -> str:
 def test_eval_reports_writes_and_goes_on(dog: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = "--openings", "openings.jsonl", "--capability", "capability.jsonl", "--samples", 1, "-n", 6
     command = ["eval", "concept", "demo", "-c", dog, "--strengths", "3", *small, "-o", "out"]
-    found = json.loads(succeeded(*command, "--json"))
-    assert json.loads((data / "out/concept-dog.summary.json").read_text()) == found
-    assert [result["strength"] for result in found["strengths"]] == [0, 3]
-    unsteered, steered = (result["metrics"] for result in found["strengths"])
+    summary = json.loads(succeeded(*command, "--json"))
+    assert json.loads((data / "out/concept-dog.summary.json").read_text()) == summary
+    assert [result["strength"] for result in summary["strengths"]] == [0, 3]
+    unsteered, steered = (result["metrics"] for result in summary["strengths"])
     assert unsteered["kl"]["value"] == 0 < steered["kl"]["value"]
-    assert found["strengths"][1]["change"]["kl"]["value"] == steered["kl"]["value"]
+    assert summary["strengths"][1]["change"]["kl"]["value"] == steered["kl"]["value"]
     assert {"prevalence", "perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition"} <= steered.keys()
     assert {"tokens", "kl", "capability"} <= steered.keys()
     header, *rows = (json.loads(line) for line in (data / "out/concept-dog.jsonl").read_text().splitlines())
@@ -84,10 +84,10 @@ def test_compare_gives_table_numbers_and_plot(dog: Path, data: Path) -> None:
     assert [line.split()[:2] for line in lines[1:4]] == [["unsteered", "0"], ["dog", "3"], ["rival", "-3"]]
     assert "Budget, the same for every method: 1 setting of 19 rows (dog at 3; rival at -3)" in table
     assert all((data / f"out/concept-comparison.{kind}").is_file() for kind in ("json", "png", "svg"))
-    found = json.loads(succeeded(*command, "--json"))
-    assert json.loads((data / "out/concept-comparison.json").read_text()) == found
-    assert found["settings"] == 1
-    assert list(found["methods"]) == ["dog", "rival"]
+    summary = json.loads(succeeded(*command, "--json"))
+    assert json.loads((data / "out/concept-comparison.json").read_text()) == summary
+    assert summary["settings"] == 1
+    assert list(summary["methods"]) == ["dog", "rival"]
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,10 @@ def test_a_file_of_prompts_is_answered_as_each_prompt_alone(
         for i, prompt in enumerate(PROMPTS)
     ]
     arguments = "--prompts", prompt_file, "-n", 6, "--temperature", 1, "--seed", 7, "-c", f"{dog}:2"
-    found = answers(*arguments, *["--adaptive"] * adaptive)
-    assert [answer["prompt"] for answer in found] == PROMPTS
-    assert [answer["text"] for answer in found] == alone
-    assert all(answer["concepts"] == {"dog": 2.0} and len(answer["tokens"]) == 6 for answer in found)
+    printed = answers(*arguments, *["--adaptive"] * adaptive)
+    assert [answer["prompt"] for answer in printed] == PROMPTS
+    assert [answer["text"] for answer in printed] == alone
+    assert all(answer["concepts"] == {"dog": 2.0} and len(answer["tokens"]) == 6 for answer in printed)
     text = run("generate", "demo", *arguments, *["--adaptive"] * adaptive).stdout
     blocks = zip(PROMPTS, alone, strict=True)
     assert text == "".join(f"[{n}] {prompt}\n{answer}\n\n" for n, (prompt, answer) in enumerate(blocks, 1))

@@ -78,7 +78,7 @@ class FullGainLaw:
         self.layers = layers
         self._parts = K, V, pseudoinverse, wanted
 
-    def place(self, array: Any, add_product: Any) -> FullGainLaw:
+    def to(self, array: Any, add_product: Any) -> FullGainLaw:
         K, V, pseudoinverse, wanted = ([array(part) for part in parts] for parts in self._parts)
         return FullGainLaw(K, V, pseudoinverse, wanted, self.layers)
 
@@ -226,7 +226,7 @@ def test_a_strength_that_is_no_number_is_refused(strength: object, random: np.ra
 def test_strength_may_change_while_a_law_is_in_use(random: np.random.Generator) -> None:
     controller = made(random, "a")
     law = LinearFeedback(controller, 1.0)
-    placed = law.place(lambda array: array * 1, lambda c, a, b: c + a @ b)
+    placed = law.to(lambda array: array * 1, lambda c, a, b: c + a @ b)
     z = random.standard_normal(D).astype(np.float32)
     before = placed(2, z, 0.0)
     law.strength = 3.0  # type: ignore[assignment]

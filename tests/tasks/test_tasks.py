@@ -17,7 +17,7 @@ from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.tasks import records
-from mlx_lqr.tasks.compare import Method, compare
+from mlx_lqr.tasks.compare import Contender, compare
 from mlx_lqr.tasks.concept import WordFamily, word_pattern
 from mlx_lqr.tasks.damage import PREFIX, Question
 from mlx_lqr.tasks.generations import Generations
@@ -428,12 +428,12 @@ def test_every_method_gets_the_same_budget(
 ) -> None:
     other = tasks.NamedSteering("other", steering.controller, (-1.0,))
     with pytest.raises(InputError, match="one 2, other 1"):
-        compare(model, task, [Method(steering, (1.0, 2.0)), Method(other, (1.0,))])
+        compare(model, task, [Contender(steering, (1.0, 2.0)), Contender(other, (1.0,))])
     with pytest.raises(InputError, match=r"different names.*rename a file"):
-        compare(model, task, [Method(steering, (1.0,)), Method(steering, (1.0,))])
+        compare(model, task, [Contender(steering, (1.0,)), Contender(steering, (1.0,))])
     with pytest.raises(InputError, match="other than 0"):
-        compare(model, task, [Method(steering, (0.0,))])
-    methods = [Method(steering, (1.0, 2.0)), Method(other, (1.5, 2.0))]
+        compare(model, task, [Contender(steering, (0.0,))])
+    methods = [Contender(steering, (1.0, 2.0)), Contender(other, (1.5, 2.0))]
     comparison = compare(model, task, methods, folder=tmp_path)
     assert {name: [result.strength for result in results] for name, results in comparison.methods.items()} == {
         "one": [1.0, 2.0],

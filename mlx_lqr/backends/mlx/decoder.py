@@ -77,7 +77,7 @@ class MLXDecoder(HookedDecoder):
 
         if law is None:
             return None
-        return law.place(floats, self._framework.add_product, renew=self._framework.renewed)
+        return law.to(floats, self._framework.add_product, renew=self._framework.renewed)
 
     def _sampler_of(self, sampling: Sampling) -> MLXSampler:
         return MLXSampler(sampling)

@@ -126,7 +126,7 @@ class MLXModel(HookedModel):
             mx.eval(placed)  # mlx_lm's server runs in a thread of its own, which cannot compute what this one left lazy
             return placed
 
-        return law.place(computed, self._framework.add_product)
+        return law.to(computed, self._framework.add_product)
 
     @cached_property
     def _compiled(self) -> CompiledStep | None:

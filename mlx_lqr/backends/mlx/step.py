@@ -124,7 +124,7 @@ class CompiledStep:
             tokens: mx.array, position: mx.array, buffers: Buffers, arrays: list[mx.array]
         ) -> tuple[mx.array, mx.array | None, Buffers]:
             given = iter(arrays)
-            placed = law.place(lambda _: next(given), mx.addmm) if law is not None else None
+            placed = law.to(lambda _: next(given), mx.addmm) if law is not None else None
             steering, layers = LawHooks(placed), list(placed.layers) if placed is not None else []
             caches = [_Slots(*parts, position, kept) for parts, kept in zip(buffers, keep, strict=True)]
             energies: list[mx.array] = []

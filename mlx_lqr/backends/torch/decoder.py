@@ -69,7 +69,7 @@ class TorchDecoder(HookedDecoder):
         self._graph = None
         if law is None:
             return None
-        return law.place(self._framework.floats, self._framework.add_product, renew=self._framework.renewed)
+        return law.to(self._framework.floats, self._framework.add_product, renew=self._framework.renewed)
 
     def _sampler_of(self, sampling: Sampling) -> TorchSampler:
         return TorchSampler(sampling)
