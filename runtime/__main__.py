@@ -17,12 +17,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options, stream
-from mlx_lqr.runtime.arguments import given_or_piped, load_controllers, parse_controller
+from mlx_lqr.runtime.arguments import DECODING_HELP, DTYPE_DEFAULT, given_or_piped, load_controllers, parse_controller
 from mlx_lqr.runtime.decode import Overflow
 from mlx_lqr.runtime.streams import STOPPED, accept_any_text, describe, drop_output, reader_has_gone
 
@@ -73,27 +73,32 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("model", help='a folder with config.json and safetensors, "demo", or a .gguf file that has been converted')
-    add("-p", "--prompt", default=None, help="the text to continue; read from a pipe where not given")
-    add("--chat", action="store_true", default=False, help="put the text as a message in the model's chat template")
+    add("model", help='A folder with config.json and safetensors, "demo", or a .gguf file that has been converted.')
+    add("-p", "--prompt", default=None, help="The text to continue; without it, what comes through a pipe.")
+    add("--chat", action="store_true", default=False, help="Put the text as a message into the model's chat template.")
     add(
         *("-c", "--controller"),
         dest="controllers",
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="steer with this controller, by default at the strength it recommends, or 1; repeat it for several",
+        help="Steer with the controller in FILE at STRENGTH; without one, at the strength that the file recommends, "
+        "or 1. Repeat it for several at once.",
     )
-    add("-n", "--max-tokens", type=int, help="tokens at most (256)")
-    add("--temperature", type=float, help="0, the default, takes the most likely token each time")
-    add("--top-p", type=float, help="sample from the likeliest tokens that make this")
-    add("--top-k", type=int, help="sample from this many tokens; 0 from all")
-    add("--min-p", type=float, help="least probability, relative to the likeliest")
-    add("--repetition-penalty", type=float, help="above 1, tokens seen before get rarer")
-    add("--seed", type=int, help="makes sampling repeatable")
-    add("--stop", action="append", metavar="TEXT", help="ends the answer, without being part of it; repeat")
-    add("--overflow", choices=get_args(Overflow), help="where the context is full: refuse, or roll on")
-    add("--dtype", default=None, help="float32, float16 or bfloat16")
+
+    def decoding(*names: str, **kind: Any) -> None:
+        add(*names, help=DECODING_HELP[names[-1].strip("-").replace("-", "_")], **kind)
+
+    decoding("-n", "--max-tokens", type=int)
+    decoding("--temperature", type=float)
+    decoding("--top-p", type=float)
+    decoding("--top-k", type=int)
+    decoding("--min-p", type=float)
+    decoding("--repetition-penalty", type=float)
+    decoding("--seed", type=int)
+    decoding("--stop", action="append", metavar="TEXT")
+    decoding("--overflow", choices=get_args(Overflow))
+    add("--dtype", default=None, help=f"float32, float16 or bfloat16; {DTYPE_DEFAULT}")
     return parser
 
 

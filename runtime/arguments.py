@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,20 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.files.prompts import is_unicode
 from mlx_lqr.lqr.strength import Strengths, default_strength
 from mlx_lqr.methods.steering import Steering, combine, load_steering
+
+DECODING_HELP: Mapping[str, str] = {
+    "max_tokens": "At most this many tokens.",
+    "temperature": "Higher is more random; 0 always takes the likeliest token.",
+    "top_p": "Sample from the likeliest tokens that have this share of the probability.",
+    "top_k": "Sample from this many likeliest tokens; 0: from all.",
+    "min_p": "Sample from tokens that have at least this share of the likeliest one's probability.",
+    "repetition_penalty": "Above 1, tokens that have occurred become less likely.",
+    "seed": "Makes sampling repeatable.",
+    "stop": "End the answer before this text; may be repeated.",
+    "overflow": "When the context is full: stop with an error, or roll on without the oldest tokens.",
+}
+"""What the options of decoding do, by the names of `mlx_lqr.Options`"""
+DTYPE_DEFAULT = "by default the checkpoint's own on a GPU, and float32 on a CPU."
 
 
 @dataclass(frozen=True)

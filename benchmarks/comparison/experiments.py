@@ -195,14 +195,14 @@ def _truthfulness() -> Experiment:
 
 def _refusal(name: str, title: str, control: str, label: str, away: bool) -> Experiment:
     def task(setting: Setting, part: Part) -> tasks.Task:
-        found = tasks.refusal(
+        refusal = tasks.refusal(
             setting.rows("xstest", part),
             limit=setting.count(part),
             decoding=setting.decoding(part, temperature=0.0),
             judge=setting.judge,
             damage=setting.damage(part),
         )
-        return replace(found, control=control, control_label=label)
+        return replace(refusal, control=control, control_label=label)
 
     def contrast(setting: Setting) -> Sets:
         unsafe, safe = (

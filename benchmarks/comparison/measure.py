@@ -64,15 +64,15 @@ def measure(
         )
     unsteered = tasks.evaluate(setting.model, report, output=folder / "report" / "unsteered.jsonl", **options)
     runs: dict[str, tasks.Evaluation] = {}
-    for method, found in tuned.items():
-        if found.best is None or found.steering is None:
+    for method, search in tuned.items():
+        if search.best is None or search.steering is None:
             continue
         if progress:
             progress(f"{experiment.name}: report of {method}", 0, 0)
-        strengths = [found.best.strength]
+        strengths = [search.best.strength]
         if experiment.curve and method in _with_curve(tuned):
-            strengths += [float(f"{factor * found.best.strength:.3g}") for factor in CURVE]
-        steering = tasks.NamedSteering(method, found.steering)
+            strengths += [float(f"{factor * search.best.strength:.3g}") for factor in CURVE]
+        steering = tasks.NamedSteering(method, search.steering)
         output = folder / "report" / f"{_safe(method)}.jsonl"
         runs[method] = tasks.evaluate(setting.model, report, steering, strengths, output=output, **options)
     result = {
@@ -89,7 +89,7 @@ def measure(
         "control": report.control,
         "control_label": report.control_label,
         "unsteered": _plain(unsteered.results()[0].metrics),
-        "methods": [_method(method, found, runs, unsteered) for method, found in tuned.items()],
+        "methods": [_method(method, search, runs, unsteered) for method, search in tuned.items()],
     }
     path = folder / "result.json"
     write_json(path, result)
@@ -99,25 +99,25 @@ def measure(
 def _with_curve(tuned: Mapping[str, Tuned]) -> set[str]:
     """A-LQR, and the rivals with the most control while tuning."""
     control = {
-        method: found.best.control.value
-        for method, found in tuned.items()
-        if found.best is not None and method != "alqr" and method not in WITHOUT_CURVE
+        method: search.best.control.value
+        for method, search in tuned.items()
+        if search.best is not None and method != "alqr" and method not in WITHOUT_CURVE
     }
     return {"alqr", *sorted(control, key=lambda method: -control[method])[:RIVALS]}
 
 
 def _method(
-    method: str, found: Tuned, runs: Mapping[str, tasks.Evaluation], unsteered: tasks.Evaluation
+    method: str, search: Tuned, runs: Mapping[str, tasks.Evaluation], unsteered: tasks.Evaluation
 ) -> dict[str, Any]:
     """All there is to say about a method: its trials, what was recommended, and its results beside the others'."""
-    told: dict[str, Any] = {"method": method, "trials": [_trial(trial) for trial in found.trials], "best": None}
-    if found.best is None:
+    told: dict[str, Any] = {"method": method, "trials": [_trial(trial) for trial in search.trials], "best": None}
+    if search.best is None:
         return told
-    strength = found.best.strength
+    strength = search.best.strength
     results = runs[method].results(unsteered)
     recommended = next(result for result in results if result.strength == strength)
     told |= {
-        "best": _trial(found.best),
+        "best": _trial(search.best),
         "metrics": _plain(recommended.metrics),
         "change": _plain(recommended.change),
         "curve": [{"strength": result.strength, "metrics": _plain(result.metrics)} for result in results],
@@ -147,11 +147,11 @@ def _decoding(task: tasks.Task) -> dict[str, Any]:
 
 
 def _plain(metrics: Mapping[str, Estimate]) -> dict[str, list[float]]:
-    return {name: _interval(found) for name, found in metrics.items()}
+    return {name: _interval(estimate) for name, estimate in metrics.items()}
 
 
-def _interval(found: Estimate) -> list[float]:
-    return [found.value, found.low, found.high]
+def _interval(estimate: Estimate) -> list[float]:
+    return [estimate.value, estimate.low, estimate.high]
 
 
 def _safe(method: str) -> str:

@@ -32,7 +32,7 @@ NAMES = {
     "kl": "KL",
 }
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M"}
-Found = dict[str, Any]
+Result = dict[str, Any]
 """One experiment's result on one model, as measure.py writes it."""
 
 
@@ -48,7 +48,7 @@ def write_page(output: Path, docs: Path) -> Path:
     path = docs / PAGE
     sections = [_head(results)]
     for experiment in EXPERIMENTS:
-        own = [found for found in results if found["experiment"] == experiment.name]
+        own = [result for result in results if result["experiment"] == experiment.name]
         if own:
             sections.append(_experiment(experiment, own, docs))
     sections += [_text("findings.md"), _budget(results)]
@@ -57,7 +57,7 @@ def write_page(output: Path, docs: Path) -> Path:
     return path
 
 
-def _head(results: Sequence[Found]) -> str:
+def _head(results: Sequence[Result]) -> str:
     first = results[0]
     sizes, decoding = first["sizes"], first["decoding"]
     judged = "; ".join(f"where {_model(key)} is steered {_judge(key)} judges" for key in TITLES)
@@ -76,49 +76,49 @@ def _text(name: str) -> str:
     return Path(__file__).with_name(name).read_text("utf-8").strip()
 
 
-def _experiment(experiment: Experiment, results: Sequence[Found], docs: Path) -> str:
+def _experiment(experiment: Experiment, results: Sequence[Result], docs: Path) -> str:
     parts = [f"## {experiment.title}", f"Fitted on {experiment.origin}."]
-    for found in results:
-        parts += [f"### {_model(found['key'])}", _rows(found), _table(experiment, found), _verdict(found)]
-        if experiment.curve and _by_control(found):
-            parts.append(_curve(experiment, found, docs))
+    for result in results:
+        parts += [f"### {_model(result['key'])}", _rows(result), _table(experiment, result), _verdict(result)]
+        if experiment.curve and _by_control(result):
+            parts.append(_curve(experiment, result, docs))
     return "\n\n".join(part for part in parts if part)
 
 
-def _rows(found: Found) -> str:
+def _rows(result: Result) -> str:
     def count(rows: dict[str, int]) -> str:
         return ", ".join(f"{number} {name}" for name, number in rows.items())
 
-    return f"Rows: {count(found['rows'])}; while tuning {count(found['tuning_rows'])}."
+    return f"Rows: {count(result['rows'])}; while tuning {count(result['tuning_rows'])}."
 
 
-def _table(experiment: Experiment, found: Found) -> str:
-    columns = [found["control"], *(name for name in experiment.columns if name != found["control"]), *DAMAGE]
+def _table(experiment: Experiment, result: Result) -> str:
+    columns = [result["control"], *(name for name in experiment.columns if name != result["control"]), *DAMAGE]
     lines = [
         f"| method | strength | {' | '.join(NAMES.get(name, name) for name in columns)} | A-LQR leads by |",
         "|---" * (len(columns) + 3) + "|",
-        f"| unsteered | | {' | '.join(_number(found['unsteered'][name]) for name in columns)} | |",
+        f"| unsteered | | {' | '.join(_number(result['unsteered'][name]) for name in columns)} | |",
     ]
-    for one in _by_control(found):
+    for one in _by_control(result):
         cells = [_number(one["metrics"][name]) for name in columns]
-        lead = one.get("against_alqr", {}).get(found["control"])
+        lead = one.get("against_alqr", {}).get(result["control"])
         against = _number([-lead[0], -lead[2], -lead[1]]) if lead else ""
         name = f"**{one['method']}**" if one["method"] == "alqr" else one["method"]
         lines.append(f"| {name} | {one['best']['strength']:g} | {' | '.join(cells)} | {against} |")
     return "\n".join(lines)
 
 
-def _by_control(found: Found) -> list[Found]:
+def _by_control(result: Result) -> list[Result]:
     """The methods that have something to report, the one with the most control first."""
-    reported = [one for one in found["methods"] if one["best"]]
-    return sorted(reported, key=lambda one: -one["metrics"][found["control"]][0])
+    reported = [one for one in result["methods"] if one["best"]]
+    return sorted(reported, key=lambda one: -one["metrics"][result["control"]][0])
 
 
-def _verdict(found: Found) -> str:
+def _verdict(result: Result) -> str:
     """What the paired differences say, in sentences."""
-    control, limit = found["control"], found["limit"]
+    control, limit = result["control"], result["limit"]
     sentences = []
-    reported = _by_control(found)
+    reported = _by_control(result)
     rivals = [one for one in reported if "against_alqr" in one]
     above = [one["method"] for one in rivals if one["against_alqr"][control][1] > 0]
     below = [one["method"] for one in rivals if one["against_alqr"][control][2] < 0]
@@ -130,7 +130,7 @@ def _verdict(found: Found) -> str:
     ):
         if methods:
             sentences.append(f"{words} {_listed(methods)}.")
-    unsteered = found["unsteered"]["perplexity"][0]
+    unsteered = result["unsteered"]["perplexity"][0]
     over = {one["method"]: one["metrics"]["perplexity"][0] / unsteered for one in reported}
     beyond = [f"{name} ({ratio:.2f})" for name, ratio in over.items() if ratio > limit]
     if beyond:
@@ -138,35 +138,35 @@ def _verdict(found: Found) -> str:
             f"On the reported rows the perplexity is more than {limit:g} times the unsteered one's under "
             f"{_listed(beyond)}."
         )
-    missing = [one["method"] for one in found["methods"] if not one["best"]]
+    missing = [one["method"] for one in result["methods"] if not one["best"]]
     if missing:
         sentences.append(f"No trial within the limit: {_listed(missing)}.")
     return " ".join(sentences)
 
 
-def _curve(experiment: Experiment, found: Found, docs: Path) -> str:
+def _curve(experiment: Experiment, result: Result, docs: Path) -> str:
     from mlx_lqr.analysis import plots
 
     points = [
         plots.Tradeoff(
             one["method"],
             at["strength"],
-            at["metrics"][found["control"]][0],
+            at["metrics"][result["control"]][0],
             at["metrics"]["perplexity"][0],
-            tuple(at["metrics"][found["control"]][1:]),
+            tuple(at["metrics"][result["control"]][1:]),
             tuple(at["metrics"]["perplexity"][1:]),
         )
-        for one in found["methods"]
+        for one in result["methods"]
         if one["best"] and (len(one["curve"]) > 1 or one["method"] == PAPER)
         for at in one["curve"]
     ]
-    name = f"comparison-{experiment.name}-{found['key']}"
-    figure = plots.control_against_damage(points, found["control_label"], f"perplexity under {_judge(found['key'])}")
+    name = f"comparison-{experiment.name}-{result['key']}"
+    figure = plots.control_against_damage(points, result["control_label"], f"perplexity under {_judge(result['key'])}")
     plots.save_all({name: figure}, docs, kinds=("svg",))
-    return f"![{experiment.title}, {_model(found['key'])}: control against perplexity]({name}.svg)"
+    return f"![{experiment.title}, {_model(result['key'])}: control against perplexity]({name}.svg)"
 
 
-def _budget(results: Sequence[Found]) -> str:
+def _budget(results: Sequence[Result]) -> str:
     """Every method's number of evaluations, and what they led to."""
     lines = [
         "## What the budget was spent on",
@@ -176,16 +176,16 @@ def _budget(results: Sequence[Found]) -> str:
         "| experiment | model | method | evaluations | within | recommended | control while tuning |",
         "|---|---|---|---|---|---|---|",
     ]
-    for found in results:
-        for one in found["methods"]:
+    for result in results:
+        for one in result["methods"]:
             within = [trial for trial in one["trials"] if trial["within"]]
             best, control = "", ""
             if one["best"]:
                 best = f"{one['best']['setting']}, at {one['best']['strength']:g}"
                 control = f"{one['best']['control'][0]:.2f}"
             cells = [
-                found["experiment"],
-                _model(found["key"]),
+                result["experiment"],
+                _model(result["key"]),
                 one["method"],
                 str(len(one["trials"])),
                 str(len(within)),

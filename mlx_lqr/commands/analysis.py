@@ -103,6 +103,18 @@ def analysis_options(*, name: str, done: str, prompts: str, count: int, controll
         controller: what the controller is for; without it the command needs one.
     """
 
+    options = together(
+        model_argument,
+        prompts_option(f"{prompts} By default {count} bundled half sentences."),
+        controller_option(swept=True, required=not controller, repeat=f"One file, of one concept. {controller}"),
+        strengths_option,
+        seed_option("Of the random directions.", 0),
+        output_option("A folder for plots (PNG and SVG) and numbers (JSON).", required=False, metavar="FOLDER"),
+        force_option,
+        json_option(),
+        loading_options,
+    )
+
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def collected(
@@ -121,41 +133,32 @@ def analysis_options(*, name: str, done: str, prompts: str, count: int, controll
             choice = _only(controllers)
             chosen = _strengths(choice, strengths)
             steering = only_controller(load_steering(choice.file, model), done) if choice is not None else None
-            if output is not None:
-                _plots_or_refusal()
-                check_writable(Path(output) / f"{name}.json", "results", force=force)
-            if prompts is not None:
-                texts = read_prompts(prompts)
-            else:
-                texts = default_prompts(count, steering.concepts if steering is not None else ())
-            analysis = Analysis(
-                model,
-                loading,
-                choice.file if choice is not None else None,
-                steering,
-                chosen,
-                texts,
-                seed,
-                Path(output) if output is not None else None,
-                force,
-                as_json,
-                name,
+            folder = _folder(output, name, force=force)
+            texts = _prompts(prompts, count, steering)
+            file = choice.file if choice is not None else None
+            return command(
+                analysis=Analysis(model, loading, file, steering, chosen, texts, seed, folder, force, as_json, name),
+                **own,
             )
-            return command(analysis=analysis, **own)
 
-        options = together(
-            model_argument,
-            prompts_option(f"{prompts} By default {count} bundled half sentences."),
-            controller_option(swept=True, required=not controller, repeat=f"One file, of one concept. {controller}"),
-            strengths_option,
-            seed_option("Of the random directions.", 0),
-            output_option("A folder for plots (PNG and SVG) and numbers (JSON).", required=False, metavar="FOLDER"),
-            force_option,
-            json_option(),
-        )
-        return options(loading_options(collected))
+        return options(collected)
 
     return decorate
+
+
+def _prompts(file: str | None, count: int, controller: Controller | None) -> list[str]:
+    if file is not None:
+        return read_prompts(file)
+    return default_prompts(count, controller.concepts if controller is not None else ())
+
+
+def _folder(output: str | None, name: str, *, force: bool) -> Path | None:
+    """Where plots and numbers go, if they can be drawn and written."""
+    if output is None:
+        return None
+    _plots_or_refusal()
+    check_writable(Path(output) / f"{name}.json", "results", force=force)
+    return Path(output)
 
 
 def _only(choices: tuple[ControllerChoice, ...]) -> ControllerChoice | None:

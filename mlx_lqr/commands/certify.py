@@ -118,9 +118,10 @@ def _show(certificate: Certificate) -> None:
         title="for all strengths together",
     )
     click.echo(
-        "off: |feature - predicted|. bound: the same, given the errors of the layers before; prior bound: the same, "
-        f"before anything is steered. band: strengths at which the prior bound is within {TOLERANCE:g} mu_k for 95 % "
-        "of the prompts (none: it says nothing); measured: strengths that were tried and at which the feature was."
+        "off: |feature - predicted|. bound: at most this far off, given the errors of the layers before; prior bound: "
+        "at most this far off, before anything is steered. band: strengths at which that is within "
+        f"{TOLERANCE:g} mu_k for 95 % of the prompts (none: it says nothing); measured: those tried at which the "
+        "feature itself was."
     )
 
 
@@ -147,8 +148,8 @@ def _at_strength(certificate: Certificate, s: int, k: int) -> list[str]:
     return [
         _layer(certificate, k),
         f"{mu:.2f}",
-        *(f"{of_mu(value):.2f}" for value in values),
-        f"{of_mu(off):.3f}",
+        *(_number(of_mu(value), 2) for value in values),
+        _number(of_mu(off), 3),
         *(_bound(of_mu(value)) for value in bounds),
     ]
 
@@ -161,8 +162,8 @@ def _at_all_strengths(certificate: Certificate, k: int) -> list[str]:
         block = [
             f"{loop.largest_weight[k]:.1f}",
             f"{loop.step_norm[k]:.3f}",
-            f"{certificate.mismatch.quantile[k]:.3f}",
-            f"{certificate.curvature.quantile[k]:.5f}",
+            _number(certificate.mismatch.quantile[k], 3),
+            _number(certificate.curvature.quantile[k], 5),
             f"{certificate.remainder_held[k]:.0%}",
         ]
     low, high = certificate.certified_band[k]
@@ -174,6 +175,10 @@ def _at_all_strengths(certificate: Certificate, k: int) -> list[str]:
         "none" if np.isnan(low) else f"{low:g} to {high:g}",
         ", ".join(f"{strength:g}" for strength in certificate.measured_band()[k]) or "none",
     ]
+
+
+def _number(value: float, decimals: int) -> str:
+    return "-" if np.isnan(value) else f"{value:.{decimals}f}"
 
 
 def _bound(value: float) -> str:

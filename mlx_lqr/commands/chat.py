@@ -1,4 +1,4 @@
-"""mlx-lqr chat"""
+"""mlx-lqr chat: a conversation on a terminal or through a pipe, whose steering can be changed while it goes on."""
 
 from __future__ import annotations
 
@@ -87,6 +87,11 @@ def chat(
     read = _line_editor() if interactive else _piped_lines
     if interactive:
         click.echo(f"{loaded.name}. {_state(session)} /help lists the commands.", err=True)
+    _converse(session, read, interactive)
+
+
+def _converse(session: Chat, read: Callable[[], str | None], interactive: bool) -> None:
+    """Answer messages and carry out commands until there are no more. In a pipe the first mistake ends it."""
     while (line := read()) is not None:
         try:
             with keys_unseen() if interactive else nullcontext():  # keys typed meanwhile go to the next prompt

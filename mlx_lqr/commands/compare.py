@@ -1,4 +1,4 @@
-"""mlx-lqr compare"""
+"""mlx-lqr compare: several controllers on one task and the same budget, as a table, numbers and a plot."""
 
 from __future__ import annotations
 

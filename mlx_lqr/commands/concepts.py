@@ -1,4 +1,4 @@
-"""mlx-lqr concepts"""
+"""mlx-lqr concepts: the bundled contrast sets."""
 
 from __future__ import annotations
 

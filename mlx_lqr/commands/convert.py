@@ -1,4 +1,4 @@
-"""mlx-lqr convert"""
+"""mlx-lqr convert: a model in another format becomes an MLX folder."""
 
 from __future__ import annotations
 

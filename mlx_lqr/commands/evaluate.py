@@ -1,4 +1,4 @@
-"""mlx-lqr eval"""
+"""mlx-lqr eval: a task at several strengths of one steering, every number with its interval."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def say_shares(steering: NamedSteering | None) -> None:
     """A line where concepts get different shares of the strengths in a table's head."""
     if steering is not None and set(steering.shares) - {1.0}:
         shares = zip(steering.controller.concepts, steering.shares, strict=True)
-        click.echo(f"times the strength: {', '.join(f'{concept} {share:g}' for concept, share in shares)}")
+        click.echo(
+            f"each at its share of the strength: {', '.join(f'{concept} {share:g}' for concept, share in shares)}"
+        )
 
 
 def _summary(evaluation: Evaluation) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""mlx-lqr generate"""
+"""mlx-lqr generate: continue one text or a file of them, steered or not, as text or as JSON."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def _show(measured: Linearity) -> None:
     )
     click.echo(
         "sv: singular values of A_k; similarity: of two prompts' A_k in the top "
-        f"{measured.modes} modes (of random ones); {', '.join(kinds)}: |dz| / |z_k| at which the error passes 10 %"
+        f"{measured.modes} modes (of random modes); {', '.join(kinds)}: |dz| / |z_k| at which the error passes 10 %"
     )
     if applied is not None:
         click.echo("alpha/trust, push/trust: |alpha_k| and |u_k| over the trust region, at the largest strength")

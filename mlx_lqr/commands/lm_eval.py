@@ -1,4 +1,4 @@
-"""mlx-lqr eval lm-eval"""
+"""mlx-lqr eval lm-eval: tasks of the lm-evaluation-harness on a steered model."""
 
 from __future__ import annotations
 

@@ -38,8 +38,22 @@ class MethodChoice:
 class MethodCommand(Command):
     """A command with --method, --layers, --positions and the options of every method."""
 
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*_parameters(), *super().get_params(ctx)]
+    _declared: list[click.Parameter]
+    _all: list[click.Parameter]
+    _methods: list[Method[Any]]
+
+    @property
+    def params(self) -> list[click.Parameter]:
+        """click's own attribute, which it also changes: one list, as long as the methods are the same."""
+        methods = list(METHODS.values())
+        if methods != self._methods:
+            self._methods, self._all = methods, [*_parameters(methods), *self._declared]
+        return self._all
+
+    @params.setter
+    def params(self, declared: list[click.Parameter]) -> None:
+        self._declared = declared
+        self._methods = []
 
 
 def method_choice() -> MethodChoice:
@@ -64,15 +78,14 @@ def method_choice() -> MethodChoice:
     return MethodChoice(method, options, layers, positions)
 
 
-def _parameters() -> list[click.Parameter]:
-    methods = list(METHODS.values())
+def _parameters(methods: Sequence[Method[Any]]) -> list[click.Parameter]:
     having: dict[str, list[tuple[Method[Any], Option]]] = {}
     for method in methods:
         for one in method.options:
             having.setdefault(one.name, []).append((method, one))
 
     @together(
-        method_option(list(METHODS), DEFAULT),
+        method_option([method.name for method in methods], DEFAULT),
         layers_option(_layers_help(methods)),
         positions_option(_positions_help(methods)),
         *(_option(owners) for owners in having.values()),

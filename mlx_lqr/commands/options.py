@@ -27,6 +27,7 @@ from mlx_lqr.commands.help import (
 )
 from mlx_lqr.commands.values import ControllerType, LayersType, StrengthsType
 from mlx_lqr.loading import BackendName
+from mlx_lqr.runtime.arguments import DECODING_HELP, DTYPE_DEFAULT
 from mlx_lqr.runtime.decode import Overflow
 
 model_argument = argument("model", help='An MLX or Hugging Face folder, a hub id, a .gguf file, or "demo".')
@@ -61,7 +62,7 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
             heading=LOADING,
             help="For torch: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.",
         ),
-        dtype_option("by default the checkpoint's own on a GPU, and float32 on a CPU."),
+        dtype_option(DTYPE_DEFAULT),
     )
     @functools.wraps(command)
     def collected(*, backend: BackendName, device: str | None, dtype: str | None, **others: Any) -> Any:
@@ -122,26 +123,16 @@ def prompts_option(help: str, name: str = "prompts") -> Decorator:
     return option("--prompts", name, type=click.Path(), metavar="FILE", heading=TEXT, help=help)
 
 
-def max_tokens_option(default: int | None, help: str = "At most this many tokens.", type: Any = int) -> Decorator:
+def max_tokens_option(default: int | None, help: str = DECODING_HELP["max_tokens"], type: Any = int) -> Decorator:
     return option("-n", "--max-tokens", type=type, default=default, heading=DECODING, help=help)
 
 
 def temperature_option(default: float) -> Decorator:
-    return option(
-        "--temperature",
-        default=default,
-        heading=DECODING,
-        help="Higher is more random; 0 always takes the likeliest token.",
-    )
+    return option("--temperature", default=default, heading=DECODING, help=DECODING_HELP["temperature"])
 
 
 def top_p_option(default: float) -> Decorator:
-    return option(
-        "--top-p",
-        default=default,
-        heading=DECODING,
-        help="Sample from the likeliest tokens that have this share of the probability.",
-    )
+    return option("--top-p", default=default, heading=DECODING, help=DECODING_HELP["top_p"])
 
 
 def seed_option(help: str, default: int | None = None, heading: str = MEASURING) -> Decorator:
@@ -150,38 +141,17 @@ def seed_option(help: str, default: int | None = None, heading: str = MEASURING)
 
 def decoding_options(max_tokens: int) -> Decorator:
     """The options of `mlx_lqr.Options` that are plain values, under the same names; `stop` is a tuple."""
+    penalty, when_full = DECODING_HELP["repetition_penalty"], DECODING_HELP["overflow"]
     return together(
         max_tokens_option(max_tokens),
         temperature_option(0.0),
         top_p_option(1.0),
-        option("--top-k", default=0, heading=DECODING, help="Sample from this many likeliest tokens; 0: from all."),
-        option(
-            "--min-p",
-            default=0.0,
-            heading=DECODING,
-            help="Sample from tokens that have at least this share of the likeliest one's probability.",
-        ),
-        option(
-            "--repetition-penalty",
-            default=1.0,
-            heading=DECODING,
-            help="Above 1, tokens that have occurred become less likely.",
-        ),
-        seed_option("Makes sampling repeatable.", heading=DECODING),
-        option(
-            "--stop",
-            multiple=True,
-            metavar="TEXT",
-            heading=DECODING,
-            help="End the answer before this; may be repeated.",
-        ),
-        option(
-            "--overflow",
-            type=click.Choice(get_args(Overflow)),
-            default="error",
-            heading=DECODING,
-            help="When the context is full: stop with an error, or roll on without the oldest tokens.",
-        ),
+        option("--top-k", default=0, heading=DECODING, help=DECODING_HELP["top_k"]),
+        option("--min-p", default=0.0, heading=DECODING, help=DECODING_HELP["min_p"]),
+        option("--repetition-penalty", default=1.0, heading=DECODING, help=penalty),
+        seed_option(DECODING_HELP["seed"], heading=DECODING),
+        option("--stop", multiple=True, metavar="TEXT", heading=DECODING, help=DECODING_HELP["stop"]),
+        option("--overflow", type=click.Choice(get_args(Overflow)), default="error", heading=DECODING, help=when_full),
     )
 
 

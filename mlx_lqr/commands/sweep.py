@@ -77,10 +77,8 @@ def sweep(
         return None, [0.0]
     if not own:
         return _together(choices, shares), list(STRENGTHS if strengths is None else strengths)
-    click.echo(
-        f"Note: this runs once, with {', '.join(map(str, choices))}; for more, use --strengths",
-        err=True,
-    )
+    named = ", ".join(map(str, choices))
+    click.echo(f"Note: measured at one strength only, {named}; for several, leave it out and use --strengths", err=True)
     if len(set(own)) == 1:
         return _together(choices, None), own[:1]
     return _together(choices, own), [1.0]

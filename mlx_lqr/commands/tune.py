@@ -110,15 +110,15 @@ def _with_jacobians(
 def _between(strengths: str | None) -> tuple[float, float] | None:
     if strengths is None:
         return None
-    found = parse_strengths(strengths)
-    if len(found) != 2 or found[0] == found[1]:
+    ends = parse_strengths(strengths)
+    if len(ends) != 2 or ends[0] == ends[1]:
         raise InputError(f"--strengths must be two different numbers such as 0,6, not {strengths!r}")
-    return found[0], found[1]
+    return ends[0], ends[1]
 
 
 def _report(tuned: Tuned, wanted: Request, folder: Path) -> None:
     if wanted.as_json:
-        found = {
+        fields = {
             "task": wanted.task_name,
             "control": tuned.control,
             "damage": tuned.damage,
@@ -129,7 +129,7 @@ def _report(tuned: Tuned, wanted: Request, folder: Path) -> None:
             "best": tuned.best,
             "file": str(wanted.output) if tuned.best is not None else None,
         }
-        click.echo(json.dumps(as_json(found)))
+        click.echo(json.dumps(as_json(fields)))
         return
     _table(tuned)
     kind = "times" if DAMAGE[tuned.damage].ratio else "worse by"
@@ -156,8 +156,8 @@ def _table(tuned: Tuned) -> None:
 def _row(tuned: Tuned, number: int, trial: Trial) -> list[str]:
     values = [f"{value:g}" if isinstance(value, float) else str(value) for value in trial.options.values()]
     mark = "best" if trial is tuned.best else "*" if trial.within else "repeats" if trial.repeats else ""
-    found = [cell(trial.control), cell(trial.damage), f"{trial.relative:.2f}"]
-    return [str(number), *values, f"{trial.strength:g}", *found, mark]
+    estimates = [cell(trial.control), cell(trial.damage), f"{trial.relative:.2f}"]
+    return [str(number), *values, f"{trial.strength:g}", *estimates, mark]
 
 
 def _nothing_found(tuned: Tuned, folder: Path) -> str:

@@ -108,7 +108,8 @@ class StrengthScale:
         """Why a strength beyond `beyond` is of no use."""
         if self.period is not None:
             return f"it is an angle in degrees, the same as {strength % self.period:g}"
-        return "useful ones are mostly below 10, and what is far above them leaves no language"
+        useful = max(10.0, *map(abs, self.span))
+        return f"useful ones are mostly below {useful:g}, and what is far above them leaves no language"
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module, metadata
+from inspect import get_annotations
 from typing import Any
 
 from mlx_lqr.errors import InputError, first_line
@@ -33,6 +34,7 @@ OWN = {
     "odesteer": "mlx_lqr.methods.odesteer:ODESteer",
     "angular": "mlx_lqr.methods.angular:Angular",
     "adaptive-angular": "mlx_lqr.methods.angular:AdaptiveAngular",
+    "pca": "mlx_lqr.methods.pca:PCA",
 }
 
 
@@ -116,12 +118,11 @@ def _registered(name: str, kind: Any, package: str) -> Method[Any]:
     """
     if not (isinstance(kind, type) and issubclass(kind, Method)):
         raise InputError(f"the method {name!r} of the package {package} is not a subclass of mlx_lqr.methods.Method")
-    lacking = sorted(kind.__abstractmethods__) + [
-        attribute for attribute in ("title", "formula", "strengths") if not hasattr(kind, attribute)
-    ]
+    declared = [name for base in kind.__mro__ if issubclass(base, Method) for name in get_annotations(base)]
+    lacking = sorted(kind.__abstractmethods__) + [name for name in declared if not hasattr(kind, name)]
     if lacking:
         raise InputError(f"the method {name!r} of the package {package} does not define {', '.join(lacking)}")
-    if getattr(kind, "name", None) != name:
-        raise InputError(f"the method {name!r} of the package {package} calls itself {getattr(kind, 'name', None)!r}")
+    if kind.name != name:
+        raise InputError(f"the method {name!r} of the package {package} calls itself {kind.name!r}")
     method: Method[Any] = kind()
     return method

@@ -130,7 +130,7 @@ def test_a_number_after_a_file_is_the_strength_it_steers_at(files: Path, capsys:
     assert effective("a.safetensors", "b.safetensors", shares=[1, -0.5]) == [[1, -0.5], [2, -1], [3, -1.5]]
     assert capsys.readouterr().err == ""
     assert effective("a.safetensors:2") == [[2]]
-    assert "runs once, with a.safetensors:2;" in capsys.readouterr().err
+    assert "measured at one strength only, a.safetensors:2;" in capsys.readouterr().err
     assert effective("a.safetensors:2", "b.safetensors:-1") == [[2, -1]]
     assert effective("a.safetensors:2", "b.safetensors:2") == [[2, 2]]
     assert effective("a.safetensors:0", "b.safetensors:0.1") == [[0, 0.1]]

@@ -47,9 +47,9 @@ def test_tune_writes_a_controller_with_its_strength_and_keeps_every_evaluation(
     command: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command += ["--evaluations", 5, "--at-most", 3]
-    found = run(*command, "--json")
-    assert found.exit_code == 0, (found.output, found.exception)
-    result = json.loads(found.stdout)
+    done = run(*command, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads(done.stdout)
     best, trials = result["best"], result["trials"]
     assert len(trials) == 5
     assert best in trials
@@ -78,9 +78,9 @@ def test_tune_writes_a_controller_with_its_strength_and_keeps_every_evaluation(
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_another_method_damage_and_range(command: list[Any], backend: str) -> None:
     options = "--method", "proportional", "--damage", "kl", "--at-most", 2, "--strengths", "0,-4", "--evaluations", 3
-    found = run(*command, *options, "--backend", backend, "--json")
-    assert found.exit_code == 0, (found.output, found.exception)
-    result = json.loads(found.stdout)
+    done = run(*command, *options, "--backend", backend, "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads(done.stdout)
     assert all(-4 <= trial["strength"] < 0 for trial in result["trials"])
     assert result["unsteered"]["kl"]["value"] == 0
     steering = load_steering("out/one.safetensors")
@@ -88,6 +88,36 @@ def test_another_method_damage_and_range(command: list[Any], backend: str) -> No
     assert steering.method == "proportional"
     assert steering.strength == (result["best"]["strength"],)
     assert "capability" not in result["unsteered"]
+
+
+def test_what_is_given_is_held_fixed_and_not_searched(command: list[Any], tmp_path: Path) -> None:
+    given = "--layers", "1-2", "--q", 2, "--r", 0.5, "--qf", 4, "--cost", "feature"
+    done = run(*command, *given, "--evaluations", 5, "--at-most", 3, "--json")
+    trials = json.loads(done.stdout)["trials"]
+    assert 2 <= len(trials) <= 5
+    for trial in trials:
+        assert trial["options"].keys() == {"layers", "q", "setpoint", "cost"}
+        assert (trial["options"]["layers"], trial["options"]["q"], trial["options"]["cost"]) == ("1-2", 2, "feature")
+    assert {trial["options"]["setpoint"] for trial in trials} == {"centred", "paper"}
+    for file in (tmp_path / "out/one-tuning").glob("*.safetensors"):
+        if not file.name.startswith("jacobians"):
+            controller = mlx_lqr.Controller.load(file)
+            assert controller.active_layers == (1, 2)
+            assert controller.cost == "feature"
+            weights = controller.weights
+            assert (weights.q, weights.r, weights.qf) == (2.0, 0.5, 4.0)
+    kept = [json.loads(line) for line in (tmp_path / "out/one-tuning/trials.jsonl").read_text().splitlines()]
+    assert all(row["settings"]["fixed"] == {"r": 0.5, "qf": 4.0} for row in kept)
+
+
+def test_another_methods_options_are_held_fixed_too(command: list[Any]) -> None:
+    given = "--method", "proportional", "--kp", 0.7, "--evaluations", 8, "--at-most", 3
+    done = run(*command, *given, "--json")
+    trials = json.loads(done.stdout)["trials"]
+    assert {trial["options"]["kp"] for trial in trials} == {0.7}
+    assert len({trial["options"]["layers"] for trial in trials}) > 1
+    places = run(*command, *given, "--layers", "auto", "--json")
+    assert {trial["options"]["layers"] for trial in json.loads(places.stdout)["trials"]} == {"auto"}
 
 
 @pytest.mark.parametrize("words", ["w99", "w*"])
@@ -136,6 +166,10 @@ def test_the_concept_task_is_tuned_on_openings_of_its_own(command: list[Any], mo
         (["--method", "actadd", "--jacobians", "one.txt"], "not for the method actadd"),
         (["--jacobians", "one.txt"], "damaged"),
         (["--jacobian-prompts", "0"], "at least 1"),
+        (["--kp", "1"], "--kp is not for the method alqr: it belongs to proportional, spid, pid-act"),
+        (["--method", "actadd", "--q", "1"], "--q is not for the method actadd: it belongs to alqr"),
+        (["--q", "-1"], "q"),
+        (["--layers", "all the best"], "layers must look like"),
         (["--positive", "missing.txt"], "missing.txt"),
         (["--words", "*"], "words must look like"),
         (["-o", "."], "is a folder"),
@@ -155,9 +189,9 @@ def test_tune_on_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "questions.jsonl").write_text(json.dumps(question))
     small = "--capability", "questions.jsonl", "--openings", "openings.txt", "--samples", 2, "-n", 20
     options = *small, "--concept", "dog", "--jacobian-prompts", 1, "--evaluations", 3
-    found = run("tune", "concept", "demo", *options, "-o", "dog.safetensors", "--json")
-    assert found.exit_code == 0, (found.output, found.exception)
-    result = json.loads(found.stdout)
+    done = run("tune", "concept", "demo", *options, "-o", "dog.safetensors", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads(done.stdout)
     assert result["trials"][0]["options"]["layers"] == "auto"
     controller = mlx_lqr.Controller.load("dog.safetensors")
     assert min(controller.active_layers) >= 20

@@ -208,8 +208,8 @@ def test_the_barrier_of_odesteer_is_the_log_density_ratio_of_a_regression_on_all
 
     best = minimize(loss, np.zeros(22), tol=1e-12).x
     elsewhere = random.standard_normal((5, 4))
-    found = (elsewhere @ units.T + OFFSET) ** 2 @ weights
-    assert np.allclose(found - found[0], (features(elsewhere) - features(elsewhere[0])) @ best[:-1], atol=1e-4)
+    ratio = (elsewhere @ units.T + OFFSET) ** 2 @ weights
+    assert np.allclose(ratio - ratio[0], (features(elsewhere) - features(elsewhere[0])) @ best[:-1], atol=1e-4)
 
 
 @every_backend
@@ -362,16 +362,16 @@ def test_strength_zero_changes_nothing(backend: str, method: str) -> None:
 @every_method
 def test_backends_agree_and_long_answers_too(method: str) -> None:
     """After 32 tokens MLX replays a compiled step; a strength set meanwhile is taken over."""
-    found = []
+    answers: list[list[int]] = []
     for backend in BACKENDS:
         model = tiny_on(backend, "llama")
         law = law_of(fitted(tiny_on("mlx", "llama"), method), strength_for(method))
-        found.append([])
+        answers.append([])
         for _, token in decode(model, [PROMPT], law=law, steer_all=METHODS[method].positions == "all", max_tokens=48):
-            found[-1].append(token)
-            if len(found[-1]) == 38:
+            answers[-1].append(token)
+            if len(answers[-1]) == 38:
                 law.strength = -strength_for(method)
-    assert found[0] == found[1]
+    assert answers[0] == answers[1]
 
 
 @every_method
@@ -487,8 +487,8 @@ def generated_by_others(backend: str, model: Any) -> list[int]:
     import torch
 
     answer = model.module.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False)
-    found: list[int] = answer[0, len(PROMPT) :].tolist()
-    return found
+    tokens: list[int] = answer[0, len(PROMPT) :].tolist()
+    return tokens
 
 
 # In a conversation, and on the command line.

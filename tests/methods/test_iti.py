@@ -82,8 +82,8 @@ def logits_by_hand(model: Any, prompt: list[int], moved: Float32) -> Float32:
     logits = model.module(torch.tensor([prompt])).logits[0, -1]
     for handle in handles:
         handle.remove()
-    found: Float32 = logits.detach().numpy()
-    return found
+    outputs: Float32 = logits.detach().numpy()
+    return outputs
 
 
 # Which heads.
@@ -218,27 +218,27 @@ def test_prompts_are_steered_alike_in_chunks_and_as_a_whole(
     )[0]
     prefill_chunks(backend, 3, monkeypatch)
     assert np.allclose(model.logits(PROMPT, law=law, steer_all=steer_all), whole, atol=1e-4)
-    decoder, found = model.decoder(law), []
+    decoder, expected = model.decoder(law), []
     prompt = PROMPT[:1] if steer_all else PROMPT
     decoder.fill([prompt[:-1]], steered=steer_all)
     for token, following in zip([prompt[-1], *PROMPT[1:-1]], PROMPT[1:], strict=True):
         logits = np.array(decoder.step([token])[0].tolist())
-        found.append(logits[following] - np.log(np.exp(logits - logits.max()).sum()) - logits.max())
-    assert np.allclose(continued, found, atol=1e-3)
+        expected.append(logits[following] - np.log(np.exp(logits - logits.max()).sum()) - logits.max())
+    assert np.allclose(continued, expected, atol=1e-3)
 
 
 def test_the_compiled_step_of_long_answers_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_on("mlx", "gemma2")
-    steering, found = fitted(model), []
+    steering, answers = fitted(model), []
     for after in (2, 1000):
         monkeypatch.setattr("mlx_lqr.backends.mlx.decoder.COMPILE_AFTER", after)
         law, tokens = law_of(steering, 3.0), []
         for _, token in decode(model, [PROMPT], law=law, max_tokens=40):
             tokens.append(token)
             law.strength = 3.0 if len(tokens) < 20 else -2.0
-        found.append(tokens)
-    assert found[0] == found[1]
-    assert found[0] != [token for _, token in decode(model, [PROMPT], max_tokens=40)]
+        answers.append(tokens)
+    assert answers[0] == answers[1]
+    assert answers[0] != [token for _, token in decode(model, [PROMPT], max_tokens=40)]
 
 
 @every_backend

@@ -67,9 +67,9 @@ def test_the_search_finds_the_optimum_of_known_functions(allowed: float, noise: 
             assert 0 < dose <= 1
             assert not any(options == other and dose == tried for other, tried, _ in measured)
             errors = noise * random.standard_normal(2)
-            found = Measurement(known_control(options, dose) + errors[0], known_excess(options, dose) + errors[1])
-            measured.append((options, dose, found))
-            return found
+            result = Measurement(known_control(options, dose) + errors[0], known_excess(options, dose) + errors[1])
+            measured.append((options, dose, result))
+            return result
 
         Search(FACTORS, measure, 16, allowed).run()
         assert len(measured) == 16
@@ -236,8 +236,8 @@ def test_an_interrupted_search_goes_on_and_measures_nothing_again(
     with pytest.raises(KeyboardInterrupt):
         tasks.tune(model, task_of(known), space, folder=tmp_path / "broken")
     monkeypatch.setattr(Known, "rows", honest)
-    found = tasks.tune(model, task_of(known), space, folder=tmp_path / "broken")
-    assert found.trials == expected.trials
+    resumed = tasks.tune(model, task_of(known), space, folder=tmp_path / "broken")
+    assert resumed.trials == expected.trials
     assert known.measured == len(expected.trials) + 1  # with the unsteered model
     trials = (tmp_path / "broken/trials.jsonl").read_bytes()
     assert trials == (tmp_path / "whole/trials.jsonl").read_bytes()
@@ -249,13 +249,13 @@ def test_an_interrupted_search_goes_on_and_measures_nothing_again(
 
 def test_other_prompts_in_the_same_folder_are_other_candidates(model: Model, tmp_path: Path) -> None:
     jacobians = mlx_lqr.linearize(model, SETS[0])
-    found = []
+    directions = []
     for sets in (SETS, SETS[::-1]):
         space = tasks.alqr_space(model, mlx_lqr.contrast(model, *sets), jacobians, concept="one")
         tuned = tasks.tune(model, task_of(Known()), space, limit=2.0, evaluations=1, folder=tmp_path)
         assert isinstance(tuned.steering, mlx_lqr.Controller)
-        found.append(tuned.steering.direction)
-    assert np.allclose(found[0], -found[1], atol=1e-5)
+        directions.append(tuned.steering.direction)
+    assert np.allclose(directions[0], -directions[1], atol=1e-5)
     assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 2
 
 
