@@ -91,7 +91,7 @@ IN_FULL = {"dog"}
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The same activations and matrices are computed once, and measures take few samples."""
+    """The same activations and matrices are computed once, whichever page asks; measures take few samples."""
     import matplotlib  # here, so that the tests without it are collected
 
     matplotlib.use("Agg")
@@ -110,7 +110,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_LQR_CACHE", str(cache))
-        patch.setattr(MLXModel, "residuals", once(MLXModel.residuals, lambda model, rows: (model, str(rows))))
+        patch.setattr(MLXModel, "residuals", once(MLXModel.residuals, _residuals_key))
         patch.setattr(MLXModel, "jacobian", once(MLXModel.jacobian, _jacobian_key))
         linearity = sys.modules["mlx_lqr.analysis.linearity"]
         patch.setattr(linearity, "dominant_modes", once(spectra.dominant_modes, lambda A, m: (A.tobytes(), m)))
@@ -140,8 +140,12 @@ def once(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[...,
     return remembering
 
 
-def _jacobian_key(model: MLXModel, trace: Trace, layer: int) -> tuple[MLXModel, bytes, int]:
-    return model, trace.residual.tobytes(), layer
+def _residuals_key(model: MLXModel, rows: Sequence[Sequence[int]]) -> tuple[str, str]:
+    return model.fingerprint, str(rows)
+
+
+def _jacobian_key(model: MLXModel, trace: Trace, layer: int) -> tuple[str, bytes, int]:
+    return model.fingerprint, trace.residual.tobytes(), layer
 
 
 class Reading:
