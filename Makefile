@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON_OLDEST ?= $(PYTHON)
 OLDEST := .venv-oldest
 
-.PHONY: help demo test coverage test-oldest test-gpu test-metal test-wheel lint docs figures clean
+.PHONY: help demo test test-oldest test-gpu test-metal test-wheel lint docs figures clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | column -t -s '#'
@@ -15,15 +15,13 @@ help: ## list the targets
 demo: $(VENV)/core ## fit a controller on a small model, and write with it
 	$(BIN)/mlx-lqr demo
 
-# Two processes with a file of tests each, and a core each: BLAS threads of both would only wait for one another.
-test: $(VENV)/test ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-
-# The same, a quarter slower with Python 3.11 and older; newer ones count lines at next to no cost.
-coverage: $(VENV)/test ## all tests, and which files they cover least
+# Two processes with a file of tests each, and a core each: BLAS threads of both would only wait for one another. With
+# COVERAGE=1 it also prints what they cover: a quarter slower with Python 3.11 and older, newer ones count lines at next
+# to no cost.
+test: $(VENV)/test ## all tests; COVERAGE=1 prints which files they cover least
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=
-	$(BIN)/python -m coverage report | sed -n -e '1,14p' -e '$$p'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(if $(COVERAGE),--cov --cov-report=)
+	@[ -z "$(COVERAGE)" ] || $(BIN)/python -m coverage report | sed -n -e '1,14p' -e '$$p'
 
 # What other libraries' changes can break, with the oldest versions that pyproject.toml allows.
 test-oldest: $(OLDEST)/test ## what other libraries can change, with their oldest versions
