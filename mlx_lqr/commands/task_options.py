@@ -140,9 +140,9 @@ def _option(one: TaskOption) -> Decorator:
     if isinstance(one.default, bool):
         declaration = f"{flag}/--{one.off}" if one.off else flag
         return option(declaration, is_flag=True, default=one.default, heading=TASK, help=one.help)
+    given: dict[str, Any] = {"required": True} if one.required else {"default": one.default}
     kind = click.Path() if one.metavar == "FILE" else None
-    metavar, required = one.metavar, one.required
-    return option(flag, type=kind, metavar=metavar, required=required, default=one.default, heading=TASK, help=one.help)
+    return option(flag, type=kind, metavar=one.metavar, heading=TASK, help=one.help, **given)
 
 
 def _shared(decoding: Decoding) -> tuple[Decorator, ...]:

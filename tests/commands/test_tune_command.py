@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -142,9 +143,8 @@ def test_nothing_within_the_limit_is_said_and_nothing_is_written(command: list[A
 
 def test_the_concept_task_is_tuned_on_openings_of_its_own(command: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(
-        "mlx_lqr.commands.task_options.concept_task", lambda words, openings, **_: seen.append(openings)
-    )
+    module = importlib.import_module("mlx_lqr.tasks.concept")  # the attribute of this name is the function
+    monkeypatch.setattr(module, "concept", lambda words, openings, **_: seen.append(openings))
     at = command.index("--openings")
     run(*command[:at], *command[at + 2 :])
     assert seen[0] == bundled_openings("tuning")

@@ -78,7 +78,7 @@ class FullGainLaw:
         self.layers = layers
         self._parts = K, V, pseudoinverse, wanted
 
-    def to(self, array: Any, add_product: Any) -> FullGainLaw:
+    def to(self, array: Any, add_product: Any, *, renew: Any = None) -> FullGainLaw:
         K, V, pseudoinverse, wanted = ([array(part) for part in parts] for parts in self._parts)
         return FullGainLaw(K, V, pseudoinverse, wanted, self.layers)
 
