@@ -105,8 +105,8 @@ def note_few_prompts(positive: Sequence[str], negative: Sequence[str]) -> None:
     """Say so where a concept was to be found in hardly any prompts."""
     if min(len(positive), len(negative)) < FEW_PROMPTS:
         click.echo(
-            f"Note: {len(positive)} positive and {len(negative)} negative prompts are few: what is found is more these "
-            "sentences than the concept; give 20 or more of each",
+            f"Note: {len(positive)} positive and {len(negative)} negative prompts are few: the direction will be more "
+            "about these sentences than about the concept; give 20 or more of each",
             err=True,
         )
 
