@@ -40,7 +40,8 @@ test-metal: $(VENV)/test ## on a Mac: all tests, and a benchmark
 test-wheel: $(BIN)/python ## build the wheel, install it into a fresh environment, run its commands
 	$(BIN)/python tests/built_wheel.py
 
-lint: $(VENV)/lint ## style, formatting and types
+# The types of tests are those of what tests use.
+lint: $(VENV)/lint $(VENV)/test ## style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/typecheck.py
