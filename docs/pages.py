@@ -121,13 +121,17 @@ def _cell(text: str) -> str:
     return re.sub(r"([|<\[])", r"\\\1", " ".join(text.split()))
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Fill in the commands, and lay out the package as it installs, where the reference finds it."""
+def on_startup(**_: object) -> None:
+    """Lay out the package as it installs, before the reference is told to look there."""
     package = ROOT / "build" / "package" / "mlx_lqr"
     shutil.rmtree(package.parent, ignore_errors=True)
     shutil.copytree(ROOT / "mlx_lqr", package, copy_function=os.symlink)
     for name in ("runtime", "convert"):
         (package / name).symlink_to(ROOT / name)
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Fill in the commands."""
     assert config.nav is not None
     for section in config.nav:
         for entry in section.get("Reference", ()):
