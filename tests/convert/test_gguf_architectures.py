@@ -106,6 +106,54 @@ def test_phi3_slides_as_its_metadata_says(tmp_path: Path) -> None:
     np.testing.assert_allclose(our_logits(folder), expected, atol=1e-3)
 
 
+def scaled(kind: str, theta: float, **settings: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **settings}}
+
+
+FOURFOLD = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
+GEMMA3_4B = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "metadata", "settings"),
+    [
+        ("mixtral", FOURFOLD, scaled("linear", 1e6, factor=4.0)),
+        ("smollm3", FOURFOLD, scaled("linear", 2e6, factor=4.0)),
+        ("gemma3", FOURFOLD, {"rope_parameters": GEMMA3_4B}),  # as Gemma 3 from 4B on: only where it does not slide
+        ("qwen3moe", YARN, scaled("yarn", 1e6, factor=4.0, original_max_position_embeddings=16)),
+        ("olmo2", YARN, scaled("yarn", 5e5, factor=4.0, original_max_position_embeddings=16)),
+    ],
+)
+def test_rope_is_scaled_as_in_transformers(
+    arch: str, metadata: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    name = "llama" if arch == "mixtral" else arch
+    keys = {f"{name}.{key}": value for key, value in metadata.items()}
+    tiny = write(tmp_path / "t.gguf", arch, metadata=keys, **settings)
+    expected = logits(tiny.reference, PROMPT)
+    assert np.abs(expected - logits(reference_model(arch), PROMPT)).max() > 0.1
+    np.testing.assert_allclose(our_logits(convert(tiny.path, tmp_path / "out")), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings"),
+    [
+        ("smollm3", {"attention_bias": True, "mlp_bias": True}),
+        ("smollm3", {"tie_word_embeddings": False}),
+        ("olmo2", {"tie_word_embeddings": True}),
+        ("qwen3moe", {"tie_word_embeddings": True}),
+    ],
+)
+def test_biases_and_heads_are_those_of_the_file(arch: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    tiny = write(tmp_path / "t.gguf", arch, **settings)
+    expected = logits(tiny.reference, PROMPT)
+    np.testing.assert_allclose(our_logits(convert(tiny.path, tmp_path / "out")), expected, atol=1e-3)
+
+
 FACTORS = {"short": [1.0, 1.1, 1.3, 1.5, 1.7, 2.0], "long": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0]}
 USUAL = math.sqrt(1 + math.log(256 / 64) / math.log(64))
 
