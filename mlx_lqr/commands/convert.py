@@ -12,7 +12,7 @@ from mlx_lqr.commands.progress import NOTHING_WRITTEN, progress_bars, stopping
 @command()
 @argument(
     "source",
-    help='A Hugging Face folder, a hub id, a .gguf file of the Llama, Qwen2/3 or Gemma 2/3 families, or "demo".',
+    help='A Hugging Face folder, a hub id, a .gguf file (any of them, if the model is in parts), or "demo".',
 )
 @argument("out", type=click.Path(), help="The folder to write.")
 @option("--quantize", type=int, metavar="BITS", heading=OUTPUT, help="Pack the weights in this many bits: 4 or 8.")

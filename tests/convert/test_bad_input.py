@@ -132,7 +132,12 @@ def _file(folder: Path, content: bytes) -> Path:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"llama.expert_count": 8}, "does not state llama.expert_used_count"),
+        ({"llama.expert_count": 8, "llama.expert_used_count": 9}, "uses 9 of 8 experts"),
+        (
+            {"llama.expert_count": 8, "llama.expert_used_count": 2},
+            "the tensor 'blk.0.ffn_down.weight', which this kind",
+        ),
         ({"llama.attention.scale": 0.5}, "llama.attention.scale"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
         ({"llama.attention.value_length": 8}, "value_length"),
