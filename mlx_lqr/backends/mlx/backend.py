@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_lqr.backends.backend import Backend, Suitability
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, RECORDER
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.mlx.device import on_mac
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError
@@ -32,11 +33,11 @@ class MLX(Backend):
         if importlib.util.find_spec("mlx") is None:
             raise InputError("the mlx backend needs mlx, which is not installed: pip install mlx-lqr")
 
-    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None) -> Model:
+    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None) -> Model:
         from mlx_lqr.backends.mlx import model
 
         assert device is None
-        return model.load(folder, name, dtype)
+        return model.load(folder, name, dtype, adapter)
 
     def adopt(self, model: Any) -> Model | None:
         nn = sys.modules.get("mlx.nn")
