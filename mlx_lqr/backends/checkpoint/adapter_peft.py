@@ -13,10 +13,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from mlx_lqr.backends.checkpoint import adapter_peft_experts as experts
 from mlx_lqr.backends.checkpoint.adapter import Change, Weight, canonical
 from mlx_lqr.errors import InputError
 
@@ -72,21 +74,24 @@ def changes(name: str, config: Mapping[str, Any], weights: Mapping[str, Weight])
         module, part = _split(name, config, key)
         changed[module][part] = values
     by_weight: dict[str, Change] = {}
-    experts: dict[str, dict[int, Change]] = defaultdict(dict)
+    single: dict[str, dict[int, Change]] = defaultdict(dict)
+    wrappers: dict[str, list[dict[str, Weight]]] = defaultdict(list)
     for module, parts in changed.items():
-        own = _changes_of_module(name, config, module, parts)
-        if (expert := _EXPERT.fullmatch(canonical(module))) is None:
-            by_weight |= {f"{canonical(module)}.{tensor}": change for tensor, change in own.items()}
+        path = canonical(module)
+        if (wrapped := experts.wrapped(path)) is not None:
+            wrappers[wrapped].append(parts)
+        elif (expert := experts.expert(path)) is not None:
+            weight, number = expert
+            single[weight][number] = _changes_of_module(name, config, module, parts).get("weight", Change())
         else:
-            layer, number, projection = expert.groups()
-            weight = f"{layer}.experts.{_PROJECTIONS.get(projection, projection)}.weight"
-            experts[weight][int(number)] = own["weight"]
-    return by_weight | {weight: _stacked(name, weight, own) for weight, own in experts.items()}
-
-
-_EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)")
-_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-"""Mixtral's names -> those of all others"""
+            own = _changes_of_module(name, config, module, parts)
+            by_weight |= {f"{path}.{tensor}": change for tensor, change in own.items()}
+    for weight, changes_of_experts in single.items():
+        by_weight[weight] = experts.stacked(name, weight, changes_of_experts)
+    for module, wrapping in wrappers.items():
+        ranks = partial(_rank_and_scale, name, config)
+        by_weight |= experts.of_parameters(name, config, module, wrapping, ranks)
+    return by_weight
 
 
 def _check_config(name: str, config: Mapping[str, Any]) -> None:
@@ -96,6 +101,8 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key == "init_lora_weights":
             wrong = value not in _LEAVE_THE_MODEL
+        elif key == "target_parameters":
+            wrong = any(not str(target).endswith(experts.PARAMETERS) for target in value or ())
         else:
             wrong = key not in _READ | _OF_TRAINING and value not in (None, False, "", [], {})
         if wrong:
@@ -130,7 +137,7 @@ def _split(name: str, config: Mapping[str, Any], key: str) -> tuple[str, str]:
 
 def _is_saved(module: str, names: Any) -> bool:
     """Whether a module, or one that it is a part of, is among the modules to save."""
-    return any(f".{name}." in f".{module}." for name in names)
+    return any(module.endswith(name) or f".{name}." in f".{module}." for name in names)
 
 
 def _changes_of_module(
@@ -157,7 +164,7 @@ def _changes_of_module(
     if bool(config.get("use_dora")) != (magnitude is not None):
         what = "no magnitudes" if magnitude is None else "magnitudes"
         raise InputError(f"the adapter {name} has {what} for {module}, but use_dora is {config.get('use_dora')}")
-    if magnitude is not None and (embedding or _EXPERT.fullmatch(canonical(module))):
+    if magnitude is not None and embedding:
         raise InputError(f"the adapter {name} is DoRA of {module}: merge it into its model with PEFT")
     up, down = (a.T, b.T) if embedding else (b, a)
     return own | {"weight": Change(parts.get("weight"), np.float32(scale) * up, down, magnitude)}
@@ -182,16 +189,6 @@ def _matching(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) ->
         except re.error as error:
             raise InputError(f"the adapter's config has the pattern {_short(key)}, which is none: {error}") from error
     return otherwise
-
-
-def _stacked(name: str, weight: str, by_expert: Mapping[int, Change]) -> Change:
-    numbers = sorted(by_expert)
-    ups, downs = ([getattr(by_expert[n], part) for n in numbers] for part in ("up", "down"))
-    if any(part is None for part in (*ups, *downs)) or any(by_expert[n].replacement is not None for n in numbers):
-        raise InputError(f"the adapter {name} has whole experts for {weight}: merge it into its model with PEFT")
-    if len({part.shape for part in ups}) > 1 or len({part.shape for part in downs}) > 1:
-        raise InputError(f"the adapter {name} has several ranks for {weight}: merge it into its model with PEFT")
-    return Change(up=np.stack(ups), down=np.stack(downs), experts=tuple(numbers))
 
 
 def _short(value: Any) -> str:

@@ -37,7 +37,7 @@ def merge(module: nn.Module, adapter: Adapter) -> None:
             _run_beside(leaf, change, dtype)
             continue
         if packed:
-            leaf = _unpacked(name, leaf)
+            leaf = _unpacked(name, leaf, dtype)
             module.update_modules(tree_unflatten([(path, leaf)]))
         weight = leaf[part]
         leaf[part] = change.applied(weight.astype(mx.float32), mx.array).astype(weight.dtype)
@@ -62,7 +62,7 @@ def _shape(leaf: nn.Module, part: str) -> tuple[int, ...]:
     return (*leaf.weight.shape[:-1], leaf.scales.shape[-1] * leaf.group_size)
 
 
-def _unpacked(name: str, leaf: nn.Module) -> nn.Module:
+def _unpacked(name: str, leaf: nn.Module, dtype: mx.Dtype) -> nn.Module:
     dense: nn.Module
     if isinstance(leaf, nn.QuantizedEmbedding):
         dense = nn.Embedding(1, 1)
@@ -70,7 +70,7 @@ def _unpacked(name: str, leaf: nn.Module) -> nn.Module:
         dense = nn.Linear(1, 1, bias="bias" in leaf)
     else:
         raise InputError(f"the adapter has {name} whole, where this model is quantised: load the unquantised one")
-    dense.weight = dequantized(leaf, leaf)
+    dense.weight = dequantized(leaf, leaf).astype(dtype)
     if "bias" in leaf:
         dense.bias = leaf.bias
     return dense
