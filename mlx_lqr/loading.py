@@ -11,8 +11,9 @@ from typing import Any, Literal, cast
 from mlx_lqr.backends import registry
 from mlx_lqr.backends.backend import Backend
 from mlx_lqr.backends.capabilities import RUNNER
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.adapter_folder import read_adapter
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import ADAPTED, Model, Progress
 from mlx_lqr.errors import InputError
 
 BackendName = Literal["auto", registry.Name]
@@ -48,11 +49,21 @@ def load(
     """
     chosen = _chosen(backend, device)
     chosen.check_installed()
-    adapted = None if adapter is None else read_adapter(adapter)
+    adapted, suffix = named_adapter(adapter)
     folder, name = resolve(source, progress=progress)
-    if adapted is not None:
-        name = f"{name} + adapter {adapted.name}"
-    return cast(Model, chosen.load(folder, name, dtype=dtype, device=device, adapter=adapted))
+    return cast(Model, chosen.load(folder, name + suffix, dtype=dtype, device=device, adapter=adapted))
+
+
+def named_adapter(folder: str | PathLike[str] | None) -> tuple[Adapter | None, str]:
+    """The adapter in a folder, if one is given, and what it adds to the model's name.
+
+    Raises:
+        InputError: no such folder, a damaged one, or an adapter of a kind that is not supported.
+    """
+    if folder is None:
+        return None, ""
+    adapter = read_adapter(folder)
+    return adapter, f"{ADAPTED}{adapter.name}"
 
 
 def _chosen(name: str, device: str | None) -> Backend:

@@ -80,7 +80,7 @@ def logits_of_mlx_lm(folder: Path, adapter: Path) -> np.ndarray:
 @pytest.mark.parametrize(("family", "kind"), [*((family, "lora") for family in ALL), ("llama", "dora")])
 def test_mlx_lms_adapters_do_what_mlx_lm_does(family: str, kind: str, backend: str, tmp_path: Path) -> None:
     folder = tiny_folder(family)
-    adapter = of_mlx_lm(folder, tmp_path / "mine", ALL[family] if kind == "lora" else LAYERS, kind)
+    adapter = of_mlx_lm(folder, tmp_path / "mine", ALL[family], kind)
     model = load(folder, backend, adapter)
     expected = logits_of_mlx_lm(folder, adapter)
     assert relative(model.logits(PROMPT), expected) < 1e-4
@@ -221,7 +221,8 @@ def quantised(family: str, place: Path, mode: str) -> Path:
 )
 def test_quantised_weights_stay_packed(family: str, kind: str, mode: str, tmp_path: Path) -> None:
     folder = quantised(family, tmp_path / "packed", mode)
-    adapter = of_mlx_lm(folder, tmp_path / "mine", ALL[family], kind)
+    keys = ALL[family] if mode == "affine" else LAYERS  # mlx-lm rounds embeddings in other modes to bfloat16
+    adapter = of_mlx_lm(folder, tmp_path / "mine", keys, kind)
     model: Any = load(folder, "mlx", adapter)
     assert relative(model.logits(PROMPT), logits_of_mlx_lm(folder, adapter)) < 1e-4
     assert "scales" in model.blocks[-1].self_attn.q_proj
@@ -399,7 +400,7 @@ def test_commands_with_an_adapter(llama: Made, tmp_path: Path, capsys: pytest.Ca
     folder, adapter = llama
     files = [tmp_path / "positive.txt", tmp_path / "negative.txt"]
     for number, file in enumerate(files):
-        file.write_text("".join(f"w{10 * number + n} w{n} w{n + 3}\n" for n in range(1, 7)))
+        file.write_text("".join(f"w{10 * number + n}\n" for n in range(1, 7)))
     output = tmp_path / "c.safetensors"
     prompts = ["--positive", str(files[0]), "--negative", str(files[1]), "--concept", "low", "--layers", "1"]
     with_adapter = ["--adapter", str(adapter)]
@@ -407,7 +408,7 @@ def test_commands_with_an_adapter(llama: Made, tmp_path: Path, capsys: pytest.Ca
     fitted = run("fit", folder, *prompts, "-o", output, *with_adapter)
     assert fitted.exit_code == 0, fitted.output
     assert "+ adapter songs" in run("show", output).stdout
-    arguments = [str(folder), "-p", "w1 w2", "-c", f"{output}:2", "-n", "4"]
+    arguments = [str(folder), "-p", "w1", "-c", f"{output}:2", "-n", "4"]
     answer = run("generate", *arguments, *with_adapter)
     assert answer.exit_code == 0
     assert "+ adapter songs" in refused("generate", *arguments)
