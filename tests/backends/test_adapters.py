@@ -17,6 +17,7 @@ from helpers.backends import BACKENDS, tiny_folder
 from helpers.command_line import refused, run
 from helpers.tiny_configs import PROMPT, plain_logits, relative, weights_folder
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import load_model, quantize_model
 from safetensors.numpy import load_file, save_file
@@ -25,6 +26,8 @@ import mlx_lqr
 from mlx_lqr.backends.mlx.blocks import dequantized
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError
+from mlx_lqr.loading import adopt
+from mlx_lqr.methods.running import law_on
 from mlx_lqr.runtime.__main__ import main as run_light
 
 SCALE = 2.5
@@ -379,6 +382,20 @@ def test_a_controller_belongs_to_the_model_with_its_adapter(backend: str, llama:
         assert mlx_lqr.generate(fitted, PROMPT, controller=controller, max_tokens=2) is not None
         with pytest.raises(InputError, match=r"\+ adapter songs"):
             mlx_lqr.generate(other, PROMPT, controller=controller, max_tokens=2)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "lora"), ("llama", "dora"), ("qwen3_moe", "lora")])
+def test_a_model_that_mlx_lm_has_loaded_with_an_adapter_is_known(family: str, kind: str, tmp_path: Path) -> None:
+    folder = tiny_folder(family)
+    adapter = of_mlx_lm(folder, tmp_path / "mine", ALL[family], kind)
+    module = load_adapters(load_model(folder)[0], str(adapter))
+    adopted, loaded = adopt(module), load(folder, "mlx", adapter)
+    assert adopted.fingerprint == loaded.fingerprint != adopt(load_model(folder)[0]).fingerprint
+    prompts = np.random.default_rng(0).integers(1, 64, (8, 6)).tolist()
+    controller = mlx_lqr.fit(loaded, prompts[:4], prompts[4:], layers=[1], cost="feature")
+    with mlx_lqr.steer(module, controller, strength=2.0):
+        steered = np.array(module(mx.array([PROMPT]), cache=make_prompt_cache(module))[0, -1])
+    assert relative(loaded.logits(PROMPT, law=law_on(loaded, controller, 2.0)), steered) < 1e-4
 
 
 def test_models_without_an_adapter_keep_their_fingerprint(smollm2: Model) -> None:

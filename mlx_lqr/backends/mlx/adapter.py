@@ -13,11 +13,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_lqr.backends.checkpoint import adapter_mlx_lm
 from mlx_lqr.backends.checkpoint.adapter import EMBEDDINGS, HEAD, Adapter, Change, canonical
 from mlx_lqr.backends.mlx.blocks import dequantized
 from mlx_lqr.errors import InputError
+
+OF_MLX_LM = "of mlx-lm"
+"""The name of an adapter that mlx-lm has loaded, since it keeps none"""
 
 
 def merge(module: nn.Module, adapter: Adapter) -> None:
@@ -42,6 +47,24 @@ def merge(module: nn.Module, adapter: Adapter) -> None:
         weight = leaf[part]
         leaf[part] = change.applied(weight.astype(mx.float32), mx.array).astype(weight.dtype)
         mx.eval(leaf[part])  # or all weights are held twice
+
+
+def adapter_in(module: nn.Module) -> Adapter | None:
+    """The adapter with which mlx-lm has loaded a module itself, or None: the same as `read_adapter` gives."""
+    changes: dict[str, Change] = {}
+    for path, layer in module.named_modules():
+        if "lora_a" in layer:
+            parts = {
+                name: np.array(layer[name].astype(mx.float32)) for name in ("lora_a", "lora_b", "m") if name in layer
+            }
+            rank = parts["lora_a"].shape[1]  # (columns, r), or (E, r, columns) for experts
+            config = {
+                "fine_tune_type": "dora" if "m" in parts else "lora",
+                "lora_parameters": {"rank": rank, "scale": layer.scale},
+            }
+            weights = {f"{path}.{name}": values for name, values in parts.items()}
+            changes |= adapter_mlx_lm.changes(OF_MLX_LM, config, weights)
+    return Adapter(OF_MLX_LM, changes, base=None) if changes else None
 
 
 def _weights(module: nn.Module) -> dict[str, tuple[str, nn.Module, str]]:

@@ -11,7 +11,7 @@ from mlx_lqr.backends.backend import Backend, Suitability
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, RECORDER
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.mlx.device import on_mac
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import ADAPTED, Model
 from mlx_lqr.errors import InputError
 
 
@@ -43,12 +43,17 @@ class MLX(Backend):
         nn = sys.modules.get("mlx.nn")
         if nn is None or not isinstance(model, nn.Module):
             return None
+        from mlx_lqr.backends.mlx.adapter import adapter_in
         from mlx_lqr.backends.mlx.library import model_classes
         from mlx_lqr.backends.mlx.model import MLXModel
 
         model_type = str(getattr(model, "model_type", type(model).__module__))
         model_classes(model_type)
-        return MLXModel(model, model_type)
+        adapter = adapter_in(model)
+        name = model_type if adapter is None else f"{model_type}{ADAPTED}{adapter.name}"
+        adopted = MLXModel(model, name)
+        adopted.adapter = adapter
+        return adopted
 
 
 BACKEND = MLX()
