@@ -236,6 +236,23 @@ def test_quantised_weights_stay_packed(family: str, kind: str, mode: str, tmp_pa
         assert relative(packed, dense) < 1e-4
 
 
+def test_a_packed_layer_that_the_adapter_has_whole(tmp_path: Path) -> None:
+    folder = quantised("qwen2", tmp_path / "packed", "affine")
+    random = np.random.default_rng(0)
+    weights = {"weight": random.normal(size=(64, 64)), "bias": random.normal(size=64)}
+    place = "model.layers.1.self_attn.q_proj"
+    whole = {f"{place}.{part}": values.astype(np.float32) for part, values in weights.items()}
+    module, _ = load_model(folder)
+    module.set_dtype(mx.float32)
+    linear = nn.Linear(64, 64)
+    linear.weight, linear.bias = (mx.array(whole[f"{place}.{part}"]) for part in ("weight", "bias"))
+    module.layers[1].self_attn.q_proj = linear
+    expected = np.array(module(mx.array([PROMPT]))[0, -1])
+    for order in (1, -1):
+        adapter = written(tmp_path / "whole", {"fine_tune_type": "full"}, dict(list(whole.items())[::order]))
+        assert relative(load(folder, "mlx", adapter).logits(PROMPT), expected) < 1e-4
+
+
 def unpack(model: Any) -> None:
     """Give the model dense weights that are W + up down; experts stay as they are."""
     leaves = tree_flatten(model.module.leaf_modules(), is_leaf=nn.Module.is_module)

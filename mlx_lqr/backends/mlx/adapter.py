@@ -1,8 +1,9 @@
 """An adapter merged into an mlx-lm module, or run beside packed weights, which stay packed.
 
 Packed once more, a weight would lose most of the adapter to rounding; unpacked, it takes four to eight times the
-memory. So a packed layer computes W x + up (down x), in the memory that it had before. Embeddings, which have no such
-layer, and weights that the adapter has whole are unpacked.
+memory. So a packed layer computes W x + up (down x): SmolLM2 in 4 bits takes 80 MB, with an adapter of rank 8 for all
+layers 90 MB, and unpacked 422 MB. Embeddings, which have no such layer, and weights that the adapter has whole are
+unpacked.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mlx_lqr.backends.checkpoint.adapter import EMBEDDINGS, HEAD, Adapter, Chang
 from mlx_lqr.backends.mlx.blocks import dequantized
 from mlx_lqr.errors import InputError
 
+_PARTS = ("weight", "bias")
 OF_MLX_LM = "of mlx-lm"
 """The name of an adapter that mlx-lm has loaded, since it keeps none"""
 
@@ -44,6 +46,7 @@ def merge(module: nn.Module, adapter: Adapter) -> None:
         if packed:
             leaf = _unpacked(name, leaf, dtype)
             module.update_modules(tree_unflatten([(path, leaf)]))
+            places |= {canonical(f"{path}.{own}"): (path, leaf, own) for own in _PARTS if own in leaf}
         weight = leaf[part]
         leaf[part] = change.applied(weight.astype(mx.float32), mx.array).astype(weight.dtype)
         mx.eval(leaf[part])  # or all weights are held twice
@@ -70,12 +73,7 @@ def adapter_in(module: nn.Module) -> Adapter | None:
 def _weights(module: nn.Module) -> dict[str, tuple[str, nn.Module, str]]:
     """Every weight and bias, by the name that adapters have for it: its layer's path, the layer, its name there."""
     leaves = tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)
-    return {
-        canonical(f"{path}.{part}"): (path, leaf, part)
-        for path, leaf in leaves
-        for part in ("weight", "bias")
-        if part in leaf
-    }
+    return {canonical(f"{path}.{part}"): (path, leaf, part) for path, leaf in leaves for part in _PARTS if part in leaf}
 
 
 def _shape(leaf: nn.Module, part: str) -> tuple[int, ...]:
