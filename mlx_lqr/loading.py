@@ -11,7 +11,9 @@ from typing import Any, Literal, cast
 from mlx_lqr.backends import registry
 from mlx_lqr.backends.backend import Backend
 from mlx_lqr.backends.capabilities import RUNNER
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.checkpoint.adapter import Adapter
+from mlx_lqr.backends.checkpoint.adapter_folder import read_adapter
+from mlx_lqr.backends.protocol import ADAPTED, Model, Progress
 from mlx_lqr.errors import InputError
 
 BackendName = Literal["auto", registry.Name]
@@ -23,6 +25,7 @@ def load(
     backend: BackendName = "auto",
     device: str | None = None,
     dtype: str | None = None,
+    adapter: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a language model.
@@ -34,18 +37,33 @@ def load(
             torch where it finds a CUDA GPU, else MLX on the CPU.
         device: "cpu", "cuda" or "cuda:NUMBER", for torch, which it chooses; by default a GPU where there is one.
         dtype: "float32", "float16" or "bfloat16"; by default the checkpoint's own on a GPU and float32 on the CPU.
+        adapter: the folder of a LoRA adapter, of mlx-lm's format or PEFT's, with which the model is to compute.
         progress: called as progress(stage, done, total) while a source is fetched or converted.
 
     Returns:
         A model with every capability that its backend has; whoever needs another one says so.
 
     Raises:
-        InputError: no such source, an unsupported architecture, damaged files, or a backend or device that is not here.
+        InputError: no such source, an unsupported architecture, damaged files, a backend or device that is not here, or
+            an adapter that is not this model's or of a kind that is not supported.
     """
     chosen = _chosen(backend, device)
     chosen.check_installed()
+    adapted, suffix = named_adapter(adapter)
     folder, name = resolve(source, progress=progress)
-    return cast(Model, chosen.load(folder, name, dtype=dtype, device=device))
+    return cast(Model, chosen.load(folder, name + suffix, dtype=dtype, device=device, adapter=adapted))
+
+
+def named_adapter(folder: str | PathLike[str] | None) -> tuple[Adapter | None, str]:
+    """The adapter in a folder, if one is given, and what it adds to the model's name.
+
+    Raises:
+        InputError: no such folder, a damaged one, or an adapter of a kind that is not supported.
+    """
+    if folder is None:
+        return None, ""
+    adapter = read_adapter(folder)
+    return adapter, f"{ADAPTED}{adapter.name}"
 
 
 def _chosen(name: str, device: str | None) -> Backend:

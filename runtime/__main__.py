@@ -22,7 +22,14 @@ from typing import Any, NoReturn, get_args
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.runtime import Options, stream
-from mlx_lqr.runtime.arguments import DECODING_HELP, DTYPE_DEFAULT, given_or_piped, load_controllers, parse_controller
+from mlx_lqr.runtime.arguments import (
+    ADAPTER_HELP,
+    DECODING_HELP,
+    DTYPE_DEFAULT,
+    given_or_piped,
+    load_controllers,
+    parse_controller,
+)
 from mlx_lqr.runtime.decode import Overflow
 from mlx_lqr.runtime.streams import STOPPED, accept_any_text, describe, drop_output, reader_has_gone
 
@@ -50,7 +57,7 @@ def _generate(given: argparse.Namespace) -> None:
     text = given_or_piped(given.prompt)
     choices = [parse_controller(text) for text in given.controllers]
     controller, strengths = load_controllers(choices, given.model)
-    model = load(given.model, dtype=given.dtype)
+    model = load(given.model, dtype=given.dtype, adapter=given.adapter)
     options: Options = {name: getattr(given, name) for name in Options.__annotations__ if hasattr(given, name)}  # type: ignore[assignment]
     if controller is not None:
         options |= {"controller": controller, "strength": strengths}
@@ -99,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     decoding("--stop", action="append", metavar="TEXT")
     decoding("--overflow", choices=get_args(Overflow))
     add("--dtype", default=None, help=f"float32, float16 or bfloat16; {DTYPE_DEFAULT}")
+    add("--adapter", default=None, metavar="FOLDER", help=ADAPTER_HELP)
     return parser
 
 

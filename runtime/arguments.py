@@ -25,6 +25,7 @@ DECODING_HELP: Mapping[str, str] = {
     "overflow": "When the context is full: stop with an error, or roll on without the oldest tokens.",
 }
 """What the options of decoding do, by the names of `mlx_lqr.Options`"""
+ADAPTER_HELP = "Run the model with the LoRA adapter in FOLDER, in the format of mlx-lm or of PEFT."
 DTYPE_DEFAULT = "by default the checkpoint's own on a GPU, and float32 on a CPU."
 
 

@@ -41,7 +41,7 @@ entry of its layer: runtime and analysis know nothing of each other."""
 PROTOCOL = {"backends.protocol", "backends.capabilities"}  # what a model can do, and what to say where it cannot
 FROM_BACKENDS = {
     "convert": {*PROTOCOL, "backends.borrowed", "backends.checkpoint", "backends.mlx"},  # it writes MLX's
-    "loading": {*PROTOCOL, "backends.backend", "backends.registry"},
+    "loading": {*PROTOCOL, "backends.backend", "backends.checkpoint", "backends.registry"},  # an adapter, read
     "lqr": PROTOCOL,
     "methods": PROTOCOL,
     "analysis": PROTOCOL,

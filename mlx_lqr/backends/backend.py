@@ -7,6 +7,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.protocol import Runner
 
 if TYPE_CHECKING:
@@ -45,14 +46,18 @@ class Backend(ABC):
         """Raise `InputError` where a package that it needs is missing or too old."""
 
     @abstractmethod
-    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None) -> Runner:
+    def load(
+        self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None
+    ) -> Runner:
         """The model in a folder of config.json, safetensors and tokenizer files.
 
         Args:
             device: None where the backend takes none.
+            adapter: what the model is to compute with; it is a part of its fingerprint.
 
         Raises:
-            InputError: an unsupported architecture, a device that is not there, or files that are missing or damaged.
+            InputError: an unsupported architecture, a device that is not there, files that are missing or damaged, or
+                an adapter of another model.
         """
 
     @abstractmethod

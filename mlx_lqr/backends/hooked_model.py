@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_lqr.backends.batching import Stretches, in_batches, padded
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import check_rolling, context_of
 from mlx_lqr.backends.fingerprint import fingerprint_of
 from mlx_lqr.backends.framework import Framework
@@ -74,6 +75,7 @@ class HookedModel(ABC):
         self.vocab_size = int(config["vocab_size"])
         self._heads = int(config["num_attention_heads"])
         self.context_length, self.rolls = context_of(config)
+        self.adapter: Adapter | None = None
 
     @abstractmethod
     def _norms(self) -> Iterable[tuple[str, bytes]]:
@@ -108,7 +110,8 @@ class HookedModel(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint_of((self.num_layers, self.hidden_size, self.vocab_size), self._norms())
+        sizes = (self.num_layers, self.hidden_size, self.vocab_size)
+        return fingerprint_of(sizes, self._norms(), None if self.adapter is None else self.adapter.digest)
 
     def place(self, law: Law | None) -> Law | None:
         """The law with its arrays on the model's device, in the dtype of the residual stream."""

@@ -39,6 +39,8 @@ Renew = Callable[[Array, np.ndarray], Array]
 """(array, values) -> an array of these values, maybe the same one with its values exchanged."""
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total): how the library reports long work; it prints nothing itself."""
+ADAPTED = " + adapter "
+"""Between the name of a model and that of the adapter that it runs with"""
 Site = Literal["block", "attention"]
 """What a law changes: a block's output, or that of its attention's output projection, before a norm or the sum with the
 residual stream."""

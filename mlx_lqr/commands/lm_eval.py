@@ -108,6 +108,7 @@ def lm_eval(
         evaluator = load_evaluator(
             model,
             dtype=loading["dtype"],
+            adapter=loading["adapter"],
             batch_size=batch_size,
             max_tokens=max_tokens,
             apply_chat_template=apply_chat_template,

@@ -27,7 +27,7 @@ from mlx_lqr.commands.help import (
 )
 from mlx_lqr.commands.values import ControllerType, LayersType, StrengthsType
 from mlx_lqr.loading import BackendName
-from mlx_lqr.runtime.arguments import DECODING_HELP, DTYPE_DEFAULT
+from mlx_lqr.runtime.arguments import ADAPTER_HELP, DECODING_HELP, DTYPE_DEFAULT
 from mlx_lqr.runtime.decode import Overflow
 
 model_argument = argument("model", help='An MLX or Hugging Face folder, a hub id, a .gguf file, or "demo".')
@@ -39,6 +39,7 @@ class Loading(TypedDict):
     backend: BackendName
     device: str | None
     dtype: str | None
+    adapter: str | None
 
 
 def dtype_option(help: str, heading: str = LOADING) -> Decorator:
@@ -63,10 +64,14 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="For torch: cpu, cuda or cuda:NUMBER; by default a GPU if there is one.",
         ),
         dtype_option(DTYPE_DEFAULT),
+        option("--adapter", type=click.Path(), metavar="FOLDER", heading=LOADING, help=ADAPTER_HELP),
     )
     @functools.wraps(command)
-    def collected(*, backend: BackendName, device: str | None, dtype: str | None, **others: Any) -> Any:
-        return command(loading=Loading(backend=backend, device=device, dtype=dtype), **others)
+    def collected(
+        *, backend: BackendName, device: str | None, dtype: str | None, adapter: str | None, **others: Any
+    ) -> Any:
+        loading = Loading(backend=backend, device=device, dtype=dtype, adapter=adapter)
+        return command(loading=loading, **others)
 
     return collected
 

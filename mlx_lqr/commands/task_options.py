@@ -55,8 +55,10 @@ class Request:
     def load(self, progress: Progress) -> tuple[Model, Task]:
         """The model and the task."""
         model = load(self.model, **self.loading, progress=progress)
-        judge = Judge(load(self.judge, **self.loading, progress=progress)) if self.judge is not None else Judge()
-        return model, self.make(judge, self.concepts)
+        if self.judge is None:
+            return model, self.make(Judge(), self.concepts)
+        without_adapter: Loading = {**self.loading, "adapter": None}
+        return model, self.make(Judge(load(self.judge, **without_adapter, progress=progress)), self.concepts)
 
     @property
     def judge_name(self) -> str:
@@ -65,7 +67,9 @@ class Request:
 
     @property
     def recorded_loading(self) -> dict[str, str | None]:
-        return {name: None if value is None else str(value) for name, value in self.loading.items()}
+        """Without the adapter, which the model's name and fingerprint say."""
+        parts = {"backend": self.loading["backend"], "device": self.loading["device"], "dtype": self.loading["dtype"]}
+        return {name: None if value is None else str(value) for name, value in parts.items()}
 
 
 def add_tasks(

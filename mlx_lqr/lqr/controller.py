@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Float32, Runner
+from mlx_lqr.backends.protocol import ADAPTED, Float32, Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.tensors import check_finite, check_shape, read_tensors, write_tensors
@@ -321,8 +321,17 @@ def check_fitted_on(
     if (fitted.num_layers, fitted.hidden_size) != (num_layers, hidden_size) or fitted.fingerprint != fingerprint:
         raise InputError(
             f"{what} was fitted on {fitted.model_name} ({fitted.num_layers} layers of width {fitted.hidden_size}), "
-            f"not on {name} ({num_layers} layers of width {hidden_size}): fit one on it"
+            f"not on {name} ({num_layers} layers of width {hidden_size}): {_way_out(fitted.model_name, name)}"
         )
+
+
+def _way_out(fitted_on: str, name: str) -> str:
+    """What helps where a controller was fitted on the first model and is to run on the second."""
+    if ADAPTED in fitted_on and fitted_on == name:
+        return "the adapter is another one now, fit one with it"
+    if ADAPTED in fitted_on:
+        return "fit one on it, or load the model with that adapter (--adapter)"
+    return "fit one on it, or load the model without the adapter" if ADAPTED in name else "fit one on it"
 
 
 def check_choice(name: str, value: object, kind: Any) -> None:

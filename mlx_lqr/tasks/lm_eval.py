@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError, first_line
-from mlx_lqr.loading import resolve
+from mlx_lqr.loading import named_adapter, resolve
 from mlx_lqr.runtime import steer
 from mlx_lqr.tasks.records import Records, Row, digest
 from mlx_lqr.tasks.steering import NamedSteering, check_strengths
@@ -142,6 +142,7 @@ def load_evaluator(
     source: str | PathLike[str],
     *,
     dtype: str | None = None,
+    adapter: str | PathLike[str] | None = None,
     batch_size: int = 8,
     max_tokens: int | None = None,
     apply_chat_template: bool | None = None,
@@ -150,7 +151,7 @@ def load_evaluator(
     """Load a model as mlx-lm does, for its evaluator. It runs on MLX.
 
     Args:
-        source, dtype, progress: see `mlx_lqr.load`.
+        source, dtype, adapter, progress: see `mlx_lqr.load`.
         batch_size: how many texts are generated, or scored without a context, side by side.
         max_tokens: tokens per text, at most; None is the task's own number.
         apply_chat_template: None applies it if the model has one.
@@ -159,11 +160,12 @@ def load_evaluator(
         InputError: lm-eval is not installed, the source cannot be used, or mlx-lm cannot load or we cannot steer it.
     """
     _check_installed()
+    adapted, suffix = named_adapter(adapter)
     folder, name = resolve(source, progress=progress)
     from mlx_lqr.backends.mlx.evaluator import Evaluator
 
     options = {"batch_size": batch_size, "max_tokens": max_tokens, "use_chat_template": apply_chat_template}
-    return Evaluator(folder, name, dtype, **options)
+    return Evaluator(folder, name + suffix, dtype, adapted, **options)
 
 
 def _check_installed() -> None:

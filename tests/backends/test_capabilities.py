@@ -18,6 +18,7 @@ from mlx_lqr import InputError, analysis, loading
 from mlx_lqr.backends import registry
 from mlx_lqr.backends.backend import Backend, Suitability
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, RECORDER, RUNNER, Capability
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.protocol import GREEDY, Decoder, Float32, Law, Model, Recorder, Runner, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.commands import main
@@ -83,8 +84,11 @@ class EngineBackend(Backend):
     def check_installed(self) -> None:
         pass
 
-    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None) -> Recorder:
-        return Engine(registry.backend(BACKENDS[0]).load(folder, name, dtype=dtype, device=device))  # type: ignore[arg-type]
+    def load(
+        self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None
+    ) -> Recorder:
+        loaded = registry.backend(BACKENDS[0]).load(folder, name, dtype=dtype, device=device, adapter=adapter)
+        return Engine(loaded)  # type: ignore[arg-type]
 
     def adopt(self, model: Any) -> Runner | None:
         return None

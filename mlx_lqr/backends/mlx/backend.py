@@ -9,8 +9,9 @@ from typing import Any
 
 from mlx_lqr.backends.backend import Backend, Suitability
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, RECORDER
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.mlx.device import on_mac
-from mlx_lqr.backends.protocol import Model
+from mlx_lqr.backends.protocol import ADAPTED, Model
 from mlx_lqr.errors import InputError
 
 
@@ -32,22 +33,27 @@ class MLX(Backend):
         if importlib.util.find_spec("mlx") is None:
             raise InputError("the mlx backend needs mlx, which is not installed: pip install mlx-lqr")
 
-    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None) -> Model:
+    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None) -> Model:
         from mlx_lqr.backends.mlx import model
 
         assert device is None
-        return model.load(folder, name, dtype)
+        return model.load(folder, name, dtype, adapter)
 
     def adopt(self, model: Any) -> Model | None:
         nn = sys.modules.get("mlx.nn")
         if nn is None or not isinstance(model, nn.Module):
             return None
+        from mlx_lqr.backends.mlx.adapter import adapter_in
         from mlx_lqr.backends.mlx.library import model_classes
         from mlx_lqr.backends.mlx.model import MLXModel
 
         model_type = str(getattr(model, "model_type", type(model).__module__))
         model_classes(model_type)
-        return MLXModel(model, model_type)
+        adapter = adapter_in(model)
+        name = model_type if adapter is None else f"{model_type}{ADAPTED}{adapter.name}"
+        adopted = MLXModel(model, name)
+        adopted.adapter = adapter
+        return adopted
 
 
 BACKEND = MLX()

@@ -120,6 +120,10 @@ def differentiable(block: nn.Module) -> Iterator[None]:
         block.update(parameters)
 
 
+_PARTS = ("weight", "scales", "biases", "bias", "up", "down")
+"""Of experts; the last two are an adapter's"""
+
+
 class _PickedExperts(nn.Module):
     """The experts of a mixture that one position uses, applied one by one as dense float32 products."""
 
@@ -130,8 +134,8 @@ class _PickedExperts(nn.Module):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         (experts,) = self._experts
         chosen = indices.reshape(-1)  # (k,), and x is (1, 1, 1 or k, 1, d)
-        parts = {name: experts[name][chosen] for name in ("weight", "scales", "biases", "bias") if name in experts}
-        weight = _dequantized(experts, parts) if "scales" in parts else parts["weight"]
+        parts = {name: experts[name][chosen] for name in _PARTS if name in experts}
+        weight = dequantized(experts, parts) if "scales" in parts else parts["weight"]
         weight = weight.astype(mx.float32)
         products = [x[..., min(j, x.shape[-3] - 1), :, :] @ weight[j].T for j in range(chosen.size)]
         result = mx.stack(products, axis=-3)
@@ -140,13 +144,16 @@ class _PickedExperts(nn.Module):
 
 def _unpacked(leaf: nn.Module) -> nn.Linear:
     linear = nn.Linear(1, 1, bias="bias" in leaf)
-    linear.weight = _dequantized(leaf, leaf)
+    linear.weight = dequantized(leaf, leaf)
     if "bias" in leaf:
         linear.bias = leaf.bias
     return linear
 
 
-def _dequantized(leaf: nn.Module, parts: Any) -> mx.array:
-    """The weight that `parts` (weight, scales, biases) packs in the way of `leaf`."""
+def dequantized(leaf: nn.Module, parts: Any) -> mx.array:
+    """The weight that `parts` (weight, scales, biases) packs in the way of `leaf`, with what an adapter makes of it."""
     packing = {"group_size": leaf.group_size, "bits": leaf.bits, "mode": leaf.mode}
-    return mx.dequantize(parts["weight"], parts["scales"], parts.get("biases"), **packing)
+    weight = mx.dequantize(parts["weight"], parts["scales"], parts.get("biases"), **packing)
+    if "up" in parts:
+        weight = weight + parts["up"] @ parts["down"]
+    return parts["factor"][:, None] * weight if "factor" in parts else weight

@@ -15,9 +15,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_lm.evaluate import DEFAULT_MAX_TOKENS, MLXLM
 
 from mlx_lqr.backends.borrowed import check_borrowed
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
 from mlx_lqr.backends.checkpoint.model_folder import check_dtype, read_config
 from mlx_lqr.backends.checkpoint.weight_files import weights_of
+from mlx_lqr.backends.mlx.adapter import merge
 from mlx_lqr.backends.mlx.family import complete
 from mlx_lqr.backends.mlx.load import arguments_for, as_mlx_lm_reads, cast
 from mlx_lqr.backends.mlx.model import MLXModel
@@ -37,11 +39,13 @@ class Evaluator(MLXLM):
 
     _max_tokens: int | None
 
-    def __init__(self, folder: Path, name: str, dtype: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, name: str, dtype: str | None = None, adapter: Adapter | None = None, **options: Any
+    ) -> None:
         """Load the model as mlx-lm does, in the dtype that it has elsewhere in this library.
 
         Args:
-            folder, name, dtype: see `mlx.load`.
+            folder, name, dtype, adapter: see `mlx.load`.
             **options: `MLXLM`'s own.
 
         Raises:
@@ -62,9 +66,12 @@ class Evaluator(MLXLM):
             raise InputError(f"mlx-lm cannot load {folder}: {first_line(error)}") from error
         complete(self._model, meaning)
         cast(self._model, dtype)
+        if adapter is not None:
+            merge(self._model, adapter)
         mx.eval(self._model.parameters())
         self.model = MLXModel(self._model, name)
         self.model.context_length, self.model.rolls = meaning.context_length, meaning.rolls
+        self.model.adapter = adapter
         self.options = {**options, "use_chat_template": bool(self.use_chat_template), "dtype": dtype}
         """What its answers depend on"""
 

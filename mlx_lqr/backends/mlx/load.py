@@ -14,10 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import ModelConfig
 from mlx_lqr.backends.checkpoint.model_folder import check_dtype
 from mlx_lqr.backends.checkpoint.weight_files import INDEX, Weights, weights_of
 from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
+from mlx_lqr.backends.mlx.adapter import merge
 from mlx_lqr.backends.mlx.device import on_gpu, on_linux
 from mlx_lqr.backends.mlx.family import ALWAYS_TIED, arguments, complete
 from mlx_lqr.backends.mlx.library import model_classes, settings_read
@@ -26,7 +28,9 @@ from mlx_lqr.errors import InputError, first_line
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
-def load_module(folder: Path, config: dict[str, Any], meaning: ModelConfig, dtype: str | None) -> nn.Module:
+def load_module(
+    folder: Path, config: dict[str, Any], meaning: ModelConfig, dtype: str | None, adapter: Adapter | None = None
+) -> nn.Module:
     """Build the module and load its weights.
 
     Args:
@@ -34,9 +38,10 @@ def load_module(folder: Path, config: dict[str, Any], meaning: ModelConfig, dtyp
         meaning: what it says.
         dtype: "float32", "float16" or "bfloat16" for everything that is not packed; None keeps the checkpoint's dtype
             on a GPU and takes float32 on the CPU, where 16-bit products are 10 to 30 times slower.
+        adapter: is merged into the weights, or runs beside those that are packed.
 
     Raises:
-        InputError: unsupported architecture, or weights that are missing, damaged or not this architecture's.
+        InputError: unsupported architecture, or weights or an adapter that are missing, damaged or another model's.
     """
     check_dtype(dtype)
     Model, ModelArgs = model_classes(meaning.family)
@@ -68,6 +73,8 @@ def load_module(folder: Path, config: dict[str, Any], meaning: ModelConfig, dtyp
         mx.eval(module.parameters())
     except RuntimeError as error:
         raise InputError(f"the weights in {folder} cannot be read: {first_line(error)}") from error
+    if adapter is not None:
+        merge(module, adapter)
     if on_linux() and not on_gpu():
         _lay_out_for_single_tokens(module)
     return module

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lqr.backends import blas
 from mlx_lqr.backends.borrowed import check_borrowed
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
 from mlx_lqr.backends.checkpoint.model_folder import read_config
 from mlx_lqr.backends.hooked_model import HookedModel
@@ -30,18 +31,21 @@ from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 
 
-def load(folder: Path, name: str, dtype: str | None = None) -> MLXModel:
-    """The model in a folder of config.json, safetensors and tokenizer files.
+def load(folder: Path, name: str, dtype: str | None = None, adapter: Adapter | None = None) -> MLXModel:
+    """The model in a folder of config.json, safetensors and tokenizer files, with an adapter.
 
     Raises:
-        InputError: unsupported architecture, or files that are missing, damaged or do not fit together.
+        InputError: unsupported architecture, files that are missing, damaged or do not fit together, or an adapter of
+            another model.
     """
     config = read_config(folder)
     if not on_gpu():
         blas.warn_if_slow()
     meaning = model_config(config)
-    model = MLXModel(load_module(folder, config, meaning, dtype), name, Tokenizer(folder, config))
+    module = load_module(folder, config, meaning, dtype, adapter)
+    model = MLXModel(module, name, Tokenizer(folder, config))
     model.context_length, model.rolls = meaning.context_length, meaning.rolls
+    model.adapter = adapter
     return model
 
 

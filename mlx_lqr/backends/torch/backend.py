@@ -12,6 +12,7 @@ from typing import Any
 
 from mlx_lqr.backends.backend import Backend, Suitability
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, RECORDER
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError
 
@@ -53,10 +54,10 @@ class Torch(Backend):
                     'pip install -U "mlx-lqr[torch]"'
                 )
 
-    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None) -> Model:
+    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None) -> Model:
         from mlx_lqr.backends.torch import model
 
-        return model.load(folder, name, dtype, device)
+        return model.load(folder, name, dtype, device, adapter)
 
     def adopt(self, model: Any) -> Model | None:
         transformers = sys.modules.get("transformers")

@@ -18,11 +18,13 @@ from transformers.utils import logging
 
 from mlx_lqr.backends.borrowed import changed
 from mlx_lqr.backends.checkpoint import model_folder
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import ModelConfig
 from mlx_lqr.backends.checkpoint.families import SETTINGS
 from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, check_dtype
 from mlx_lqr.backends.checkpoint.weight_files import INDEX, SINGLE, Weights, weights_of
 from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
+from mlx_lqr.backends.torch.adapter import merge
 from mlx_lqr.backends.torch.framework import out_of_memory
 from mlx_lqr.backends.torch.library import config_of, knows_activation, model_class
 from mlx_lqr.errors import InputError, first_line
@@ -58,7 +60,12 @@ def chosen_device(device: str | None) -> torch.device:
 
 
 def load_module(
-    folder: Path, config: dict[str, Any], meaning: ModelConfig, dtype: str | None, device: torch.device
+    folder: Path,
+    config: dict[str, Any],
+    meaning: ModelConfig,
+    dtype: str | None,
+    device: torch.device,
+    adapter: Adapter | None = None,
 ) -> nn.Module:
     """Build the model and load its weights.
 
@@ -67,9 +74,11 @@ def load_module(
         meaning: what it says.
         dtype: "float32", "float16" or "bfloat16"; None keeps the checkpoint's dtype on a GPU and takes float32 on the
             CPU.
+        adapter: is merged into the weights.
 
     Raises:
-        InputError: unsupported architecture, packed weights, or weights that are missing, damaged or another model's.
+        InputError: unsupported architecture, packed weights, or weights or an adapter that are missing, damaged or
+            another model's.
     """
     check_dtype(dtype)
     if "quantization" in config or "quantization_config" in config:
@@ -100,6 +109,8 @@ def load_module(
     module = module.to(device).eval().requires_grad_(False)
     if isinstance(wanted, torch.dtype) and module.dtype != wanted:
         raise changed("transformers", f"loads weights as {module.dtype} that were to be {wanted}")
+    if adapter is not None:
+        merge(module, adapter)
     if device.type == "cpu" and module.dtype == torch.float32:
         _lay_out_for_single_tokens(module)
     return module

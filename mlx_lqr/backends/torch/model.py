@@ -12,6 +12,7 @@ import torch
 from torch.func import jvp, vjp
 
 from mlx_lqr.backends.borrowed import check_borrowed
+from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
 from mlx_lqr.backends.checkpoint.model_folder import read_config
 from mlx_lqr.backends.hooked_model import HookedModel
@@ -27,20 +28,23 @@ from mlx_lqr.backends.torch.load import check_family, chosen_device, load_module
 from mlx_lqr.errors import InputError
 
 
-def load(folder: Path, name: str, dtype: str | None = None, device: str | None = None) -> TorchModel:
-    """The model in a folder of config.json, safetensors and tokenizer files.
+def load(
+    folder: Path, name: str, dtype: str | None = None, device: str | None = None, adapter: Adapter | None = None
+) -> TorchModel:
+    """The model in a folder of config.json, safetensors and tokenizer files, with an adapter merged into it.
 
     Raises:
-        InputError: unsupported architecture, a device that is not there or too small, or files that are missing,
-            damaged or do not fit together.
+        InputError: unsupported architecture, a device that is not there or too small, files that are missing, damaged
+            or do not fit together, or an adapter of another model.
     """
     chosen = chosen_device(device)
     config = read_config(folder)
     meaning = model_config(config)
     with memory_for("the model"):
-        module = load_module(folder, config, meaning, dtype, chosen)
+        module = load_module(folder, config, meaning, dtype, chosen, adapter)
     model = TorchModel(module, name, Tokenizer(folder, config))
     model.context_length, model.rolls = meaning.context_length, meaning.rolls
+    model.adapter = adapter
     return model
 
 
