@@ -42,10 +42,16 @@ class MLX(Backend):
         nn = sys.modules.get("mlx.nn")
         if nn is None or not isinstance(model, nn.Module):
             return None
-        from mlx_lqr.backends.mlx.library import model_classes
+        from mlx_lqr.backends.checkpoint.model_folder import FAMILIES
+        from mlx_lqr.backends.mlx.library import has_model, model_classes
+        from mlx_lqr.backends.mlx.measured_model import MeasuredModel
         from mlx_lqr.backends.mlx.model import MLXModel
 
         model_type = str(getattr(model, "model_type", type(model).__module__))
+        if model_type not in FAMILIES and has_model(model_type):
+            return MeasuredModel(
+                model, {"model_type": model_type, **vars(getattr(model, "args", object()))}, model_type
+            )
         model_classes(model_type)
         return MLXModel(model, model_type)
 
