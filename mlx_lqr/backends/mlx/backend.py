@@ -44,11 +44,12 @@ class MLX(Backend):
             return None
         from mlx_lqr.backends.checkpoint.model_folder import FAMILIES
         from mlx_lqr.backends.mlx.library import has_model, model_classes
-        from mlx_lqr.backends.mlx.measured_model import MeasuredModel
         from mlx_lqr.backends.mlx.model import MLXModel
 
         model_type = str(getattr(model, "model_type", type(model).__module__))
         if model_type not in FAMILIES and has_model(model_type):
+            from mlx_lqr.backends.mlx.measured_model import MeasuredModel
+
             return MeasuredModel(
                 model, {"model_type": model_type, **vars(getattr(model, "args", object()))}, model_type
             )

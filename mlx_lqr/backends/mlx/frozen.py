@@ -118,41 +118,53 @@ def copied(thing: Any, rows: int = 1, axis: int = 0, dtype: mx.Dtype | None = No
         axis: the state's axis of sequences.
         dtype: of all floating numbers; None leaves them.
     """
-    return _copied(thing, rows, axis, dtype, {})
+    return _Copying(rows, axis, dtype).copy(thing, in_cache=False)
 
 
-def _copied(thing: Any, rows: int, axis: int, dtype: mx.Dtype | None, seen: dict[int, tuple[Any, Any]]) -> Any:
-    def again(part: Any) -> Any:
-        return _copied(part, rows, axis, dtype, seen)
+class _Copying:
+    """One copy of many things; see `copied`. What was one thing stays one: keys that layers share are shared."""
 
-    if id(thing) in seen:  # keys that layers share stay shared
-        return seen[id(thing)][1]
-    copy = thing
-    if isinstance(thing, mx.array):
-        copy = _array(thing, rows, axis, dtype)
-    elif isinstance(thing, tuple) and hasattr(thing, "_fields"):
-        copy = type(thing)(*map(again, thing))
-    elif isinstance(thing, (list, tuple)):
-        copy = type(thing)(map(again, thing))
-    elif isinstance(thing, dict) and not isinstance(thing, nn.Module):
-        copy = {name: again(part) for name, part in thing.items()}
-    elif _is_cache(thing):
-        copy = object.__new__(type(thing))
-        seen[id(thing)] = thing, copy
-        copy.__dict__.update({name: again(part) for name, part in _trimmed(thing).items()})
-    seen[id(thing)] = thing, copy  # the thing too, or another one could get its id
-    return copy
+    def __init__(self, rows: int, axis: int, dtype: mx.Dtype | None) -> None:
+        self._rows, self._axis, self._dtype = rows, axis, dtype
+        self._done: dict[int, tuple[Any, Any]] = {}
+        """By id, a thing and its copy; the thing too, or another one could get its id."""
 
+    def copy(self, thing: Any, *, in_cache: bool) -> Any:
+        def again(part: Any) -> Any:
+            return self.copy(part, in_cache=in_cache)
 
-def _array(array: mx.array, rows: int, axis: int, dtype: mx.Dtype | None) -> mx.array:
-    """A handle of its own, since assignments to slices change an array in place."""
-    cast = dtype is not None and mx.issubdtype(array.dtype, mx.floating)
-    copy = array.astype(dtype) if cast else mx.array(array)
-    if rows > 1 and array.ndim >= 3 and array.shape[0] == 1:
-        return mx.broadcast_to(copy, (rows, *array.shape[1:]))
-    if rows > 1 and axis > 0 and array.ndim > axis and array.ndim >= 4 and array.shape[axis] == 1:
-        return mx.broadcast_to(copy, (*array.shape[:axis], rows, *array.shape[axis + 1 :]))
-    return copy
+        if id(thing) in self._done:
+            return self._done[id(thing)][1]
+        copy = thing
+        if isinstance(thing, mx.array):
+            copy = self._array(thing, in_cache)
+        elif isinstance(thing, tuple) and hasattr(thing, "_fields"):
+            copy = type(thing)(*map(again, thing))
+        elif isinstance(thing, (list, tuple)):
+            copy = type(thing)(map(again, thing))
+        elif isinstance(thing, dict) and not isinstance(thing, nn.Module):
+            copy = {name: again(part) for name, part in thing.items()}
+        elif _is_cache(thing):
+            copy = object.__new__(type(thing))
+            self._done[id(thing)] = thing, copy
+            for name, part in _trimmed(thing).items():
+                copy.__dict__[name] = self.copy(part, in_cache=True)
+        self._done[id(thing)] = thing, copy
+        return copy
+
+    def _array(self, array: mx.array, in_cache: bool) -> mx.array:
+        """A handle of its own, since assignments to slices change an array in place.
+
+        An array of two axes is of one sequence in a cache alone; among arguments it may be a mask.
+        """
+        rows, axis, shape = self._rows, self._axis, array.shape
+        cast = self._dtype is not None and mx.issubdtype(array.dtype, mx.floating)
+        copy = array.astype(self._dtype) if cast else mx.array(array)
+        if rows > 1 and array.ndim >= (2 if in_cache else 3) and shape[0] == 1:
+            return mx.broadcast_to(copy, (rows, *shape[1:]))
+        if rows > 1 and axis > 0 and array.ndim > max(axis, 3) and shape[axis] == 1:
+            return mx.broadcast_to(copy, (*shape[:axis], rows, *shape[axis + 1 :]))
+        return copy
 
 
 def _is_cache(thing: Any) -> bool:

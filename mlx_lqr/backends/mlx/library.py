@@ -138,10 +138,29 @@ def merged_caches(sequences: Sequence[Sequence[Any]]) -> list[Any]:
     return [layer[0].merge(list(layer)) for layer in zip(*sequences, strict=True)]
 
 
+def can_merge(caches: Sequence[Any]) -> bool:
+    """Whether padding before a sequence may change nothing: it shifts the blocks of keys that a sparse attention picks,
+    which has a second cache of keys for picking them."""
+    kinds = import_mlx_lm("models.cache")
+    lists = [layer.caches for layer in caches if isinstance(layer, kinds.CacheList)]
+    return all(sum(isinstance(part, kinds.KVCache) for part in parts) < 2 for parts in lists)
+
+
 def can_roll(caches: Sequence[Any]) -> bool:
     """Whether all of them are plain or rotating, so that the oldest tokens can be forgotten."""
     kinds = import_mlx_lm("models.cache")
     return all(type(layer) in (kinds.KVCache, kinds.RotatingKVCache) for layer in caches)
+
+
+def can_rewind(caches: Sequence[Any]) -> bool:
+    """Whether tokens can be taken back: not from caches of other kinds, some of which say so and have dropped keys."""
+    kinds = import_mlx_lm("models.cache")
+    return all(
+        can_rewind(layer.caches)
+        if isinstance(layer, kinds.CacheList)
+        else type(layer) in (kinds.KVCache, kinds.RotatingKVCache) and layer.is_trimmable()
+        for layer in caches
+    )
 
 
 def _for_grouped_heads(make_mask: Callable[..., mx.array]) -> Callable[..., mx.array]:

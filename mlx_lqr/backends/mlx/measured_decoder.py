@@ -19,7 +19,7 @@ from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, arrays_in, frozen_at
 from mlx_lqr.backends.mlx.layout import Layout
-from mlx_lqr.backends.mlx.library import can_roll, decoding_caches, merged_caches, new_caches
+from mlx_lqr.backends.mlx.library import can_rewind, can_roll, decoding_caches, merged_caches, new_caches
 from mlx_lqr.backends.mlx.measurement import Measurement
 from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law, Sampling, restart
 from mlx_lqr.errors import InputError
@@ -104,7 +104,7 @@ class MeasuredDecoder(MLXDecoder):
             super()._keep(rows)
 
     def _rewind(self, position: int) -> bool:
-        return not self._apart and super()._rewind(position)
+        return not self._apart and can_rewind(self._cache) and super()._rewind(position)
 
     def trace(self, token: int) -> FrozenTrace:  # type: ignore[override]
         cache = self._cache or new_caches(self._module)

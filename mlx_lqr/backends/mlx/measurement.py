@@ -29,7 +29,7 @@ from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, copied, frozen_at, in_full
 from mlx_lqr.backends.mlx.layout import Layout, StateHooks
-from mlx_lqr.backends.mlx.library import merged_caches, new_caches
+from mlx_lqr.backends.mlx.library import can_merge, merged_caches, new_caches
 from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.files.atomic import writing
@@ -39,7 +39,7 @@ VERSION = 1
 """Increased when something else is measured, so that what was kept before is not used."""
 EXACT, USABLE = 1e-2, 0.2
 """Relative errors: up to the former nothing is said, beyond the latter the model is refused."""
-TOKENS, SHORTER = 12, 7
+TOKENS, SHORTER = 12, 2
 """Lengths of the prompts that are run."""
 DIRECTIONS = 16
 MOVES = (1e-2, 2e-3)
@@ -125,11 +125,11 @@ class Measured:
             jacobian, chain = self._derivatives(caches, differences=False)
         except (ValueError, RuntimeError, NotImplementedError):  # there is no derivative
             jacobian = chain = np.inf
-        differences = not jacobian <= EXACT
-        if differences:
-            by_differences = self._derivatives(caches, differences=True)
-            differences = not by_differences[0] >= jacobian
-            jacobian, chain = by_differences if differences else (jacobian, chain)
+        differences = False
+        if not jacobian <= EXACT:
+            others = self._derivatives(caches, differences=True)
+            differences = not 2 * others[0] >= jacobian
+            jacobian, chain = others if differences else (jacobian, chain)
         return Measurement(steps, jacobian, chain, differences, self._merges(caches))
 
     def _steps(self, caches: Any) -> float:
@@ -146,8 +146,6 @@ class Measured:
             self._error_between(blocks[k].vjp(residual[k], self._left), caches, residual, k, k + 1)
             for k in self._chosen(blocks)
         ]
-        if differences and max(single) > EXACT:
-            return max(single), np.inf
         pulled = self._left
         for k in reversed(range(len(blocks))):
             pulled = blocks[k].vjp(residual[k], pulled)
@@ -177,6 +175,8 @@ class Measured:
         return sorted({*list(kinds.values())[: LAYERS - 2], len(blocks) // 2, len(blocks) - 1})
 
     def _merges(self, caches: Any) -> bool:
+        if not can_merge(caches):
+            return False
         try:
             shorter, tokens = new_caches(self._module), self._prompt[-3:]
             self._run([self._prompt[:SHORTER]], shorter)
