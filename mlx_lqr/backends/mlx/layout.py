@@ -48,6 +48,14 @@ class Layout:
     dtype: mx.Dtype
     """Of the state."""
     vocabulary: int
+    hides_tokens: bool
+    """Whether the model gives tokens that it never says a logit of minus infinity."""
+
+    def finite(self, logits: mx.array) -> mx.array:
+        """The logits with a number where a token is hidden, since infinity is what overflow is known by."""
+        if not self.hides_tokens:
+            return logits
+        return mx.where(logits == -mx.inf, mx.finfo(logits.dtype).min, logits)
 
     @property
     def width(self) -> int:
@@ -172,7 +180,8 @@ def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]]) -> Layout:
     positions_axis = state.shape.index(POSITIONS)
     features = tuple(size for axis, size in enumerate(state.shape) if axis not in (rows_axis, positions_axis))
     dtype = state_in(calls[-1][3]).dtype
-    return Layout(tuple(blocks), place, rows_axis, positions_axis, features, dtype, int(logits.shape[-1]))
+    hides = bool(mx.any(logits == -mx.inf).item())
+    return Layout(tuple(blocks), place, rows_axis, positions_axis, features, dtype, int(logits.shape[-1]), hides)
 
 
 def _blocks_of(module: nn.Module) -> list[nn.Module]:

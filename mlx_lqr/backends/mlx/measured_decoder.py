@@ -95,7 +95,7 @@ class MeasuredDecoder(MLXDecoder):
         self._energy = None
         with self._hooks.placed() if steered and self._hooks is not None else nullcontext():
             logits: mx.array = self._module(tokens, cache=cache)
-        return logits[:, -1]
+        return self._layout.finite(logits[:, -1])
 
     def _keep(self, rows: mx.array) -> None:
         if self._apart:

@@ -125,8 +125,7 @@ class MeasuredModel(MLXModel):
 
     def _run(self, tokens: mx.array) -> mx.array:
         """With caches, as decoding does: some of mlx-lm's models compute something else without."""
-        logits: mx.array = self.module(tokens, cache=new_caches(self.module))
-        return logits
+        return self.layout.finite(self.module(tokens, cache=new_caches(self.module)))
 
     def _logits_at(self, asked: Stretches, law: Law | None, steer_all: bool) -> tuple[mx.array, mx.array]:
         framework, last = self._framework, self.num_layers - 1

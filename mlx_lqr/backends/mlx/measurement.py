@@ -222,6 +222,7 @@ class Measured:
         with self._hooks(blocks, hook, range(len(blocks))).placed():
             logits = self._module(mx.array(tokens), cache=caches)[:, -1].astype(mx.float32)
         values = np.asarray(logits).astype(np.float64)
+        values = np.where(np.isneginf(values), 0, values)  # of tokens that the model hides
         return values, np.asarray(states[0]).astype(np.float64) if states else np.empty(0)
 
 
