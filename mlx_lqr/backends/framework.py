@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from mlx_lqr.backends.protocol import Array, Float32
 class Framework(ABC):
     """A tensor framework as one model uses it: on the model's device, in the dtype of its residual stream."""
 
-    hooks: ClassVar[type[BlockHooks]]
+    hooks: type[BlockHooks]
     """How hooks are placed on this framework's modules."""
 
     @property

@@ -365,9 +365,9 @@ def test_other_models_controllers_and_bad_dtypes_are_refused(backend: str, tmp_p
         mlx_lqr.load("demo", backend=backend, dtype="int4")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"no config\.json"):
         mlx_lqr.load(tmp_path, backend=backend)  # type: ignore[arg-type]
-    (tmp_path / "config.json").write_text('{"model_type": "mamba", "hidden_size": 8}')
+    (tmp_path / "config.json").write_text('{"model_type": "florp", "hidden_size": 8}')
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="'mamba' is not supported"):
+    with pytest.raises(InputError, match="'florp' is not supported"):
         mlx_lqr.load(tmp_path, backend=backend)  # type: ignore[arg-type]
 
 

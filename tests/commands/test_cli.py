@@ -134,7 +134,7 @@ def test_damaged_model_folders(tmp_path: Path, smollm2: Model) -> None:
     assert "config.json" in says("config.json", b"{half")
     assert "tokenizer.json" in says("tokenizer.json", None)
     assert "tokenizer.json" in says("tokenizer.json", b"{}")
-    assert "'mamba' is not supported" in says("config.json", json.dumps({**config, "model_type": "mamba"}).encode())
+    assert "'florp' is not supported" in says("config.json", json.dumps({**config, "model_type": "florp"}).encode())
     assert "do not fit" in says("config.json", json.dumps({**config, "num_hidden_layers": 3}).encode())
     assert "do not fit" in says("config.json", json.dumps({"model_type": "llama"}).encode())
     assert "refused" in says("config.json", json.dumps({**config, "model_file": "evil.py"}).encode())

@@ -41,7 +41,7 @@ class MLXDecoder(HookedDecoder):
 
     Args:
         module: an mlx-lm model.
-        law, sampling, window: see `HookedDecoder`.
+        blocks, vocabulary, law, sampling, window: see `HookedDecoder`.
         compiled: the model's compiled step, which takes over in long answers of a single sequence; None for never.
     """
 
@@ -49,6 +49,8 @@ class MLXDecoder(HookedDecoder):
         self,
         module: nn.Module,
         framework: MLXFramework,
+        blocks: Sequence[nn.Module],
+        vocabulary: int,
         law: Law | None,
         sampling: Sampling,
         window: int | None = None,
@@ -61,7 +63,7 @@ class MLXDecoder(HookedDecoder):
         """Holds what `_cache` does while steps are compiled."""
         self._steps = 0
         """Since the sequences were last filled."""
-        super().__init__(framework, module.layers, int(module.args.vocab_size), law, sampling, window)
+        super().__init__(framework, blocks, vocabulary, law, sampling, window)
 
     @property
     def position(self) -> int:

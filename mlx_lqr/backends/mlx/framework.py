@@ -20,15 +20,19 @@ class MLXFramework(Framework):
     """MLX, which computes lazily, where it chooses.
 
     Args:
-        block: one of the model's.
+        dtype: of the residual stream.
+        hooks: how they are placed on the model's blocks.
     """
 
-    hooks = ClassHooks
+    def __init__(self, dtype: mx.Dtype, hooks: type[ClassHooks] = ClassHooks) -> None:
+        self.dtype = dtype
+        self.hooks = hooks
 
-    def __init__(self, block: nn.Module) -> None:
+    @classmethod
+    def of(cls, block: nn.Module) -> MLXFramework:
+        """For a model with such blocks; norms are never packed, so that theirs is the dtype of the residual stream."""
         parameters = tree_flatten(block.parameters())
-        self.dtype = next(weight.dtype for name, weight in parameters if name.endswith("norm.weight"))
-        """Of the residual stream: that of the norms, which are never packed."""
+        return cls(next(weight.dtype for name, weight in parameters if name.endswith("norm.weight")))
 
     @property
     def dtype_name(self) -> str:

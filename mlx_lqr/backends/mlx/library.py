@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,12 +67,21 @@ def model_classes(model_type: str) -> tuple[Any, Any]:
     return module.Model, module.ModelArgs
 
 
+def has_model(model_type: str) -> bool:
+    """Whether mlx-lm has a module for models of this type, whatever they are."""
+    if not re.fullmatch(r"[\w-]+", model_type):
+        return False
+    if model_type in FAMILIES or settings_read({"model_type": model_type}) is not None:
+        return True
+    return model_type in vars(importlib.import_module("mlx_lm.utils")).get("MODEL_REMAPPING", {})
+
+
 def settings_read(config: dict[str, Any]) -> set[str] | None:
     """The config's keys that mlx-lm's model of this type reads, or None if it has no such model."""
     model_type = str(config.get("model_type"))
     try:
         ModelArgs = import_mlx_lm(f"models.{_REMAPPED.get(model_type, model_type)}").ModelArgs
-    except (ImportError, AttributeError):  # no such module, or one of mlx-lm's that is no model
+    except (ImportError, AttributeError, SystemExit):  # no such module, one that is no model, or that wants another
         return None
     return {field.name for field in fields(ModelArgs)}
 
@@ -115,6 +125,42 @@ def decoding_caches(module: nn.Module, padding: list[int], window: int | None, s
             for layer in caches:
                 layer.make_mask = _for_grouped_heads(layer.make_mask)
     return caches
+
+
+def new_caches(module: nn.Module) -> list[Any]:
+    """The module's own caches for sequences of the same length."""
+    caches: list[Any] = import_mlx_lm("models.cache").make_prompt_cache(module)
+    return caches
+
+
+def merged_caches(sequences: Sequence[Sequence[Any]]) -> list[Any]:
+    """One list of caches for all sequences, from the caches of each."""
+    return [layer[0].merge(list(layer)) for layer in zip(*sequences, strict=True)]
+
+
+def can_merge(caches: Sequence[Any]) -> bool:
+    """Whether padding before a sequence may change nothing: it shifts the blocks of keys that a sparse attention picks,
+    which has a second cache of keys for picking them."""
+    kinds = import_mlx_lm("models.cache")
+    lists = [layer.caches for layer in caches if isinstance(layer, kinds.CacheList)]
+    return all(sum(isinstance(part, kinds.KVCache) for part in parts) < 2 for parts in lists)
+
+
+def can_roll(caches: Sequence[Any]) -> bool:
+    """Whether all of them are plain or rotating, so that the oldest tokens can be forgotten."""
+    kinds = import_mlx_lm("models.cache")
+    return all(type(layer) in (kinds.KVCache, kinds.RotatingKVCache) for layer in caches)
+
+
+def can_rewind(caches: Sequence[Any]) -> bool:
+    """Whether tokens can be taken back: not from caches of other kinds, some of which say so and have dropped keys."""
+    kinds = import_mlx_lm("models.cache")
+    return all(
+        can_rewind(layer.caches)
+        if isinstance(layer, kinds.CacheList)
+        else type(layer) in (kinds.KVCache, kinds.RotatingKVCache) and layer.is_trimmable()
+        for layer in caches
+    )
 
 
 def _for_grouped_heads(make_mask: Callable[..., mx.array]) -> Callable[..., mx.array]:

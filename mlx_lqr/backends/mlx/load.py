@@ -178,7 +178,8 @@ def flattened(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(text := config.get("text_config"), dict):
         flat["text_config"] = flattened(text)
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_parameters" not in (settings_read(config) or ()):
+    read = settings_read(config)
+    if isinstance(rope, dict) and read is not None and "rope_parameters" not in read:
         del flat["rope_parameters"]
         rotary: dict[str, Any] = {}
         if isinstance(rope.get("sliding_attention"), dict):

@@ -17,7 +17,7 @@ from mlx_lqr.backends import blas
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
-from mlx_lqr.backends.checkpoint.model_folder import read_config
+from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, read_config
 from mlx_lqr.backends.hooked_model import HookedModel
 from mlx_lqr.backends.mlx.blocks import TANGENTS, differentiable
 from mlx_lqr.backends.mlx.decoder import MLXDecoder, MLXTrace
@@ -25,6 +25,7 @@ from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.expansion import block_jacobian
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.generate import Positions, announcing_prompts
+from mlx_lqr.backends.mlx.library import has_model
 from mlx_lqr.backends.mlx.load import check_computed, load_module
 from mlx_lqr.backends.mlx.step import CompiledStep
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
@@ -41,6 +42,12 @@ def load(folder: Path, name: str, dtype: str | None = None, adapter: Adapter | N
     config = read_config(folder)
     if not on_gpu():
         blas.warn_if_slow()
+    family = str(config["model_type"])
+    if family not in FAMILIES and has_model(family):
+        from mlx_lqr.backends.mlx.measured_model import load_measured, refuse_adapter
+
+        refuse_adapter(adapter, family)
+        return load_measured(folder, config, name, dtype)
     meaning = model_config(config)
     module = load_module(folder, config, meaning, dtype, adapter)
     model = MLXModel(module, name, Tokenizer(folder, config))
@@ -58,7 +65,7 @@ class MLXModel(HookedModel):
     def __init__(self, module: nn.Module, name: str, tokenizer: Tokenizer | None = None) -> None:
         check_borrowed("mlx")
         super().__init__(module, module.layers, vars(module.args), name, tokenizer)
-        self._framework: MLXFramework = MLXFramework(self.blocks[0])
+        self._framework: MLXFramework = MLXFramework.of(self.blocks[0])
         check_computed(module, self._dtype)
 
     def _norms(self) -> Iterable[tuple[str, bytes]]:
@@ -116,7 +123,9 @@ class MLXModel(HookedModel):
         return result
 
     def _new_decoder(self, law: Law | None, sampling: Sampling, window: int | None) -> MLXDecoder:
-        return MLXDecoder(self.module, self._framework, law, sampling, window, self._compiled)
+        return MLXDecoder(
+            self.module, self._framework, self.blocks, self.vocab_size, law, sampling, window, self._compiled
+        )
 
     @contextmanager
     def _others_calls(self, *, steer_all: bool) -> Iterator[Positions]:

@@ -1,0 +1,256 @@
+"""Where the state stands in a model's blocks, found by running a few tokens and not by the names of a family.
+
+Each block takes the state, an array with an axis for the sequences, one for the positions and one or more for the
+features, and gives back another, alone or first among other outputs. Hooks see it as (B, L, d), whatever its axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, Hook, LawHooks
+from mlx_lqr.backends.mlx.blocks import ClassHooks
+from mlx_lqr.errors import InputError
+
+ROWS, POSITIONS = 5, 7
+"""Of the tokens that are run; sizes that no model's features have, so that each axis is known by its size."""
+Outputs = Any
+"""What a block returns: the state, or a tuple or list with the state in it."""
+
+
+WITHOUT_HEADS = "this model has blocks without self_attn.o_proj: use a method that acts on whole blocks"
+
+
+class NoChainError(InputError):
+    """The model is no chain of blocks with one state; the message is the reason, without the model's name."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model calls its blocks."""
+
+    blocks: tuple[nn.Module, ...]
+    place: int | str
+    """The state's position among a block's arguments, or its name."""
+    rows_axis: int
+    """The state's axis of sequences."""
+    positions_axis: int
+    features: tuple[int, ...]
+    """Sizes of the state's other axes, in their order."""
+    dtype: mx.Dtype
+    """Of the state."""
+    vocabulary: int
+    hides_tokens: bool
+    """Whether the model gives tokens that it never says a logit of minus infinity."""
+
+    def finite(self, logits: mx.array) -> mx.array:
+        """The logits with a number where a token is hidden, since infinity is what overflow is known by."""
+        if not self.hides_tokens:
+            return logits
+        return mx.where(logits == -mx.inf, mx.finfo(logits.dtype).min, logits)
+
+    @property
+    def width(self) -> int:
+        return prod(self.features)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the state is (B, L, d) in the model itself."""
+        return (self.rows_axis, self.positions_axis, len(self.features)) == (0, 1, 1)
+
+    def normal(self, state: mx.array) -> mx.array:
+        """The model's own state as (B, L, d)."""
+        if self.is_plain:
+            return state
+        moved = state.transpose(self._order)
+        return moved.reshape(*moved.shape[:2], -1)
+
+    def native(self, z: mx.array) -> mx.array:
+        """z (B, L, d) as the model's own state."""
+        if self.is_plain:
+            return z
+        order = self._order
+        return z.reshape(*z.shape[:2], *self.features).transpose([order.index(axis) for axis in range(len(order))])
+
+    def state_of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> mx.array:
+        """The state among the arguments of a call."""
+        state: mx.array = kwargs[self.place] if isinstance(self.place, str) else args[self.place]
+        return state
+
+    def exchanged(
+        self, args: Sequence[Any], kwargs: dict[str, Any], state: mx.array | None
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of a call with another state."""
+        if isinstance(self.place, str):
+            return list(args), {**kwargs, self.place: state}
+        return [*args[: self.place], state, *args[self.place + 1 :]], kwargs
+
+    @property
+    def _order(self) -> list[int]:
+        rest = [i for i in range(len(self.features) + 2) if i not in (self.rows_axis, self.positions_axis)]
+        return [self.rows_axis, self.positions_axis, *rest]
+
+
+def state_in(outputs: Outputs) -> mx.array:
+    """The state in what a block returned."""
+    return outputs if isinstance(outputs, mx.array) else outputs[0]
+
+
+def with_state(outputs: Outputs, state: mx.array) -> Outputs:
+    """What a block returned, with another state."""
+    if isinstance(outputs, mx.array):
+        return state
+    return type(outputs)([state, *outputs[1:]])
+
+
+class StateHooks(ClassHooks):
+    """Hooks that see the state as (B, L, d), wherever it stands and whatever else goes in and out of a block."""
+
+    layout: ClassVar[Layout]
+
+    @classmethod
+    def of(cls, layout: Layout) -> type[StateHooks]:
+        return type("StateHooks", (cls,), {"layout": layout})
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED
+    ) -> None:
+        try:
+            super().__init__(blocks, hook, layers, law)
+        except AttributeError as error:  # of blocks whose law acts in an attention that they have not
+            raise InputError(WITHOUT_HEADS) from error
+        self._with_state = {id(block) for block in self.layout.blocks}
+
+    def _place(self, k: int, module: nn.Module, hook: Hook) -> None:
+        if id(module) not in self._with_state:  # a part of a block
+            super()._place(k, module, hook)
+            return
+        kind, layout = type(module), self.layout
+        if (k, kind) not in self._classes:
+
+            def call(self: nn.Module, *args: Any, **kwargs: Any) -> Outputs:
+                outputs: list[tuple[mx.array, Outputs]] = []
+
+                def block(z: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+                    given, named = layout.exchanged(args, kwargs, layout.native(z))
+                    own = kind.__call__(self, *given, **named)
+                    outputs.append((layout.normal(state_in(own)), own))
+                    return outputs[-1][0]
+
+                result = hook(k, layout.normal(layout.state_of(args, kwargs)), BlockCall(block, args, kwargs))
+                state, own = outputs[-1]
+                return own if result is state else with_state(own, layout.native(result))
+
+            self._classes[k, kind] = type(kind.__name__, (kind,), {"__call__": call, "is_hooked": True})
+        object.__setattr__(module, "__class__", self._classes[k, kind])
+
+
+def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]]) -> Layout:
+    """Run a few tokens and look how the blocks are called.
+
+    Args:
+        module: a language model of mlx-lm.
+        caches: makes the caches of a new decode.
+
+    Raises:
+        NoChainError: the blocks do not pass on one state, each once.
+    """
+    blocks = _blocks_of(module)
+    for block in blocks:
+        ClassHooks.refuse(block)
+    calls: list[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]] = []
+    with _watched(blocks, lambda *call: calls.append(call)):
+        logits = module(mx.array([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)]), cache=caches())
+        mx.eval(logits)
+    if [k for k, *_ in calls] != list(range(len(blocks))):
+        raise NoChainError(
+            f"in one pass it calls its {len(blocks)} blocks {len(calls)} times, and not each once in order"
+        )
+    place = _place_of_state(calls)
+    state = calls[0][2][place] if isinstance(place, str) else calls[0][1][place]
+    rows_axis = state.shape.index(ROWS)
+    positions_axis = state.shape.index(POSITIONS)
+    features = tuple(size for axis, size in enumerate(state.shape) if axis not in (rows_axis, positions_axis))
+    dtype = state_in(calls[-1][3]).dtype
+    hides = bool(mx.any(logits == -mx.inf).item())
+    return Layout(tuple(blocks), place, rows_axis, positions_axis, features, dtype, int(logits.shape[-1]), hides)
+
+
+def _blocks_of(module: nn.Module) -> list[nn.Module]:
+    blocks = list(getattr(module, "layers", None) or _longest_list(module))
+    if len(blocks) < 2 or not all(isinstance(block, nn.Module) for block in blocks):
+        raise NoChainError("it has no list of blocks")
+    if len({id(block) for block in blocks}) < len(blocks):
+        raise NoChainError("it runs the same block more than once")
+    return blocks
+
+
+def _longest_list(module: nn.Module) -> list[nn.Module]:
+    lists = [
+        part
+        for owner in module.modules()
+        for part in owner.children().values()
+        if isinstance(part, list) and all(isinstance(block, nn.Module) for block in part)
+    ]
+    return max(lists, key=len, default=[])
+
+
+def _place_of_state(calls: Sequence[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]]) -> int | str:
+    """Where every block has an array like the one that it returns; of several, the one that the block before made."""
+    for _, _, _, outputs in calls:
+        first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
+        if not isinstance(first, mx.array) or not {ROWS, POSITIONS} <= set(first.shape):
+            raise NoChainError("its blocks do not return one state")
+    places: list[int | str] = [*range(len(calls[0][1])), *calls[0][2]]
+    alike = [place for place in places if all(_is_like(_argument(call, place), state_in(call[3])) for call in calls)]
+    if not alike:
+        raise NoChainError("its blocks do not take one state of the shape that they return")
+    handed_on = [
+        place
+        for place in alike
+        if any(_argument(call, place) is state_in(before[3]) for before, call in pairwise(calls))
+    ]
+    return (handed_on or alike)[0]
+
+
+def _argument(call: tuple[int, tuple[Any, ...], dict[str, Any], Outputs], place: int | str) -> Any:
+    _, args, kwargs, _ = call
+    if isinstance(place, str):
+        return kwargs.get(place)
+    return args[place] if place < len(args) else None
+
+
+def _is_like(argument: Any, state: mx.array) -> bool:
+    return (
+        isinstance(argument, mx.array) and argument.shape == state.shape and mx.issubdtype(argument.dtype, mx.floating)
+    )
+
+
+@contextmanager
+def _watched(blocks: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
+    """Inside this context, watch(k, args, kwargs, outputs) hears of every call of block k."""
+    kinds = [type(block) for block in blocks]
+
+    def watching(k: int, kind: type[nn.Module]) -> type[nn.Module]:
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Outputs:
+            outputs = kind.__call__(self, *args, **kwargs)
+            watch(k, args, kwargs, outputs)
+            return outputs
+
+        return type(kind.__name__, (kind,), {"__call__": call})
+
+    try:
+        for k, (block, kind) in enumerate(zip(blocks, kinds, strict=True)):
+            object.__setattr__(block, "__class__", watching(k, kind))
+        yield
+    finally:
+        for block, kind in zip(blocks, kinds, strict=True):
+            object.__setattr__(block, "__class__", kind)

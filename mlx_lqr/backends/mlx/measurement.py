@@ -1,0 +1,265 @@
+"""Whether a model that is on no list can be steered: measured on the model itself, once, and kept.
+
+What is measured, each against the model's own forward pass, with every block in float32:
+
+    steps      logits of a prompt in one pass, and token by token
+    jacobian   u' A_k w of some blocks, by differences of z_{k+1} when z_k at the last token is moved along w
+    chain      u' A_{T-1} ... A_0 w, by differences of z_T when z_0 at the last token is moved along w
+    batch      logits of sequences of different lengths side by side, and each alone
+
+Where blocks hand on more than the state, as keys shared between layers, every A_k is right and the chain is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_lqr.backends.hooks import BlockCall
+from mlx_lqr.backends.mlx.device import on_gpu
+from mlx_lqr.backends.mlx.frozen import FrozenBlock, copied, frozen_at, in_full
+from mlx_lqr.backends.mlx.layout import Layout, StateHooks
+from mlx_lqr.backends.mlx.library import can_merge, merged_caches, new_caches
+from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.errors import InputError, first_line
+from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.cache import cache_folder
+
+VERSION = 1
+"""Increased when something else is measured, so that what was kept before is not used."""
+EXACT, USABLE = 1e-2, 0.2
+"""Relative errors: up to the former nothing is said, beyond the latter the model is refused."""
+TOKENS, SHORTER = 12, 2
+"""Lengths of the prompts that are run."""
+DIRECTIONS = 16
+MOVES = (1e-2, 2e-3)
+"""How far the state is moved, times its norm. The better of them counts: a longer one may switch an expert."""
+LAYERS = 6
+"""At how many layers Jacobians are looked at, at most."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Relative errors, and what follows for how the model is run."""
+
+    steps: float
+    jacobian: float
+    chain: float
+    differences: bool
+    """Whether the blocks have no derivative that is right, so that differences stand in for it."""
+    merges: bool
+    """Whether sequences of different lengths can share a batch."""
+
+    def check(self, family: str) -> None:
+        """Warn of what is not exact.
+
+        Raises:
+            InputError: it is too far off.
+        """
+        for error, what in (
+            (self.steps, "its logits token by token differ from those of one pass"),
+            (self.jacobian, "the derivatives of its blocks differ from their own response"),
+            (self.chain, "the product of its blocks' Jacobians differs from the model's own response"),
+        ):
+            if not error <= USABLE:
+                raise InputError(
+                    f"models of the type {family!r} cannot be steered: {what} by {_percent(error)}, at most "
+                    f"{_percent(USABLE)} is usable: use another model"
+                )
+        if self.steps > EXACT:
+            _note(f"models of the type {family!r} give other logits token by token, by {_percent(self.steps)}")
+        if max(self.chain, self.jacobian) > EXACT:
+            _note(
+                f"in models of the type {family!r} blocks hand on more than their output: a controller's prediction "
+                f"is off by {_percent(max(self.chain, self.jacobian))}, and its gains are not quite optimal"
+            )
+
+
+def measurement_of(module: nn.Module, layout: Layout, fingerprint: str) -> Measurement:
+    """What was kept of this model, or what is measured now.
+
+    Raises:
+        InputError: the model fails while it is measured.
+    """
+    file = cache_folder() / "measured" / f"{_digest(module, layout, fingerprint)}.json"
+    try:
+        return Measurement(**json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):  # none, or not of this version
+        measurement = Measured(module, layout).all()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with writing(file) as temporary:
+            temporary.write_text(json.dumps(asdict(measurement)), "utf-8")
+    except (OSError, InputError):  # it will be measured again
+        pass
+    return measurement
+
+
+class Measured:
+    """A model while it is measured, with random tokens."""
+
+    def __init__(self, module: nn.Module, layout: Layout) -> None:
+        self._module, self._layout = module, layout
+        self._hooks = StateHooks.of(layout)
+        self._random = np.random.default_rng(0)
+        self._prompt = self._random.integers(layout.vocabulary, size=TOKENS).tolist()
+        self._left = self._random.standard_normal((DIRECTIONS, layout.width)).astype(np.float32)
+        self._right = self._random.standard_normal((DIRECTIONS, layout.width)).astype(np.float32)
+
+    def all(self) -> Measurement:
+        """Everything, with derivatives where they are right."""
+        caches = new_caches(self._module)
+        self._run([self._prompt[:-1]], caches)
+        steps = self._steps(caches)
+        try:
+            jacobian, chain = self._derivatives(caches, differences=False)
+        except (ValueError, RuntimeError, NotImplementedError):  # there is no derivative
+            jacobian = chain = np.inf
+        differences = False
+        if not jacobian <= EXACT:
+            others = self._derivatives(caches, differences=True)
+            differences = not 2 * others[0] >= jacobian
+            jacobian, chain = others if differences else (jacobian, chain)
+        return Measurement(steps, jacobian, chain, differences, self._merges(caches))
+
+    def _steps(self, caches: Any) -> float:
+        whole, _ = self._run([self._prompt], new_caches(self._module))
+        last, _ = self._run([self._prompt[-1:]], copied(caches))
+        return _error(last - last.mean(), whole - whole.mean())
+
+    def _derivatives(self, caches: Any, *, differences: bool) -> tuple[float, float]:
+        """The errors of single Jacobians, the worst of them, and of their product."""
+        residual, blocks = frozen_at(
+            self._module, self._layout, caches, self._prompt[-1], differences=differences, float32=True
+        )
+        single = [
+            self._error_between(blocks[k].vjp(residual[k], self._left), caches, residual, k, k + 1)
+            for k in self._chosen(blocks)
+        ]
+        pulled = self._left
+        for k in reversed(range(len(blocks))):
+            pulled = blocks[k].vjp(residual[k], pulled)
+        return max(single), self._error_between(pulled, caches, residual, 0, len(blocks))
+
+    def _error_between(self, pulled: Float32, caches: Any, residual: Float32, start: int, end: int) -> float:
+        """Of u' d z_end / d z_start w, by what has been pulled back and by differences of the model itself."""
+        predicted, errors = pulled @ self._right.T, []
+        for move in MOVES:
+            length = move * np.linalg.norm(residual[start]) / self._layout.width**0.5
+            moves = np.concatenate([length * self._right, -length * self._right]).astype(np.float32)
+            rows = len(moves)
+            _, states = self._run(
+                [self._prompt[-1:]] * rows, copied(caches, rows, self._layout.rows_axis), (start, mx.array(moves)), end
+            )
+            response = (states[:DIRECTIONS] - states[DIRECTIONS:]) / (2 * length)
+            errors.append(_error(predicted, self._left @ response.T))
+        return min(errors)
+
+    def _chosen(self, blocks: Sequence[FrozenBlock]) -> list[int]:
+        """The first layer of every kind, the middle and the last."""
+        kinds: dict[Any, int] = {}
+        for k, frozen in enumerate(blocks):
+            kinds.setdefault(
+                (type(frozen.block), tuple(name for name, _ in tree_flatten(frozen.block.parameters()))), k
+            )
+        return sorted({*list(kinds.values())[: LAYERS - 2], len(blocks) // 2, len(blocks) - 1})
+
+    def _merges(self, caches: Any) -> bool:
+        if not can_merge(caches):
+            return False
+        try:
+            shorter, tokens = new_caches(self._module), self._prompt[-3:]
+            self._run([self._prompt[:SHORTER]], shorter)
+            merged = merged_caches([copied(caches), copied(shorter)])
+            alone = [copied(caches), copied(shorter)]
+            for step, token in enumerate(tokens):
+                rows = [0, 1] if step < 2 else [1]
+                if step == 2:  # and one of them ends
+                    for cache in merged:
+                        cache.filter(mx.array(rows))
+                together, _ = self._run([[token]] * len(rows), merged)
+                single = np.concatenate([self._run([[token]], alone[row])[0] for row in rows])
+                if not _error(together, single) <= EXACT:
+                    return False
+        except Exception:  # whatever mlx-lm's caches raise, the sequences are run one by one
+            return False
+        return True
+
+    def _run(
+        self,
+        tokens: Sequence[Sequence[int]],
+        caches: Any,
+        pushed: tuple[int, mx.array] | None = None,
+        end: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (B, V) at the last position, and the output of block `end` - 1 there (B, d).
+
+        Args:
+            pushed: a layer, and what is added (B, d) to its input at the last position.
+        """
+        states: list[mx.array] = []
+
+        def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
+            if pushed is not None and k == pushed[0]:
+                moved = (z[:, -1] + pushed[1])[:, None]
+                z = mx.concatenate([z[:, :-1], moved.astype(mx.float32)], axis=1)
+            output = in_full(self._layout.blocks[k], z, call)
+            if k == end - 1:
+                states.append(output[:, -1])
+            return output
+
+        blocks = self._layout.blocks
+        with self._hooks(blocks, hook, range(len(blocks))).placed():
+            logits = self._module(mx.array(tokens), cache=caches)[:, -1].astype(mx.float32)
+        values = np.asarray(logits).astype(np.float64)
+        values = np.where(np.isneginf(values), 0, values)  # of tokens that the model hides
+        return values, np.asarray(states[0]).astype(np.float64) if states else np.empty(0)
+
+
+def _error(value: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.3g} %"
+
+
+def _note(line: str) -> None:
+    warnings.warn(line, RuntimeWarning, stacklevel=4)
+
+
+def _digest(module: nn.Module, layout: Layout, fingerprint: str) -> str:
+    settings = getattr(module, "args", None)
+    described = repr(sorted(vars(settings).items())) if settings is not None else ""
+    bits = sorted({str(getattr(weight, "dtype", "")) for _, weight in tree_flatten(layout.blocks[0].parameters())})
+    parts = [VERSION, metadata.version("mlx-lm"), metadata.version("mlx"), type(module).__module__, described, bits]
+    parts += [fingerprint, str(layout.dtype), on_gpu()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def measured(module: nn.Module, layout: Layout, fingerprint: str, family: str) -> Measurement:
+    """The measurement of an accepted model.
+
+    Raises:
+        InputError: the model fails while it is measured, or is too far off.
+    """
+    try:
+        measurement = measurement_of(module, layout, fingerprint)
+    except InputError:
+        raise
+    except Exception as error:  # of any of mlx-lm's modules
+        raise InputError(
+            f"models of the type {family!r} cannot be steered: measuring this one failed ({first_line(error)})"
+        ) from error
+    measurement.check(family)
+    return measurement
