@@ -31,6 +31,7 @@ class Architecture:
     `tensors` is the gguf package's name of it, and `settings` completes the config of a file. `neighbours_turn`: RoPE
     turns neighbouring rows of a head together, so the rows of queries and keys are stored in another order.
     `whole_norms`: norms are stored as what is multiplied by, and MLX adds 1 to its own.
+    `partial_rope`: RoPE may turn a part of each head alone.
     """
 
     tensors: MODEL_ARCH
