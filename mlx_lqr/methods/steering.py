@@ -17,8 +17,8 @@ from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.concepts import bundled_concepts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.tensors import read_format
-from mlx_lqr.lqr.controller import Controller, Positions
-from mlx_lqr.lqr.strength import Strengths, default_strength
+from mlx_lqr.lqr.controller import Controller, Fitted, Positions
+from mlx_lqr.lqr.strength import Recommending, Strengths, default_strength
 from mlx_lqr.methods.baseline import Baseline
 from mlx_lqr.methods.law import AdjustableLaw
 from mlx_lqr.methods.registry import METHODS
@@ -27,17 +27,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Steering(Protocol):
+class Steering(Fitted, Recommending, Protocol):
     """What was fitted by one of `METHODS` on a model of T blocks of width d."""
 
     @property
     def method(self) -> str: ...
-    @property
-    def concepts(self) -> tuple[str, ...]: ...
-    @property
-    def strength(self) -> Strengths | None:
-        """The strength recommended for each concept."""
-
     @property
     def positions(self) -> Positions: ...
     @property
@@ -54,14 +48,6 @@ class Steering(Protocol):
     def arrays(self) -> Mapping[str, np.ndarray]:
         """All that the law is made of, by name."""
 
-    @property
-    def model_name(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
     @property
     def prompt_counts(self) -> tuple[tuple[int, int], ...]:
         """Positive and negative prompts of each concept."""

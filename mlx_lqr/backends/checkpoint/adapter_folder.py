@@ -5,7 +5,6 @@ Nothing is unpickled. What a config says that is not done here is refused by nam
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, deserialize
 
 from mlx_lqr.backends.checkpoint import adapter_mlx_lm, adapter_peft
 from mlx_lqr.backends.checkpoint.adapter import Adapter, Change, Weight
+from mlx_lqr.backends.checkpoint.model_folder import read_json
 from mlx_lqr.errors import InputError, first_line
 
 CONFIG = "adapter_config.json"
@@ -53,10 +53,7 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise InputError(f"{folder} is no adapter, for it has no {CONFIG}: give the folder that mlx-lm or PEFT wrote")
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from error
+    config = read_json(file)
     if not isinstance(config, dict):
         raise InputError(f"{file} is no table of settings: save the adapter again")
     return config

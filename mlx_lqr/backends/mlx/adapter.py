@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lqr.backends.checkpoint import adapter_mlx_lm
 from mlx_lqr.backends.checkpoint.adapter import EMBEDDINGS, HEAD, Adapter, Change, canonical
-from mlx_lqr.backends.mlx.blocks import dequantized
+from mlx_lqr.backends.mlx.blocks import dequantized, unpacked_shape
 from mlx_lqr.errors import InputError
 
 _PARTS = ("weight", "bias")
@@ -34,7 +34,7 @@ def merge(module: nn.Module, adapter: Adapter) -> None:
         InputError: the adapter is another model's.
     """
     places = _weights(module)
-    shapes = {name: _shape(leaf, part) for name, (_, leaf, part) in places.items()}
+    shapes = {name: unpacked_shape(leaf, part) for name, (_, leaf, part) in places.items()}
     tied = HEAD not in places and EMBEDDINGS in places
     dtype = places["model.norm.weight"][1].weight.dtype  # that of the activations
     for name, change in adapter.changes_for(shapes, tied=tied).items():
@@ -74,13 +74,6 @@ def _weights(module: nn.Module) -> dict[str, tuple[str, nn.Module, str]]:
     """Every weight and bias, by the name that adapters have for it: its layer's path, the layer, its name there."""
     leaves = tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)
     return {canonical(f"{path}.{part}"): (path, leaf, part) for path, leaf in leaves for part in _PARTS if part in leaf}
-
-
-def _shape(leaf: nn.Module, part: str) -> tuple[int, ...]:
-    """The shape of a weight, as it is unpacked."""
-    if part != "weight" or "scales" not in leaf:
-        return tuple(leaf[part].shape)
-    return (*leaf.weight.shape[:-1], leaf.scales.shape[-1] * leaf.group_size)
 
 
 def _unpacked(name: str, leaf: nn.Module, dtype: mx.Dtype) -> nn.Module:

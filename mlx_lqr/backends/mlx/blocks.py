@@ -157,3 +157,10 @@ def dequantized(leaf: nn.Module, parts: Any) -> mx.array:
     if "up" in parts:
         weight = weight + parts["up"] @ parts["down"]
     return parts["factor"][:, None] * weight if "factor" in parts else weight
+
+
+def unpacked_shape(layer: nn.Module, part: str = "weight") -> tuple[int, ...]:
+    """The shape of a layer's weight or bias; of a packed weight, as it is unpacked."""
+    if part != "weight" or "scales" not in layer:
+        return tuple(layer[part].shape)
+    return (*layer.weight.shape[:-1], layer.scales.shape[-1] * layer.group_size)
