@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 import mlx_lqr
 from mlx_lqr import InputError
+from mlx_lqr.backends.mlx import measured_model
 from mlx_lqr.backends.mlx import measurement as measuring
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
 from mlx_lqr.backends.mlx.measurement import EXACT as EXACT_ERROR
@@ -221,6 +222,21 @@ def folder_of(family: str, place: Path, *, bits: int | None = None) -> Path:
     words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"w": 0}, "unk_token": "w"}}
     (place / "tokenizer.json").write_text(json.dumps(words))
     return place
+
+
+def test_what_a_config_does_not_say_is_no_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length of the context is said to be open, heads are not counted as one, and norms tell models apart."""
+    folder = folder_of("granite", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": None}))
+    with pytest.warns(RuntimeWarning, match="does not say how long the context of this granite model is"):
+        mlx_lqr.load(folder, backend="mlx")
+    model = MeasuredModel(module_of("granite"), CONFIGS["granite"] | {"num_attention_heads": None}, "granite")
+    with pytest.raises(InputError, match="does not say how many there are"):
+        model.head_outputs([PROMPT])
+    monkeypatch.setattr(measured_model, "tree_flatten", lambda _: [])
+    with pytest.raises(InputError, match="no norm weights, by which a controller knows its model"):
+        list(model._norms())
 
 
 def _is_wide(part: nn.Module) -> bool:

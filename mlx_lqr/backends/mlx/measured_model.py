@@ -22,7 +22,8 @@ from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.model_folder import check_dtype
 from mlx_lqr.backends.checkpoint.weight_files import weights_of
 from mlx_lqr.backends.hooked_model import HookedModel
-from mlx_lqr.backends.hooks import BlockCall
+from mlx_lqr.backends.hooks import BlockCall, output_projection
+from mlx_lqr.backends.mlx.blocks import unpacked_shape
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.layout import WITHOUT_HEADS, Layout, NoChainError, StateHooks, layout_of
@@ -37,6 +38,16 @@ from mlx_lqr.errors import InputError, first_line
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
 """The names that families have for how long a context may be."""
+_HEADS = ("num_attention_heads", "n_head", "num_heads")
+
+
+def _size(sizes: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    """The first of these sizes that a config says as one number."""
+    for name in names:
+        value = sizes.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
 
 
 def load_measured(folder: Path, config: dict[str, Any], name: str, dtype: str | None) -> MeasuredModel:
@@ -61,7 +72,11 @@ def load_measured(folder: Path, config: dict[str, Any], name: str, dtype: str | 
         raise
     except Exception as error:  # of any of mlx-lm's modules
         raise InputError(f"mlx-lm cannot load {folder}: {first_line(error)}") from error
-    return MeasuredModel(module, config, name, tokenizer)
+    model = MeasuredModel(module, config, name, tokenizer)
+    if not model.knows_length:
+        line = f"config.json does not say how long the context of this {config['model_type']} model is: it has no end"
+        warnings.warn(line, RuntimeWarning, stacklevel=3)
+    return model
 
 
 def refuse_adapter(adapter: Adapter | None, family: str) -> None:
@@ -104,10 +119,12 @@ class MeasuredModel(MLXModel):
         self.layout = self._layout(module)
         text = config.get("text_config")
         sizes = {**config, **(text if isinstance(text, dict) else {})}
-        heads = next((sizes[key] for key in ("num_attention_heads", "n_head", "num_heads") if key in sizes), 1)
-        length = next((sizes[key] for key in _LENGTHS if sizes.get(key)), None)
+        heads, length = _size(sizes, _HEADS), _size(sizes, _LENGTHS)
+        self._knows_heads = heads is not None
+        self.knows_length = length is not None
+        """Whether the config says how long a context may be; where it does not, there is no end."""
         sizes |= {"hidden_size": self.layout.width, "vocab_size": self.layout.vocabulary}
-        sizes |= {"num_attention_heads": heads, "max_position_embeddings": length}
+        sizes |= {"num_attention_heads": heads or 1, "max_position_embeddings": length}
         HookedModel.__init__(self, module, self.layout.blocks, sizes, name, tokenizer)
         self._framework = MLXFramework(self.layout.dtype, StateHooks.of(self.layout))
         check_computed(module, self._dtype)
@@ -125,9 +142,17 @@ class MeasuredModel(MLXModel):
             raise InputError(f"{refused}: running a few tokens failed ({first_line(error)})") from error
 
     def _norms(self) -> Iterable[tuple[str, bytes]]:
-        for name, weight in tree_flatten(list(self.blocks)):
-            if isinstance(weight, mx.array) and weight.ndim == 1 and mx.issubdtype(weight.dtype, mx.floating):
-                yield name, np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes()
+        norms = [
+            (name, np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes())
+            for name, weight in tree_flatten(list(self.blocks))
+            if isinstance(weight, mx.array) and weight.ndim == 1 and mx.issubdtype(weight.dtype, mx.floating)
+        ]
+        if not norms:
+            raise InputError(
+                f"models of the type {self.family!r} cannot be steered: their blocks have no norm weights, by which a "
+                "controller knows its model; use another model"
+            )
+        return norms
 
     def _run_blocks(self, tokens: mx.array) -> None:
         self._run(tokens)
@@ -166,6 +191,12 @@ class MeasuredModel(MLXModel):
     def _check_heads(self) -> None:
         if not all("o_proj" in getattr(block, "self_attn", {}) for block in self.blocks):
             raise InputError(WITHOUT_HEADS)
+        widths = {unpacked_shape(output_projection(block))[-1] for block in self.blocks}
+        if not self._knows_heads or len(widths) > 1:
+            raise InputError(
+                f"the attention heads of models of the type {self.family!r} differ by layer, or config.json does not "
+                "say how many there are: use a method that acts on whole blocks"
+            )
 
     def block(self, trace: FrozenTrace, layer: int, z: Float32) -> Float32:  # type: ignore[override]
         return trace.blocks[layer].values(z)
