@@ -126,7 +126,7 @@ def chat(
     judge = judge or Judge()
     answers = Generations(asked, WordFamily(words), decoding, judge, chat=True, name="answers")
     recalled = Generations([fact.question for fact in known], Correctness(known, 1), greedy, judge, chat=True)
-    parts = (answers, Facts(recalled), *damage)
+    parts: tuple[Part, ...] = (answers, Facts(recalled), *damage)
     return Task("chat", parts, "prevalence", "share of answers with a word of the concept")
 
 
