@@ -1,7 +1,7 @@
 """Chat templates in the environment that they are written for, which is that of transformers' `apply_chat_template`.
 
-Templates come with models from strangers: they run in jinja2's sandbox, and whatever goes wrong in one is an error of
-one line. Importing this needs jinja2.
+Templates come with models from strangers: they run in jinja2's sandbox, with bounds on time and memory, and whatever
+goes wrong in one is an error of one line. Importing this needs jinja2.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from mlx_lqr.backends.text.bounded_template import BoundedEnvironment, limited_time
 from mlx_lqr.errors import InputError, first_line
 
 
@@ -42,14 +42,16 @@ def rendered(
     if not messages:
         raise InputError("a conversation needs at least one message")
     try:
-        return _compiled(source).render(
-            # a key without a value is left out, for templates ask whether it is there
-            messages=[{key: value for key, value in message.items() if value is not None} for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
-        )
+        # a key without a value is left out, for templates ask whether it is there
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        with limited_time():
+            return _compiled(source).render(
+                messages=given,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **special_tokens,
+            )
     except TemplateError as error:
         raise InputError(f"the model's chat template refuses the conversation: {first_line(error)}") from error
     except Exception as error:  # a template can bring about any
@@ -102,17 +104,19 @@ def _check_name(name: Any) -> None:
 
 @lru_cache(maxsize=8)
 def _compiled(source: str) -> Template:
-    environment: Environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    environment = BoundedEnvironment(
+        {"tojson": _to_json},  # jinja2's own escapes HTML
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, loopcontrols],
     )
-    environment.filters["tojson"] = _to_json  # jinja2's own escapes HTML
     environment.globals |= {
         "raise_exception": _raise,
         "strftime_now": lambda layout: datetime.now().strftime(layout),
         "dict": _Dict(),
         "namespace": _Namespace,
     }
-    return environment.from_string(source)
+    return environment.bounded(source)
 
 
 def _to_json(
