@@ -6,7 +6,6 @@ model, so each is read from the disk only when it is written. No code of the che
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from mlx_lqr.backends.mlx.library import load_lazily, may_be_cast, quantised_by,
 from mlx_lqr.backends.mlx.load import DTYPES, arguments_for, as_mlx_lm_reads, flattened
 from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError, first_line
+from mlx_lqr.files.json_text import read_json_object
 
 from .write import cast, group_for, write_json, write_weights
 
@@ -178,12 +178,6 @@ def _build_tokenizer(source: Path, out: Path) -> None:
 
 
 def _read_json(path: Path, absent: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(absent) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({first_line(error)}): download it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is no JSON object: download it again")
-    return content
+    if not path.exists():
+        raise InputError(absent)
+    return read_json_object(path)

@@ -14,8 +14,9 @@ from os import PathLike
 from typing import Any
 
 from mlx_lqr.backends.text.tokenizer import Message
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.json_text import parse_json
 from mlx_lqr.files.text import read_text
 from mlx_lqr.methods.law import check_strength
 
@@ -103,11 +104,11 @@ def read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], l
         InputError: the file is missing, damaged or no transcript.
     """
     try:
-        transcript = json.loads(read_text(path))
+        transcript = parse_json(read_text(path), half_pairs=True)
     except InputError:
         raise
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not JSON: name a transcript that /save wrote") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({first_line(error)}): name a transcript that /save wrote") from None
     try:
         if transcript.get("format", FORMAT) != FORMAT:
             raise ValueError(f"its format is {transcript['format']!r}, and this version reads {FORMAT!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.json_text import parse_json
 from mlx_lqr.files.tensors import read_format
 
 Kind = Literal["controller", "Jacobians", "transcript", "results", "PNG image", "SVG image"]
@@ -93,8 +93,8 @@ def kind_of(path: str | os.PathLike[str]) -> Kind | None:
                 return "PNG image"
             if head.startswith((b"<?xml", b"<svg")) and b"<svg" in head:
                 return "SVG image"
-            entries = json.loads(head + file.read()) if head.startswith(b"{") else None
-    except (OSError, ValueError, RecursionError):
+            entries = parse_json((head + file.read()).decode()) if head.startswith(b"{") else None
+    except (OSError, ValueError):
         return None
     if not isinstance(entries, dict):
         return None

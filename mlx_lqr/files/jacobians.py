@@ -116,14 +116,21 @@ class StoredJacobians(Sequence[np.ndarray]):
             self._file = opened
             self.metadata: dict[str, str] = dict(self._file.metadata() or {})
             names = set(self._file.keys())
-            shapes = {tuple(self._file.get_slice(name).get_shape()) for name in names}
+            slices = [self._file.get_slice(name) for name in names]
+            shapes = {tuple(one.get_shape()) for one in slices}
+            dtypes = {one.get_dtype() for one in slices}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is damaged or not a safetensors file: make it again ({error})") from error
         if self.metadata.get("format") != expected_format:
             raise InputError(f"{file} is not a file of Jacobians of this version of mlx-lqr: make it with `linearize`")
         self._count = len(names)
         square = len(shapes) == 1 and len(set(next(iter(shapes)))) == 1 and len(next(iter(shapes))) == 2
-        if not square or names != {f"jacobian.{k}" for k in range(self._count)}:
+        if (
+            not square
+            or (0, 0) in shapes
+            or not dtypes <= set(_CODES.values())
+            or names != {f"jacobian.{k}" for k in range(self._count)}
+        ):
             raise InputError(
                 f"{file} does not hold one square Jacobian for every layer: make it again with `linearize`"
             )

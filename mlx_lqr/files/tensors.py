@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -43,11 +44,24 @@ def read_tensors(
                     )
                 holds = f", but {stated!r}" if stated.startswith("mlx-lqr") else ""
                 raise InputError(f"{file} is not {what} of mlx-lqr{holds}")
-            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
+            return {name: read_tensor(opened, name) for name in opened.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} is damaged or not a safetensors file: make it again ({error})") from error
+
+
+def read_tensor(opened: Any, name: str) -> np.ndarray:
+    """A tensor of an open file.
+
+    Raises:
+        ValueError: of a dtype that this library does not write.
+    """
+    dtype = opened.get_slice(name).get_dtype()
+    if dtype not in ("F16", "F32"):
+        raise ValueError(f"{name} is of {dtype}, which it never is")
+    tensor: np.ndarray = opened.get_tensor(name)
+    return tensor
 
 
 def read_format(path: str | PathLike[str]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.json_text import parse_json
 
 
 def read_text(path: str | PathLike[str]) -> str:
@@ -48,8 +48,8 @@ def read_lines(path: str | PathLike[str]) -> list[tuple[int, str]]:
 def parse_object(line: str) -> dict[str, Any] | None:
     """The JSON object on a line, or None."""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_json(line)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

@@ -16,8 +16,9 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 
 from mlx_lqr.backends.protocol import ADAPTED, Float32, Runner
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.json_text import LAYERS, WIDTH, Entries
 from mlx_lqr.files.tensors import check_finite, check_shape, read_tensors, write_tensors
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.riccati import Gains, Weights
@@ -137,13 +138,13 @@ class Controller:
                 finite.
         """
         tensors, metadata = read_tensors(path, FORMAT, "a controller")
+        entries = Entries(metadata)
         try:
-            concepts = tuple(str(name) for name in json.loads(metadata["concepts"]))
-            sizes = {"T": int(metadata["T"]), "d": int(metadata["d"]), "m": len(concepts)}
+            concepts = entries.texts("concepts")
+            sizes = {"T": entries.count("T", 1, LAYERS), "d": entries.count("d", 1, WIDTH), "m": len(concepts)}
             expected = _TENSORS | {name: axes for name, axes in _OPTIONAL.items() if name in tensors}
-            positions, cost = metadata["positions"], metadata["cost"]
-            if positions not in get_args(Positions) or cost not in get_args(Cost):
-                raise ValueError(f"positions {positions!r}, cost {cost!r}")
+            positions = entries.one_of("positions", get_args(Positions))
+            cost = entries.one_of("cost", get_args(Cost))
             for name, axes in expected.items():
                 check_shape(name, tensors[name], axes, sizes)
                 if name in _TENSORS:
@@ -153,18 +154,18 @@ class Controller:
             return cls(
                 **{name: tensors[name].astype(np.float32, copy=False) for name in expected},
                 concepts=concepts,
-                model_name=metadata["model"],
-                fingerprint=metadata["fingerprint"],
-                weights=Weights(float(metadata["q"]), float(metadata["r"]), float(metadata["qf"])),
+                model_name=entries.text("model"),
+                fingerprint=entries.text("fingerprint"),
+                weights=Weights(entries.number("q"), entries.number("r"), entries.number("qf")),
                 positions="all" if positions == "all" else "last",
-                prompt_counts=tuple((int(p), int(n)) for p, n in json.loads(metadata["prompt_counts"])),
-                jacobian_prompts=int(metadata["jacobian_prompts"]),
+                prompt_counts=entries.pairs("prompt_counts", len(concepts)),
+                jacobian_prompts=entries.count("jacobian_prompts"),
                 cost=next(known for known in get_args(Cost) if known == cost),
-                library_version=metadata["library_version"],
-                strength=read_strength(metadata, len(concepts)),
+                library_version=entries.text("library_version"),
+                strength=read_strength(entries, len(concepts)),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is a damaged controller file ({error}): fit it again") from error
+            raise InputError(f"{path} is a damaged controller file ({first_line(error)}): fit it again") from error
 
     def check_model(self, model: Runner) -> None:
         """Raise `InputError` unless this controller was fitted on `model`."""

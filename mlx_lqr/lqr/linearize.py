@@ -19,6 +19,7 @@ from mlx_lqr.backends.protocol import Differentiable, Float32, Progress, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.jacobians import JacobianWriter, StoredJacobians
+from mlx_lqr.files.json_text import Entries
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 
 FORMAT = "mlx-lqr jacobians 1"
@@ -63,10 +64,13 @@ class Jacobians(Sequence[Float32]):
     def load(cls, path: str | PathLike[str]) -> Jacobians:
         """Open a file of Jacobians; each matrix is read when it is used (the file is memory-mapped)."""
         stored = StoredJacobians(path, FORMAT)
-        metadata = stored.metadata
-        return cls(
-            stored, metadata.get("fingerprint", ""), metadata.get("model", ""), int(metadata.get("prompts", "0"))
-        )
+        entries = Entries(stored.metadata)
+        try:
+            return cls(stored, entries.text("fingerprint"), entries.text("model"), entries.count("prompts"))
+        except ValueError as error:
+            raise InputError(
+                f"{path} is a damaged file of Jacobians ({error}): make it again with `linearize`"
+            ) from error
 
 
 def linearize(

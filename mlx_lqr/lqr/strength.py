@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
+
+from mlx_lqr.files.json_text import Entries
 
 Strengths = tuple[float, ...]
 """One for each concept."""
@@ -37,15 +38,15 @@ def strength_metadata(strength: Strengths | None) -> dict[str, str]:
     return {} if strength is None else {"strength": json.dumps(strength)}
 
 
-def read_strength(metadata: Mapping[str, str], concepts: int) -> Strengths | None:
+def read_strength(entries: Entries, concepts: int) -> Strengths | None:
     """The strength recommended in a file's metadata, or None.
 
     Raises:
         ValueError: it is not one finite number for each concept.
     """
-    if "strength" not in metadata:
+    if "strength" not in entries:
         return None
-    strength = tuple(float(number) for number in json.loads(metadata["strength"]))
-    if len(strength) != concepts or not all(math.isfinite(number) for number in strength):
-        raise ValueError(f"strength {metadata['strength']} for {concepts} concepts")
+    strength = entries.numbers("strength")
+    if len(strength) != concepts:
+        raise ValueError(f"strength {entries.text('strength')} for {concepts} concepts")
     return strength

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata as distribution
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from mlx_lqr.backends.protocol import Float32, Runner
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.json_text import LAYERS, WIDTH, Entries
 from mlx_lqr.files.tensors import check_finite, check_shape, read_tensors, write_tensors
 from mlx_lqr.lqr.controller import Positions, check_choice, check_fitted_on
 from mlx_lqr.lqr.strength import Strengths, combined_strength, read_strength, strength_metadata
@@ -107,8 +108,9 @@ class Baseline:
             shapes or values that are not finite.
         """
         tensors, metadata = read_tensors(path, FORMAT, "steering of a baseline method")
+        entries = Entries(metadata)
         try:
-            name = metadata["method"]
+            name = entries.text("method")
             if name not in METHODS:
                 raise InputError(
                     f"{path} is of the method {name!r}, which is not installed: install the package that adds it, or "
@@ -117,13 +119,13 @@ class Baseline:
             method = METHODS[name]
             if not isinstance(method, BaselineMethod):
                 raise ValueError(f"method {name!r}")
-            concepts = tuple(str(concept) for concept in json.loads(metadata["concepts"]))
-            sizes = {"T": int(metadata["T"]), "d": int(metadata["d"]), "m": len(concepts)}
-            layers = tuple(int(k) for k in json.loads(metadata["layers"]))
-            numbers = {key: float(number) for key, number in json.loads(metadata["numbers"]).items()}
-            if numbers.keys() != method.numbers.keys() or not all(0 <= k < sizes["T"] for k in layers):
-                raise ValueError("its numbers or layers are not those of its method and model")
-            if not concepts or (len(concepts) > 1 and not method.additive):
+            concepts = entries.texts("concepts")
+            sizes = {"T": entries.count("T", 1, LAYERS), "d": entries.count("d", 1, WIDTH), "m": len(concepts)}
+            layers = entries.layers("layers", sizes["T"])
+            numbers = entries.named_numbers("numbers")
+            if numbers.keys() != method.numbers.keys():
+                raise ValueError("its numbers are not those of its method")
+            if len(concepts) > 1 and not method.additive:
                 raise ValueError(f"{len(concepts)} concepts")
             for tensor, axes in method.tensors.items():
                 check_shape(tensor, tensors[tensor], axes, _sizes(axes, tensors[tensor], sizes))
@@ -134,19 +136,21 @@ class Baseline:
                 numbers=numbers,
                 active_layers=layers,
                 concepts=concepts,
-                positions="all" if metadata["positions"] == "all" else "last",
-                model_name=metadata["model"],
-                fingerprint=metadata["fingerprint"],
+                positions="all" if entries.one_of("positions", get_args(Positions)) == "all" else "last",
+                model_name=entries.text("model"),
+                fingerprint=entries.text("fingerprint"),
                 num_layers=sizes["T"],
                 hidden_size=sizes["d"],
-                prompt_counts=tuple((int(p), int(n)) for p, n in json.loads(metadata["prompt_counts"])),
-                library_version=metadata["library_version"],
-                strength=read_strength(metadata, len(concepts)),
+                prompt_counts=entries.pairs("prompt_counts", len(concepts)),
+                library_version=entries.text("library_version"),
+                strength=read_strength(entries, len(concepts)),
             )
         except InputError:
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is a damaged file of a baseline method ({error}): fit it again") from error
+            raise InputError(
+                f"{path} is a damaged file of a baseline method ({first_line(error)}): fit it again"
+            ) from error
 
     def check_model(self, model: Runner) -> None:
         """Raise `InputError` unless this was fitted on `model`."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.json_text import parse_json
 
 FORMAT = "mlx-lqr evaluation 1"
 CHUNK = 16
@@ -143,7 +144,7 @@ def _differences(ours: Any, theirs: Any, name: str = "") -> list[str]:
 
 def _parsed(path: Path, number: int, line: bytes) -> Row:
     try:
-        row = json.loads(line)
+        row = parse_json(line.decode(), half_pairs=True)
     except ValueError:
         row = None
     if not isinstance(row, dict):

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, deserialize
 
 from mlx_lqr.backends.checkpoint import adapter_mlx_lm, adapter_peft
 from mlx_lqr.backends.checkpoint.adapter import Adapter, Change, Weight
-from mlx_lqr.backends.checkpoint.model_folder import read_json
 from mlx_lqr.errors import InputError, first_line
+from mlx_lqr.files.json_text import read_json_object
 
 CONFIG = "adapter_config.json"
 
@@ -53,10 +53,7 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise InputError(f"{folder} is no adapter, for it has no {CONFIG}: give the folder that mlx-lm or PEFT wrote")
-    config = read_json(file)
-    if not isinstance(config, dict):
-        raise InputError(f"{file} is no table of settings: save the adapter again")
-    return config
+    return read_json_object(file, "save the adapter again")
 
 
 def _weights(folder: Path, name: str) -> dict[str, Weight]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_lqr.backends.checkpoint.families import SETTINGS
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.json_text import read_json_object
 
 DTYPES = ("float32", "float16", "bfloat16")
 """What the weights of a model may be loaded as."""
@@ -26,20 +26,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json")
-    config = read_json(file)
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_json_object(file)
+    if not isinstance(config.get("model_type"), str):
         raise InputError(f"{file} names no model_type: this is not the folder of a language model")
     if "model_file" in config:
         raise InputError(f"{folder} wants to run code of its own ({config['model_file']}): refused")
     return config
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file holds; raises `InputError` where it is not JSON."""
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from error
 
 
 def check_dtype(dtype: str | None) -> None:

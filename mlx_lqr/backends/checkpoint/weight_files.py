@@ -6,7 +6,6 @@ says what belongs to the model, where there is one; without it, the names do, an
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from mlx_lqr.errors import InputError, first_line
+from mlx_lqr.files.json_text import read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -79,7 +79,7 @@ def _indexed(index: Path) -> dict[str, list[str] | None]:
     """The file names that the index gives, each with its tensors."""
     folder = index.parent
     try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        weight_map = read_json_object(index)["weight_map"]
         named: dict[str, list[str] | None] = {}
         for tensor, file in weight_map.items():
             if Path(file).name != file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.json_text import read_json_object
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATES = "additional_chat_templates"
@@ -22,15 +22,7 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         InputError: no JSON, or no object.
     """
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is no JSON object: download it again")
-    return content
+    return read_json_object(file) if file.is_file() else {}
 
 
 def special_tokens(folder: Path, settings: Mapping[str, Any], tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
