@@ -22,6 +22,7 @@ class MLX(Backend):
     title = "MLX"
     capabilities = frozenset({RECORDER, HEAD_RECORDER, DIFFERENTIABLE})
     takes_device = False
+    spreads = True
     adopts = "mlx_lm.load"
 
     def suitability(self) -> Suitability:
@@ -33,11 +34,26 @@ class MLX(Backend):
         if importlib.util.find_spec("mlx") is None:
             raise InputError("the mlx backend needs mlx, which is not installed: pip install mlx-lqr")
 
-    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None) -> Model:
+    def load(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        dtype: str | None,
+        device: str | None,
+        adapter: Adapter | None,
+        pipeline: bool,
+    ) -> Model:
         from mlx_lqr.backends.mlx import model
 
         assert device is None
-        return model.load(folder, name, dtype, adapter)
+        return model.load(folder, name, dtype, adapter, pipeline)
+
+    def said(self, text: str | None) -> str | None:
+        from mlx_lqr.backends.mlx.distributed import joined
+
+        spread = joined(pipeline=False)
+        return text if spread is None else spread.said(text)
 
     def adopt(self, model: Any) -> Model | None:
         nn = sys.modules.get("mlx.nn")

@@ -41,7 +41,9 @@ class FrozenBlock:
 
     @classmethod
     def at(cls, block: nn.Module, layout: Layout, call: Any, *, differences: bool) -> FrozenBlock:
-        """What the model is about to call; `call` has its `args` and `kwargs`."""
+        """What the model is about to call; `call` has its `args` and `kwargs`, which only its owner needs."""
+        if layout.spread is not None and not layout.spread.runs(block):
+            return cls(block, layout, (), {}, differences)
         args, kwargs = copied(layout.exchanged(call.args, call.kwargs, None))
         return cls(block, layout, args, kwargs, differences)
 
@@ -51,27 +53,43 @@ class FrozenBlock:
 
     def values(self, z: Float32) -> Float32:
         """phi(z) of rows z (n, d): (n, d)"""
-        with in_float32(self.block):
-            return self._in_chunks(lambda rows: self._run(mx.array(rows)), z)
+        return self._where_it_is(lambda: self._values(z), z.shape)
 
     def vjp(self, z: Float32, cotangents: Float32) -> Float32:
         """A' w at z (d,) for rows w (n, d): (n, d)"""
-        if self.differences:
-            return cotangents @ self.jacobian(z)
-        with in_float32(self.block):
-            return self._in_chunks(lambda rows: self._pulled_back(z, mx.array(rows)), cotangents)
+        return self._where_it_is(lambda: self._vjp(z, cotangents), cotangents.shape)
 
     def jvp(self, z: Float32, tangents: Float32) -> Float32:
         """A w at z (d,) for rows w (n, d): (n, d). A derivative of w -> A' w, which is linear."""
+        return self._where_it_is(lambda: self._jvp(z, tangents), tangents.shape)
+
+    def jacobian(self, z: Float32) -> Float32:
+        """A at z (d,): (d, d)"""
+        return self._where_it_is(lambda: self._jacobian(z), (z.size, z.size))
+
+    def _where_it_is(self, compute: Callable[[], Float32], shape: tuple[int, ...]) -> Float32:
+        spread = self.layout.spread
+        return compute() if spread is None else spread.of_owner(self.block, compute, shape)
+
+    def _values(self, z: Float32) -> Float32:
+        with in_float32(self.block):
+            return self._in_chunks(lambda rows: self._run(mx.array(rows)), z)
+
+    def _vjp(self, z: Float32, cotangents: Float32) -> Float32:
+        if self.differences:
+            return cotangents @ self._jacobian(z)
+        with in_float32(self.block):
+            return self._in_chunks(lambda rows: self._pulled_back(z, mx.array(rows)), cotangents)
+
+    def _jvp(self, z: Float32, tangents: Float32) -> Float32:
         if self.differences or not self._has_second_derivative(z):
             return self._differences(z, tangents)
         with in_float32(self.block):
             return self._in_chunks(lambda rows: self._pushed_forward(z, mx.array(rows)), tangents)
 
-    def jacobian(self, z: Float32) -> Float32:
-        """A at z (d,): (d, d)"""
+    def _jacobian(self, z: Float32) -> Float32:
         identity = np.eye(z.size, dtype=np.float32)
-        return self._differences(z, identity).T if self.differences else self.vjp(z, identity)
+        return self._differences(z, identity).T if self.differences else self._vjp(z, identity)
 
     def _run(self, rows: mx.array) -> mx.array:
         count = rows.shape[0]
@@ -88,6 +106,8 @@ class FrozenBlock:
         return mx.vjp(lambda w: self._pulled_back(z, w), [mx.zeros_like(tangents)], [tangents])[1][0]
 
     def _has_second_derivative(self, z: Float32) -> bool:
+        if self.layout.spread is not None and not self.layout.spread.has_second_derivative:
+            return False
         try:
             with in_float32(self.block):
                 mx.eval(self._pushed_forward(z, mx.ones((1, z.size))))
@@ -100,7 +120,7 @@ class FrozenBlock:
         length = np.linalg.norm(tangents, axis=1, keepdims=True)
         step = STEP * np.linalg.norm(z) / z.size**0.5 / np.where(length > 0, length, 1)
         moved = (step * tangents).astype(np.float32)
-        ahead, behind = self.values(z + moved), self.values(z - moved)
+        ahead, behind = self._values(z + moved), self._values(z - moved)
         return ((ahead - behind) / (2 * step)).astype(np.float32)
 
     def _in_chunks(self, function: Callable[[Float32], mx.array], rows: Float32) -> Float32:
@@ -259,7 +279,8 @@ def frozen_at(
         module(mx.array([[token]]), cache=copied(caches))
     stacked = mx.stack([z.astype(mx.float32) for z in residual])
     mx.eval(stacked, list(arrays_in([[block.args, block.kwargs] for block in blocks])))
-    return np.asarray(stacked), blocks
+    states = np.asarray(stacked)
+    return states if layout.spread is None else layout.spread.first(states), blocks
 
 
 def in_full(block: nn.Module, z: mx.array, call: BlockCall) -> mx.array:

@@ -7,7 +7,7 @@ then merged, by mlx-lm's own code, where that was measured to agree; else each s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,15 @@ class FrozenTrace:
         return self.residual.nbytes + sum(block.nbytes for block in self.blocks)
 
 
+def check_site(law: Law | None, layout: Layout) -> None:
+    """Refuse a law that acts on attention heads, which no process of several has all of."""
+    if law is not None and law.site == "attention" and layout.spread is not None:
+        raise InputError(ON_ONE_MACHINE)
+
+
+ON_ONE_MACHINE = "attention heads are read and steered on one machine alone: use a method that acts on whole blocks"
+
+
 class MeasuredDecoder(MLXDecoder):
     """The `TracingDecoder` protocol."""
 
@@ -56,6 +65,14 @@ class MeasuredDecoder(MLXDecoder):
         """Whether `_cache` holds the caches of each sequence on its own."""
         super().__init__(module, framework, layout.blocks, layout.vocabulary, law, sampling, window)
 
+    def _place(self, law: Law | None) -> Law | None:
+        check_site(law, self._layout)
+        return super()._place(law)
+
+    def _hooked_layers(self, law: Law) -> Sequence[int]:
+        spread = self._layout.spread
+        return law.layers if spread is None or not law.replayable else spread.here(law.layers)
+
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         if len(prompts) == 1:
             super().fill(prompts, steered=steered)
@@ -68,7 +85,7 @@ class MeasuredDecoder(MLXDecoder):
             for start in range(0, len(prompt), PREFILL_CHUNK):
                 chunk = mx.array([list(prompt[start : start + PREFILL_CHUNK])])
                 self._call(chunk, self._cache[row], steered=steered)
-                mx.eval(list(arrays_in(self._cache[row])))
+                self._compute(self._cache[row])
         self._length = max(map(len, prompts))
         if self._measurement.merges and all(prompts):
             self._cache, self._apart = merged_caches(self._cache), False
@@ -88,12 +105,28 @@ class MeasuredDecoder(MLXDecoder):
             present = [energy for energy in energies if energy is not None]
             self._energy = mx.concatenate(present) if present else None
         if not head:
-            mx.eval(list(arrays_in(self._cache)))
+            self._compute(self._cache)
         return logits
+
+    def _compute(self, cache: Any) -> None:
+        others = [] if self._layout.spread is None else self._layout.spread.left_to_compute()
+        mx.eval(list(arrays_in(cache)), others)
+
+    def sample(self, logits: mx.array) -> mx.array:
+        tokens = super().sample(logits)
+        if self._layout.spread is not None:
+            tokens = self._layout.spread.agreed(tokens)
+            self._framework.start(tokens)
+        return tokens
 
     def _call(self, tokens: mx.array, cache: Any, *, steered: bool) -> mx.array:
         self._energy = None
-        with self._hooks.placed() if steered and self._hooks is not None else nullcontext():
+        spread = self._layout.spread
+        with ExitStack() as around:
+            if spread is not None:
+                around.enter_context(spread.steering(self._law))
+            if steered and self._hooks is not None:
+                around.enter_context(self._hooks.placed())
             logits: mx.array = self._module(tokens, cache=cache)
         return self._layout.finite(logits[:, -1])
 

@@ -13,25 +13,26 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_lqr.backends.batching import Stretches
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.adapter import Adapter
+from mlx_lqr.backends.checkpoint.config import ModelConfig
 from mlx_lqr.backends.checkpoint.model_folder import check_dtype
 from mlx_lqr.backends.checkpoint.weight_files import weights_of
 from mlx_lqr.backends.hooked_model import HookedModel
 from mlx_lqr.backends.hooks import BlockCall, output_projection
 from mlx_lqr.backends.mlx.blocks import unpacked_shape
 from mlx_lqr.backends.mlx.device import on_gpu
+from mlx_lqr.backends.mlx.distributed import Spread
 from mlx_lqr.backends.mlx.framework import MLXFramework
-from mlx_lqr.backends.mlx.layout import WITHOUT_HEADS, Layout, NoChainError, StateHooks, layout_of
+from mlx_lqr.backends.mlx.layout import WITHOUT_HEADS, Layout, NoChainError, StateHooks, blocks_of, layout_of
 from mlx_lqr.backends.mlx.library import load_lazily, may_be_cast, new_caches
-from mlx_lqr.backends.mlx.load import DTYPES, as_mlx_lm_reads, check_computed, flattened
-from mlx_lqr.backends.mlx.measured_decoder import FrozenTrace, MeasuredDecoder
+from mlx_lqr.backends.mlx.load import DTYPES, as_mlx_lm_reads, check_computed, flattened, load_module
+from mlx_lqr.backends.mlx.measured_decoder import ON_ONE_MACHINE, FrozenTrace, MeasuredDecoder, check_site
 from mlx_lqr.backends.mlx.measurement import Measurement, measured
-from mlx_lqr.backends.mlx.model import MLXModel
+from mlx_lqr.backends.mlx.model import MLXModel, in_bfloat16, norms_of
 from mlx_lqr.backends.protocol import Float32, Law, Progress, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError, first_line
@@ -50,8 +51,13 @@ def _size(sizes: Mapping[str, Any], names: Sequence[str]) -> int | None:
     return None
 
 
-def load_measured(folder: Path, config: dict[str, Any], name: str, dtype: str | None) -> MeasuredModel:
+def load_measured(
+    folder: Path, config: dict[str, Any], name: str, dtype: str | None, spread: Spread | None = None
+) -> MeasuredModel:
     """The model in a folder, its architecture any that mlx-lm has a module for.
+
+    Args:
+        spread: over which processes, if over several.
 
     Raises:
         InputError: files that are missing, damaged or do not fit together, or a model that cannot be steered.
@@ -67,15 +73,44 @@ def load_measured(folder: Path, config: dict[str, Any], name: str, dtype: str | 
             module, _ = load_lazily(view)
         module.eval()
         _cast(module, dtype)
+        if spread is not None:
+            family = str(config["model_type"])
+            spread.place(module, blocks_of(module), lambda blocks: _norms_of(blocks, family))
         mx.eval(module.parameters())
     except InputError:
         raise
     except Exception as error:  # of any of mlx-lm's modules
         raise InputError(f"mlx-lm cannot load {folder}: {first_line(error)}") from error
-    model = MeasuredModel(module, config, name, tokenizer)
+    model = MeasuredModel(module, config, name, tokenizer, spread)
     if not model.knows_length:
         line = f"config.json does not say how long the context of this {config['model_type']} model is: it has no end"
         warnings.warn(line, RuntimeWarning, stacklevel=3)
+    return model
+
+
+def load_spread(
+    folder: Path,
+    config: dict[str, Any],
+    meaning: ModelConfig,
+    name: str,
+    dtype: str | None,
+    adapter: Adapter | None,
+    spread: Spread,
+) -> MeasuredModel:
+    """A model of a family on the list, spread over several processes; controllers are those of one process.
+
+    Raises:
+        InputError: see `load_module`.
+    """
+    if adapter is not None:
+        raise InputError("adapters run on one machine alone: fuse this one into the model with mlx_lm.fuse")
+
+    def keep(module: nn.Module) -> None:
+        spread.place(module, module.layers, norms_of)
+
+    module = load_module(folder, config, meaning, dtype, keep=keep)
+    model = MeasuredModel(module, config, name, Tokenizer(folder, config), spread)
+    model.context_length, model.rolls = meaning.context_length, meaning.rolls
     return model
 
 
@@ -85,6 +120,20 @@ def refuse_adapter(adapter: Adapter | None, family: str) -> None:
         raise InputError(
             f"adapters are not taken for models of the type {family!r}: fuse this one into the model with mlx_lm.fuse"
         )
+
+
+def _norms_of(blocks: Sequence[nn.Module], family: str) -> list[tuple[str, bytes]]:
+    norms = [
+        (name, in_bfloat16(weight))
+        for name, weight in tree_flatten(list(blocks))
+        if isinstance(weight, mx.array) and weight.ndim == 1 and mx.issubdtype(weight.dtype, mx.floating)
+    ]
+    if not norms:
+        raise InputError(
+            f"models of the type {family!r} cannot be steered: their blocks have no norm weights, by which a "
+            "controller knows its model; use another model"
+        )
+    return norms
 
 
 def _cast(module: nn.Module, dtype: str | None) -> None:
@@ -106,15 +155,22 @@ class MeasuredModel(MLXModel):
 
     Args:
         config: its config.json.
+        spread: over which processes, if over several.
 
     Raises:
         InputError: it cannot be steered; the line says what was measured.
     """
 
     def __init__(
-        self, module: nn.Module, config: Mapping[str, Any], name: str, tokenizer: Tokenizer | None = None
+        self,
+        module: nn.Module,
+        config: Mapping[str, Any],
+        name: str,
+        tokenizer: Tokenizer | None = None,
+        spread: Spread | None = None,
     ) -> None:
         check_borrowed("mlx")
+        self._spread = spread
         self.family = str(config.get("model_type") or type(module).__module__.rpartition(".")[2])
         self.layout = self._layout(module)
         text = config.get("text_config")
@@ -126,14 +182,15 @@ class MeasuredModel(MLXModel):
         sizes |= {"hidden_size": self.layout.width, "vocab_size": self.layout.vocabulary}
         sizes |= {"num_attention_heads": heads or 1, "max_position_embeddings": length}
         HookedModel.__init__(self, module, self.layout.blocks, sizes, name, tokenizer)
-        self._framework = MLXFramework(self.layout.dtype, StateHooks.of(self.layout))
+        framework = MLXFramework if spread is None else spread.framework
+        self._framework = framework(self.layout.dtype, StateHooks.of(self.layout))
         check_computed(module, self._dtype)
         self.measurement: Measurement = measured(module, self.layout, self.fingerprint, self.family)
 
     def _layout(self, module: nn.Module) -> Layout:
         refused = f"models of the type {self.family!r} cannot be steered"
         try:
-            return layout_of(module, lambda: new_caches(module))
+            return layout_of(module, lambda: new_caches(module), self._spread)
         except NoChainError as error:
             raise InputError(f"{refused}: {error}; a controller needs blocks that hand on one state") from error
         except InputError:
@@ -142,17 +199,7 @@ class MeasuredModel(MLXModel):
             raise InputError(f"{refused}: running a few tokens failed ({first_line(error)})") from error
 
     def _norms(self) -> Iterable[tuple[str, bytes]]:
-        norms = [
-            (name, np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes())
-            for name, weight in tree_flatten(list(self.blocks))
-            if isinstance(weight, mx.array) and weight.ndim == 1 and mx.issubdtype(weight.dtype, mx.floating)
-        ]
-        if not norms:
-            raise InputError(
-                f"models of the type {self.family!r} cannot be steered: their blocks have no norm weights, by which a "
-                "controller knows its model; use another model"
-            )
-        return norms
+        return _norms_of(self.blocks, self.family) if self._spread is None else self._spread.norms
 
     def _run_blocks(self, tokens: mx.array) -> None:
         self._run(tokens)
@@ -178,7 +225,8 @@ class MeasuredModel(MLXModel):
         layers = sorted({*(law.layers if law is not None else ()), last})
         with framework.hooked(self.blocks, hook, layers, steering):
             logits = framework.float32(self._run(tokens)[at])
-        return logits, (logits * 0).sum(-1) + energies[0] * 0
+        spoiled = (logits * 0).sum(-1) + energies[0] * 0
+        return logits, spoiled if self._spread is None else self._spread.first_array(spoiled)
 
     def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
         self._check_heads()
@@ -188,7 +236,13 @@ class MeasuredModel(MLXModel):
         self._check_heads()
         return super().projected(layer, heads)
 
+    def place(self, law: Law | None) -> Law | None:
+        check_site(law, self.layout)
+        return super().place(law)
+
     def _check_heads(self) -> None:
+        if self._spread is not None:
+            raise InputError(ON_ONE_MACHINE)
         if not all("o_proj" in getattr(block, "self_attn", {}) for block in self.blocks):
             raise InputError(WITHOUT_HEADS)
         widths = {unpacked_shape(output_projection(block))[-1] for block in self.blocks}

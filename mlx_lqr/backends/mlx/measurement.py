@@ -16,8 +16,10 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +29,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.mlx.device import on_gpu
+from mlx_lqr.backends.mlx.distributed import Spread
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, copied, frozen_at, in_full
 from mlx_lqr.backends.mlx.layout import Layout, StateHooks
 from mlx_lqr.backends.mlx.library import can_merge, merged_caches, new_caches
@@ -92,10 +95,10 @@ def measurement_of(module: nn.Module, layout: Layout, fingerprint: str) -> Measu
         InputError: the model fails while it is measured.
     """
     file = cache_folder() / "measured" / f"{_digest(module, layout, fingerprint)}.json"
-    try:
-        return Measurement(**json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):  # none, or not of this version
-        measurement = Measured(module, layout).all()
+    measurement = _kept(file, layout.spread)
+    if measurement is not None:
+        return measurement
+    measurement = Measured(module, layout).all()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with writing(file) as temporary:
@@ -103,6 +106,19 @@ def measurement_of(module: nn.Module, layout: Layout, fingerprint: str) -> Measu
     except (OSError, InputError):  # it will be measured again
         pass
     return measurement
+
+
+def _kept(file: Path, spread: Spread | None) -> Measurement | None:
+    """What was measured before; of several processes the first one looks, for they all have to measure or none."""
+    text: str | None = None
+    with suppress(OSError):
+        text = file.read_text("utf-8")
+    if spread is not None:
+        text = spread.said(text)
+    try:
+        return None if text is None else Measurement(**json.loads(text))
+    except (ValueError, TypeError):  # not of this version
+        return None
 
 
 class Measured:
@@ -172,7 +188,9 @@ class Measured:
             kinds.setdefault(
                 (type(frozen.block), tuple(name for name, _ in tree_flatten(frozen.block.parameters()))), k
             )
-        return sorted({*list(kinds.values())[: LAYERS - 2], len(blocks) // 2, len(blocks) - 1})
+        chosen = {*list(kinds.values())[: LAYERS - 2], len(blocks) // 2, len(blocks) - 1}
+        spread = self._layout.spread  # a process knows the kinds of its own blocks
+        return sorted(chosen) if spread is None else spread.union(chosen, len(blocks))
 
     def _merges(self, caches: Any) -> bool:
         if not can_merge(caches):
@@ -221,9 +239,13 @@ class Measured:
         blocks = self._layout.blocks
         with self._hooks(blocks, hook, range(len(blocks))).placed():
             logits = self._module(mx.array(tokens), cache=caches)[:, -1].astype(mx.float32)
-        values = np.asarray(logits).astype(np.float64)
-        values = np.where(np.isneginf(values), 0, values)  # of tokens that the model hides
-        return values, np.asarray(states[0]).astype(np.float64) if states else np.empty(0)
+        values = np.where(np.isneginf(logits), 0, logits)  # of tokens that the model hides
+        return self._exact(values), self._exact(np.asarray(states[0])) if states else np.empty(0)
+
+    def _exact(self, values: np.ndarray) -> np.ndarray:
+        """In float64, and of several processes the first one's, for all have to judge alike."""
+        spread = self._layout.spread
+        return (values if spread is None else spread.first(values)).astype(np.float64)
 
 
 def _error(value: np.ndarray, reference: np.ndarray) -> float:
@@ -244,6 +266,8 @@ def _digest(module: nn.Module, layout: Layout, fingerprint: str) -> str:
     bits = sorted({str(getattr(weight, "dtype", "")) for _, weight in tree_flatten(layout.blocks[0].parameters())})
     parts = [VERSION, metadata.version("mlx-lm"), metadata.version("mlx"), type(module).__module__, described, bits]
     parts += [fingerprint, str(layout.dtype), on_gpu()]
+    if layout.spread is not None:
+        parts.append(layout.spread.name)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 

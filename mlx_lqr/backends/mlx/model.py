@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,9 +31,16 @@ from mlx_lqr.backends.mlx.step import CompiledStep
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from mlx_lqr.backends.mlx.distributed import Spread
 
-def load(folder: Path, name: str, dtype: str | None = None, adapter: Adapter | None = None) -> MLXModel:
+
+def load(
+    folder: Path, name: str, dtype: str | None = None, adapter: Adapter | None = None, pipeline: bool = False
+) -> MLXModel:
     """The model in a folder of config.json, safetensors and tokenizer files, with an adapter.
+
+    Under `mlx.launch` it is spread over all processes, in a pipeline if wanted.
 
     Raises:
         InputError: unsupported architecture, files that are missing, damaged or do not fit together, or an adapter of
@@ -47,13 +54,34 @@ def load(folder: Path, name: str, dtype: str | None = None, adapter: Adapter | N
         from mlx_lqr.backends.mlx.measured_model import load_measured, refuse_adapter
 
         refuse_adapter(adapter, family)
-        return load_measured(folder, config, name, dtype)
+        return load_measured(folder, config, name, dtype, _spread(pipeline))
     meaning = model_config(config)
+    if (spread := _spread(pipeline)) is not None:
+        from mlx_lqr.backends.mlx.measured_model import load_spread
+
+        return load_spread(folder, config, meaning, name, dtype, adapter, spread)
     module = load_module(folder, config, meaning, dtype, adapter)
     model = MLXModel(module, name, Tokenizer(folder, config))
     model.context_length, model.rolls = meaning.context_length, meaning.rolls
     model.adapter = adapter
     return model
+
+
+def _spread(pipeline: bool) -> Spread | None:
+    from mlx_lqr.backends.mlx.distributed import joined
+
+    return joined(pipeline=pipeline)
+
+
+def norms_of(blocks: Sequence[nn.Module]) -> Iterable[tuple[str, bytes]]:
+    """See `HookedModel`; of the families on the list."""
+    for name, weight in tree_flatten(list(blocks)):
+        if name.endswith("norm.weight"):
+            yield name, in_bfloat16(weight)
+
+
+def in_bfloat16(weight: mx.array) -> bytes:
+    return np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes()
 
 
 class MLXModel(HookedModel):
@@ -69,9 +97,7 @@ class MLXModel(HookedModel):
         check_computed(module, self._dtype)
 
     def _norms(self) -> Iterable[tuple[str, bytes]]:
-        for name, weight in tree_flatten(self.blocks):
-            if name.endswith("norm.weight"):
-                yield name, np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes()
+        return norms_of(self.blocks)
 
     @property
     def _final_norm(self) -> nn.Module:
