@@ -1,6 +1,6 @@
 """Numbers of a model, in one process or in several; as a script, run by `mlx.launch`, it writes those of models.
 
-    spread.py OUT.npz FOLDER[:pipeline] ...
+spread.py OUT.npz FOLDER[:pipeline] ...
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A model that is spread over several processes, each on a machine of its own, started by `mlx.launch`.
 
     tensor      every process has a part of each weight, by mlx-lm's `shard`; inside each block their parts are summed
-    pipeline    every process has some of the blocks; at the end of its last one the state goes to all others
+    pipeline    every process has some of the blocks; what its last one puts out goes to the others
 
 All processes run the same calls in the same order. What leaves the model, as numbers or tokens, is one process's on all
 of them: what they do next depends on it, and a machine of another kind may differ in the last digit.
@@ -22,7 +22,7 @@ from mlx_lqr.backends.mlx.blocks import ClassHooks
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.pipeline import Stages, place_stages
 from mlx_lqr.backends.mlx.tensor_parallel import can_shard, shard
-from mlx_lqr.backends.protocol import OVERFLOWED, Float32, Law
+from mlx_lqr.backends.protocol import OVERFLOWED, Float32
 from mlx_lqr.errors import InputError, first_line
 
 Norms = Callable[[Sequence[nn.Module]], Iterable[tuple[str, bytes]]]
@@ -85,17 +85,21 @@ class Spread:
         """Whether this process has the block, or a part of it."""
         return self._stages is None or self._stages.owner(block) == self.rank
 
+    def given(self, block: nn.Module, state: mx.array) -> mx.array:
+        """What a block is given, for a hook that is called before the block itself asks for it."""
+        return state if self._stages is None else self._stages.before_hook(block, state)
+
     def here(self, layers: Iterable[int]) -> list[int]:
         """Those of these layers whose blocks this process runs."""
         return [k for k in layers if self._stages is None or self._stages.has(k)]
 
     @contextmanager
-    def steering(self, law: Law | None) -> Iterator[None]:
-        """Around passes whose states nobody reads but the law, where each process needs its own blocks' alone."""
+    def unwatched(self) -> Iterator[None]:
+        """Around passes of which each process needs its own blocks' states alone; rank 0 has the logits."""
         if self._stages is None:
             yield
             return
-        self._stages.everywhere = law is not None and not law.replayable
+        self._stages.everywhere = False
         try:
             yield
         finally:

@@ -143,12 +143,15 @@ class StateHooks(ClassHooks):
                 outputs: list[tuple[mx.array, Outputs]] = []
 
                 def block(z: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-                    given, named = layout.exchanged(args, kwargs, layout.native(z))
-                    own = kind.__call__(self, *given, **named)
+                    exchanged, named = layout.exchanged(args, kwargs, layout.native(z))
+                    own = kind.__call__(self, *exchanged, **named)
                     outputs.append((layout.normal(state_in(own)), own))
                     return outputs[-1][0]
 
-                result = hook(k, layout.normal(layout.state_of(args, kwargs)), BlockCall(block, args, kwargs))
+                given = layout.state_of(args, kwargs)
+                if layout.spread is not None:
+                    given = layout.spread.given(self, given)
+                result = hook(k, layout.normal(given), BlockCall(block, args, kwargs))
                 state, own = outputs[-1]
                 return own if result is state else with_state(own, layout.native(result))
 

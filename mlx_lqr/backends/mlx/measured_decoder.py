@@ -15,12 +15,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS
+from mlx_lqr.backends.hooks import LawHooks
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, arrays_in, frozen_at
 from mlx_lqr.backends.mlx.layout import Layout
 from mlx_lqr.backends.mlx.library import can_rewind, can_roll, decoding_caches, merged_caches, new_caches
 from mlx_lqr.backends.mlx.measurement import Measurement
+from mlx_lqr.backends.overflow import Examined
 from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law, Sampling, restart
 from mlx_lqr.errors import InputError
 
@@ -63,6 +65,7 @@ class MeasuredDecoder(MLXDecoder):
         self._layout, self._measurement = layout, measurement
         self._apart = False
         """Whether `_cache` holds the caches of each sequence on its own."""
+        self._is_examined = False
         super().__init__(module, framework, layout.blocks, layout.vocabulary, law, sampling, window)
 
     def _place(self, law: Law | None) -> Law | None:
@@ -71,7 +74,19 @@ class MeasuredDecoder(MLXDecoder):
 
     def _hooked_layers(self, law: Law) -> Sequence[int]:
         spread = self._layout.spread
-        return law.layers if spread is None or not law.replayable else spread.here(law.layers)
+        return law.layers if spread is None or self._is_watched else spread.here(law.layers)
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether what happens at a block matters beyond it, if it is only for a law that takes notes."""
+        return self._is_examined or (self._law is not None and not self._law.replayable)
+
+    def _examined(self, tokens: Sequence[int], steering: LawHooks) -> Examined:
+        self._is_examined = True
+        try:
+            return super()._examined(tokens, steering)
+        finally:
+            self._is_examined = False
 
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         if len(prompts) == 1:
@@ -123,8 +138,8 @@ class MeasuredDecoder(MLXDecoder):
         self._energy = None
         spread = self._layout.spread
         with ExitStack() as around:
-            if spread is not None:
-                around.enter_context(spread.steering(self._law))
+            if spread is not None and not self._is_watched:
+                around.enter_context(spread.unwatched())
             if steered and self._hooks is not None:
                 around.enter_context(self._hooks.placed())
             logits: mx.array = self._module(tokens, cache=cache)

@@ -27,14 +27,16 @@ class Stages:
 
     def __init__(self, blocks: Sequence[nn.Module], group: mx.distributed.Group) -> None:
         self.owners = _owners(len(blocks), group.size())
-        """The rank that has each block; rank 0 has the first ones."""
+        """The rank that has each block; rank 0 has the last ones, as in mlx-lm, and so what comes out of the model."""
         self.everywhere = True
-        """Whether all processes get the state after each block, or only after the last one of a stage."""
+        """Whether all processes get what each block puts out, or only what the first one of a stage is given."""
         self.last: mx.array | None = None
         """The state that was handed on last."""
         self._rank, self._group = group.rank(), group
         self._numbers = {id(block): k for k, block in enumerate(blocks)}
         self._alone = False
+        self._given: int | None = None
+        """The block that has been given its state already, by a hook that had to see it."""
 
     def owner(self, block: nn.Module) -> int:
         return self.owners[self._numbers[id(block)]]
@@ -51,11 +53,25 @@ class Stages:
         finally:
             self._alone = False
 
-    def after(self, k: int, state: mx.array) -> mx.array:
-        """The state after block k, from what this process has there."""
-        ends_stage = k + 1 == len(self.owners) or self.owners[k + 1] != self.owners[k]
-        if self._alone or not (self.everywhere or ends_stage):
+    def before(self, k: int, state: mx.array) -> mx.array:
+        """What block k is given, from what this process has there."""
+        given, self._given = self._given, None
+        if k == 0 or self.owners[k - 1] == self.owners[k] or k == given or self.everywhere or self._alone:
             return state
+        return self._of(k - 1, state)
+
+    def before_hook(self, block: nn.Module, state: mx.array) -> mx.array:
+        """As `before`, which will not be asked again."""
+        k = self._numbers[id(block)]
+        state, self._given = self.before(k, state), k
+        return state
+
+    def after(self, k: int, state: mx.array) -> mx.array:
+        """What block k puts out, from what this process has there."""
+        return self._of(k, state) if self.everywhere and not self._alone else state
+
+    def _of(self, k: int, state: mx.array) -> mx.array:
+        """The state that the owner of block k has."""
         own = state if self.has(k) else mx.depends(mx.zeros_like(state), state)  # or it would not wait for its turn
         self.last = mx.distributed.all_sum(own, group=self._group)
         return self.last
@@ -63,7 +79,7 @@ class Stages:
 
 def _owners(blocks: int, count: int) -> tuple[int, ...]:
     base, extra = divmod(blocks, count)
-    return tuple(rank for rank in range(count) for _ in range(base + (rank < extra)))
+    return tuple(rank for rank in reversed(range(count)) for _ in range(base + (rank < extra)))
 
 
 def place_stages(module: nn.Module, blocks: Sequence[nn.Module], group: mx.distributed.Group) -> Stages:
@@ -100,8 +116,13 @@ def _hand_on(k: int, block: nn.Module, stages: Stages) -> None:
     kind, here = type(block), stages.has(k)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
-        state = _state(args, kwargs)
-        output = kind.__call__(self, *args, **kwargs) if here else state
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        place = _place(given)
+        output = state = given[place] = stages.before(k, given[place])
+        if here:
+            output = kind.__call__(
+                self, *[given[i] for i in range(len(args))], **{name: given[name] for name in kwargs}
+            )
         if not isinstance(output, mx.array) or (output.shape, output.dtype) != (state.shape, state.dtype):
             raise InputError(f"the blocks of this model hand on more than one state of one dtype{_NO_PIPELINE}")
         return stages.after(k, output)
@@ -112,11 +133,11 @@ def _hand_on(k: int, block: nn.Module, stages: Stages) -> None:
 _NO_PIPELINE = ": it cannot be a pipeline"
 
 
-def _state(args: Sequence[Any], kwargs: dict[str, Any]) -> mx.array:
-    """The first array among a block's arguments."""
-    for argument in (*args, *kwargs.values()):
+def _place(given: dict[int | str, Any]) -> int | str:
+    """Where the state is among a block's arguments: the first array of numbers."""
+    for place, argument in given.items():
         if isinstance(argument, mx.array) and mx.issubdtype(argument.dtype, mx.floating):
-            return argument
+            return place
     raise InputError(f"the blocks of this model take no state{_NO_PIPELINE}")
 
 
