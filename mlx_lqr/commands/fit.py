@@ -23,7 +23,7 @@ from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
-from mlx_lqr.launched import rank
+from mlx_lqr.launched import rank, refuse_several
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.linearize import linearize as linearize_model
 
@@ -45,6 +45,7 @@ def linearize(
 
     They serve (fit --jacobians) for any concept and any weights. If it is interrupted, the same command goes on.
     """
+    refuse_several("Jacobians are stored")
     check_writable(output, "Jacobians", force=force)
     if prompts is not None and nominal is not None:
         raise InputError("give --prompts FILE or --nominal TEXT, not both")

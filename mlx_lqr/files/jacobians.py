@@ -49,7 +49,7 @@ class JacobianWriter:
     ) -> None:
         if dtype not in _CODES:
             raise InputError(f"Jacobians are stored as {' or '.join(_CODES)}, not {dtype!r}")
-        refuse_several("Jacobians are written to a file")
+        refuse_several("Jacobians are stored")
         check_writable(path, "Jacobians", force=force)
         self._target = followed(path)
         self._partial = self._target.with_name(f".{self._target.name}.partial")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.architectures import CONFIGS, EXACT, INEXACT, LOOPS, by_hand, model_of, module_of
+from helpers.architectures import CONFIGS, EXACT, INEXACT, LOOPS, by_hand, folder_of, model_of, module_of
 from helpers.controllers import controller_for
 from helpers.decoding import decoded, decoded_together, tokens
 from helpers.tiny_tokenizers import Letters
@@ -210,20 +209,6 @@ def test_a_model_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         MeasuredModel(module_of("seed_oss", seed=3), CONFIGS["seed_oss"], "third")
 
 
-def folder_of(family: str, place: Path, *, bits: int | None = None) -> Path:
-    module, config = module_of(family), dict(CONFIGS[family])
-    if bits is not None:
-        packed = {"group_size": 32, "bits": bits, "mode": "affine"}
-        nn.quantize(module, 32, bits, class_predicate=lambda _, part: _is_wide(part))
-        config["quantization"] = packed
-    weights = {name: weight for name, weight in tree_flatten(module.parameters()) if isinstance(weight, mx.array)}
-    mx.save_safetensors(str(place / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (place / "config.json").write_text(json.dumps(config))
-    words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"w": 0}, "unk_token": "w"}}
-    (place / "tokenizer.json").write_text(json.dumps(words))
-    return place
-
-
 def test_what_a_config_does_not_say_is_no_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The length of the context is said to be open, heads are not counted as one, and norms tell models apart."""
     folder = folder_of("granite", tmp_path)
@@ -237,10 +222,6 @@ def test_what_a_config_does_not_say_is_no_default(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(measured_model, "tree_flatten", lambda _: [])
     with pytest.raises(InputError, match="no norm weights, by which a controller knows its model"):
         list(model._norms())
-
-
-def _is_wide(part: nn.Module) -> bool:
-    return hasattr(part, "to_quantized") and part.weight.shape[-1] % 32 == 0
 
 
 def test_a_vision_models_text_part_loads_from_its_folder(tmp_path: Path) -> None:

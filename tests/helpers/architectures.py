@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from helpers.tiny_tokenizers import NoEnd
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
@@ -59,6 +59,25 @@ def module_of(family: str, *, seed: int = 0, **changes: Any) -> nn.Module:
 @functools.cache
 def model_of(family: str) -> MeasuredModel:
     return MeasuredModel(module_of(family), CONFIGS[family], f"tiny-{family}", NoEnd())  # type: ignore[arg-type]
+
+
+def folder_of(family: str, place: Path, *, bits: int | None = None) -> Path:
+    """The folder of such a model, with a tokenizer of one word."""
+    module, config = module_of(family), dict(CONFIGS[family])
+    if bits is not None:
+        packed = {"group_size": 32, "bits": bits, "mode": "affine"}
+        nn.quantize(module, 32, bits, class_predicate=lambda _, part: _is_wide(part))
+        config["quantization"] = packed
+    weights = {name: weight for name, weight in tree_flatten(module.parameters()) if isinstance(weight, mx.array)}
+    mx.save_safetensors(str(place / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (place / "config.json").write_text(json.dumps(config))
+    words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"w": 0}, "unk_token": "w"}}
+    (place / "tokenizer.json").write_text(json.dumps(words))
+    return place
+
+
+def _is_wide(part: nn.Module) -> bool:
+    return hasattr(part, "to_quantized") and part.weight.shape[-1] % 32 == 0
 
 
 @contextmanager
