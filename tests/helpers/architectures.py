@@ -12,7 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from helpers.tiny_tokenizers import NoEnd
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
@@ -59,6 +60,37 @@ def module_of(family: str, *, seed: int = 0, **changes: Any) -> nn.Module:
 @functools.cache
 def model_of(family: str) -> MeasuredModel:
     return MeasuredModel(module_of(family), CONFIGS[family], f"tiny-{family}", NoEnd())  # type: ignore[arg-type]
+
+
+TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+
+
+def folder_of(family: str, place: Path, *, bits: int | None = None, **changes: Any) -> Path:
+    """The model of `module_of` as a folder, which reads and writes words w0 to w63.
+
+    Args:
+        bits: of packed weights.
+        **changes: other values of its config.
+    """
+    module, config = module_of(family, **changes), CONFIGS[family] | changes
+    if bits is not None:
+        packed = {"group_size": 32, "bits": bits, "mode": "affine"}
+        nn.quantize(module, 32, bits, class_predicate=lambda _, part: _is_wide(part))
+        config = {**config, "quantization": packed}
+    place.mkdir(exist_ok=True)
+    weights = {name: weight for name, weight in tree_flatten(module.parameters()) if isinstance(weight, mx.array)}
+    mx.save_safetensors(str(place / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (place / "config.json").write_text(json.dumps(config))
+    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(place / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    return place
+
+
+def _is_wide(part: nn.Module) -> bool:
+    return hasattr(part, "to_quantized") and part.weight.shape[-1] % 32 == 0
 
 
 @contextmanager
