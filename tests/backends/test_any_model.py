@@ -16,7 +16,6 @@ from helpers.controllers import CONTRASTS, controller_for
 from helpers.decoding import decoded, decoded_together, tokens
 from helpers.tiny_tokenizers import Letters
 from mlx.utils import tree_flatten
-from safetensors.numpy import save_file
 
 import mlx_lqr
 from mlx_lqr import InputError
@@ -254,22 +253,6 @@ def test_a_vision_models_text_part_loads_from_its_folder(tmp_path: Path) -> None
     with pytest.raises(InputError) as refusal:
         mlx_lqr.load(tmp_path, backend="mlx")
     assert "\n" not in str(refusal.value)
-
-
-def test_an_adapter_is_refused(tmp_path: Path) -> None:
-    """Where it belongs is known of the families on the list alone."""
-    folder = folder_of("gemma3", tmp_path)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    settings = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 1.0}}
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    weights = {
-        "language_model.model.layers.0.self_attn.q_proj.lora_a": np.zeros((32, 2), np.float32),
-        "language_model.model.layers.0.self_attn.q_proj.lora_b": np.zeros((2, 32), np.float32),
-    }
-    save_file(weights, adapter / "adapters.safetensors")
-    with pytest.raises(InputError, match=r"not taken for models of the type 'gemma3': fuse .* mlx_lm\.fuse"):
-        mlx_lqr.load(folder, backend="mlx", adapter=adapter)
 
 
 @pytest.mark.parametrize(("family", "bits"), [("gpt_oss", 4), ("qwen3_next", 8)])

@@ -76,6 +76,11 @@ def has_model(model_type: str) -> bool:
     return model_type in vars(importlib.import_module("mlx_lm.utils")).get("MODEL_REMAPPING", {})
 
 
+def is_measured(model_type: str) -> bool:
+    """Whether models of this type are on no list and mlx-lm has a module for them, so that they are measured."""
+    return model_type not in FAMILIES and has_model(model_type)
+
+
 def settings_read(config: dict[str, Any]) -> set[str] | None:
     """The config's keys that mlx-lm's model of this type reads, or None if it has no such model."""
     model_type = str(config.get("model_type"))

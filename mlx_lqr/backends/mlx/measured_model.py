@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
 
 from mlx_lqr.backends.batching import Stretches
 from mlx_lqr.backends.borrowed import check_borrowed
@@ -23,6 +23,7 @@ from mlx_lqr.backends.checkpoint.model_folder import check_dtype
 from mlx_lqr.backends.checkpoint.weight_files import weights_of
 from mlx_lqr.backends.hooked_model import HookedModel
 from mlx_lqr.backends.hooks import BlockCall, output_projection
+from mlx_lqr.backends.mlx.adapter import merge_by_own_names, without_adapter
 from mlx_lqr.backends.mlx.blocks import unpacked_shape
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.framework import MLXFramework
@@ -50,11 +51,14 @@ def _size(sizes: Mapping[str, Any], names: Sequence[str]) -> int | None:
     return None
 
 
-def load_measured(folder: Path, config: dict[str, Any], name: str, dtype: str | None) -> MeasuredModel:
-    """The model in a folder, its architecture any that mlx-lm has a module for.
+def load_measured(
+    folder: Path, config: dict[str, Any], name: str, dtype: str | None, adapter: Adapter | None = None
+) -> MeasuredModel:
+    """The model in a folder, its architecture any that mlx-lm has a module for, with an adapter.
 
     Raises:
-        InputError: files that are missing, damaged or do not fit together, or a model that cannot be steered.
+        InputError: files that are missing, damaged or do not fit together, a model that cannot be steered, or an
+            adapter of another model.
     """
     check_dtype(dtype)
     tokenizer = Tokenizer(folder, config)
@@ -65,26 +69,31 @@ def load_measured(folder: Path, config: dict[str, Any], name: str, dtype: str | 
     try:
         with as_mlx_lm_reads(folder, flattened(config), files) as view:
             module, _ = load_lazily(view)
-        module.eval()
-        _cast(module, dtype)
-        mx.eval(module.parameters())
+        adapter = prepare(module, dtype, adapter)
     except InputError:
         raise
     except Exception as error:  # of any of mlx-lm's modules
         raise InputError(f"mlx-lm cannot load {folder}: {first_line(error)}") from error
-    model = MeasuredModel(module, config, name, tokenizer)
+    model = MeasuredModel(module, config, name, tokenizer, adapter)
     if not model.knows_length:
         line = f"config.json does not say how long the context of this {config['model_type']} model is: it has no end"
         warnings.warn(line, RuntimeWarning, stacklevel=3)
     return model
 
 
-def refuse_adapter(adapter: Adapter | None, family: str) -> None:
-    """Raise `InputError` for an adapter: where it belongs is known of the families on the list alone."""
-    if adapter is not None:
-        raise InputError(
-            f"adapters are not taken for models of the type {family!r}: fuse this one into the model with mlx_lm.fuse"
-        )
+def prepare(module: nn.Module, dtype: str | None, adapter: Adapter | None) -> Adapter | None:
+    """Read the weights of a module that mlx-lm has built, in a dtype and with an adapter.
+
+    Returns:
+        The adapter by the module's own names.
+
+    Raises:
+        InputError: the adapter is another model's.
+    """
+    module.eval()
+    _cast(module, dtype)
+    mx.eval(module.parameters())
+    return None if adapter is None else merge_by_own_names(module, adapter)
 
 
 def _cast(module: nn.Module, dtype: str | None) -> None:
@@ -106,13 +115,19 @@ class MeasuredModel(MLXModel):
 
     Args:
         config: its config.json.
+        adapter: with which it computes.
 
     Raises:
         InputError: it cannot be steered; the line says what was measured.
     """
 
     def __init__(
-        self, module: nn.Module, config: Mapping[str, Any], name: str, tokenizer: Tokenizer | None = None
+        self,
+        module: nn.Module,
+        config: Mapping[str, Any],
+        name: str,
+        tokenizer: Tokenizer | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         check_borrowed("mlx")
         self.family = str(config.get("model_type") or type(module).__module__.rpartition(".")[2])
@@ -126,6 +141,7 @@ class MeasuredModel(MLXModel):
         sizes |= {"hidden_size": self.layout.width, "vocab_size": self.layout.vocabulary}
         sizes |= {"num_attention_heads": heads or 1, "max_position_embeddings": length}
         HookedModel.__init__(self, module, self.layout.blocks, sizes, name, tokenizer)
+        self.adapter = adapter
         self._framework = MLXFramework(self.layout.dtype, StateHooks.of(self.layout))
         check_computed(module, self._dtype)
         self.measurement: Measurement = measured(module, self.layout, self.fingerprint, self.family)
@@ -144,7 +160,7 @@ class MeasuredModel(MLXModel):
     def _norms(self) -> Iterable[tuple[str, bytes]]:
         norms = [
             (name, np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes())
-            for name, weight in tree_flatten(list(self.blocks))
+            for name, weight in without_adapter(self.blocks)
             if isinstance(weight, mx.array) and weight.ndim == 1 and mx.issubdtype(weight.dtype, mx.floating)
         ]
         if not norms:
