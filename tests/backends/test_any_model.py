@@ -19,11 +19,12 @@ from mlx.utils import tree_flatten
 
 import mlx_lqr
 from mlx_lqr import InputError
+from mlx_lqr.backends.measurement import EXACT as EXACT_ERROR
+from mlx_lqr.backends.measurement import USABLE
 from mlx_lqr.backends.mlx import measured_model
 from mlx_lqr.backends.mlx import measurement as measuring
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
-from mlx_lqr.backends.mlx.measurement import EXACT as EXACT_ERROR
-from mlx_lqr.backends.mlx.measurement import USABLE, Measurement
+from mlx_lqr.backends.mlx.measurement import Measurement
 from mlx_lqr.backends.protocol import Law
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.methods.running import law_on
@@ -239,7 +240,7 @@ def test_what_a_config_does_not_say_is_no_default(tmp_path: Path, monkeypatch: p
     model = MeasuredModel(module_of("granite"), CONFIGS["granite"] | {"num_attention_heads": None}, "granite")
     with pytest.raises(InputError, match="does not say how many there are"):
         model.head_outputs([PROMPT])
-    monkeypatch.setattr(measured_model, "tree_flatten", lambda _: [])
+    monkeypatch.setattr(measured_model, "without_adapter", lambda _: [])
     with pytest.raises(InputError, match="no norm weights, by which a controller knows its model"):
         list(model._norms())
 

@@ -11,9 +11,9 @@ from helpers.decoding import tokens
 
 import mlx_lqr
 from mlx_lqr.backends.checkpoint.model_folder import read_config
+from mlx_lqr.backends.measurement import EXACT
 from mlx_lqr.backends.mlx import measurement as measuring
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel, load_measured
-from mlx_lqr.backends.mlx.measurement import EXACT
 from mlx_lqr.backends.protocol import Model
 
 TEXT = "Salt from the ocean dried on his skin as he walked along the beach."

@@ -57,6 +57,7 @@ class Evaluator(MLXLM):
         check_dtype(dtype)
         config = read_config(folder)
         self._load(folder, config, options)
+        self.model: MLXModel
         if is_measured(str(config["model_type"])):
             adapter = prepare(self._model, dtype, adapter)
             self.model = MeasuredModel(self._model, config, name, adapter=adapter)
