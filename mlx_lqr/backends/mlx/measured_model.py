@@ -25,6 +25,7 @@ from mlx_lqr.backends.hooked_model import HookedModel
 from mlx_lqr.backends.hooks import BlockCall, output_projection
 from mlx_lqr.backends.mlx.adapter import merge_by_own_names, without_adapter
 from mlx_lqr.backends.mlx.blocks import unpacked_shape
+from mlx_lqr.backends.mlx.confirmed import confirmed_jacobian
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.layout import WITHOUT_HEADS, Layout, NoChainError, StateHooks, layout_of
@@ -144,6 +145,8 @@ class MeasuredModel(MLXModel):
         self.adapter = adapter
         self._framework = MLXFramework(self.layout.dtype, StateHooks.of(self.layout))
         check_computed(module, self._dtype)
+        self._not_expanded: set[int] = set()
+        """Layers whose Jacobian takes the general way, since the faster one was not confirmed"""
         self.measurement: Measurement = measured(module, self.layout, self.fingerprint, self.family)
 
     def _layout(self, module: nn.Module) -> Layout:
@@ -218,7 +221,12 @@ class MeasuredModel(MLXModel):
         return trace.blocks[layer].values(z)
 
     def jacobian(self, trace: FrozenTrace, layer: int) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].jacobian(trace.residual[layer])
+        block, z = trace.blocks[layer], trace.residual[layer]
+        if layer not in self._not_expanded:
+            if (jacobian := confirmed_jacobian(block, z)) is not None:
+                return jacobian
+            self._not_expanded.add(layer)
+        return block.jacobian(z)
 
     def jvp(self, trace: FrozenTrace, layer: int, tangents: Float32) -> Float32:  # type: ignore[override]
         return trace.blocks[layer].jvp(trace.residual[layer], tangents)
