@@ -198,17 +198,21 @@ class MeasuredModel(MLXModel):
                 "say how many there are: use a method that acts on whole blocks"
             )
 
-    def block(self, trace: FrozenTrace, layer: int, z: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].values(z)
+    @property
+    def state_size(self) -> int:
+        return self.hidden_size + self.measurement.shared
+
+    def block(self, trace: FrozenTrace, layer: int, s: Float32) -> Float32:  # type: ignore[override]
+        return trace.blocks[layer].values(s)
 
     def jacobian(self, trace: FrozenTrace, layer: int) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].jacobian(trace.residual[layer])
+        return trace.blocks[layer].jacobian(trace.state[layer])
 
     def jvp(self, trace: FrozenTrace, layer: int, tangents: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].jvp(trace.residual[layer], tangents)
+        return trace.blocks[layer].jvp(trace.state[layer], tangents)
 
     def vjp(self, trace: FrozenTrace, layer: int, cotangents: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].vjp(trace.residual[layer], cotangents)
+        return trace.blocks[layer].vjp(trace.state[layer], cotangents)
 
     def _new_decoder(self, law: Law | None, sampling: Sampling, window: int | None) -> MeasuredDecoder:
         return MeasuredDecoder(self.module, self._framework, self.layout, self.measurement, law, sampling, window)
