@@ -13,11 +13,8 @@ Where more is handed on than is found, every A_k is right and the chain is not.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -26,20 +23,17 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_lqr.backends import measurement
 from mlx_lqr.backends.hooks import BlockCall
+from mlx_lqr.backends.measurement import EXACT, relative_error
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, copied, frozen_at, in_full
 from mlx_lqr.backends.mlx.layout import Layout, StateHooks
 from mlx_lqr.backends.mlx.library import can_merge, merged_caches, new_caches
 from mlx_lqr.backends.protocol import Float32
-from mlx_lqr.errors import InputError, first_line
-from mlx_lqr.files.atomic import writing
-from mlx_lqr.files.cache import cache_folder
 
 VERSION = 2
 """Increased when something else is measured, so that what was kept before is not used."""
-EXACT, USABLE = 1e-2, 0.2
-"""Relative errors: up to the former nothing is said, beyond the latter the model is refused."""
 TOKENS, SHORTER = 12, 2
 """Lengths of the prompts that are run."""
 DIRECTIONS = 16
@@ -51,62 +45,13 @@ LAYERS = 6
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Relative errors, and what follows for how the model is run."""
+class Measurement(measurement.Measurement):
+    """With what mlx-lm's own caches can do."""
 
-    steps: float
-    jacobian: float
-    chain: float
-    differences: bool
-    """Whether the blocks have no derivative that is right, so that differences stand in for it."""
     merges: bool
     """Whether sequences of different lengths can share a batch."""
     shared: int = 0
     """m, how many numbers blocks hand on beside the residual stream at a token"""
-
-    def check(self, family: str) -> None:
-        """Warn of what is not exact.
-
-        Raises:
-            InputError: it is too far off.
-        """
-        for error, what in (
-            (self.steps, "its logits token by token differ from those of one pass"),
-            (self.jacobian, "the derivatives of its blocks differ from their own response"),
-            (self.chain, "the product of its blocks' Jacobians differs from the model's own response"),
-        ):
-            if not error <= USABLE:
-                raise InputError(
-                    f"models of the type {family!r} cannot be steered: {what} by {_percent(error)}, at most "
-                    f"{_percent(USABLE)} is usable: use another model"
-                )
-        if self.steps > EXACT:
-            _note(f"models of the type {family!r} give other logits token by token, by {_percent(self.steps)}")
-        if max(self.chain, self.jacobian) > EXACT:
-            _note(
-                f"in models of the type {family!r} blocks hand on more than is known: a controller's prediction "
-                f"is off by {_percent(max(self.chain, self.jacobian))}, and its gains are not quite optimal"
-            )
-
-
-def measurement_of(module: nn.Module, layout: Layout, fingerprint: str) -> Measurement:
-    """What was kept of this model, or what is measured now.
-
-    Raises:
-        InputError: the model fails while it is measured.
-    """
-    file = cache_folder() / "measured" / f"{_digest(module, layout, fingerprint)}.json"
-    try:
-        return Measurement(**json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):  # none, or not of this version
-        measurement = Measured(module, layout).all()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with writing(file) as temporary:
-            temporary.write_text(json.dumps(asdict(measurement)), "utf-8")
-    except (OSError, InputError):  # it will be measured again
-        pass
-    return measurement
 
 
 class Measured:
@@ -139,7 +84,7 @@ class Measured:
     def _steps(self, caches: Any) -> float:
         whole, _ = self._run([self._prompt], new_caches(self._module))
         last, _ = self._run([self._prompt[-1:]], copied(caches))
-        return _error(last - last.mean(), whole - whole.mean())
+        return relative_error(last - last.mean(), whole - whole.mean())
 
     def _derivatives(self, caches: Any, *, differences: bool) -> tuple[float, float, int]:
         """The errors of single Jacobians, the worst of them, and of their product; m."""
@@ -168,7 +113,7 @@ class Measured:
                 [self._prompt[-1:]] * rows, copied(caches, rows, self._layout.rows_axis), (start, mx.array(moves)), end
             )
             response = (states[:DIRECTIONS] - states[DIRECTIONS:]) / (2 * length)
-            errors.append(_error(predicted, self._left @ response.T))
+            errors.append(relative_error(predicted, self._left @ response.T))
             if errors[-1] <= EXACT / 10:
                 break
         return min(errors)
@@ -197,7 +142,7 @@ class Measured:
                         cache.filter(mx.array(rows))
                 together, _ = self._run([[token]] * len(rows), merged)
                 single = np.concatenate([self._run([[token]], alone[row])[0] for row in rows])
-                if not _error(together, single) <= EXACT:
+                if not relative_error(together, single) <= EXACT:
                     return False
         except Exception:  # whatever mlx-lm's caches raise, the sequences are run one by one
             return False
@@ -234,25 +179,12 @@ class Measured:
         return values, np.asarray(states[0]).astype(np.float64) if states else np.empty(0)
 
 
-def _error(value: np.ndarray, reference: np.ndarray) -> float:
-    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
-
-
-def _percent(error: float) -> str:
-    return f"{100 * error:.3g} %"
-
-
-def _note(line: str) -> None:
-    warnings.warn(line, RuntimeWarning, stacklevel=4)
-
-
-def _digest(module: nn.Module, layout: Layout, fingerprint: str) -> str:
+def _identity(module: nn.Module, layout: Layout, fingerprint: str) -> list[Any]:
     settings = getattr(module, "args", None)
     described = repr(sorted(vars(settings).items())) if settings is not None else ""
     bits = sorted({str(getattr(weight, "dtype", "")) for _, weight in tree_flatten(layout.blocks[0].parameters())})
     parts = [VERSION, metadata.version("mlx-lm"), metadata.version("mlx"), type(module).__module__, described, bits]
-    parts += [fingerprint, str(layout.dtype), on_gpu()]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    return [*parts, fingerprint, str(layout.dtype), on_gpu()]
 
 
 def measured(module: nn.Module, layout: Layout, fingerprint: str, family: str) -> Measurement:
@@ -261,13 +193,5 @@ def measured(module: nn.Module, layout: Layout, fingerprint: str, family: str) -
     Raises:
         InputError: the model fails while it is measured, or is too far off.
     """
-    try:
-        measurement = measurement_of(module, layout, fingerprint)
-    except InputError:
-        raise
-    except Exception as error:  # of any of mlx-lm's modules
-        raise InputError(
-            f"models of the type {family!r} cannot be steered: measuring this one failed ({first_line(error)})"
-        ) from error
-    measurement.check(family)
-    return measurement
+    identity = _identity(module, layout, fingerprint)
+    return measurement.measured(Measurement, lambda: Measured(module, layout).all(), identity, family)
