@@ -87,6 +87,24 @@ def refuse_adapter(adapter: Adapter | None, family: str) -> None:
         )
 
 
+def _check_hidden_tokens(module: nn.Module, vocabulary: int | None, family: str) -> None:
+    """Raise `InputError` where a model has numbers of tokens beyond its vocabulary, whose logits it would set.
+
+    MLX does not look whether an assignment is within an array: it writes into other memory.
+    """
+    numbers = [
+        part
+        for part in module.values()
+        if isinstance(part, mx.array) and part.size and mx.issubdtype(part.dtype, mx.integer)
+    ]
+    highest = max((int(part.max().item()) for part in numbers), default=-1)
+    if vocabulary is not None and highest >= vocabulary:
+        raise InputError(
+            f"models of the type {family!r} hide tokens up to number {highest}, and config.json gives this one a "
+            f"vocabulary of {vocabulary}: use one whose vocabulary has them"
+        )
+
+
 def _cast(module: nn.Module, dtype: str | None) -> None:
     """As `load.cast`, but for what the model wants to keep in float32, and for numbers that are no arrays."""
     if dtype is None and on_gpu():
@@ -116,9 +134,10 @@ class MeasuredModel(MLXModel):
     ) -> None:
         check_borrowed("mlx")
         self.family = str(config.get("model_type") or type(module).__module__.rpartition(".")[2])
-        self.layout = self._layout(module)
         text = config.get("text_config")
         sizes = {**config, **(text if isinstance(text, dict) else {})}
+        _check_hidden_tokens(module, _size(sizes, ("vocab_size",)), self.family)
+        self.layout = self._layout(module)
         heads, length = _size(sizes, _HEADS), _size(sizes, _LENGTHS)
         self._knows_heads = heads is not None
         self.knows_length = length is not None
