@@ -19,11 +19,11 @@ from helpers.tiny_tokenizers import NoEnd
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "families.json").read_text("utf-8"))
-INEXACT = ("gemma4_text", "rwkv7")
-"""Families whose blocks hand on more than their output."""
+SHARING = ("gemma4_text", "gemma4", "hunyuan", "gemma3n", "rwkv7")
+"""Families whose blocks hand on more than the residual stream."""
 LOOPS = ("nanbeige",)
 """Families that run a block more than once."""
-EXACT = tuple(family for family in CONFIGS if family not in (*INEXACT, *LOOPS))
+EXACT = tuple(family for family in CONFIGS if family not in (*SHARING, *LOOPS))
 
 Hook = Callable[[int, mx.array, mx.array], mx.array]
 """hook(k, z, output) -> output, for the input z (B, L, d) and the output of block k"""

@@ -167,7 +167,7 @@ def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]]) -> Layout:
     for block in blocks:
         ClassHooks.refuse(block)
     calls: list[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]] = []
-    with _watched(blocks, lambda *call: calls.append(call)):
+    with watched(blocks, lambda *call: calls.append(call)):
         logits = module(mx.array([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)]), cache=caches())
         mx.eval(logits)
     if [k for k, *_ in calls] != list(range(len(blocks))):
@@ -235,7 +235,7 @@ def _is_like(argument: Any, state: mx.array) -> bool:
 
 
 @contextmanager
-def _watched(blocks: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
+def watched(blocks: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
     """Inside this context, watch(k, args, kwargs, outputs) hears of every call of block k."""
     kinds = [type(block) for block in blocks]
 

@@ -30,13 +30,20 @@ from mlx_lqr.errors import InputError
 class FrozenTrace:
     """What the Jacobians at a prompt's last token depend on."""
 
-    residual: Float32
-    """z_0..z_T: (T + 1, d)"""
+    state: Float32
+    """s_0..s_T: (T + 1, d + m)"""
     blocks: list[FrozenBlock]
+    width: int
+    """d"""
+
+    @property
+    def residual(self) -> Float32:
+        """z_0..z_T: (T + 1, d)"""
+        return self.state[:, : self.width]
 
     @property
     def nbytes(self) -> int:
-        return self.residual.nbytes + sum(block.nbytes for block in self.blocks)
+        return self.state.nbytes + sum(block.nbytes for block in self.blocks)
 
 
 class MeasuredDecoder(MLXDecoder):
@@ -122,7 +129,14 @@ class MeasuredDecoder(MLXDecoder):
     def trace(self, token: int) -> FrozenTrace:  # type: ignore[override]
         cache = self._cache or new_caches(self._module)
         differences = self._measurement.differences
-        return FrozenTrace(*frozen_at(self._module, self._layout, cache, token, differences=differences))
+        state, blocks = frozen_at(self._module, self._layout, cache, token, differences=differences)
+        shared = state.shape[1] - self._layout.width
+        if shared != self._measurement.shared:
+            raise InputError(
+                f"at this prompt blocks share {shared} numbers beside the residual stream, and when the model was "
+                f"measured {self._measurement.shared}: use another prompt"
+            )
+        return FrozenTrace(state, blocks, self._layout.width)
 
     def trace_prompt(self, prompt: Sequence[int]) -> FrozenTrace:  # type: ignore[override]
         if len(prompt) > 1:

@@ -97,6 +97,24 @@ def prepare(module: nn.Module, dtype: str | None, adapter: Adapter | None) -> Ad
     return None if adapter is None else merge_by_own_names(module, adapter)
 
 
+def _check_hidden_tokens(module: nn.Module, vocabulary: int | None, family: str) -> None:
+    """Raise `InputError` where a model has numbers of tokens beyond its vocabulary, whose logits it would set.
+
+    MLX does not look whether an assignment is within an array: it writes into other memory.
+    """
+    numbers = [
+        part
+        for part in module.values()
+        if isinstance(part, mx.array) and part.size and mx.issubdtype(part.dtype, mx.integer)
+    ]
+    highest = max((int(part.max().item()) for part in numbers), default=-1)
+    if vocabulary is not None and highest >= vocabulary:
+        raise InputError(
+            f"models of the type {family!r} hide tokens up to number {highest}, and config.json gives this one a "
+            f"vocabulary of {vocabulary}: use one whose vocabulary has them"
+        )
+
+
 def _cast(module: nn.Module, dtype: str | None) -> None:
     """As `load.cast`, but for what the model wants to keep in float32, and for numbers that are no arrays."""
     if dtype is None and on_gpu():
@@ -132,9 +150,10 @@ class MeasuredModel(MLXModel):
     ) -> None:
         check_borrowed("mlx")
         self.family = str(config.get("model_type") or type(module).__module__.rpartition(".")[2])
-        self.layout = self._layout(module)
         text = config.get("text_config")
         sizes = {**config, **(text if isinstance(text, dict) else {})}
+        _check_hidden_tokens(module, _size(sizes, ("vocab_size",)), self.family)
+        self.layout = self._layout(module)
         heads, length = _size(sizes, _HEADS), _size(sizes, _LENGTHS)
         self._knows_heads = heads is not None
         self.knows_length = length is not None
@@ -217,22 +236,26 @@ class MeasuredModel(MLXModel):
                 "say how many there are: use a method that acts on whole blocks"
             )
 
-    def block(self, trace: FrozenTrace, layer: int, z: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].values(z)
+    @property
+    def state_size(self) -> int:
+        return self.hidden_size + self.measurement.shared
+
+    def block(self, trace: FrozenTrace, layer: int, s: Float32) -> Float32:  # type: ignore[override]
+        return trace.blocks[layer].values(s)
 
     def jacobian(self, trace: FrozenTrace, layer: int) -> Float32:  # type: ignore[override]
-        block, z = trace.blocks[layer], trace.residual[layer]
-        if layer not in self._not_expanded:
-            if (jacobian := confirmed_jacobian(block, z)) is not None:
+        block, state = trace.blocks[layer], trace.state[layer]
+        if layer not in self._not_expanded and not self.measurement.shared:
+            if (jacobian := confirmed_jacobian(block, state)) is not None:
                 return jacobian
             self._not_expanded.add(layer)
-        return block.jacobian(z)
+        return block.jacobian(state)
 
     def jvp(self, trace: FrozenTrace, layer: int, tangents: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].jvp(trace.residual[layer], tangents)
+        return trace.blocks[layer].jvp(trace.state[layer], tangents)
 
     def vjp(self, trace: FrozenTrace, layer: int, cotangents: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].vjp(trace.residual[layer], cotangents)
+        return trace.blocks[layer].vjp(trace.state[layer], cotangents)
 
     def _new_decoder(self, law: Law | None, sampling: Sampling, window: int | None) -> MeasuredDecoder:
         return MeasuredDecoder(self.module, self._framework, self.layout, self.measurement, law, sampling, window)

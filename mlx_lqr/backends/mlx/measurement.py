@@ -7,7 +7,8 @@ What is measured, each against the model's own forward pass, with every block in
     chain      u' A_{T-1} ... A_0 w, by differences of z_T when z_0 at the last token is moved along w
     batch      logits of sequences of different lengths side by side, and each alone
 
-Where blocks hand on more than the state, as keys shared between layers, every A_k is right and the chain is not.
+What blocks hand on beside the residual stream, as keys shared between layers, is a part of the state (shared.py).
+Where more is handed on than is found, every A_k is right and the chain is not.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from mlx_lqr.backends.mlx.layout import Layout, StateHooks
 from mlx_lqr.backends.mlx.library import can_merge, merged_caches, new_caches
 from mlx_lqr.backends.protocol import Float32
 
-VERSION = 1
+VERSION = 2
 """Increased when something else is measured, so that what was kept before is not used."""
 TOKENS, SHORTER = 12, 2
 """Lengths of the prompts that are run."""
 DIRECTIONS = 16
-MOVES = (1e-2, 2e-3)
-"""How far the state is moved, times its norm. The better of them counts: a longer one may switch an expert."""
+MOVES = (1e-2, 2e-3, 4e-4, 1e-4)
+"""How far the state is moved, times its norm. The best of them counts: a longer one may switch an expert or bend, a
+shorter one rounds."""
 LAYERS = 6
 """At how many layers Jacobians are looked at, at most."""
 
@@ -48,6 +50,8 @@ class Measurement(measurement.Measurement):
 
     merges: bool
     """Whether sequences of different lengths can share a batch."""
+    shared: int = 0
+    """m, how many numbers blocks hand on beside the residual stream at a token"""
 
 
 class Measured:
@@ -67,34 +71,36 @@ class Measured:
         self._run([self._prompt[:-1]], caches)
         steps = self._steps(caches)
         try:
-            jacobian, chain = self._derivatives(caches, differences=False)
+            jacobian, chain, shared = self._derivatives(caches, differences=False)
         except (ValueError, RuntimeError, NotImplementedError):  # there is no derivative
-            jacobian = chain = np.inf
+            jacobian, chain, shared = np.inf, np.inf, 0
         differences = False
         if not jacobian <= EXACT:
             others = self._derivatives(caches, differences=True)
             differences = not 2 * others[0] >= jacobian
-            jacobian, chain = others if differences else (jacobian, chain)
-        return Measurement(steps, jacobian, chain, differences, self._merges(caches))
+            jacobian, chain, shared = others if differences else (jacobian, chain, shared)
+        return Measurement(steps, jacobian, chain, differences, self._merges(caches), shared)
 
     def _steps(self, caches: Any) -> float:
         whole, _ = self._run([self._prompt], new_caches(self._module))
         last, _ = self._run([self._prompt[-1:]], copied(caches))
         return relative_error(last - last.mean(), whole - whole.mean())
 
-    def _derivatives(self, caches: Any, *, differences: bool) -> tuple[float, float]:
-        """The errors of single Jacobians, the worst of them, and of their product."""
-        residual, blocks = frozen_at(
+    def _derivatives(self, caches: Any, *, differences: bool) -> tuple[float, float, int]:
+        """The errors of single Jacobians, the worst of them, and of their product; m."""
+        state, blocks = frozen_at(
             self._module, self._layout, caches, self._prompt[-1], differences=differences, float32=True
         )
+        d, m = self._layout.width, state.shape[1] - self._layout.width
+        residual, left = state[:, :d], np.pad(self._left, ((0, 0), (0, m)))
         single = [
-            self._error_between(blocks[k].vjp(residual[k], self._left), caches, residual, k, k + 1)
+            self._error_between(blocks[k].vjp(state[k], left)[:, :d], caches, residual, k, k + 1)
             for k in self._chosen(blocks)
         ]
-        pulled = self._left
+        pulled = left
         for k in reversed(range(len(blocks))):
-            pulled = blocks[k].vjp(residual[k], pulled)
-        return max(single), self._error_between(pulled, caches, residual, 0, len(blocks))
+            pulled = blocks[k].vjp(state[k], pulled)
+        return max(single), self._error_between(pulled[:, :d], caches, residual, 0, len(blocks)), m
 
     def _error_between(self, pulled: Float32, caches: Any, residual: Float32, start: int, end: int) -> float:
         """Of u' d z_end / d z_start w, by what has been pulled back and by differences of the model itself."""
@@ -108,6 +114,8 @@ class Measured:
             )
             response = (states[:DIRECTIONS] - states[DIRECTIONS:]) / (2 * length)
             errors.append(relative_error(predicted, self._left @ response.T))
+            if errors[-1] <= EXACT / 10:
+                break
         return min(errors)
 
     def _chosen(self, blocks: Sequence[FrozenBlock]) -> list[int]:

@@ -84,13 +84,13 @@ class MLXModel(HookedModel):
         logits: mx.array = self.module(tokens)
         return logits
 
-    def block(self, trace: MLXTrace, layer: int, z: Float32) -> Float32:
-        result = np.empty(z.shape, np.float32)
+    def block(self, trace: MLXTrace, layer: int, s: Float32) -> Float32:
+        result = np.empty(s.shape, np.float32)
         with differentiable(self.blocks[layer]):
             run = mx.vmap(lambda row: trace.calls[layer](row[None, None])[0, 0])
-            for start in range(0, len(z), TANGENTS):
+            for start in range(0, len(s), TANGENTS):
                 rows = slice(start, start + TANGENTS)
-                result[rows] = np.asarray(run(mx.array(z[rows], mx.float32)))
+                result[rows] = np.asarray(run(mx.array(s[rows], mx.float32)))
         return result
 
     def jacobian(self, trace: MLXTrace, layer: int) -> Float32:
