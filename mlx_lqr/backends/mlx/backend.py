@@ -45,7 +45,7 @@ class MLX(Backend):
             return None
         from mlx_lqr.backends.checkpoint.model_folder import FAMILIES
         from mlx_lqr.backends.mlx.adapter import adapter_in
-        from mlx_lqr.backends.mlx.library import has_model, model_classes
+        from mlx_lqr.backends.mlx.library import has_model, model_classes, settings_of
         from mlx_lqr.backends.mlx.model import MLXModel
 
         model_type = str(getattr(model, "model_type", type(model).__module__))
@@ -54,8 +54,7 @@ class MLX(Backend):
             from mlx_lqr.backends.mlx.measured_model import MeasuredModel, refuse_adapter
 
             refuse_adapter(adapter, model_type)
-            settings = vars(getattr(model, "args", object()))
-            return MeasuredModel(model, {"model_type": model_type, **settings}, model_type)
+            return MeasuredModel(model, {"model_type": model_type, **settings_of(model)}, model_type)
         model_classes(model_type)
         name = model_type if adapter is None else f"{model_type}{ADAPTED}{adapter.name}"
         adopted = MLXModel(model, name)
