@@ -37,7 +37,8 @@ TOKENS, SHORTER = 12, 2
 """Lengths of the prompts that are run."""
 DIRECTIONS = 16
 MOVES = (1e-2, 2e-3, 4e-4, 1e-4)
-"""How far the state is moved, times its norm. A longer one may switch an expert or bend, a shorter one rounds."""
+"""How far the state is moved, times its norm. The best of them counts: a longer one may switch an expert or bend, a
+shorter one rounds."""
 LAYERS = 6
 """At how many layers Jacobians are looked at, at most."""
 
