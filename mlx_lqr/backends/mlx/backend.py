@@ -44,7 +44,7 @@ class MLX(Backend):
         if nn is None or not isinstance(model, nn.Module):
             return None
         from mlx_lqr.backends.mlx.adapter import adapter_in
-        from mlx_lqr.backends.mlx.library import is_measured, model_classes
+        from mlx_lqr.backends.mlx.library import is_measured, model_classes, settings_of
         from mlx_lqr.backends.mlx.model import MLXModel
 
         model_type = str(getattr(model, "model_type", type(model).__module__))
@@ -53,8 +53,8 @@ class MLX(Backend):
         if is_measured(model_type):
             from mlx_lqr.backends.mlx.measured_model import MeasuredModel
 
-            settings = vars(getattr(model, "args", object()))
-            return MeasuredModel(model, {"model_type": model_type, **settings}, name, adapter=adapter)
+            settings = {"model_type": model_type, **settings_of(model)}
+            return MeasuredModel(model, settings, name, adapter=adapter)
         model_classes(model_type)
         adopted = MLXModel(model, name)
         adopted.adapter = adapter

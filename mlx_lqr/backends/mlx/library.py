@@ -91,6 +91,11 @@ def settings_read(config: dict[str, Any]) -> set[str] | None:
     return {field.name for field in fields(ModelArgs)}
 
 
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """What a model was made of, which some of mlx-lm's modules call `args` and some `config`, and some do not keep."""
+    return next((vars(getattr(module, name)) for name in ("args", "config") if hasattr(module, name)), {})
+
+
 def attention_mask(x: mx.array, cache: Any, window: int | None, *, as_array: bool) -> Any:
     """The mask with which a block attends, by what its cache holds."""
     make_mask = import_mlx_lm("models.base").create_attention_mask

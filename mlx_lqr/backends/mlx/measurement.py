@@ -29,7 +29,7 @@ from mlx_lqr.backends.measurement import EXACT, relative_error
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, copied, frozen_at, in_full
 from mlx_lqr.backends.mlx.layout import Layout, StateHooks
-from mlx_lqr.backends.mlx.library import can_merge, merged_caches, new_caches
+from mlx_lqr.backends.mlx.library import can_merge, merged_caches, new_caches, settings_of
 from mlx_lqr.backends.protocol import Float32
 
 VERSION = 2
@@ -103,8 +103,12 @@ class Measured:
         return max(single), self._error_between(pulled[:, :d], caches, residual, 0, len(blocks)), m
 
     def _error_between(self, pulled: Float32, caches: Any, residual: Float32, start: int, end: int) -> float:
-        """Of u' d z_end / d z_start w, by what has been pulled back and by differences of the model itself."""
-        predicted, errors = pulled @ self._right.T, []
+        """Of u' d z_end / d z_start w, by what has been pulled back and by differences of the model itself.
+
+        Along some directions w another expert takes over, however short the move, and the difference is of a jump. So
+        the median over directions counts, each at its best move.
+        """
+        predicted, errors, error = pulled @ self._right.T, [], np.inf
         for move in MOVES:
             length = move * np.linalg.norm(residual[start]) / self._layout.width**0.5
             moves = np.concatenate([length * self._right, -length * self._right]).astype(np.float32)
@@ -113,10 +117,12 @@ class Measured:
                 [self._prompt[-1:]] * rows, copied(caches, rows, self._layout.rows_axis), (start, mx.array(moves)), end
             )
             response = (states[:DIRECTIONS] - states[DIRECTIONS:]) / (2 * length)
-            errors.append(relative_error(predicted, self._left @ response.T))
-            if errors[-1] <= EXACT / 10:
+            difference = np.linalg.norm(predicted - self._left @ response.T, axis=0)
+            errors.append(difference / np.linalg.norm(predicted, axis=0))
+            error = float(np.median(np.min(errors, axis=0)))
+            if error <= EXACT / 10:
                 break
-        return min(errors)
+        return error
 
     def _chosen(self, blocks: Sequence[FrozenBlock]) -> list[int]:
         """The first layer of every kind, the middle and the last."""
@@ -180,8 +186,7 @@ class Measured:
 
 
 def _identity(module: nn.Module, layout: Layout, fingerprint: str) -> list[Any]:
-    settings = getattr(module, "args", None)
-    described = repr(sorted(vars(settings).items())) if settings is not None else ""
+    described = repr(sorted(settings_of(module).items()))
     bits = sorted({str(getattr(weight, "dtype", "")) for _, weight in tree_flatten(layout.blocks[0].parameters())})
     parts = [VERSION, metadata.version("mlx-lm"), metadata.version("mlx"), type(module).__module__, described, bits]
     return [*parts, fingerprint, str(layout.dtype), on_gpu()]
