@@ -1,0 +1,265 @@
+"""A block as a function of the state at one token, everything else that it is called with frozen.
+
+Its arguments are kept as they are just before the call: caches of any kind, masks, keys shared between layers. Each
+evaluation takes copies of them. n states are n sequences of a batch, so that one reverse pass gives A' w for n rows w,
+and n rows w = e_i give the Jacobian. Where a block has no derivative, central differences in float32 take its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mlx_lqr.backends.hooks import BlockCall
+from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.backends.torch.blocks import TANGENTS, full_float32
+from mlx_lqr.backends.torch.layout import Layout, StateHooks, state_in
+from mlx_lqr.backends.torch.library import changes_of, is_of_transformers
+
+STEP = 1e-2
+"""Of differences, times |z| / sqrt(d): rounding and curvature cost about 1e-3 each."""
+COPIED_BYTES = 1 << 28
+"""How much may be copied for the rows of one evaluation."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenBlock:
+    """The block at one token, in float32."""
+
+    block: nn.Module
+    layout: Layout
+    args: list[Any]
+    kwargs: dict[str, Any]
+    written: frozenset[int]
+    """By id, the tensors among the arguments that the block writes into."""
+    nbytes: int
+    """About how much of the arguments the block uses."""
+    differences: bool
+    """Whether the block has no derivative that is right."""
+
+    def values(self, z: Float32) -> Float32:
+        """phi(z) of rows z (n, d): (n, d)"""
+        with _evaluating(self.block), torch.no_grad():
+            return self._in_chunks(self._run, z)
+
+    def vjp(self, z: Float32, cotangents: Float32) -> Float32:
+        """A' w at z (d,) for rows w (n, d): (n, d)"""
+        if self.differences:
+            return cotangents @ self.jacobian(z)
+        with _evaluating(self.block), torch.enable_grad():
+            return self._in_chunks(lambda rows: self._pulled_back(z, rows)[0], cotangents)
+
+    def jvp(self, z: Float32, tangents: Float32) -> Float32:
+        """A w at z (d,) for rows w (n, d): (n, d). A derivative of w -> A' w, which is linear."""
+        if self.differences:
+            return self._differences(z, tangents)
+        try:
+            with _evaluating(self.block), torch.enable_grad():
+                return self._in_chunks(lambda rows: self._pushed_forward(z, rows), tangents)
+        except RuntimeError:  # there is a first derivative and no second one
+            return self._differences(z, tangents)
+
+    def jacobian(self, z: Float32) -> Float32:
+        """A at z (d,): (d, d)"""
+        identity = np.eye(z.size, dtype=np.float32)
+        return self._differences(z, identity).T if self.differences else self.vjp(z, identity)
+
+    def _run(self, rows: torch.Tensor) -> torch.Tensor:
+        copying = _Copying(len(rows), self.written)
+        args, kwargs = copying.copy(self.args), copying.copy(self.kwargs)
+        args, kwargs = self.layout.exchanged(args, kwargs, self.layout.native(rows[:, None]))
+        return self.layout.normal(state_in(self.block(*args, **kwargs)))[:, 0]
+
+    def _pulled_back(self, z: Float32, cotangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        states = torch.tensor(z, device=cotangents.device).repeat(len(cotangents), 1).requires_grad_()
+        output = self._run(states.clone())  # a block may write into its input
+        create = cotangents.requires_grad
+        gradients: tuple[torch.Tensor, ...] = torch.autograd.grad(output, states, cotangents, create_graph=create)
+        return gradients
+
+    def _pushed_forward(self, z: Float32, tangents: torch.Tensor) -> torch.Tensor:
+        cotangents = torch.zeros_like(tangents).requires_grad_()
+        (pulled,) = self._pulled_back(z, cotangents)
+        return torch.autograd.grad(pulled, cotangents, tangents)[0]
+
+    def _differences(self, z: Float32, tangents: Float32) -> Float32:
+        """A w by central differences, each w at the length that STEP says: (n, d)"""
+        length = np.linalg.norm(tangents, axis=1, keepdims=True)
+        step = STEP * np.linalg.norm(z) / z.size**0.5 / np.where(length > 0, length, 1)
+        moved = (step * tangents).astype(np.float32)
+        ahead, behind = self.values(z + moved), self.values(z - moved)
+        return ((ahead - behind) / (2 * step)).astype(np.float32)
+
+    def _in_chunks(self, function: Callable[[torch.Tensor], torch.Tensor], rows: Float32) -> Float32:
+        device = next(self.block.parameters()).device
+        size = max(1, min(TANGENTS, COPIED_BYTES // max(1, self.nbytes)))
+        result = np.empty(rows.shape, np.float32)
+        for start in range(0, len(rows), size):
+            some = torch.tensor(rows[start : start + size], dtype=torch.float32, device=device)
+            result[start : start + size] = function(some).detach().cpu().numpy()
+        return result
+
+
+@dataclass
+class _Copying:
+    """One copy of a call's arguments: tensors and caches anew, modules and functions as they are.
+
+    What was one thing stays one: keys that layers share are shared.
+    """
+
+    rows: int = 1
+    """What is of one sequence becomes so for this many."""
+    written: frozenset[int] | None = None
+    """By id, the tensors that are written into, whose numbers are copied for each row; None for all."""
+    tensor: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Stands in for every tensor, rather than a copy of it."""
+    _done: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    """By id, a thing and its copy; the thing too, or another one could get its id."""
+
+    def copy(self, thing: Any, *, in_cache: bool = False) -> Any:
+        if id(thing) in self._done:
+            return self._done[id(thing)][1]
+        copy = thing
+        if isinstance(thing, torch.Tensor):
+            copy = self._tensor(thing, in_cache) if self.tensor is None else self.tensor(thing)
+        elif isinstance(thing, tuple) and hasattr(thing, "_fields"):
+            copy = type(thing)(*(self.copy(part, in_cache=in_cache) for part in thing))
+        elif isinstance(thing, (list, tuple)):
+            copy = type(thing)(self.copy(part, in_cache=in_cache) for part in thing)
+        elif isinstance(thing, dict):
+            copy = {name: self.copy(part, in_cache=in_cache) for name, part in thing.items()}
+        elif is_of_transformers(thing):
+            copy = object.__new__(type(thing))
+            self._done[id(thing)] = thing, copy
+            copy.__dict__.update({name: self.copy(part, in_cache=True) for name, part in vars(thing).items()})
+        self._done[id(thing)] = thing, copy
+        return copy
+
+    def _tensor(self, tensor: torch.Tensor, in_cache: bool) -> torch.Tensor:
+        """A tensor of two axes is of one sequence in a cache alone; among arguments it may be a mask."""
+        copy = tensor
+        if self.rows > 1 and tensor.ndim >= (2 if in_cache else 3) and tensor.shape[0] == 1:
+            copy = tensor.expand(self.rows, *tensor.shape[1:])
+        return copy.clone() if self.written is None or id(tensor) in self.written else copy
+
+
+def copied(thing: Any, rows: int = 1) -> Any:
+    """A copy of a cache that may be spent, of one sequence or as many alike."""
+    return _Copying(rows).copy(thing)
+
+
+def tensors_in(thing: Any) -> list[torch.Tensor]:
+    """All tensors in arguments or caches, each once."""
+    tensors: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        tensors[id(tensor)] = tensor
+        return tensor
+
+    _Copying(tensor=keep).copy(thing)
+    return list(tensors.values())
+
+
+class _Snapshots:
+    """Copies in float32 of tensors at some moment, one copy of each for all blocks that have it then."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = id(tensor), changes_of(tensor)
+        if key not in self._copies:
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            self._copies[key] = tensor, tensor.detach().to(dtype, copy=True)
+        return self._copies[key][1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(copy.nbytes for _, copy in self._copies.values())
+
+
+def frozen_at(
+    module: nn.Module, layout: Layout, cache: Any, token: int, *, differences: bool, float32: bool = False
+) -> tuple[Float32, list[FrozenBlock], int]:
+    """z_0..z_T (T + 1, d) at a token after what a cache holds of one sequence, the blocks there, and the bytes held.
+
+    Args:
+        cache: is left as it is.
+        differences: see `FrozenBlock`.
+        float32: whether every block is run in float32.
+    """
+    calls: list[tuple[list[Any], dict[str, Any], frozenset[int]]] = []
+    residual: list[torch.Tensor] = []
+    snapshots = _Snapshots()
+
+    def keep(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
+        given = layout.exchanged(call.args, call.kwargs, None)
+        args, kwargs = _Copying(tensor=snapshots.of).copy(given)
+        before = [(tensor, changes_of(tensor), snapshots.of(tensor)) for tensor in tensors_in(given)]
+        residual.append(z[0, -1])
+        output = in_full(layout.blocks[k], z, call) if float32 else call(z)
+        written = frozenset(id(copy) for tensor, changes, copy in before if changes_of(tensor) != changes)
+        calls.append((args, kwargs, written))
+        if k == len(layout.blocks) - 1:
+            residual.append(output[0, -1])
+        return output
+
+    with torch.no_grad(), StateHooks.of(layout)(layout.blocks, keep, range(len(layout.blocks))).placed():
+        layout.call(module, torch.tensor([[token]], device=next(module.parameters()).device), copied(cache))
+    stacked = torch.stack([z.float() for z in residual]).cpu().numpy()
+    each = snapshots.nbytes // len(calls)
+    blocks = [
+        FrozenBlock(block, layout, args, kwargs, written, each, differences)
+        for block, (args, kwargs, written) in zip(layout.blocks, calls, strict=True)
+    ]
+    return stacked, blocks, snapshots.nbytes + stacked.nbytes
+
+
+def in_full(block: nn.Module, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
+    """A block's output in float32; what it writes into its cache is in float32 too."""
+    with in_float32(block):
+        return BlockCall(call.block, _wide(call.args), _wide(call.kwargs))(z.float())
+
+
+def _wide(thing: Any) -> Any:
+    """Arguments with their floating numbers in float32; caches as they are."""
+    if isinstance(thing, torch.Tensor):
+        return thing.float() if thing.is_floating_point() else thing
+    if isinstance(thing, (list, tuple)) and not hasattr(thing, "_fields"):
+        return type(thing)(map(_wide, thing))
+    if isinstance(thing, dict):
+        return {name: _wide(part) for name, part in thing.items()}
+    return thing
+
+
+@contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """The block with all floating numbers in float32; afterwards as it was."""
+    weights = [*block.parameters(), *block.buffers()]
+    narrow = [(weight, weight.data) for weight in weights if weight.dtype in (torch.float16, torch.bfloat16)]
+    try:
+        for weight, values in narrow:
+            weight.data = values.float()
+        with full_float32():
+            yield
+    finally:
+        for weight, values in narrow:
+            weight.data = values
+
+
+@contextmanager
+def _evaluating(block: nn.Module) -> Iterator[None]:
+    """The block in float32, with attention of plain products, and caches that may be written into."""
+    with ExitStack() as stack:
+        stack.enter_context(in_float32(block))
+        stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        stack.enter_context(allow_mutation_on_saved_tensors())
+        yield

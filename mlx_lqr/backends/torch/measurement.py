@@ -1,0 +1,196 @@
+"""Whether a model that is on no list can be steered: measured on the model itself, once, and kept.
+
+What is measured, each against the model's own forward pass, with every block in float32:
+
+    steps      logits of a prompt in one pass, and token by token
+    jacobian   u' A_k w of some blocks, by differences of z_{k+1} when z_k at the last token is moved along w
+    chain      u' A_{T-1} ... A_0 w, by differences of z_T when z_0 at the last token is moved along w
+    appends    logits of a prompt in one pass, and in two
+    pads       logits of a prompt alone, and beside a longer one
+    crops      logits after tokens that were taken back, and after none
+
+Where blocks hand on more than the state, as keys shared between layers, every A_k is right and the chain is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlx_lqr.backends import measurement
+from mlx_lqr.backends.hooks import BlockCall
+from mlx_lqr.backends.measurement import EXACT, relative_error
+from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.backends.torch.frozen import copied, frozen_at, in_full
+from mlx_lqr.backends.torch.layout import Layout, StateHooks
+from mlx_lqr.backends.torch.library import cropped
+
+VERSION = 1
+"""Increased when something else is measured, so that what was kept before is not used."""
+TOKENS, SHORTER = 12, 5
+"""Lengths of the prompts that are run."""
+DIRECTIONS = 16
+MOVES = (1e-2, 2e-3, 5e-4)
+"""How far the state is moved, times its norm. The best of them counts: a longer one may switch an expert."""
+LAYERS = 6
+"""At how many layers Jacobians are looked at, at most."""
+
+
+@dataclass(frozen=True)
+class Measurement(measurement.Measurement):
+    """With what the model does with several tokens or sequences, and its cache can take back."""
+
+    appends: bool
+    """Whether several tokens at once can follow those that the cache holds."""
+    pads: bool
+    """Whether prompts of different lengths can share a pass, padded on the right."""
+    crops: bool
+    """Whether the cache can forget its newest tokens."""
+
+
+class Measured:
+    """A model while it is measured, with random tokens."""
+
+    def __init__(self, module: Any, layout: Layout) -> None:
+        self._module, self._layout = module, layout
+        self._device = next(module.parameters()).device
+        self._hooks = StateHooks.of(layout)
+        random = np.random.default_rng(0)
+        self._prompt = random.integers(layout.vocabulary, size=TOKENS).tolist()
+        self._left = random.standard_normal((DIRECTIONS, layout.width)).astype(np.float32)
+        self._right = random.standard_normal((DIRECTIONS, layout.width)).astype(np.float32)
+
+    @torch.no_grad()
+    def all(self) -> Measurement:
+        """Everything, with derivatives where they are right."""
+        whole, _, _ = self._run([self._prompt])
+        _, _, cache = self._run([self._prompt[:-1]])
+        last, _, _ = self._run([self._prompt[-1:]], copied(cache))
+        steps = relative_error(last - last.mean(), whole - whole.mean())
+        try:
+            jacobian, chain = self._derivatives(cache, differences=False)
+        except (RuntimeError, NotImplementedError):  # there is no derivative
+            jacobian = chain = np.inf
+        differences = False
+        if not jacobian <= EXACT:
+            others = self._derivatives(cache, differences=True)
+            differences = not 2 * others[0] >= jacobian
+            jacobian, chain = others if differences else (jacobian, chain)
+        agreeing = [
+            _holds(check) for check in (lambda: self._in_two(whole), self._padded, lambda: self._taken_back(cache))
+        ]
+        return Measurement(steps, jacobian, chain, differences, *agreeing)
+
+    def _in_two(self, whole: np.ndarray) -> float:
+        _, _, cache = self._run([self._prompt[:SHORTER]])
+        logits, _, _ = self._run([self._prompt[SHORTER:]], cache)
+        return relative_error(logits, whole)
+
+    def _padded(self) -> float:
+        shorter = self._prompt[:SHORTER]
+        alone, _, _ = self._run([shorter])
+        rows = [self._prompt, [*shorter, *[0] * (TOKENS - SHORTER)]]
+        together, _, _ = self._run(rows, position=SHORTER - 1)
+        return relative_error(together[1:], alone)
+
+    def _taken_back(self, cache: Any) -> float:
+        expected, _, _ = self._run([self._prompt[-1:]], copied(cache))
+        longer = copied(cache)
+        for token in self._prompt[:2]:
+            _, _, longer = self._run([[token]], longer)
+        shorter = cropped(copied(longer), 2)
+        if shorter is None:
+            return np.inf
+        logits, _, _ = self._run([self._prompt[-1:]], shorter)
+        return relative_error(logits, expected)
+
+    def _derivatives(self, cache: Any, *, differences: bool) -> tuple[float, float]:
+        """The errors of single Jacobians, the worst of them, and of their product."""
+        residual, blocks, _ = frozen_at(
+            self._module, self._layout, cache, self._prompt[-1], differences=differences, float32=True
+        )
+        single = [
+            self._error_between(blocks[k].vjp(residual[k], self._left), cache, residual, k, k + 1)
+            for k in self._chosen()
+        ]
+        pulled = self._left
+        for k in reversed(range(len(blocks))):
+            pulled = blocks[k].vjp(residual[k], pulled)
+        return max(single), self._error_between(pulled, cache, residual, 0, len(blocks))
+
+    def _error_between(self, pulled: Float32, cache: Any, residual: Float32, start: int, end: int) -> float:
+        """Of u' d z_end / d z_start w, by what has been pulled back and by differences of the model itself."""
+        predicted, errors = pulled @ self._right.T, []
+        for move in MOVES:
+            length = move * np.linalg.norm(residual[start]) / self._layout.width**0.5
+            moves = np.concatenate([length * self._right, -length * self._right]).astype(np.float32)
+            pushed = start, torch.tensor(moves, device=self._device)
+            rows = len(moves)
+            _, states, _ = self._run([self._prompt[-1:]] * rows, copied(cache, rows), pushed, end)
+            response = (states[:DIRECTIONS] - states[DIRECTIONS:]) / (2 * length)
+            errors.append(relative_error(predicted, self._left @ response.T))
+        return min(errors)
+
+    def _chosen(self) -> list[int]:
+        """The first layer of every kind, the middle and the last."""
+        kinds: dict[Any, int] = {}
+        blocks = self._layout.blocks
+        for k, block in enumerate(blocks):
+            kinds.setdefault((type(block), tuple(name for name, _ in block.named_parameters())), k)
+        return sorted({*list(kinds.values())[: LAYERS - 2], len(blocks) // 2, len(blocks) - 1})
+
+    def _run(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: Any = None,
+        pushed: tuple[int, torch.Tensor] | None = None,
+        end: int = 0,
+        *,
+        position: int = -1,
+    ) -> tuple[np.ndarray, np.ndarray, Any]:
+        """Logits (B, V) at a position, the output of block `end` - 1 at the last one (B, d), and the cache.
+
+        Args:
+            pushed: a layer, and what is added (B, d) to its input at the last position.
+        """
+        states: list[torch.Tensor] = []
+
+        def hook(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            if pushed is not None and k == pushed[0]:
+                z = torch.cat([z[:, :-1], (z[:, -1] + pushed[1])[:, None]], dim=1)
+            output = in_full(self._layout.blocks[k], z, call)
+            if k == end - 1:
+                states.append(output[:, -1])
+            return output
+
+        blocks = self._layout.blocks
+        with self._hooks(blocks, hook, range(len(blocks))).placed():
+            logits, cache = self._layout.call(self._module, torch.tensor(tokens, device=self._device), cache)
+        hidden = torch.finfo(logits.dtype).min
+        values = logits[:, position].masked_fill(logits[:, position] == hidden, 0).double().cpu().numpy()
+        return values, states[0].double().cpu().numpy() if states else np.empty(0), cache
+
+
+def _holds(error: Callable[[], float]) -> bool:
+    try:
+        return error() <= EXACT
+    except Exception:  # whatever transformers' models raise, they are not run so
+        return False
+
+
+def measured(module: Any, layout: Layout, fingerprint: str, family: str) -> Measurement:
+    """The measurement of an accepted model.
+
+    Raises:
+        InputError: the model fails while it is measured, or is too far off.
+    """
+    dtypes = sorted({str(weight.dtype) for weight in layout.blocks[0].parameters()})
+    versions = [VERSION, metadata.version("transformers"), metadata.version("torch")]
+    described = [type(module).__name__, module.config.to_json_string(), dtypes, str(layout.dtype)]
+    identity = [*versions, *described, fingerprint, next(module.parameters()).device.type]
+    return measurement.measured(Measurement, lambda: Measured(module, layout).all(), identity, family)
