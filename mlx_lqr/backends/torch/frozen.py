@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.backends.torch.blocks import TANGENTS, full_float32
+from mlx_lqr.backends.torch.copying import Copying, Path, copied, tensors_in
 from mlx_lqr.backends.torch.layout import Layout, StateHooks, state_in
-from mlx_lqr.backends.torch.library import changes_of, is_of_transformers
+from mlx_lqr.backends.torch.library import changes_of
 
 STEP = 1e-2
 """Of differences, times |z| / sqrt(d): rounding and curvature cost about 1e-3 each."""
@@ -40,6 +41,8 @@ class FrozenBlock:
     kwargs: dict[str, Any]
     written: frozenset[int]
     """By id, the tensors among the arguments that the block writes into."""
+    with_rows: frozenset[Path]
+    """The arguments whose first axis grows with the sequences."""
     nbytes: int
     """About how much of the arguments the block uses."""
     differences: bool
@@ -73,8 +76,8 @@ class FrozenBlock:
         return self._differences(z, identity).T if self.differences else self.vjp(z, identity)
 
     def _run(self, rows: torch.Tensor) -> torch.Tensor:
-        copying = _Copying(len(rows), self.written)
-        args, kwargs = copying.copy(self.args), copying.copy(self.kwargs)
+        copying = Copying(len(rows), self.written, self.with_rows)
+        args, kwargs = copying.copy([self.args, self.kwargs])
         args, kwargs = self.layout.exchanged(args, kwargs, self.layout.native(rows[:, None]))
         return self.layout.normal(state_in(self.block(*args, **kwargs)))[:, 0]
 
@@ -106,66 +109,6 @@ class FrozenBlock:
             some = torch.tensor(rows[start : start + size], dtype=torch.float32, device=device)
             result[start : start + size] = function(some).detach().cpu().numpy()
         return result
-
-
-@dataclass
-class _Copying:
-    """One copy of a call's arguments: tensors and caches anew, modules and functions as they are.
-
-    What was one thing stays one: keys that layers share are shared.
-    """
-
-    rows: int = 1
-    """What is of one sequence becomes so for this many."""
-    written: frozenset[int] | None = None
-    """By id, the tensors that are written into, whose numbers are copied for each row; None for all."""
-    tensor: Callable[[torch.Tensor], torch.Tensor] | None = None
-    """Stands in for every tensor, rather than a copy of it."""
-    _done: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-    """By id, a thing and its copy; the thing too, or another one could get its id."""
-
-    def copy(self, thing: Any, *, in_cache: bool = False) -> Any:
-        if id(thing) in self._done:
-            return self._done[id(thing)][1]
-        copy = thing
-        if isinstance(thing, torch.Tensor):
-            copy = self._tensor(thing, in_cache) if self.tensor is None else self.tensor(thing)
-        elif isinstance(thing, tuple) and hasattr(thing, "_fields"):
-            copy = type(thing)(*(self.copy(part, in_cache=in_cache) for part in thing))
-        elif isinstance(thing, (list, tuple)):
-            copy = type(thing)(self.copy(part, in_cache=in_cache) for part in thing)
-        elif isinstance(thing, dict):
-            copy = {name: self.copy(part, in_cache=in_cache) for name, part in thing.items()}
-        elif is_of_transformers(thing):
-            copy = object.__new__(type(thing))
-            self._done[id(thing)] = thing, copy
-            copy.__dict__.update({name: self.copy(part, in_cache=True) for name, part in vars(thing).items()})
-        self._done[id(thing)] = thing, copy
-        return copy
-
-    def _tensor(self, tensor: torch.Tensor, in_cache: bool) -> torch.Tensor:
-        """A tensor of two axes is of one sequence in a cache alone; among arguments it may be a mask."""
-        copy = tensor
-        if self.rows > 1 and tensor.ndim >= (2 if in_cache else 3) and tensor.shape[0] == 1:
-            copy = tensor.expand(self.rows, *tensor.shape[1:])
-        return copy.clone() if self.written is None or id(tensor) in self.written else copy
-
-
-def copied(thing: Any, rows: int = 1) -> Any:
-    """A copy of a cache that may be spent, of one sequence or as many alike."""
-    return _Copying(rows).copy(thing)
-
-
-def tensors_in(thing: Any) -> list[torch.Tensor]:
-    """All tensors in arguments or caches, each once."""
-    tensors: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        tensors[id(tensor)] = tensor
-        return tensor
-
-    _Copying(tensor=keep).copy(thing)
-    return list(tensors.values())
 
 
 class _Snapshots:
@@ -202,7 +145,7 @@ def frozen_at(
 
     def keep(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
         given = layout.exchanged(call.args, call.kwargs, None)
-        args, kwargs = _Copying(tensor=snapshots.of).copy(given)
+        args, kwargs = Copying(tensor=snapshots.of).copy(given)
         before = [(tensor, changes_of(tensor), snapshots.of(tensor)) for tensor in tensors_in(given)]
         residual.append(z[0, -1])
         output = in_full(layout.blocks[k], z, call) if float32 else call(z)
@@ -217,8 +160,8 @@ def frozen_at(
     stacked = torch.stack([z.float() for z in residual]).cpu().numpy()
     each = snapshots.nbytes // len(calls)
     blocks = [
-        FrozenBlock(block, layout, args, kwargs, written, each, differences)
-        for block, (args, kwargs, written) in zip(layout.blocks, calls, strict=True)
+        FrozenBlock(block, layout, *call, with_rows, each, differences)
+        for block, call, with_rows in zip(layout.blocks, calls, layout.with_rows, strict=True)
     ]
     return stacked, blocks, snapshots.nbytes + stacked.nbytes
 

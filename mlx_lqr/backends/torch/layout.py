@@ -1,7 +1,7 @@
 """Where the state stands in a model's blocks, found by running a few tokens and not by the names of a family.
 
-Each block takes the state (B, L, ...) and gives back another, alone or first among other outputs. Hooks see it as
-(B, L, d), with all axes of features in one.
+Each block takes the state, a tensor with an axis for the sequences, one for the positions and one or more for the
+features, and gives back another, alone or first among other outputs. Hooks see it as (B, L, d), whatever its axes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import nn
 from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, Hook, LawHooks
 from mlx_lqr.backends.measured import WITHOUT_HEADS, NoChainError
 from mlx_lqr.backends.torch.blocks import ForwardHooks
+from mlx_lqr.backends.torch.copying import Path, first_axes
 from mlx_lqr.errors import InputError
 
 ROWS, POSITIONS = 5, 7
-"""Of the tokens that are run; sizes that no model's features have."""
+"""Of the tokens that are run; sizes that no model's features have, so that each axis is known by its size."""
 Outputs = Any
 """What a block returns: the state, or a tuple or list with the state in it."""
 
@@ -35,8 +36,12 @@ class Layout:
     blocks: tuple[nn.Module, ...]
     place: int | str
     """The state's position among a block's arguments, or its name."""
+    axes: tuple[int, int]
+    """The state's axes of sequences and of positions."""
     features: tuple[int, ...]
-    """Sizes of the state's axes after those of sequences and positions."""
+    """Sizes of the state's other axes, in their order."""
+    with_rows: tuple[frozenset[Path], ...]
+    """Of each block, the arguments whose first axis grows with the sequences."""
     dtype: torch.dtype
     """Of the state."""
     vocabulary: int
@@ -69,11 +74,16 @@ class Layout:
 
     def normal(self, state: torch.Tensor) -> torch.Tensor:
         """The model's own state as (B, L, d)."""
-        return state if len(self.features) == 1 else state.flatten(2)
+        return state if self._is_plain else state.movedim(self.axes, (0, 1)).flatten(2)
 
     def native(self, z: torch.Tensor) -> torch.Tensor:
         """z (B, L, d) as the model's own state."""
-        return z if len(self.features) == 1 else z.unflatten(2, self.features)
+        return z if self._is_plain else z.unflatten(2, self.features).movedim((0, 1), self.axes)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the state is (B, L, d) in the model itself."""
+        return self.axes == (0, 1) and len(self.features) == 1
 
     def state_of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
         """The state among the arguments of a call."""
@@ -163,12 +173,16 @@ def layout_of(module: Any) -> Layout:
         NoChainError: the blocks do not pass on one state, each once, or the model does not decode with a cache.
     """
     lists = _lists_of(module)
+    every = [block for blocks in lists for block in blocks]
     tokens = torch.tensor([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)], device=module.device)
-    with _watched([block for blocks in lists for block in blocks]) as calls:
+    with _watched(every) as single:
+        module(input_ids=tokens[:1], use_cache=True, return_dict=True)
+    with _watched(every) as calls:
         outputs = module(input_ids=tokens, use_cache=True, return_dict=True)
     blocks, calls = _chain(lists, calls)
     place = _place_of_state(calls)
     state, logits = calls[0].argument(place), outputs.logits
+    axes = state.shape.index(ROWS), state.shape.index(POSITIONS)
     parameters = inspect.signature(module.forward).parameters
     caches = [name for name in outputs if name in parameters and not isinstance(outputs[name], torch.Tensor)]
     if not caches:
@@ -176,13 +190,21 @@ def layout_of(module: Any) -> Layout:
     return Layout(
         blocks=tuple(blocks),
         place=place,
-        features=tuple(state.shape[2:]),
+        axes=axes,
+        features=tuple(size for axis, size in enumerate(state.shape) if axis not in axes),
+        with_rows=tuple(map(_with_rows, _chain([blocks], single)[1], calls)),
         dtype=state_in(calls[-1].outputs).dtype,
         vocabulary=int(logits.shape[-1]),
         hides_tokens=bool((logits == -torch.inf).any()),
         cache=caches[0],
         keeps_last="logits_to_keep" in parameters,
     )
+
+
+def _with_rows(single: _Call, call: _Call) -> frozenset[Path]:
+    """The arguments whose first axis is `ROWS` times what it is in a call of one sequence."""
+    before, after = first_axes([single.args, single.kwargs]), first_axes([call.args, call.kwargs])
+    return frozenset(path for path, size in before.items() if after.get(path) == ROWS * size)
 
 
 def _lists_of(module: nn.Module) -> list[list[nn.Module]]:
@@ -217,7 +239,7 @@ def _place_of_state(calls: Sequence[_Call]) -> int | str:
     for call in calls:
         outputs = call.outputs
         first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
-        if not isinstance(first, torch.Tensor) or first.ndim < 3 or first.shape[:2] != (ROWS, POSITIONS):
+        if not isinstance(first, torch.Tensor) or not {ROWS, POSITIONS} <= set(first.shape):
             raise NoChainError("its blocks do not return one state")
     places: list[int | str] = [*range(len(calls[0].args)), *calls[0].kwargs]
     alike = [place for place in places if all(_is_like(call.argument(place), state_in(call.outputs)) for call in calls)]

@@ -16,8 +16,9 @@ from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, HookedDecoder
 from mlx_lqr.backends.hooks import LawHooks
 from mlx_lqr.backends.overflow import Examined
 from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law, Sampling, restart
+from mlx_lqr.backends.torch.copying import copied
 from mlx_lqr.backends.torch.framework import TorchFramework
-from mlx_lqr.backends.torch.frozen import FrozenBlock, copied, frozen_at
+from mlx_lqr.backends.torch.frozen import FrozenBlock, frozen_at
 from mlx_lqr.backends.torch.layout import Layout
 from mlx_lqr.backends.torch.library import cropped
 from mlx_lqr.backends.torch.measurement import Measurement
