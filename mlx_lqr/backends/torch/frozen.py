@@ -7,7 +7,7 @@ and n rows w = e_i give the Jacobian. Where a block has no derivative, central d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -184,9 +184,10 @@ def _wide(thing: Any) -> Any:
 
 
 @contextmanager
-def in_float32(block: nn.Module) -> Iterator[None]:
-    """The block with all floating numbers in float32; afterwards as it was."""
-    weights = [*block.parameters(), *block.buffers()]
+def in_float32(module: nn.Module, apart: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """The module, without the parts that are `apart`, with all floating numbers in float32; afterwards as it was."""
+    others = {id(weight) for part in apart for weight in (*part.parameters(), *part.buffers())}
+    weights = [weight for weight in (*module.parameters(), *module.buffers()) if id(weight) not in others]
     narrow = [(weight, weight.data) for weight in weights if weight.dtype in (torch.float16, torch.bfloat16)]
     try:
         for weight, values in narrow:

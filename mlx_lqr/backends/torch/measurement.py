@@ -28,7 +28,7 @@ from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.measurement import EXACT, relative_error
 from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.backends.torch.copying import copied
-from mlx_lqr.backends.torch.frozen import frozen_at, in_full
+from mlx_lqr.backends.torch.frozen import frozen_at, in_float32, in_full
 from mlx_lqr.backends.torch.layout import Layout, StateHooks
 from mlx_lqr.backends.torch.library import cropped
 
@@ -71,9 +71,13 @@ class Measured:
         self._left = random.standard_normal((DIRECTIONS, layout.width)).astype(np.float32)
         self._right = random.standard_normal((DIRECTIONS, layout.width)).astype(np.float32)
 
-    @torch.no_grad()
     def all(self) -> Measurement:
-        """Everything, with derivatives where they are right."""
+        """Everything, with derivatives where they are right. Blocks are in float32 one by one, what is around them at
+        once."""
+        with torch.no_grad(), in_float32(self._module, apart=self._layout.blocks):
+            return self._all()
+
+    def _all(self) -> Measurement:
         whole, _, _ = self._run([self._prompt])
         _, _, cache = self._run([self._prompt[:-1]])
         last, _, _ = self._run([self._prompt[-1:]], copied(cache))
