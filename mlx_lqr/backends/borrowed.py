@@ -121,8 +121,6 @@ BORROWED: tuple[Borrowed, ...] = (
              "torch", made=(), attributes=("_experts_implementation_internal", "_experts_implementation")),
     *(Borrowed("transformers", f"transformers:{name}", _LOAD, "torch")
       for name in ("CONFIG_MAPPING", "MODEL_FOR_CAUSAL_LM_MAPPING")),
-    Borrowed("torch", "torch:Tensor", "mlx_lqr.backends.torch.library: sees what a block writes into", "torch",
-             attributes=("_version",)),
     Borrowed("transformers", "transformers.activations:ACT2FN", _LOAD, "torch"),
     Borrowed("transformers", "transformers:PreTrainedModel.from_pretrained", _LOAD, "torch", parameters=("config",)),
     Borrowed("transformers", "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS",

@@ -23,7 +23,6 @@ from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.backends.torch.blocks import TANGENTS, full_float32
 from mlx_lqr.backends.torch.copying import Copying, Path, copied, tensors_in
 from mlx_lqr.backends.torch.layout import Layout, StateHooks, state_in
-from mlx_lqr.backends.torch.library import changes_of
 
 STEP = 1e-2
 """Of differences, times |z| / sqrt(d): rounding and curvature cost about 1e-3 each."""
@@ -115,18 +114,28 @@ class _Snapshots:
     """Copies in float32 of tensors at some moment, one copy of each for all blocks that have it then."""
 
     def __init__(self) -> None:
-        self._copies: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """By id, a tensor and its copy; the tensor too, or another one could get its id."""
+        self.nbytes = 0
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        key = id(tensor), changes_of(tensor)
-        if key not in self._copies:
-            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-            self._copies[key] = tensor, tensor.detach().to(dtype, copy=True)
-        return self._copies[key][1]
+        if id(tensor) not in self._copies:
+            copy = tensor.detach().to(_dtype_of(tensor), copy=True)
+            self._copies[id(tensor)] = tensor, copy
+            self.nbytes += copy.nbytes
+        return self._copies[id(tensor)][1]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(copy.nbytes for _, copy in self._copies.values())
+    def written(self, tensors: Sequence[torch.Tensor]) -> frozenset[int]:
+        """By id, the copies of those of the tensors that have been written into since; they are copied anew later.
+
+        Numbers are compared, since a GPU's own kernels leave no other trace.
+        """
+        written = [tensor for tensor in tensors if not torch.equal(tensor.to(_dtype_of(tensor)), self.of(tensor))]
+        return frozenset(id(self._copies.pop(id(tensor))[1]) for tensor in written)
+
+
+def _dtype_of(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
 def frozen_at(
@@ -146,11 +155,10 @@ def frozen_at(
     def keep(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
         given = layout.exchanged(call.args, call.kwargs, None)
         args, kwargs = Copying(tensor=snapshots.of).copy(given)
-        before = [(tensor, changes_of(tensor), snapshots.of(tensor)) for tensor in tensors_in(given)]
+        tensors = tensors_in(given)
         residual.append(z[0, -1])
         output = in_full(layout.blocks[k], z, call) if float32 else call(z)
-        written = frozenset(id(copy) for tensor, changes, copy in before if changes_of(tensor) != changes)
-        calls.append((args, kwargs, written))
+        calls.append((args, kwargs, snapshots.written(tensors)))
         if k == len(layout.blocks) - 1:
             residual.append(output[0, -1])
         return output

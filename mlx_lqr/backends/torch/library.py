@@ -85,11 +85,6 @@ def knows_model(family: str) -> bool:
     return family in CONFIG_MAPPING and CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def changes_of(tensor: torch.Tensor) -> int:
-    """How often a tensor has been written into."""
-    return tensor._version
-
-
 def is_of_transformers(thing: Any) -> bool:
     """Whether it is a cache, or another of transformers' objects that hold tensors and are neither model nor config."""
     if isinstance(thing, (type, Enum, torch.nn.Module, PreTrainedConfig)) or not hasattr(thing, "__dict__"):

@@ -97,10 +97,10 @@ class MeasuredModel(MeasuredRecorder, TorchModel):
         return self.layout.call(self.module, tokens, None)[0]
 
     def _head_widths(self) -> set[int] | None:
-        projections = [getattr(getattr(block, "self_attn", None), "o_proj", None) for block in self.blocks]
-        if not all(isinstance(projection, torch.nn.Linear) for projection in projections):
-            return None
-        return {projection.in_features for projection in projections}
+        attentions = [getattr(block, "self_attn", None) for block in self.blocks]
+        projections = [getattr(attention, "o_proj", None) for attention in attentions]
+        widths = {part.in_features for part in projections if isinstance(part, torch.nn.Linear)}
+        return widths if all(isinstance(part, torch.nn.Linear) for part in projections) else None
 
     def block(self, trace: FrozenTrace, layer: int, z: Float32) -> Float32:  # type: ignore[override]
         return self._of_block(layer, lambda: trace.blocks[layer].values(z))
