@@ -3,11 +3,13 @@ refused."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -20,10 +22,12 @@ from helpers.torch_architectures import SETTINGS, STREAMS, by_hand, config_of, m
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.measurement import EXACT
+from mlx_lqr.backends.mlx import measured_model as mlx_measured
 from mlx_lqr.backends.torch import measurement as measuring
 from mlx_lqr.backends.torch.measured_model import MeasuredModel
 from mlx_lqr.backends.torch.measurement import Measurement
 from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.running import law_on
 from mlx_lqr.runtime import Chat, stream
 
 PROMPT = [5, 9, 2, 33, 7, 51, 20, 11, 3]
@@ -252,6 +256,41 @@ def test_a_vision_models_text_part_loads_from_its_folder(tmp_path: Path) -> None
         model = mlx_lqr.load(folder_of("gemma3", tmp_path), backend="torch", device="cpu")
     assert model.context_length == 128
     assert decoded(model, PROMPT, max_tokens=5) == decoded(model_of("gemma3"), PROMPT, max_tokens=5)
+
+
+@pytest.mark.parametrize("family", ["glm4", "deepseek_v3"])
+def test_a_controller_of_mlx_is_one_of_torch(family: str, tmp_path: Path) -> None:
+    """Where both libraries give weights the same names, a model has the same fingerprint on both."""
+    folder = folder_of(family, tmp_path)
+    theirs, model = mlx_lqr.load(folder, backend="mlx"), model_of(family)
+    controller = controller_for(theirs)
+    expected = decoded(theirs, PROMPT, law=law_on(theirs, controller, STRENGTH), max_tokens=5)
+    assert decoded(model, PROMPT, law=law_on(model, controller, STRENGTH), max_tokens=5) == expected
+
+
+def test_norms_that_mlx_keeps_otherwise_are_known() -> None:
+    """mlx-lm adds 1 to those of Qwen3-Next when it loads them."""
+    model = model_of("qwen3_next")
+    turn = {"rope_theta": 1e4, "partial_rotary_factor": 0.25, "full_attention_interval": 2}
+    settings = model.module.config.to_dict() | turn
+    architecture: Any = importlib.import_module("mlx_lm.models.qwen3_next")
+    module = architecture.Model(architecture.ModelArgs.from_dict(settings))
+    weights: dict[str, Any] = {}
+    for name, weight in model.module.state_dict().items():
+        place, _, part = name.partition(".experts.")
+        parts = {"gate_proj": weight.chunk(2, 1)[0], "up_proj": weight.chunk(2, 1)[1]} if part == "gate_up_proj" else {}
+        parts |= {"down_proj": weight} if part == "down_proj" else {}
+        weights |= {
+            f"{place}.experts.{e}.{name}.weight": mx.array(one.numpy())
+            for name, stacked in parts.items()
+            for e, one in enumerate(stacked)
+        }
+        if not part:
+            weights[name] = mx.array(weight.numpy())
+    module.load_weights(list(module.sanitize(weights).items()))
+    theirs = mlx_measured.MeasuredModel(module, settings, "theirs")
+    assert np.abs(theirs.logits(PROMPT) - model.logits(PROMPT)).max() < 1e-3
+    assert theirs.fingerprint == model.fingerprint
 
 
 def test_a_folder_that_is_damaged_or_of_another_kind_is_refused(tmp_path: Path) -> None:

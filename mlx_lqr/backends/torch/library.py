@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from enum import Enum
 from importlib import metadata
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,9 +71,9 @@ def config_of(family: str, settings: dict[str, Any]) -> Any:
     return CONFIG_MAPPING[family](**settings)
 
 
-def config_from(config: dict[str, Any]) -> Any:
-    """transformers' config of what config.json says."""
-    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+def config_from(folder: Path, family: str) -> Any:
+    """transformers' config of a family, as it reads the folder's config.json; no code of the folder is run."""
+    return CONFIG_MAPPING[family].from_pretrained(str(folder), local_files_only=True)
 
 
 def model_class(config: Any) -> Any:

@@ -130,7 +130,7 @@ def load_any(folder: Path, config: dict[str, Any], dtype: str | None, device: to
             "to transformers: give the Hugging Face checkpoint, or use the mlx backend"
         )
     try:
-        built_from = config_from(config)
+        built_from = config_from(folder, str(config["model_type"]))
     except Exception as error:  # of any of transformers' configs
         raise InputError(f"transformers cannot do what {folder}/config.json says: {first_line(error)}") from error
     with _fitting(folder):

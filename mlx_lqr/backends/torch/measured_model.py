@@ -29,6 +29,10 @@ from mlx_lqr.backends.torch.measurement import Measurement, measured
 from mlx_lqr.backends.torch.model import TorchModel
 from mlx_lqr.errors import InputError
 
+_SHIFTED = ("qwen3_next", "qwen3_5")
+"""Families whose norms are kept on MLX with the 1 that they multiply by in addition to their weight"""
+_SHIFTED_NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight", ".q_norm.weight", ".k_norm.weight")
+
 
 def load_measured(
     folder: Path, config: dict[str, Any], name: str, dtype: str | None, device: torch.device
@@ -82,13 +86,18 @@ class MeasuredModel(MeasuredRecorder, TorchModel):
 
     def _norms(self) -> Iterable[tuple[str, bytes]]:
         """All vectors of the blocks, which are the same on MLX where both libraries have the same names for them."""
-        vectors = [
-            (f"{k}.{name}", weight.detach().to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-            for k, block in enumerate(self.blocks)
-            for name, weight in block.state_dict().items()
-            if weight.ndim == 1 and weight.is_floating_point()
-        ]
+        vectors = []
+        for k, block in enumerate(self.blocks):
+            for name, weight in block.state_dict().items():
+                if weight.ndim == 1 and weight.is_floating_point():
+                    kept = weight.detach().float() + self._more_on_mlx(name)
+                    rounded = kept.to(torch.bfloat16).cpu().view(torch.int16)
+                    vectors.append((f"{k}.{name}", rounded.numpy().tobytes()))
         return self._named(vectors)
+
+    def _more_on_mlx(self, name: str) -> int:
+        """What mlx-lm adds to a norm's weight when it loads it, where transformers adds it when it computes."""
+        return int(self.family.startswith(_SHIFTED) and f".{name}".endswith(_SHIFTED_NORMS))
 
     def _run_blocks(self, tokens: torch.Tensor) -> None:
         self.layout.call(self.module, tokens, None, last=True)
