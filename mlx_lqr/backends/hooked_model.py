@@ -103,6 +103,11 @@ class HookedModel(ABC):
         """Inside this context, calls that are not ours tell which of their positions are steered."""
 
     @property
+    def state_size(self) -> int:
+        """See `Differentiable`."""
+        return self.hidden_size
+
+    @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
             raise InputError("this model came without its tokenizer: use mlx_lqr.load, or give token ids")

@@ -23,7 +23,6 @@ from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.lqr.linearize import Jacobians, linearize
-from mlx_lqr.tasks.concept import bundled_openings
 from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.spaces import baseline_space
 from mlx_lqr.tasks.tuning import DAMAGE, Trial, Tuned, check_limit, tune
@@ -211,6 +210,6 @@ add_tasks(
     _run,
     _options(),
     output=output_option("The controller file to write; FILE-tuning, a folder beside it, keeps all that was measured."),
-    openings=bundled_openings("tuning"),
+    purpose="tuning",
     cls=MethodCommand,
 )

@@ -21,7 +21,7 @@ import mlx_lqr
 pytestmark = posix
 COMMAND = [sys.executable, "-m", "mlx_lqr"]
 IN_THREE = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 48}
-SPREAD = {
+SPREAD: dict[int, list[tuple[str, dict[str, int], str]]] = {
     2: [("llama", {}, ""), ("qwen2", {}, "pipeline"), ("qwen3_5", {}, "pipeline")],
     3: [("llama", IN_THREE, ""), ("ministral3", {}, "pipeline")],
 }

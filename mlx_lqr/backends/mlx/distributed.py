@@ -29,8 +29,8 @@ Norms = Callable[[Sequence[nn.Module]], Iterable[tuple[str, bytes]]]
 """The norm weights of a model's blocks, by which its fingerprint is made"""
 
 
-def joined(*, pipeline: bool) -> Spread | None:
-    """How a model is to be spread over the processes that `mlx.launch` has started; None where this one is alone.
+def joined(*, pipeline: bool) -> Spread:
+    """How a model is to be spread over the processes that `mlx.launch` has started.
 
     Args:
         pipeline: by blocks, also where weights could be split.
@@ -39,9 +39,7 @@ def joined(*, pipeline: bool) -> Spread | None:
         InputError: the other processes cannot be reached, or a pipeline of one.
     """
     if launched.count() == 1:
-        if pipeline:
-            raise InputError("a pipeline needs several machines: start this with mlx.launch, or leave --pipeline out")
-        return None
+        raise InputError("a pipeline needs several machines: start this with mlx.launch, or leave --pipeline out")
     try:
         group = mx.distributed.init(strict=True)
     except RuntimeError as error:
@@ -75,6 +73,10 @@ class Spread:
     def name(self) -> str:
         """Tells measurements of a model that is spread in different ways apart."""
         return f"{'tensor' if self._stages is None else 'pipeline'} {self.count}"
+
+    @property
+    def is_pipeline(self) -> bool:
+        return self._stages is not None
 
     @property
     def has_second_derivative(self) -> bool:

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, Hook, LawHooks
+from mlx_lqr.backends.measured import WITHOUT_HEADS, NoChainError
 from mlx_lqr.backends.mlx.blocks import ClassHooks
 from mlx_lqr.backends.mlx.distributed import Spread
 from mlx_lqr.errors import InputError
@@ -25,13 +26,6 @@ ROWS, POSITIONS = 5, 7
 """Of the tokens that are run; sizes that no model's features have, so that each axis is known by its size."""
 Outputs = Any
 """What a block returns: the state, or a tuple or list with the state in it."""
-
-
-WITHOUT_HEADS = "this model has blocks without self_attn.o_proj: use a method that acts on whole blocks"
-
-
-class NoChainError(InputError):
-    """The model is no chain of blocks with one state; the message is the reason, without the model's name."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +168,7 @@ def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]], spread: Sp
     for block in blocks:
         ClassHooks.refuse(block)
     calls: list[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]] = []
-    with _watched(blocks, lambda *call: calls.append(call)):
+    with watched(blocks, lambda *call: calls.append(call)):
         logits = module(mx.array([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)]), cache=caches())
         mx.eval(logits)
     if [k for k, *_ in calls] != list(range(len(blocks))):
@@ -248,7 +242,7 @@ def _is_like(argument: Any, state: mx.array) -> bool:
 
 
 @contextmanager
-def _watched(blocks: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
+def watched(blocks: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
     """Inside this context, watch(k, args, kwargs, outputs) hears of every call of block k."""
     kinds = [type(block) for block in blocks]
 

@@ -76,6 +76,11 @@ def has_model(model_type: str) -> bool:
     return model_type in vars(importlib.import_module("mlx_lm.utils")).get("MODEL_REMAPPING", {})
 
 
+def is_measured(model_type: str) -> bool:
+    """Whether models of this type are on no list and mlx-lm has a module for them, so that they are measured."""
+    return model_type not in FAMILIES and has_model(model_type)
+
+
 def settings_read(config: dict[str, Any]) -> set[str] | None:
     """The config's keys that mlx-lm's model of this type reads, or None if it has no such model."""
     model_type = str(config.get("model_type"))
@@ -84,6 +89,11 @@ def settings_read(config: dict[str, Any]) -> set[str] | None:
     except (ImportError, AttributeError, SystemExit):  # no such module, one that is no model, or that wants another
         return None
     return {field.name for field in fields(ModelArgs)}
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """What a model was made of, which some of mlx-lm's modules call `args` and some `config`, and some do not keep."""
+    return next((vars(getattr(module, name)) for name in ("args", "config") if hasattr(module, name)), {})
 
 
 def attention_mask(x: mx.array, cache: Any, window: int | None, *, as_array: bool) -> Any:

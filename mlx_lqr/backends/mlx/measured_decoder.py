@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS
-from mlx_lqr.backends.hooks import LawHooks
+from mlx_lqr.backends.hooks import BlockHooks, LawHooks
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, arrays_in, frozen_at
@@ -31,13 +31,20 @@ from mlx_lqr.errors import InputError
 class FrozenTrace:
     """What the Jacobians at a prompt's last token depend on."""
 
-    residual: Float32
-    """z_0..z_T: (T + 1, d)"""
+    state: Float32
+    """s_0..s_T: (T + 1, d + m)"""
     blocks: list[FrozenBlock]
+    width: int
+    """d"""
+
+    @property
+    def residual(self) -> Float32:
+        """z_0..z_T: (T + 1, d)"""
+        return self.state[:, : self.width]
 
     @property
     def nbytes(self) -> int:
-        return self.residual.nbytes + sum(block.nbytes for block in self.blocks)
+        return self.state.nbytes + sum(block.nbytes for block in self.blocks)
 
 
 def check_site(law: Law | None, layout: Layout) -> None:
@@ -65,6 +72,8 @@ class MeasuredDecoder(MLXDecoder):
         self._layout, self._measurement = layout, measurement
         self._apart = False
         """Whether `_cache` holds the caches of each sequence on its own."""
+        self._of_rows: list[tuple[Law, BlockHooks | None]] = []
+        """The law, and what steers each of these sequences, where the law carries something from token to token."""
         self._is_examined = False
         super().__init__(module, framework, layout.blocks, layout.vocabulary, law, sampling, window)
 
@@ -93,13 +102,14 @@ class MeasuredDecoder(MLXDecoder):
             super().fill(prompts, steered=steered)
             return
         restart(self._law)
+        self._of_rows = []
         self._start([0] * len(prompts))
         for row, prompt in enumerate(prompts):
             if self._seen is not None and prompt:
                 self._seen[row, self._framework.integers(list(prompt))] = True
             for start in range(0, len(prompt), PREFILL_CHUNK):
                 chunk = mx.array([list(prompt[start : start + PREFILL_CHUNK])])
-                self._call(chunk, self._cache[row], steered=steered)
+                self._call(chunk, self._cache[row], self._hooks if steered else None)
                 self._compute(self._cache[row])
         self._length = max(map(len, prompts))
         if self._measurement.merges and all(prompts):
@@ -108,13 +118,12 @@ class MeasuredDecoder(MLXDecoder):
     def _append(self, tokens: mx.array, *, steered: bool, head: bool = True) -> mx.array:
         self._length += tokens.shape[1]
         if not self._apart:
-            logits = self._call(tokens, self._cache, steered=steered)
+            logits = self._call(tokens, self._cache, self._hooks if steered else None)
         else:
-            if isinstance(self._law, CarryingLaw) and steered:
-                raise InputError("this model decodes a batch one by one, which this controller cannot: give one prompt")
             energies, rows = [], []
             for row, cache in enumerate(self._cache):
-                rows.append(self._call(tokens[row : row + 1], cache, steered=steered))
+                hooks = self._hooks_of_row(row) if steered else None
+                rows.append(self._call(tokens[row : row + 1], cache, hooks))
                 energies.append(self._energy)
             logits = mx.concatenate(rows)
             present = [energy for energy in energies if energy is not None]
@@ -134,20 +143,30 @@ class MeasuredDecoder(MLXDecoder):
             self._framework.start(tokens)
         return tokens
 
-    def _call(self, tokens: mx.array, cache: Any, *, steered: bool) -> mx.array:
+    def _hooks_of_row(self, row: int) -> BlockHooks | None:
+        if not isinstance(self._law, CarryingLaw):
+            return self._hooks
+        if self._of_rows and self._of_rows[0][0] is not self._law:
+            self._of_rows = []
+        while len(self._of_rows) <= row:
+            self._of_rows.append((self._law, self._hooks_of(self._place(self._law))))
+        return self._of_rows[row][1]
+
+    def _call(self, tokens: mx.array, cache: Any, hooks: BlockHooks | None) -> mx.array:
         self._energy = None
         spread = self._layout.spread
         with ExitStack() as around:
             if spread is not None and not self._is_watched:
                 around.enter_context(spread.unwatched())
-            if steered and self._hooks is not None:
-                around.enter_context(self._hooks.placed())
+            if hooks is not None:
+                around.enter_context(hooks.placed())
             logits: mx.array = self._module(tokens, cache=cache)
         return self._layout.finite(logits[:, -1])
 
     def _keep(self, rows: mx.array) -> None:
         if self._apart:
             self._cache = [self._cache[row] for row in rows.tolist()]
+            self._of_rows = [self._of_rows[row] for row in rows.tolist()] if self._of_rows else []
         else:
             super()._keep(rows)
 
@@ -157,7 +176,14 @@ class MeasuredDecoder(MLXDecoder):
     def trace(self, token: int) -> FrozenTrace:  # type: ignore[override]
         cache = self._cache or new_caches(self._module)
         differences = self._measurement.differences
-        return FrozenTrace(*frozen_at(self._module, self._layout, cache, token, differences=differences))
+        state, blocks = frozen_at(self._module, self._layout, cache, token, differences=differences)
+        shared = state.shape[1] - self._layout.width
+        if shared != self._measurement.shared:
+            raise InputError(
+                f"at this prompt blocks share {shared} numbers beside the residual stream, and when the model was "
+                f"measured {self._measurement.shared}: use another prompt"
+            )
+        return FrozenTrace(state, blocks, self._layout.width)
 
     def trace_prompt(self, prompt: Sequence[int]) -> FrozenTrace:  # type: ignore[override]
         if len(prompt) > 1:

@@ -6,18 +6,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_lqr import launched
 from mlx_lqr.backends import blas
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
-from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, read_config
+from mlx_lqr.backends.checkpoint.model_folder import read_config
 from mlx_lqr.backends.hooked_model import HookedModel
 from mlx_lqr.backends.mlx.blocks import TANGENTS, differentiable
 from mlx_lqr.backends.mlx.decoder import MLXDecoder, MLXTrace
@@ -25,14 +26,11 @@ from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.expansion import block_jacobian
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.generate import Positions, announcing_prompts
-from mlx_lqr.backends.mlx.library import has_model
+from mlx_lqr.backends.mlx.library import is_measured
 from mlx_lqr.backends.mlx.load import check_computed, load_module
 from mlx_lqr.backends.mlx.step import CompiledStep
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from mlx_lqr.backends.mlx.distributed import Spread
 
 
 def load(
@@ -50,16 +48,15 @@ def load(
     if not on_gpu():
         blas.warn_if_slow()
     family = str(config["model_type"])
-    if family not in FAMILIES and has_model(family):
-        from mlx_lqr.backends.mlx.measured_model import load_measured, refuse_adapter
+    if pipeline or launched.count() > 1:
+        from mlx_lqr.backends.mlx.spread_model import load_spread
 
-        refuse_adapter(adapter, family)
-        return load_measured(folder, config, name, dtype, _spread(pipeline))
+        return load_spread(folder, config, name, dtype, adapter, pipeline=pipeline)
+    if is_measured(family):
+        from mlx_lqr.backends.mlx.measured_model import load_measured
+
+        return load_measured(folder, config, name, dtype, adapter)
     meaning = model_config(config)
-    if (spread := _spread(pipeline)) is not None:
-        from mlx_lqr.backends.mlx.measured_model import load_spread
-
-        return load_spread(folder, config, meaning, name, dtype, adapter, spread)
     module = load_module(folder, config, meaning, dtype, adapter)
     model = MLXModel(module, name, Tokenizer(folder, config))
     model.context_length, model.rolls = meaning.context_length, meaning.rolls
@@ -67,14 +64,8 @@ def load(
     return model
 
 
-def _spread(pipeline: bool) -> Spread | None:
-    from mlx_lqr.backends.mlx.distributed import joined
-
-    return joined(pipeline=pipeline)
-
-
-def norms_of(blocks: Sequence[nn.Module]) -> Iterable[tuple[str, bytes]]:
-    """See `HookedModel`; of the families on the list."""
+def norms_of(blocks: Sequence[nn.Module]) -> Iterator[tuple[str, bytes]]:
+    """What `HookedModel` knows a model of the families on the list by."""
     for name, weight in tree_flatten(list(blocks)):
         if name.endswith("norm.weight"):
             yield name, in_bfloat16(weight)
@@ -111,13 +102,13 @@ class MLXModel(HookedModel):
         logits: mx.array = self.module(tokens)
         return logits
 
-    def block(self, trace: MLXTrace, layer: int, z: Float32) -> Float32:
-        result = np.empty(z.shape, np.float32)
+    def block(self, trace: MLXTrace, layer: int, s: Float32) -> Float32:
+        result = np.empty(s.shape, np.float32)
         with differentiable(self.blocks[layer]):
             run = mx.vmap(lambda row: trace.calls[layer](row[None, None])[0, 0])
-            for start in range(0, len(z), TANGENTS):
+            for start in range(0, len(s), TANGENTS):
                 rows = slice(start, start + TANGENTS)
-                result[rows] = np.asarray(run(mx.array(z[rows], mx.float32)))
+                result[rows] = np.asarray(run(mx.array(s[rows], mx.float32)))
         return result
 
     def jacobian(self, trace: MLXTrace, layer: int) -> Float32:

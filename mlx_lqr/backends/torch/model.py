@@ -14,7 +14,7 @@ from torch.func import jvp, vjp
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
-from mlx_lqr.backends.checkpoint.model_folder import read_config
+from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, read_config
 from mlx_lqr.backends.hooked_model import HookedModel
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
@@ -23,8 +23,8 @@ from mlx_lqr.backends.torch.attention import WholePrompts, attending
 from mlx_lqr.backends.torch.decoder import TorchDecoder, TorchTrace
 from mlx_lqr.backends.torch.framework import TorchFramework, memory_for
 from mlx_lqr.backends.torch.generate import Positions, announcing_prompts
-from mlx_lqr.backends.torch.library import check_parts
-from mlx_lqr.backends.torch.load import check_family, chosen_device, load_module
+from mlx_lqr.backends.torch.library import check_parts, knows_model
+from mlx_lqr.backends.torch.load import check_family, chosen_device, is_listed, load_module
 from mlx_lqr.errors import InputError
 
 
@@ -39,6 +39,12 @@ def load(
     """
     chosen = chosen_device(device)
     config = read_config(folder)
+    family = str(config["model_type"])
+    if family not in FAMILIES and knows_model(family):
+        from mlx_lqr.backends.torch.measured_model import load_measured, refuse_adapter
+
+        refuse_adapter(adapter, family)
+        return load_measured(folder, config, name, dtype, chosen)
     meaning = model_config(config)
     with memory_for("the model"):
         module = load_module(folder, config, meaning, dtype, chosen, adapter)
@@ -46,6 +52,20 @@ def load(
     model.context_length, model.rolls = meaning.context_length, meaning.rolls
     model.adapter = adapter
     return model
+
+
+def adopt(module: Any) -> TorchModel:
+    """A model that transformers has made, wrapped.
+
+    Raises:
+        InputError: it cannot be steered.
+    """
+    family = str(module.config.model_type)
+    if is_listed(family):
+        return TorchModel(module, family)
+    from mlx_lqr.backends.torch.measured_model import MeasuredModel
+
+    return MeasuredModel(module, family)
 
 
 class TorchModel(HookedModel):
@@ -58,7 +78,7 @@ class TorchModel(HookedModel):
         check_family(str(module.config.model_type))
         check_parts(module)
         super().__init__(module, module.base_model.layers, vars(module.config), name, tokenizer)
-        self._framework: TorchFramework = TorchFramework(module, self.blocks[0])
+        self._framework: TorchFramework = TorchFramework.of(module, self.blocks[0])
 
     @property
     def algebra(self) -> TorchAlgebra | None:
