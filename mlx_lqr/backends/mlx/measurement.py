@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -26,19 +25,18 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_lqr.backends.hooks import BlockCall
+from mlx_lqr.backends.measurement import EXACT, Measurement
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, copied, frozen_at, in_full
 from mlx_lqr.backends.mlx.layout import Layout, StateHooks
 from mlx_lqr.backends.mlx.library import can_merge, merged_caches, new_caches
-from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.backends.protocol import Differentiable, Float32
 from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.cache import cache_folder
 
 VERSION = 1
 """Increased when something else is measured, so that what was kept before is not used."""
-EXACT, USABLE = 1e-2, 0.2
-"""Relative errors: up to the former nothing is said, beyond the latter the model is refused."""
 TOKENS, SHORTER = 12, 2
 """Lengths of the prompts that are run."""
 DIRECTIONS = 16
@@ -46,43 +44,6 @@ MOVES = (1e-2, 2e-3)
 """How far the state is moved, times its norm. The better of them counts: a longer one may switch an expert."""
 LAYERS = 6
 """At how many layers Jacobians are looked at, at most."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Relative errors, and what follows for how the model is run."""
-
-    steps: float
-    jacobian: float
-    chain: float
-    differences: bool
-    """Whether the blocks have no derivative that is right, so that differences stand in for it."""
-    merges: bool
-    """Whether sequences of different lengths can share a batch."""
-
-    def check(self, family: str) -> None:
-        """Warn of what is not exact.
-
-        Raises:
-            InputError: it is too far off.
-        """
-        for error, what in (
-            (self.steps, "its logits token by token differ from those of one pass"),
-            (self.jacobian, "the derivatives of its blocks differ from their own response"),
-            (self.chain, "the product of its blocks' Jacobians differs from the model's own response"),
-        ):
-            if not error <= USABLE:
-                raise InputError(
-                    f"models of the type {family!r} cannot be steered: {what} by {_percent(error)}, at most "
-                    f"{_percent(USABLE)} is usable: use another model"
-                )
-        if self.steps > EXACT:
-            _note(f"models of the type {family!r} give other logits token by token, by {_percent(self.steps)}")
-        if max(self.chain, self.jacobian) > EXACT:
-            _note(
-                f"in models of the type {family!r} blocks hand on more than their output: a controller's prediction "
-                f"is off by {_percent(max(self.chain, self.jacobian))}, and its gains are not quite optimal"
-            )
 
 
 def measurement_of(module: nn.Module, layout: Layout, fingerprint: str) -> Measurement:
@@ -131,6 +92,17 @@ class Measured:
             differences = not 2 * others[0] >= jacobian
             jacobian, chain = others if differences else (jacobian, chain)
         return Measurement(steps, jacobian, chain, differences, self._merges(caches))
+
+    def error_of(self, model: Differentiable) -> float:
+        """How far the Jacobians of a model that differentiates the same module in another way are from those here."""
+        trace = model.trace(self._prompt)
+        caches = new_caches(self._module)
+        self._run([self._prompt[:-1]], caches)
+        residual, blocks = frozen_at(self._module, self._layout, caches, self._prompt[-1], differences=False)
+        return max(
+            _error(self._left @ model.jacobian(trace, k), blocks[k].vjp(residual[k], self._left))
+            for k in self._chosen(blocks)
+        )
 
     def _steps(self, caches: Any) -> float:
         whole, _ = self._run([self._prompt], new_caches(self._module))
@@ -228,14 +200,6 @@ class Measured:
 
 def _error(value: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
-
-
-def _percent(error: float) -> str:
-    return f"{100 * error:.3g} %"
-
-
-def _note(line: str) -> None:
-    warnings.warn(line, RuntimeWarning, stacklevel=4)
 
 
 def _digest(module: nn.Module, layout: Layout, fingerprint: str) -> str:

@@ -73,6 +73,10 @@ class TorchModel(HookedModel):
                     rounded = weight.detach().to(torch.bfloat16).cpu().view(torch.int16)
                     yield f"{k}.{name}", rounded.numpy().tobytes()
 
+    def _weights(self) -> tuple[int, int, str]:
+        weights = list(self.module.parameters())  # each once, whoever shares it
+        return sum(weight.numel() for weight in weights), sum(weight.nbytes for weight in weights), ""
+
     @property
     def _final_norm(self) -> torch.nn.Module:
         norm: torch.nn.Module = self.module.base_model.norm
