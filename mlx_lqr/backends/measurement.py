@@ -1,11 +1,22 @@
-"""What was measured of a model that is on no list: how right its derivatives are, and what follows from that."""
+"""Whether a model that is on no list can be steered: what its backend has measured on the model itself, once, and kept.
+
+Every error is relative to the model's own forward pass, with every block in float32.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
-from mlx_lqr.errors import InputError
+import numpy as np
+
+from mlx_lqr.errors import InputError, first_line
+from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.cache import cache_folder
 
 EXACT, USABLE = 1e-2, 0.2
 """Relative errors: up to the former nothing is said, beyond the latter the model is refused."""
@@ -13,15 +24,16 @@ EXACT, USABLE = 1e-2, 0.2
 
 @dataclass(frozen=True)
 class Measurement:
-    """Relative errors, and what follows for how the model is run."""
+    """Relative errors, and what follows for how the model is run; backends add what else they need to know."""
 
     steps: float
+    """Of logits token by token, against those of one pass."""
     jacobian: float
+    """Of single blocks' Jacobians, against the blocks' own response when their input is moved."""
     chain: float
+    """Of the product of all Jacobians, against the model's own response when the first block's input is moved."""
     differences: bool
     """Whether the blocks have no derivative that is right, so that differences stand in for it."""
-    merges: bool
-    """Whether sequences of different lengths can share a batch."""
 
     @property
     def is_exact(self) -> bool:
@@ -53,9 +65,53 @@ class Measurement:
             )
 
 
+M = TypeVar("M", bound=Measurement)
+
+
+def measured(kind: type[M], measure: Callable[[], M], identity: Sequence[Any], family: str) -> M:
+    """The measurement of an accepted model: what was kept of this model, or what is measured now.
+
+    Args:
+        identity: all that the numbers depend on, as JSON takes it.
+
+    Raises:
+        InputError: the model fails while it is measured, or is too far off.
+    """
+    try:
+        measurement = _kept(kind, measure, identity)
+    except InputError:
+        raise
+    except Exception as error:  # of any of the library's modules
+        raise InputError(
+            f"models of the type {family!r} cannot be steered: measuring this one failed ({first_line(error)})"
+        ) from error
+    measurement.check(family)
+    return measurement
+
+
+def _kept(kind: type[M], measure: Callable[[], M], identity: Sequence[Any]) -> M:
+    digest = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()[:24]
+    file = cache_folder() / "measured" / f"{digest}.json"
+    try:
+        return kind(**json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):  # none, or not of this version
+        measurement = measure()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with writing(file) as temporary:
+            temporary.write_text(json.dumps(asdict(measurement)), "utf-8")
+    except (OSError, InputError):  # it will be measured again
+        pass
+    return measurement
+
+
+def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
+
+
 def _percent(error: float) -> str:
     return f"{100 * error:.3g} %"
 
 
 def _note(line: str) -> None:
-    warnings.warn(line, RuntimeWarning, stacklevel=4)
+    warnings.warn(line, RuntimeWarning, stacklevel=5)

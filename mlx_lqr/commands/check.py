@@ -60,13 +60,17 @@ def _rows(found: Check) -> list[tuple[str, str]]:
 def _measured(measurement: Measurement) -> list[str]:
     """What was measured, a line each."""
     how = "differences" if measurement.differences else "a reverse pass"
-    return [
+    lines = [
         "works" if measurement.is_exact else "works, less exactly (see the note)",
         f"blocks' derivatives, by {how}: off by {measurement.jacobian:.1e}",
         f"their product, against the model's response: off by {measurement.chain:.1e}",
         f"logits token by token, against one pass: off by {measurement.steps:.1e}",
-        f"prompts of a batch are decoded {'side by side' if measurement.merges else 'one by one'}",
     ]
+    if "merges" in vars(measurement):
+        lines.append(
+            f"prompts of a batch are decoded {'side by side' if vars(measurement)['merges'] else 'one by one'}"
+        )
+    return lines
 
 
 def _speed(speed: Speed) -> list[tuple[str, str]]:

@@ -27,7 +27,8 @@ DAMAGE = {
     "kl": "KL to the unsteered model on neutral text (nats)",
     "repetition": "share of repeated 4-grams",
 }
-COLUMNS = ("perplexity", "distinct_2", "repetition", "kl", "capability")
+COLUMNS = ("perplexity", "distinct_2", "repetition", "kl", "capability", "accuracy")
+"""Metrics in the table, of those that a task has."""
 
 
 @click.group("compare", cls=Group)
@@ -86,7 +87,7 @@ def _run(
 def _table(comparison: Comparison, task: Task, control: str) -> None:
     rows = [("unsteered", comparison.unsteered)]
     rows += [(method, result) for method, results in comparison.methods.items() for result in results]
-    columns = list(dict.fromkeys((control, task.control, *COLUMNS)))
+    columns = [name for name in dict.fromkeys((control, task.control, *COLUMNS)) if name in task.metric_names]
     show_table(
         [task.name, "strength", *columns],
         [

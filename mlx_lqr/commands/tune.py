@@ -22,7 +22,6 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json
 from mlx_lqr.lqr.linearize import Jacobians, linearize
-from mlx_lqr.tasks.concept import bundled_openings
 from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.spaces import baseline_space
 from mlx_lqr.tasks.tuning import DAMAGE, Trial, Tuned, check_limit, tune
@@ -209,6 +208,6 @@ add_tasks(
     _run,
     _options(),
     output=output_option("The controller file to write; FILE-tuning, a folder beside it, keeps all that was measured."),
-    openings=bundled_openings("tuning"),
+    purpose="tuning",
     cls=MethodCommand,
 )

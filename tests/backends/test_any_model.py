@@ -22,10 +22,11 @@ from safetensors.numpy import save_file
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.measurement import EXACT as EXACT_ERROR
-from mlx_lqr.backends.measurement import USABLE, Measurement
+from mlx_lqr.backends.measurement import USABLE
 from mlx_lqr.backends.mlx import measured_model
 from mlx_lqr.backends.mlx import measurement as measuring
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
+from mlx_lqr.backends.mlx.measurement import Measurement
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.runtime import Chat, stream
 

@@ -15,12 +15,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS
-from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, arrays_in, frozen_at
 from mlx_lqr.backends.mlx.layout import Layout
 from mlx_lqr.backends.mlx.library import can_rewind, can_roll, decoding_caches, merged_caches, new_caches
+from mlx_lqr.backends.mlx.measurement import Measurement
 from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law, Sampling, restart
 from mlx_lqr.errors import InputError
 

@@ -23,7 +23,6 @@ from mlx_lqr.backends.checkpoint.model_folder import check_dtype
 from mlx_lqr.backends.checkpoint.weight_files import weights_of
 from mlx_lqr.backends.hooked_model import HookedModel
 from mlx_lqr.backends.hooks import BlockCall, output_projection
-from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.backends.mlx.blocks import unpacked_shape
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.framework import MLXFramework
@@ -31,7 +30,7 @@ from mlx_lqr.backends.mlx.layout import WITHOUT_HEADS, Layout, NoChainError, Sta
 from mlx_lqr.backends.mlx.library import load_lazily, may_be_cast, new_caches
 from mlx_lqr.backends.mlx.load import DTYPES, as_mlx_lm_reads, check_computed, flattened
 from mlx_lqr.backends.mlx.measured_decoder import FrozenTrace, MeasuredDecoder
-from mlx_lqr.backends.mlx.measurement import measured
+from mlx_lqr.backends.mlx.measurement import Measurement, measured
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.protocol import Float32, Law, Progress, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer

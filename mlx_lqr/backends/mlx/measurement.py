@@ -12,10 +12,8 @@ Where blocks hand on more than the state, as keys shared between layers, every A
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -24,16 +22,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_lqr.backends import measurement
 from mlx_lqr.backends.hooks import BlockCall
-from mlx_lqr.backends.measurement import EXACT, Measurement
+from mlx_lqr.backends.measurement import EXACT, relative_error
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, copied, frozen_at, in_full
 from mlx_lqr.backends.mlx.layout import Layout, StateHooks
 from mlx_lqr.backends.mlx.library import can_merge, merged_caches, new_caches
 from mlx_lqr.backends.protocol import Differentiable, Float32
-from mlx_lqr.errors import InputError, first_line
-from mlx_lqr.files.atomic import writing
-from mlx_lqr.files.cache import cache_folder
 
 VERSION = 1
 """Increased when something else is measured, so that what was kept before is not used."""
@@ -46,24 +42,12 @@ LAYERS = 6
 """At how many layers Jacobians are looked at, at most."""
 
 
-def measurement_of(module: nn.Module, layout: Layout, fingerprint: str) -> Measurement:
-    """What was kept of this model, or what is measured now.
+@dataclass(frozen=True)
+class Measurement(measurement.Measurement):
+    """With what mlx-lm's own caches can do."""
 
-    Raises:
-        InputError: the model fails while it is measured.
-    """
-    file = cache_folder() / "measured" / f"{_digest(module, layout, fingerprint)}.json"
-    try:
-        return Measurement(**json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):  # none, or not of this version
-        measurement = Measured(module, layout).all()
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with writing(file) as temporary:
-            temporary.write_text(json.dumps(asdict(measurement)), "utf-8")
-    except (OSError, InputError):  # it will be measured again
-        pass
-    return measurement
+    merges: bool
+    """Whether sequences of different lengths can share a batch."""
 
 
 class Measured:
@@ -100,14 +84,14 @@ class Measured:
         self._run([self._prompt[:-1]], caches)
         residual, blocks = frozen_at(self._module, self._layout, caches, self._prompt[-1], differences=False)
         return max(
-            _error(self._left @ model.jacobian(trace, k), blocks[k].vjp(residual[k], self._left))
+            relative_error(self._left @ model.jacobian(trace, k), blocks[k].vjp(residual[k], self._left))
             for k in self._chosen(blocks)
         )
 
     def _steps(self, caches: Any) -> float:
         whole, _ = self._run([self._prompt], new_caches(self._module))
         last, _ = self._run([self._prompt[-1:]], copied(caches))
-        return _error(last - last.mean(), whole - whole.mean())
+        return relative_error(last - last.mean(), whole - whole.mean())
 
     def _derivatives(self, caches: Any, *, differences: bool) -> tuple[float, float]:
         """The errors of single Jacobians, the worst of them, and of their product."""
@@ -134,7 +118,7 @@ class Measured:
                 [self._prompt[-1:]] * rows, copied(caches, rows, self._layout.rows_axis), (start, mx.array(moves)), end
             )
             response = (states[:DIRECTIONS] - states[DIRECTIONS:]) / (2 * length)
-            errors.append(_error(predicted, self._left @ response.T))
+            errors.append(relative_error(predicted, self._left @ response.T))
         return min(errors)
 
     def _chosen(self, blocks: Sequence[FrozenBlock]) -> list[int]:
@@ -161,7 +145,7 @@ class Measured:
                         cache.filter(mx.array(rows))
                 together, _ = self._run([[token]] * len(rows), merged)
                 single = np.concatenate([self._run([[token]], alone[row])[0] for row in rows])
-                if not _error(together, single) <= EXACT:
+                if not relative_error(together, single) <= EXACT:
                     return False
         except Exception:  # whatever mlx-lm's caches raise, the sequences are run one by one
             return False
@@ -198,17 +182,12 @@ class Measured:
         return values, np.asarray(states[0]).astype(np.float64) if states else np.empty(0)
 
 
-def _error(value: np.ndarray, reference: np.ndarray) -> float:
-    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
-
-
-def _digest(module: nn.Module, layout: Layout, fingerprint: str) -> str:
+def _identity(module: nn.Module, layout: Layout, fingerprint: str) -> list[Any]:
     settings = getattr(module, "args", None)
     described = repr(sorted(vars(settings).items())) if settings is not None else ""
     bits = sorted({str(getattr(weight, "dtype", "")) for _, weight in tree_flatten(layout.blocks[0].parameters())})
     parts = [VERSION, metadata.version("mlx-lm"), metadata.version("mlx"), type(module).__module__, described, bits]
-    parts += [fingerprint, str(layout.dtype), on_gpu()]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+    return [*parts, fingerprint, str(layout.dtype), on_gpu()]
 
 
 def measured(module: nn.Module, layout: Layout, fingerprint: str, family: str) -> Measurement:
@@ -217,13 +196,5 @@ def measured(module: nn.Module, layout: Layout, fingerprint: str, family: str) -
     Raises:
         InputError: the model fails while it is measured, or is too far off.
     """
-    try:
-        measurement = measurement_of(module, layout, fingerprint)
-    except InputError:
-        raise
-    except Exception as error:  # of any of mlx-lm's modules
-        raise InputError(
-            f"models of the type {family!r} cannot be steered: measuring this one failed ({first_line(error)})"
-        ) from error
-    measurement.check(family)
-    return measurement
+    identity = _identity(module, layout, fingerprint)
+    return measurement.measured(Measurement, lambda: Measured(module, layout).all(), identity, family)
