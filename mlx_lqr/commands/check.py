@@ -9,7 +9,6 @@ import click
 from mlx_lqr.analysis.check import Check, Speed
 from mlx_lqr.analysis.check import check as look_at
 from mlx_lqr.backends import registry
-from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.commands.help import command
 from mlx_lqr.commands.options import Loading, json_option, loading_options, model_argument
 from mlx_lqr.commands.progress import progress_bars
@@ -52,25 +51,10 @@ def _rows(found: Check) -> list[tuple[str, str]]:
         ("words", f"{found.vocab_size} tokens; chat template: {template[found.has_chat_template]}"),
         ("context", f"{length} tokens" if length is not None else "config.json does not say how long: no end"),
     ]
-    if found.measurement is not None:
-        rows += [("steering" if i == 0 else "", line) for i, line in enumerate(_measured(found.measurement))]
+    if (measured := found.measurement) is not None:
+        rows.append(("steering", "works" if measured.is_exact else "works, less exactly (see the note)"))
+        rows += [("", line) for line in measured.findings]
     return [*rows, *_speed(found.speed)]
-
-
-def _measured(measurement: Measurement) -> list[str]:
-    """What was measured, a line each."""
-    how = "differences" if measurement.differences else "a reverse pass"
-    lines = [
-        "works" if measurement.is_exact else "works, less exactly (see the note)",
-        f"blocks' derivatives, by {how}: off by {measurement.jacobian:.1e}",
-        f"their product, against the model's response: off by {measurement.chain:.1e}",
-        f"logits token by token, against one pass: off by {measurement.steps:.1e}",
-    ]
-    if "merges" in vars(measurement):
-        lines.append(
-            f"prompts of a batch are decoded {'side by side' if vars(measurement)['merges'] else 'one by one'}"
-        )
-    return lines
 
 
 def _speed(speed: Speed) -> list[tuple[str, str]]:

@@ -49,6 +49,11 @@ class Measurement(measurement.Measurement):
     merges: bool
     """Whether sequences of different lengths can share a batch."""
 
+    @property
+    def findings(self) -> list[str]:
+        how = "side by side" if self.merges else "one by one"
+        return [*super().findings, f"prompts of a batch are decoded {how}"]
+
 
 class Measured:
     """A model while it is measured, with random tokens."""
