@@ -154,6 +154,9 @@ class MeasuredModel(MeasuredRecorder, MLXModel):
         """Layers whose Jacobian takes the general way, since the faster one was not confirmed"""
         self.measurement: Measurement = measured(module, self.layout, self.fingerprint, self.family)
 
+    def measure(self) -> Measurement:
+        return self.measurement
+
     def _norms(self) -> Iterable[tuple[str, bytes]]:
         norms = [
             (name, np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes())

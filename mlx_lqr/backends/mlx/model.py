@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
 from mlx_lqr.backends.checkpoint.model_folder import read_config
 from mlx_lqr.backends.hooked_model import HookedModel
+from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.backends.mlx.blocks import TANGENTS, differentiable
 from mlx_lqr.backends.mlx.decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.expansion import block_jacobian
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.generate import Positions, announcing_prompts
-from mlx_lqr.backends.mlx.library import is_measured
+from mlx_lqr.backends.mlx.layout import layout_of
+from mlx_lqr.backends.mlx.library import is_measured, new_caches
 from mlx_lqr.backends.mlx.load import check_computed, load_module
+from mlx_lqr.backends.mlx.measurement import Measured
+from mlx_lqr.backends.mlx.sizes import sizes_of
 from mlx_lqr.backends.mlx.step import CompiledStep
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
@@ -71,6 +76,16 @@ class MLXModel(HookedModel):
         for name, weight in tree_flatten(self.blocks):
             if name.endswith("norm.weight"):
                 yield name, np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes()
+
+    def _weights(self) -> tuple[int, int, str]:
+        return sizes_of(self.module)
+
+    def measure(self) -> Measurement:
+        """See `Differentiable`."""
+        layout = layout_of(self.module, lambda: new_caches(self.module))
+        measured = Measured(self.module, layout)
+        result = measured.all()
+        return replace(result, jacobian=max(result.jacobian, measured.error_of(self)))
 
     @property
     def _final_norm(self) -> nn.Module:
