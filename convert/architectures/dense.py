@@ -69,7 +69,7 @@ def _phi3(stated: Stated, config: Config) -> Config:
 
 
 def _phi2(stated: Stated, config: Config) -> Config:
-    return {"partial_rotary_factor": rotated_part(stated, config)}
+    return {"partial_rotary_factor": rotated_part(stated, config), "layer_norm_eps": config["norm_eps"]}
 
 
 def _olmo2(stated: Stated, config: Config) -> Config:
@@ -193,6 +193,8 @@ def _gpt2(stated: Stated, config: Config) -> Config:
         "n_ctx": context,
         "layer_norm_epsilon": config["norm_eps"],
         "multi_query": config["num_key_value_heads"] == 1,
+        "attention_bias": stated.holds(".attn_qkv.bias"),
+        "mlp_bias": stated.holds(".ffn_up.bias"),
     }
 
 

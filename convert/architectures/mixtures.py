@@ -201,14 +201,21 @@ def _gpt_oss(stated: Stated, config: Config) -> Config:
 
 def _bailing(stated: Stated, config: Config) -> Config:
     count, used = experts(stated)
+    shared, width = stated.whole("expert_shared_count"), stated.whole("expert_feed_forward_length")
     return {
         "num_experts": count,
         "num_experts_per_tok": used,
-        "num_shared_experts": stated.whole("expert_shared_count"),
-        "moe_intermediate_size": stated.whole("expert_feed_forward_length"),
+        "num_shared_experts": shared,
+        "moe_intermediate_size": width,
+        "moe_shared_expert_intermediate_size": stated.whole("expert_shared_feed_forward_length", shared * width)
+        // max(shared, 1),
+        "moe_router_enable_shared_expert": shared > 0,
+        "moe_router_enable_routed_scaling": True,
         "first_k_dense_replace": stated.whole("leading_dense_block_count"),
         "norm_topk_prob": stated.flag("expert_weights_norm", False),
         "routed_scaling_factor": stated.real("expert_weights_scale", 1.0),
+        "rotary_dim": None,
+        "norm_softmax": False,
         "use_bias": False,
         "use_qkv_bias": stated.holds(".attn_q.bias") or stated.holds(".attn_qkv.bias"),
         "norm_head": False,  # llama.cpp's converter has done it

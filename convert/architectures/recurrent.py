@@ -178,6 +178,7 @@ def _nemotron_h(stated: Stated, config: Config) -> Config:
         "use_bias": sizes["mamba_proj_bias"],
         "use_conv_bias": sizes["mamba_conv_bias"],
         "layer_norm_epsilon": config["rms_norm_eps"],
+        "time_step_limit": [0.0, _UNBOUNDED],
     }
     if "E" not in kinds:
         return settings

@@ -73,15 +73,18 @@ def write_model(
     module: nn.Module,
     *,
     metadata: dict[str, Any] | None = None,
-    tensors: dict[str, np.ndarray] | None = None,
+    tensors: dict[str, np.ndarray | None] | None = None,
     kind_of: Callable[[str], Kind] = lambda name: Kind.F32,
 ) -> Path:
-    """Write `module`; `metadata` has keys to add or (None) leave out, and `tensors` is added (or replaces)."""
+    """Write `module`; `metadata` and `tensors` are added, or (None) left out."""
     writer = GGUFWriter(path, case.arch)
     for key, value in (_keys(case, module) | tokenizer_keys() | (metadata or {})).items():
         if value is not None:
             add_key(writer, key, value)
-    for name, tensor in (_tensors(case, module) | (tensors or {})).items():
+    stored_as: dict[str, np.ndarray | None] = {**stored_tensors(case, module), **(tensors or {})}
+    for name, tensor in stored_as.items():
+        if tensor is None:
+            continue
         kind = kind_of(name) if tensor.ndim > 1 else Kind.F32
         stored = np.ascontiguousarray(tensor) if kind == Kind.F32 else quantize(np.ascontiguousarray(tensor), kind)
         writer.add_tensor(name, stored, raw_dtype=kind)
@@ -114,7 +117,8 @@ def _keys(case: Case, module: nn.Module) -> dict[str, Any]:
     return keys
 
 
-def _tensors(case: Case, module: nn.Module) -> dict[str, np.ndarray]:
+def stored_tensors(case: Case, module: nn.Module) -> dict[str, np.ndarray]:
+    """llama.cpp's tensors of the model, by name."""
     arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == case.arch)
     known = get_tensor_name_map(arch, case.settings["num_hidden_layers"])
     tensors: dict[str, np.ndarray] = {}
@@ -245,7 +249,7 @@ def _renamed(tensor: str) -> Store:
 
 
 def _altup(name: str, weight: np.ndarray, case: Case) -> Iterable[Weight]:
-    """Gemma3NModel.modify_tensors stacks them; see _tensors"""
+    """Gemma3NModel.modify_tensors stacks them; see stored_tensors"""
     part = re.search(r"altup_(unembed_)?projections\.(\d)", name)
     assert part is not None
     yield f"altup_{'unembd_' if part[1] else ''}proj.{part[2]}", weight
