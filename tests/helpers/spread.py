@@ -24,33 +24,28 @@ def numbers(model: Any, name: str) -> dict[str, np.ndarray]:
     """What the model computes, by names that begin with this one."""
     trace = model.trace(PROMPT)
     rows = np.random.default_rng(0).standard_normal((3, model.hidden_size)).astype(np.float32)
-    middle, last = model.num_layers // 2, model.num_layers - 1
     entries: dict[str, Any] = {
         "fingerprint": list(model.fingerprint.encode()),
         "residuals": model.residuals(PROMPTS),
         "trace": trace.residual,
         "along": np.concatenate(model.logits_along([(PROMPT[:3], PROMPT[3:]), (PROMPTS[1], [7])])),
+        "jvp": model.jvp(trace, 1, rows),
+        "block": model.block(trace, 1, trace.residual[1] + rows),
     }
-    for k in (0, middle, last):
+    for k in (0, model.num_layers - 1):
         entries[f"jacobian {k}"] = model.jacobian(trace, k)
         entries[f"vjp {k}"] = model.vjp(trace, k, rows)
-    entries["jvp"] = model.jvp(trace, middle, rows)
-    entries["block"] = model.block(trace, middle, trace.residual[middle] + rows)
-    for cost in ("state", "feature"):
-        controller = mlx_lqr.fit(model, POSITIVE, NEGATIVE, cost=cost, q=1.0, layers="all", concept="c")  # type: ignore[arg-type]
-        entries[f"gain {cost}"] = controller.gain
-    entries["setpoint"] = controller.setpoint
-    entries |= tokens(model, controller)
+    controller = mlx_lqr.fit(model, POSITIVE, NEGATIVE, cost="feature", q=1.0, layers="all", concept="c")
+    entries |= {"gain": controller.gain, "setpoint": controller.setpoint, **tokens(model, controller)}
     return {f"{name} {entry}": np.asarray(values) for entry, values in entries.items()}
 
 
 def tokens(model: Model, controller: mlx_lqr.Controller) -> dict[str, list[int | None]]:
     """Token ids of answers, steered or not, one alone or side by side."""
-    steered: mlx_lqr.Options = {"controller": controller, "strength": 2.0, "max_tokens": 6}
+    steered: mlx_lqr.Options = {"controller": controller, "strength": 2.0, "max_tokens": 4}
     together = mlx_lqr.batch_stream(model, PROMPTS, **steered)
     return {
-        "tokens": _of(mlx_lqr.stream(model, PROMPT, max_tokens=6)),
-        "tokens steered": _of(mlx_lqr.stream(model, PROMPT, **steered)),
+        "tokens": _of(mlx_lqr.stream(model, PROMPT, max_tokens=4)),
         "tokens recorded": _of(mlx_lqr.stream(model, PROMPT, record=mlx_lqr.Recording(), **steered)),
         "tokens drawn": _of(mlx_lqr.stream(model, PROMPT, temperature=1.0, seed=3, **steered)),
         "tokens adapted": _of(mlx_lqr.stream(model, PROMPT, adaptive=True, **steered)),

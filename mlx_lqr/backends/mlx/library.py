@@ -67,6 +67,19 @@ def model_classes(model_type: str) -> tuple[Any, Any]:
     return module.Model, module.ModelArgs
 
 
+def any_model_classes(model_type: str) -> tuple[Any, Any]:
+    """The `Model` and `ModelArgs` classes of any architecture that the installed mlx-lm has.
+
+    Raises:
+        InputError: it has none of this name.
+    """
+    try:
+        module = import_mlx_lm(f"models.{model_type}")
+    except ImportError as error:
+        raise InputError(f"the installed mlx-lm has no {model_type}: pip install -U mlx-lm") from error
+    return module.Model, module.ModelArgs
+
+
 def has_model(model_type: str) -> bool:
     """Whether mlx-lm has a module for models of this type, whatever they are."""
     if not re.fullmatch(r"[\w-]+", model_type):

@@ -181,6 +181,9 @@ class MeasuredModel(MeasuredRecorder, MLXModel):
         """Layers whose Jacobian takes the general way, since the faster one was not confirmed"""
         self.measurement: Measurement = measured(module, self.layout, self.fingerprint, self.family)
 
+    def measure(self) -> Measurement:
+        return self.measurement
+
     def _norms(self) -> Iterable[tuple[str, bytes]]:
         return self._named(_norms_of(self.blocks) if self._spread is None else self._spread.norms)
 

@@ -30,7 +30,7 @@ from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, copied, frozen_at, in_full
 from mlx_lqr.backends.mlx.layout import Layout, StateHooks
 from mlx_lqr.backends.mlx.library import can_merge, merged_caches, new_caches, settings_of
-from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.backends.protocol import Differentiable, Float32
 
 VERSION = 2
 """Increased when something else is measured, so that what was kept before is not used."""
@@ -52,6 +52,11 @@ class Measurement(measurement.Measurement):
     """Whether sequences of different lengths can share a batch."""
     shared: int = 0
     """m, how many numbers blocks hand on beside the residual stream at a token"""
+
+    @property
+    def findings(self) -> list[str]:
+        how = "side by side" if self.merges else "one by one"
+        return [*super().findings, f"prompts of a batch are decoded {how}"]
 
 
 class Measured:
@@ -80,6 +85,17 @@ class Measured:
             differences = not 2 * others[0] >= jacobian
             jacobian, chain, shared = others if differences else (jacobian, chain, shared)
         return Measurement(steps, jacobian, chain, differences, self._merges(caches), shared)
+
+    def error_of(self, model: Differentiable) -> float:
+        """How far the Jacobians of a model that differentiates the same module in another way are from those here."""
+        trace = model.trace(self._prompt)
+        caches = new_caches(self._module)
+        self._run([self._prompt[:-1]], caches)
+        residual, blocks = frozen_at(self._module, self._layout, caches, self._prompt[-1], differences=False)
+        return max(
+            relative_error(self._left @ model.jacobian(trace, k), blocks[k].vjp(residual[k], self._left))
+            for k in self._chosen(blocks)
+        )
 
     def _steps(self, caches: Any) -> float:
         whole, _ = self._run([self._prompt], new_caches(self._module))

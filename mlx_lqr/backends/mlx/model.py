@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,18 @@ from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
 from mlx_lqr.backends.checkpoint.model_folder import read_config
 from mlx_lqr.backends.hooked_model import HookedModel
+from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.backends.mlx.blocks import TANGENTS, differentiable
 from mlx_lqr.backends.mlx.decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.expansion import block_jacobian
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.generate import Positions, announcing_prompts
-from mlx_lqr.backends.mlx.library import is_measured
+from mlx_lqr.backends.mlx.layout import layout_of
+from mlx_lqr.backends.mlx.library import is_measured, new_caches
 from mlx_lqr.backends.mlx.load import check_computed, load_module
+from mlx_lqr.backends.mlx.measurement import Measured
+from mlx_lqr.backends.mlx.sizes import sizes_of
 from mlx_lqr.backends.mlx.step import CompiledStep
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
@@ -89,6 +94,16 @@ class MLXModel(HookedModel):
 
     def _norms(self) -> Iterable[tuple[str, bytes]]:
         return norms_of(self.blocks)
+
+    def _weights(self) -> tuple[int, int, str]:
+        return sizes_of(self.module)
+
+    def measure(self) -> Measurement:
+        """See `Differentiable`."""
+        layout = layout_of(self.module, lambda: new_caches(self.module))
+        measured = Measured(self.module, layout)
+        result = measured.all()
+        return replace(result, jacobian=max(result.jacobian, measured.error_of(self)))
 
     @property
     def _final_norm(self) -> nn.Module:
