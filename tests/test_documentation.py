@@ -291,7 +291,8 @@ def test_a_command_that_is_not_run_would_be_understood(command: str) -> None:
             case ["python", script, *arguments]:
                 parsed(benchmark(script), arguments)
             case ["mlx.launch", *_]:
-                assert words[(end := words.index("--")) + 1] == "mlx-lqr"
+                end = words.index("--")
+                assert words[end + 1] == "mlx-lqr"
                 parsed(main, words[end + 2 :])
             case _:
                 parsed(main, arguments_of(one.strip()))
