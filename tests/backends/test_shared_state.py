@@ -203,7 +203,7 @@ def test_a_small_push_does_what_is_predicted() -> None:
 
 def test_models_that_share_nothing_are_as_they_were() -> None:
     """To the bit: one reverse pass through the block alone."""
-    model = model_of("qwen3_next")
+    model = model_of("granite")
     trace: FrozenTrace = model.trace(PROMPT)
     assert model.state_size == model.hidden_size == trace.state.shape[1]
     rows = mx.array(random(3, model.hidden_size))
