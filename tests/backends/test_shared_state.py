@@ -137,12 +137,12 @@ def test_where_there_is_no_derivative_each_part_is_moved_by_its_own_size() -> No
     assert np.linalg.norm(by_differences - A) < EXACT * np.linalg.norm(A)
 
 
-def textbook(jacobians: list[np.ndarray], d: int, Q: list[np.ndarray], R: list[float], layers: tuple[int, ...]) -> list:
+def textbook(jacobians: list[np.ndarray], d: int, Q: list[np.ndarray], R: list[float], layers: tuple[int, ...]) -> list[np.ndarray]:
     """K_k (d, n) of the dense recursion with B = [I; 0]; Q_k (d, d) for k = 0..T."""
     n = len(jacobians[0])
     B, S = np.eye(n, d), np.zeros((n, n))
     S[:d, :d] = Q[-1]
-    gains = []
+    gains: list[np.ndarray] = []
     for k in reversed(range(len(jacobians))):
         A = jacobians[k]
         K = np.linalg.solve(R[k] * np.eye(d) + B.T @ S @ B, B.T @ S @ A) if k in layers else np.zeros((d, n))
