@@ -35,6 +35,21 @@ class Measurement:
     differences: bool
     """Whether the blocks have no derivative that is right, so that differences stand in for it."""
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether there is nothing to say about it."""
+        return max(self.steps, self.jacobian, self.chain) <= EXACT
+
+    @property
+    def findings(self) -> list[str]:
+        """What was measured, a line each."""
+        how = "differences" if self.differences else "a reverse pass"
+        return [
+            f"blocks' derivatives, by {how}: off by {self.jacobian:.1e}",
+            f"their product, against the model's response: off by {self.chain:.1e}",
+            f"logits token by token, against one pass: off by {self.steps:.1e}",
+        ]
+
     def check(self, family: str) -> None:
         """Warn of what is not exact.
 

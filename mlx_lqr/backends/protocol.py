@@ -29,6 +29,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mlx_lqr.backends.description import Description
+from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError, OverflowingError
 
@@ -245,6 +247,10 @@ class Runner(Protocol):
     def fingerprint(self) -> str:
         """Tells models apart by their trained norm weights; the same for every dtype and quantisation of one model."""
 
+    @property
+    def description(self) -> Description:
+        """The device, the dtype and the size."""
+
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> Decoder:
         """A decoder without any tokens. A `rolling` one forgets the oldest but a few where the context is full."""
 
@@ -310,6 +316,9 @@ class Differentiable(Recorder, Protocol):
 
     def trace(self, tokens: Sequence[int]) -> Trace:
         """Run a prompt and keep what the Jacobians at its last token need."""
+
+    def measure(self) -> Measurement:
+        """How right its derivatives are, by the model's own response. Takes as long as a few dozen tokens."""
 
     def block(self, trace: Any, layer: int, s: Float32) -> Float32:
         """phi_k(s) for each row of s (n, d + m), in place of s_k at the trace's last token, the past frozen:

@@ -11,6 +11,7 @@ import click
 
 from mlx_lqr.commands.certify import certify
 from mlx_lqr.commands.chat import chat
+from mlx_lqr.commands.check import check
 from mlx_lqr.commands.compare import compare_group
 from mlx_lqr.commands.concepts import concepts
 from mlx_lqr.commands.convert import convert
@@ -75,7 +76,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     click.echo(f"Note: {message}", err=True)
 
 
-main.add_section("Start here", [demo, concepts])
+main.add_section("Start here", [demo, check, concepts])
 main.add_section("Fit a controller", [fit, tuning, linearize])
 main.add_section("Steer a model", [generate, chat])
 main.add_section("Measure", [eval_group, compare_group, linearity, certify])

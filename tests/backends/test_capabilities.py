@@ -19,6 +19,7 @@ from mlx_lqr.backends import registry
 from mlx_lqr.backends.backend import Backend, Suitability
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, RECORDER, RUNNER, Capability
 from mlx_lqr.backends.checkpoint.adapter import Adapter
+from mlx_lqr.backends.description import Description
 from mlx_lqr.backends.protocol import GREEDY, Decoder, Float32, Law, Model, Recorder, Runner, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.commands import main
@@ -51,6 +52,10 @@ class Engine:
     @property
     def fingerprint(self) -> str:
         return self._model.fingerprint
+
+    @property
+    def description(self) -> Description:
+        return self._model.description
 
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> Decoder:
         return self._model.decoder(law, sampling, rolling=rolling)

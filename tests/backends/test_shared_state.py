@@ -137,7 +137,9 @@ def test_where_there_is_no_derivative_each_part_is_moved_by_its_own_size() -> No
     assert np.linalg.norm(by_differences - A) < EXACT * np.linalg.norm(A)
 
 
-def textbook(jacobians: list[np.ndarray], d: int, Q: list[np.ndarray], R: list[float], layers: tuple[int, ...]) -> list[np.ndarray]:
+def textbook(
+    jacobians: list[np.ndarray], d: int, Q: list[np.ndarray], R: list[float], layers: tuple[int, ...]
+) -> list[np.ndarray]:
     """K_k (d, n) of the dense recursion with B = [I; 0]; Q_k (d, d) for k = 0..T."""
     n = len(jacobians[0])
     B, S = np.eye(n, d), np.zeros((n, n))
@@ -203,7 +205,7 @@ def test_a_small_push_does_what_is_predicted() -> None:
 
 def test_models_that_share_nothing_are_as_they_were() -> None:
     """To the bit: one reverse pass through the block alone."""
-    model = model_of("granite")
+    model = model_of("qwen3_next")
     trace: FrozenTrace = model.trace(PROMPT)
     assert model.state_size == model.hidden_size == trace.state.shape[1]
     rows = mx.array(random(3, model.hidden_size))

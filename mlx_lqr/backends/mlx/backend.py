@@ -43,21 +43,19 @@ class MLX(Backend):
         nn = sys.modules.get("mlx.nn")
         if nn is None or not isinstance(model, nn.Module):
             return None
-        from mlx_lqr.backends.checkpoint.model_folder import FAMILIES
         from mlx_lqr.backends.mlx.adapter import adapter_in
-        from mlx_lqr.backends.mlx.library import has_model, model_classes
+        from mlx_lqr.backends.mlx.library import is_measured, model_classes, settings_of
         from mlx_lqr.backends.mlx.model import MLXModel
 
         model_type = str(getattr(model, "model_type", type(model).__module__))
         adapter = adapter_in(model)
-        if model_type not in FAMILIES and has_model(model_type):
-            from mlx_lqr.backends.mlx.measured_model import MeasuredModel, refuse_adapter
-
-            refuse_adapter(adapter, model_type)
-            settings = vars(getattr(model, "args", object()))
-            return MeasuredModel(model, {"model_type": model_type, **settings}, model_type)
-        model_classes(model_type)
         name = model_type if adapter is None else f"{model_type}{ADAPTED}{adapter.name}"
+        if is_measured(model_type):
+            from mlx_lqr.backends.mlx.measured_model import MeasuredModel
+
+            settings = {"model_type": model_type, **settings_of(model)}
+            return MeasuredModel(model, settings, name, adapter=adapter)
+        model_classes(model_type)
         adopted = MLXModel(model, name)
         adopted.adapter = adapter
         return adopted

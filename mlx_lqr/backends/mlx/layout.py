@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, Hook, LawHooks
+from mlx_lqr.backends.measured import WITHOUT_HEADS, NoChainError
 from mlx_lqr.backends.mlx.blocks import ClassHooks
 from mlx_lqr.errors import InputError
 
@@ -24,13 +25,6 @@ ROWS, POSITIONS = 5, 7
 """Of the tokens that are run; sizes that no model's features have, so that each axis is known by its size."""
 Outputs = Any
 """What a block returns: the state, or a tuple or list with the state in it."""
-
-
-WITHOUT_HEADS = "this model has blocks without self_attn.o_proj: use a method that acts on whole blocks"
-
-
-class NoChainError(InputError):
-    """The model is no chain of blocks with one state; the message is the reason, without the model's name."""
 
 
 @dataclass(frozen=True)

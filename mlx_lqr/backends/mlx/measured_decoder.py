@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS
+from mlx_lqr.backends.hooks import BlockHooks
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, arrays_in, frozen_at
@@ -61,6 +62,8 @@ class MeasuredDecoder(MLXDecoder):
         self._layout, self._measurement = layout, measurement
         self._apart = False
         """Whether `_cache` holds the caches of each sequence on its own."""
+        self._of_rows: list[tuple[Law, BlockHooks | None]] = []
+        """The law, and what steers each of these sequences, where the law carries something from token to token."""
         super().__init__(module, framework, layout.blocks, layout.vocabulary, law, sampling, window)
 
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
@@ -68,13 +71,14 @@ class MeasuredDecoder(MLXDecoder):
             super().fill(prompts, steered=steered)
             return
         restart(self._law)
+        self._of_rows = []
         self._start([0] * len(prompts))
         for row, prompt in enumerate(prompts):
             if self._seen is not None and prompt:
                 self._seen[row, self._framework.integers(list(prompt))] = True
             for start in range(0, len(prompt), PREFILL_CHUNK):
                 chunk = mx.array([list(prompt[start : start + PREFILL_CHUNK])])
-                self._call(chunk, self._cache[row], steered=steered)
+                self._call(chunk, self._cache[row], self._hooks if steered else None)
                 mx.eval(list(arrays_in(self._cache[row])))
         self._length = max(map(len, prompts))
         if self._measurement.merges and all(prompts):
@@ -83,13 +87,12 @@ class MeasuredDecoder(MLXDecoder):
     def _append(self, tokens: mx.array, *, steered: bool, head: bool = True) -> mx.array:
         self._length += tokens.shape[1]
         if not self._apart:
-            logits = self._call(tokens, self._cache, steered=steered)
+            logits = self._call(tokens, self._cache, self._hooks if steered else None)
         else:
-            if isinstance(self._law, CarryingLaw) and steered:
-                raise InputError("this model decodes a batch one by one, which this controller cannot: give one prompt")
             energies, rows = [], []
             for row, cache in enumerate(self._cache):
-                rows.append(self._call(tokens[row : row + 1], cache, steered=steered))
+                hooks = self._hooks_of_row(row) if steered else None
+                rows.append(self._call(tokens[row : row + 1], cache, hooks))
                 energies.append(self._energy)
             logits = mx.concatenate(rows)
             present = [energy for energy in energies if energy is not None]
@@ -98,15 +101,25 @@ class MeasuredDecoder(MLXDecoder):
             mx.eval(list(arrays_in(self._cache)))
         return logits
 
-    def _call(self, tokens: mx.array, cache: Any, *, steered: bool) -> mx.array:
+    def _hooks_of_row(self, row: int) -> BlockHooks | None:
+        if not isinstance(self._law, CarryingLaw):
+            return self._hooks
+        if self._of_rows and self._of_rows[0][0] is not self._law:
+            self._of_rows = []
+        while len(self._of_rows) <= row:
+            self._of_rows.append((self._law, self._hooks_of(self._place(self._law))))
+        return self._of_rows[row][1]
+
+    def _call(self, tokens: mx.array, cache: Any, hooks: BlockHooks | None) -> mx.array:
         self._energy = None
-        with self._hooks.placed() if steered and self._hooks is not None else nullcontext():
+        with hooks.placed() if hooks is not None else nullcontext():
             logits: mx.array = self._module(tokens, cache=cache)
         return self._layout.finite(logits[:, -1])
 
     def _keep(self, rows: mx.array) -> None:
         if self._apart:
             self._cache = [self._cache[row] for row in rows.tolist()]
+            self._of_rows = [self._of_rows[row] for row in rows.tolist()] if self._of_rows else []
         else:
             super()._keep(rows)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,20 @@ from mlx_lqr.backends import blas
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
-from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, read_config
+from mlx_lqr.backends.checkpoint.model_folder import read_config
 from mlx_lqr.backends.hooked_model import HookedModel
+from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.backends.mlx.blocks import TANGENTS, differentiable
 from mlx_lqr.backends.mlx.decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.expansion import block_jacobian
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.generate import Positions, announcing_prompts
-from mlx_lqr.backends.mlx.library import has_model
+from mlx_lqr.backends.mlx.layout import layout_of
+from mlx_lqr.backends.mlx.library import is_measured, new_caches
 from mlx_lqr.backends.mlx.load import check_computed, load_module
+from mlx_lqr.backends.mlx.measurement import Measured
+from mlx_lqr.backends.mlx.sizes import sizes_of
 from mlx_lqr.backends.mlx.step import CompiledStep
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
@@ -43,11 +48,10 @@ def load(folder: Path, name: str, dtype: str | None = None, adapter: Adapter | N
     if not on_gpu():
         blas.warn_if_slow()
     family = str(config["model_type"])
-    if family not in FAMILIES and has_model(family):
-        from mlx_lqr.backends.mlx.measured_model import load_measured, refuse_adapter
+    if is_measured(family):
+        from mlx_lqr.backends.mlx.measured_model import load_measured
 
-        refuse_adapter(adapter, family)
-        return load_measured(folder, config, name, dtype)
+        return load_measured(folder, config, name, dtype, adapter)
     meaning = model_config(config)
     module = load_module(folder, config, meaning, dtype, adapter)
     model = MLXModel(module, name, Tokenizer(folder, config))
@@ -72,6 +76,16 @@ class MLXModel(HookedModel):
         for name, weight in tree_flatten(self.blocks):
             if name.endswith("norm.weight"):
                 yield name, np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes()
+
+    def _weights(self) -> tuple[int, int, str]:
+        return sizes_of(self.module)
+
+    def measure(self) -> Measurement:
+        """See `Differentiable`."""
+        layout = layout_of(self.module, lambda: new_caches(self.module))
+        measured = Measured(self.module, layout)
+        result = measured.all()
+        return replace(result, jacobian=max(result.jacobian, measured.error_of(self)))
 
     @property
     def _final_norm(self) -> nn.Module:

@@ -63,9 +63,9 @@ class Torch(Backend):
         transformers = sys.modules.get("transformers")
         if transformers is None or not isinstance(model, transformers.PreTrainedModel):
             return None
-        from mlx_lqr.backends.torch.model import TorchModel
+        from mlx_lqr.backends.torch import model as models
 
-        return TorchModel(model, str(model.config.model_type))
+        return models.adopt(model)
 
 
 def nvidia_driver() -> bool:

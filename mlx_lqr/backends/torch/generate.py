@@ -22,7 +22,7 @@ import torch
 
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.steered import SteeredModules
-from mlx_lqr.backends.torch.calls import Call, unknown_positions
+from mlx_lqr.backends.torch.calls import Call, length_of, unknown_positions
 from mlx_lqr.backends.torch.library import is_unshared, request_state, unshared
 from mlx_lqr.errors import InputError, OverflowingError
 
@@ -187,7 +187,7 @@ def _prompt(inputs: Any, options: dict[str, Any]) -> Prompt:
 
 
 def _holds_tokens(value: Any) -> bool:
-    return callable(getattr(value, "get_seq_length", None)) and int(value.get_seq_length()) > 0
+    return callable(getattr(value, "get_seq_length", None)) and length_of(value) > 0
 
 
 def _reporting(original: Callable[..., Any], refusals: list[InputError]) -> Callable[..., Any]:
