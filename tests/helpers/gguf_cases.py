@@ -579,6 +579,32 @@ CASES: dict[str, Case] = {
         },
         ("kv_b",),
     ),
+    "mistral4": Case(
+        "mistral4",
+        "mistral4",
+        {
+            **DEEP,
+            **LATENT,
+            "first_k_dense_replace": 0,
+            "rope_parameters": {
+                **YARN,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "rope_theta": 5e4,
+                "llama_4_scaling_beta": 0.1,
+            },
+            "head_dim": 24,
+        },
+        {
+            **DEEP_KEYS,
+            **LATENT_KEYS,
+            **YARN_KEYS,
+            "leading_dense_block_count": 0,
+            "expert_gating_func": 1,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+            "attention.temperature_scale": 0.1,
+        },
+    ),
     "deepseek3": Case("deepseek2", "deepseek_v3", {**DEEP, **LATENT}, {**DEEP_KEYS, **LATENT_KEYS}),
     "lfm2": Case(
         "lfm2",
