@@ -77,8 +77,8 @@ class MeasuredModel(MeasuredRecorder, TorchModel):
             self.layout: Layout = layout_or_refusal(partial(layout_of, module), self.family)
         if self.layout.vocabulary > (known := module.get_input_embeddings().weight.shape[0]):
             raise InputError(
-                f"this {self.family} model says {self.layout.vocabulary} tokens and reads {known}: its config.json is of "
-                "another model, download it again"
+                f"this {self.family} model says {self.layout.vocabulary} tokens and reads {known}: its config.json is "
+                "of another model, download it again"
             )
         sizes = sizes_of(module.config.to_dict(), self.layout.width, self.layout.vocabulary)
         self._knows_heads = sizes["num_attention_heads"] is not None
