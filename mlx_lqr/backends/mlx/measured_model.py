@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.layout import WITHOUT_HEADS, Layout, NoChainError, StateHooks, layout_of
 from mlx_lqr.backends.mlx.library import load_lazily, may_be_cast, new_caches
 from mlx_lqr.backends.mlx.load import DTYPES, as_mlx_lm_reads, check_computed, flattened
-from mlx_lqr.backends.mlx.measured_decoder import FrozenTrace, MeasuredDecoder
+from mlx_lqr.backends.mlx.measured_decoder import ConfirmedStep, FrozenTrace, MeasuredDecoder
 from mlx_lqr.backends.mlx.measurement import Measurement, measured
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.protocol import Float32, Law, Progress, Sampling
@@ -235,4 +236,9 @@ class MeasuredModel(MLXModel):
         return trace.blocks[layer].vjp(trace.residual[layer], cotangents)
 
     def _new_decoder(self, law: Law | None, sampling: Sampling, window: int | None) -> MeasuredDecoder:
-        return MeasuredDecoder(self.module, self._framework, self.layout, self.measurement, law, sampling, window)
+        step = self._compiled
+        return MeasuredDecoder(self.module, self._framework, self.layout, self.measurement, law, sampling, window, step)
+
+    @cached_property
+    def _compiled(self) -> ConfirmedStep | None:
+        return None if on_gpu() else ConfirmedStep(self.module, self.layout.blocks, StateHooks.of(self.layout))
