@@ -141,7 +141,9 @@ class CompiledStep:
             given = iter(arrays)
             placed = law.to(lambda _: next(given), mx.addmm) if law is not None else None
             steering, layers = LawHooks(placed), list(placed.layers) if placed is not None else []
-            caches = [_Slots(*parts, position, *kind) for parts, *kind in zip(buffers, keep, limits, strict=True)]
+            caches = [
+                _Slots(*parts, position, kept, limit) for parts, kept, limit in zip(buffers, keep, limits, strict=True)
+            ]
             energies: list[mx.array] = []
 
             def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
