@@ -173,7 +173,7 @@ class MeasuredModel(MeasuredRecorder, MLXModel):
         return self.layout.finite(self.module(tokens, cache=new_caches(self.module)))
 
     def _head_widths(self) -> set[int] | None:
-        if not all("o_proj" in getattr(block, "self_attn", {}) for block in self.blocks):
+        if not all("o_proj" in (getattr(block, "self_attn", None) or {}) for block in self.blocks):
             return None
         return {unpacked_shape(output_projection(block))[-1] for block in self.blocks}
 
