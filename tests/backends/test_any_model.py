@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.architectures import CONFIGS, EXACT, INEXACT, LOOPS, by_hand, folder_of, model_of, module_of
+from helpers.architectures import CONFIGS, EXACT, LOOPS, by_hand, folder_of, model_of, module_of
 from helpers.controllers import CONTRASTS, controller_for
 from helpers.decoding import decoded, decoded_together, tokens
 from helpers.tiny_tokenizers import Letters
@@ -21,10 +21,11 @@ import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.measurement import EXACT as EXACT_ERROR
 from mlx_lqr.backends.measurement import USABLE
-from mlx_lqr.backends.mlx import measured_model
+from mlx_lqr.backends.mlx import frozen, measured_model
 from mlx_lqr.backends.mlx import measurement as measuring
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
 from mlx_lqr.backends.mlx.measurement import Measurement
+from mlx_lqr.backends.mlx.shared import Shared
 from mlx_lqr.backends.protocol import Law
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.methods.running import law_on
@@ -32,7 +33,8 @@ from mlx_lqr.runtime import Chat, stream
 from mlx_lqr.runtime.decode import decode
 
 PROMPT = [5, 9, 2, 33, 7, 51, 20, 11, 3]
-every = pytest.mark.parametrize("family", EXACT + INEXACT)
+SHARING = ("gemma4_text", "rwkv7")
+every = pytest.mark.parametrize("family", EXACT + SHARING)
 exact = pytest.mark.parametrize("family", EXACT)
 STRENGTH = 2.0
 
@@ -80,7 +82,7 @@ def last_inputs(family: str) -> list[np.ndarray]:
     return states
 
 
-@every
+@exact
 def test_derivatives_are_those_of_mlx_lms_own_model(family: str) -> None:
     model = model_of(family)
     trace = model.trace(PROMPT)
@@ -128,7 +130,7 @@ def steered_by_hand(family: str, controller: mlx_lqr.Controller, prompt: list[in
     return run[len(prompt) :]
 
 
-@exact
+@every
 @pytest.mark.parametrize("cost", ["state", "feature"])
 def test_steered_tokens_are_those_of_a_model_hooked_by_hand(family: str, cost: str) -> None:
     model = model_of(family)
@@ -186,13 +188,21 @@ def test_mlx_lms_own_generation_is_steered_in_place(family: str) -> None:
     assert theirs == decoded(model, PROMPT, law=LinearFeedback(controller, STRENGTH), max_tokens=5)
 
 
-@pytest.mark.parametrize("family", INEXACT)
-def test_blocks_that_share_more_than_the_state_are_said(family: str) -> None:
-    with pytest.warns(RuntimeWarning, match=rf"'{family}' blocks hand on more .* is off by [\d.]+ %"):
-        model = MeasuredModel(module_of(family), CONFIGS[family], family)
+@pytest.fixture
+def nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What blocks share beside the residual stream is not found."""
+    unknown = lambda calls, moved: ([Shared()] * len(calls), np.empty((len(calls) + 1, 0), np.float32))  # noqa: E731
+    monkeypatch.setattr(frozen, "shared_by", unknown)
+
+
+@pytest.mark.usefixtures("nothing_found")
+def test_blocks_that_share_more_than_is_found_are_said() -> None:
+    with pytest.warns(RuntimeWarning, match=r"'rwkv7' blocks hand on more .* is off by [\d.]+ %"):
+        model = MeasuredModel(module_of("rwkv7", seed=4), CONFIGS["rwkv7"], "not found")
     assert model.measurement.jacobian < EXACT_ERROR < model.measurement.chain < USABLE
 
 
+@pytest.mark.usefixtures("nothing_found")
 def test_a_chain_that_is_too_far_off_is_refused_with_its_number() -> None:
     kinds = [*["sliding_attention"] * 3, "full_attention"] * 2
     module = module_of("gemma4_text", num_hidden_layers=8, layer_types=kinds)

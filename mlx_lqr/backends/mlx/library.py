@@ -67,6 +67,19 @@ def model_classes(model_type: str) -> tuple[Any, Any]:
     return module.Model, module.ModelArgs
 
 
+def any_model_classes(model_type: str) -> tuple[Any, Any]:
+    """The `Model` and `ModelArgs` classes of any architecture that the installed mlx-lm has.
+
+    Raises:
+        InputError: it has none of this name.
+    """
+    try:
+        module = import_mlx_lm(f"models.{model_type}")
+    except ImportError as error:
+        raise InputError(f"the installed mlx-lm has no {model_type}: pip install -U mlx-lm") from error
+    return module.Model, module.ModelArgs
+
+
 def has_model(model_type: str) -> bool:
     """Whether mlx-lm has a module for models of this type, whatever they are."""
     if not re.fullmatch(r"[\w-]+", model_type):
@@ -89,6 +102,11 @@ def settings_read(config: dict[str, Any]) -> set[str] | None:
     except (ImportError, AttributeError, SystemExit):  # no such module, one that is no model, or that wants another
         return None
     return {field.name for field in fields(ModelArgs)}
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """What a model was made of, which some of mlx-lm's modules call `args` and some `config`, and some do not keep."""
+    return next((vars(getattr(module, name)) for name in ("args", "config") if hasattr(module, name)), {})
 
 
 def attention_mask(x: mx.array, cache: Any, window: int | None, *, as_array: bool) -> Any:
