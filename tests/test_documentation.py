@@ -57,6 +57,7 @@ NOT_RUN = {
     "fetches from the hub": r"mlx-lqr eval lm-eval ",
     "needs a model of your own": r"mlx-lqr \w+ \S+\.gguf ",
     "needs an adapter of your own": r"mlx-lqr \w+ \S+ .*--adapter my-adapter\b",
+    "needs several machines": r"mlx\.launch |scp ",
     "takes long": r"python (-m )?benchmarks\b",
 }
 """Why a command is not run, and how such commands look."""

@@ -22,6 +22,7 @@ TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
     {"errors"},
+    {"launched"},
     {"files", "backends.mlx.device"},
     {"concepts", "backends.blas", "backends.text", "backends.checkpoint"},
     {"backends.description", "backends.measurement"},

@@ -13,6 +13,7 @@ from mlx_lqr.commands.help import command
 from mlx_lqr.commands.options import Loading, json_option, loading_options, model_argument
 from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.files.results import as_json as to_json
+from mlx_lqr.launched import refuse_several
 from mlx_lqr.loading import load
 
 UNITS = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
@@ -29,6 +30,7 @@ def check(model: str, as_json: bool, loading: Loading) -> None:
     Its derivatives are measured against its own response; a model that is too far off is refused with the number. Also
     shown: its size, where it computes, and how fast.
     """
+    refuse_several("a model is checked, and its speed measured,")
     with progress_bars() as progress:
         found = look_at(load(model, **loading, progress=progress), progress=progress)
     if as_json:

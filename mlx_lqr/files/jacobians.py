@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable, followed
+from mlx_lqr.launched import refuse_several
 
 _CODES = {"float32": "F32", "float16": "F16"}
 
@@ -48,6 +49,7 @@ class JacobianWriter:
     ) -> None:
         if dtype not in _CODES:
             raise InputError(f"Jacobians are stored as {' or '.join(_CODES)}, not {dtype!r}")
+        refuse_several("Jacobians are stored")
         check_writable(path, "Jacobians", force=force)
         self._target = followed(path)
         self._partial = self._target.with_name(f".{self._target.name}.partial")

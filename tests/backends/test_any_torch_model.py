@@ -172,7 +172,7 @@ def test_what_a_cache_takes_back_is_as_if_it_had_never_been() -> None:
     assert np.abs(decoder.step(PROMPT[4:5]).numpy()[0] - model.logits(PROMPT[:5])).max() < 1e-5
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3_next", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_next", "gemma3", "gpt_oss", "bart"])
 def test_transformers_own_generation_is_steered_in_place(family: str) -> None:
     model = model_of(family)
     controller = controller_for(model)
@@ -182,6 +182,14 @@ def test_transformers_own_generation_is_steered_in_place(family: str) -> None:
     with mlx_lqr.steer(model.module, controller, STRENGTH), torch.no_grad():
         logits = model.module(torch.tensor([PROMPT])).logits[0, -1].numpy()
     assert np.abs(logits - model.logits(PROMPT, law=LinearFeedback(controller, STRENGTH))).max() < 1e-4
+
+
+def test_a_call_that_does_not_go_through_the_model_is_refused() -> None:
+    """Its positions are not known."""
+    model = model_of("glm4")
+    turn = model.module.model.rotary_emb(torch.zeros(1, 1, 32), torch.zeros(1, 1, dtype=torch.long))
+    with mlx_lqr.steer(model, controller_for(model), STRENGTH), pytest.raises(InputError, match="in another way than"):
+        model.blocks[0](torch.zeros(1, 1, 32), position_embeddings=turn)
 
 
 def test_sixteen_bits() -> None:

@@ -21,6 +21,7 @@ from mlx_lm.utils import load_model
 
 import mlx_lqr
 from mlx_lqr.convert import convert
+from mlx_lqr.convert.architectures import ARCHITECTURES as ROWS
 from mlx_lqr.errors import InputError
 
 PROMPT = np.random.default_rng(7).integers(0, VOCABULARY, 24).tolist()
@@ -167,6 +168,9 @@ def test_a_converted_config_leaves_nothing_to_defaults(name: str, tmp_path: Path
         ),
         ("glm4", {"glm4.rope.dimension_count": 32}, {}, "rope.dimension_count unlike its head size"),
         ("ministral3", {"mistral3.rope.scaling.type": "none"}, {}, "does not scale RoPE by YaRN"),
+        ("minicpm", {"minicpm.logit_scale": 0.0}, {}, "states sizes that no model has"),
+        ("gemma3n", {"gemma3n.attention.sliding_window_pattern": "x"}, {}, "sliding_window_pattern as 'x'"),
+        ("gemma4moe", {}, {"blk.3.ffn_gate_up_exps.weight": np.zeros(7, np.float32)}, "holds the tensor"),
         ("cohere2", {"cohere2.logit_scale": None}, {}, "does not state cohere2.logit_scale"),
         ("granite", {"granite.attention.clamp_kqv": 8.0}, {}, "a model with granite.attention.clamp_kqv"),
         ("gemma4", {}, {"rope_freqs.weight": None}, "lacks the tensor rope_freqs.weight"),
@@ -201,6 +205,13 @@ def test_what_cannot_be_converted_is_one_line(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_documentation_lists_what_converts() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+    listed = re.search(r"in the file\) convert: (.*?)\.\n\n", page, re.DOTALL)
+    assert listed is not None
+    assert re.findall(r"`(.+?)`", listed[1]) == sorted({row.name for row in ROWS})
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mlx_lqr import launched
 from mlx_lqr.backends.backend import Backend, Suitability
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, RECORDER
 from mlx_lqr.backends.checkpoint.adapter import Adapter
@@ -22,6 +23,7 @@ class MLX(Backend):
     title = "MLX"
     capabilities = frozenset({RECORDER, HEAD_RECORDER, DIFFERENTIABLE})
     takes_device = False
+    spreads = True
     adopts = "mlx_lm.load"
 
     def suitability(self) -> Suitability:
@@ -33,11 +35,27 @@ class MLX(Backend):
         if importlib.util.find_spec("mlx") is None:
             raise InputError("the mlx backend needs mlx, which is not installed: pip install mlx-lqr")
 
-    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None) -> Model:
+    def load(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        dtype: str | None,
+        device: str | None,
+        adapter: Adapter | None,
+        pipeline: bool,
+    ) -> Model:
         from mlx_lqr.backends.mlx import model
 
         assert device is None
-        return model.load(folder, name, dtype, adapter)
+        return model.load(folder, name, dtype, adapter, pipeline)
+
+    def said(self, text: str | None) -> str | None:
+        if launched.count() == 1:
+            return text
+        from mlx_lqr.backends.mlx.distributed import joined
+
+        return joined(pipeline=False).said(text)
 
     def adopt(self, model: Any) -> Model | None:
         nn = sys.modules.get("mlx.nn")

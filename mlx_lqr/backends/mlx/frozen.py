@@ -48,7 +48,9 @@ class FrozenBlock:
 
     @classmethod
     def at(cls, block: nn.Module, layout: Layout, call: Any, *, differences: bool) -> FrozenBlock:
-        """What the model is about to call; `call` has its `args` and `kwargs`."""
+        """What the model is about to call; `call` has its `args` and `kwargs`, which only its owner needs."""
+        if layout.spread is not None and not layout.spread.runs(block):
+            return cls(block, layout, (), {}, differences)
         args, kwargs = copied(layout.exchanged(call.args, call.kwargs, None))
         return cls(block, layout, args, kwargs, differences)
 
@@ -58,27 +60,19 @@ class FrozenBlock:
 
     def values(self, s: Float32) -> Float32:
         """phi(s) of rows s (n, d + m): (n, d + m)"""
-        with in_float32(self.block):
-            return self._in_chunks(lambda rows: self._run(mx.array(rows)), s)
+        return self._where_it_is(lambda: self._values(s), s.shape)
 
     def vjp(self, s: Float32, cotangents: Float32) -> Float32:
         """A' w at s (d + m,) for rows w (n, d + m): (n, d + m)"""
-        if self.differences:
-            return cotangents @ self.jacobian(s)
-        with in_float32(self.block):
-            return self._in_chunks(lambda rows: self._pulled_back(s, mx.array(rows)), cotangents)
+        return self._where_it_is(lambda: self._vjp(s, cotangents), cotangents.shape)
 
     def jvp(self, s: Float32, tangents: Float32) -> Float32:
         """A w at s (d + m,) for rows w (n, d + m): (n, d + m). A derivative of w -> A' w, which is linear."""
-        if self.differences or not self._has_second_derivative(s):
-            return self._differences(s, tangents)
-        with in_float32(self.block):
-            return self._in_chunks(lambda rows: self._pushed_forward(s, mx.array(rows)), tangents)
+        return self._where_it_is(lambda: self._jvp(s, tangents), tangents.shape)
 
     def jacobian(self, s: Float32) -> Float32:
         """A at s (d + m,): (d + m, d + m)"""
-        identity = np.eye(s.size, dtype=np.float32)
-        return self._differences(s, identity).T if self.differences else self.vjp(s, identity)
+        return self._where_it_is(lambda: self._jacobian(s), (s.size, s.size))
 
     def moved(self, z: Float32) -> Made:
         """What the block leaves at z (d,) and at a state near it: arrays (2, ...)."""
@@ -87,6 +81,30 @@ class FrozenBlock:
             _, made = self._called(mx.array(np.stack([z, z + apart]).astype(np.float32)))
             mx.eval(list(made.values()))
         return made
+
+    def _where_it_is(self, compute: Callable[[], Float32], shape: tuple[int, ...]) -> Float32:
+        spread = self.layout.spread
+        return compute() if spread is None else spread.of_owner(self.block, compute, shape)
+
+    def _values(self, s: Float32) -> Float32:
+        with in_float32(self.block):
+            return self._in_chunks(lambda rows: self._run(mx.array(rows)), s)
+
+    def _vjp(self, s: Float32, cotangents: Float32) -> Float32:
+        if self.differences:
+            return cotangents @ self._jacobian(s)
+        with in_float32(self.block):
+            return self._in_chunks(lambda rows: self._pulled_back(s, mx.array(rows)), cotangents)
+
+    def _jvp(self, s: Float32, tangents: Float32) -> Float32:
+        if self.differences or not self._has_second_derivative(s):
+            return self._differences(s, tangents)
+        with in_float32(self.block):
+            return self._in_chunks(lambda rows: self._pushed_forward(s, mx.array(rows)), tangents)
+
+    def _jacobian(self, s: Float32) -> Float32:
+        identity = np.eye(s.size, dtype=np.float32)
+        return self._differences(s, identity).T if self.differences else self._vjp(s, identity)
 
     def _run(self, rows: mx.array) -> mx.array:
         if not self.shared.size:
@@ -116,6 +134,8 @@ class FrozenBlock:
         return mx.vjp(lambda w: self._pulled_back(s, w), [mx.zeros_like(tangents)], [tangents])[1][0]
 
     def _has_second_derivative(self, s: Float32) -> bool:
+        if self.layout.spread is not None and not self.layout.spread.has_second_derivative:
+            return False
         try:
             with in_float32(self.block):
                 mx.eval(self._pushed_forward(s, mx.ones((1, s.size))))
@@ -129,7 +149,7 @@ class FrozenBlock:
         length = np.linalg.norm(tangents / relative, axis=1, keepdims=True)
         step = STEP * np.linalg.norm(z) / z.size**0.5 / np.where(length > 0, length, 1)
         moved = (step * tangents).astype(np.float32)
-        ahead, behind = self.values(s + moved), self.values(s - moved)
+        ahead, behind = self._values(s + moved), self._values(s - moved)
         return ((ahead - behind) / (2 * step)).astype(np.float32)
 
     def _relative(self, s: Float32) -> Float32:
@@ -336,6 +356,8 @@ def frozen_at(
     stacked = mx.stack([z.astype(mx.float32) for z in residual])
     mx.eval(stacked, list(arrays_in([[block.args, block.kwargs] for block in blocks])))
     state = np.asarray(stacked)
+    if layout.spread is not None:  # no process has all that blocks may share
+        return layout.spread.first(state), blocks
     shared, side = shared_by(calls.all, lambda k: blocks[k].moved(state[k]))
     if not side.size:
         return state, blocks

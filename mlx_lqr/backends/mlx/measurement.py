@@ -147,7 +147,9 @@ class Measured:
             kinds.setdefault(
                 (type(frozen.block), tuple(name for name, _ in tree_flatten(frozen.block.parameters()))), k
             )
-        return sorted({*list(kinds.values())[: LAYERS - 2], len(blocks) // 2, len(blocks) - 1})
+        chosen = {*list(kinds.values())[: LAYERS - 2], len(blocks) // 2, len(blocks) - 1}
+        spread = self._layout.spread  # a process knows the kinds of its own blocks
+        return sorted(chosen) if spread is None else spread.union(chosen, len(blocks))
 
     def _merges(self, caches: Any) -> bool:
         if not can_merge(caches):
@@ -196,16 +198,21 @@ class Measured:
         blocks = self._layout.blocks
         with self._hooks(blocks, hook, range(len(blocks))).placed():
             logits = self._module(mx.array(tokens), cache=caches)[:, -1].astype(mx.float32)
-        values = np.asarray(logits).astype(np.float64)
-        values = np.where(np.isneginf(values), 0, values)  # of tokens that the model hides
-        return values, np.asarray(states[0]).astype(np.float64) if states else np.empty(0)
+        values = np.where(np.isneginf(logits), 0, logits)  # of tokens that the model hides
+        return self._exact(values), self._exact(np.asarray(states[0])) if states else np.empty(0)
+
+    def _exact(self, values: np.ndarray) -> np.ndarray:
+        """In float64, and of several processes the first one's, for all have to judge alike."""
+        spread = self._layout.spread
+        return (values if spread is None else spread.first(values)).astype(np.float64)
 
 
 def _identity(module: nn.Module, layout: Layout, fingerprint: str) -> list[Any]:
     described = repr(sorted(settings_of(module).items()))
     bits = sorted({str(getattr(weight, "dtype", "")) for _, weight in tree_flatten(layout.blocks[0].parameters())})
     parts = [VERSION, metadata.version("mlx-lm"), metadata.version("mlx"), type(module).__module__, described, bits]
-    return [*parts, fingerprint, str(layout.dtype), on_gpu()]
+    parts += [fingerprint, str(layout.dtype), on_gpu()]
+    return parts if layout.spread is None else [*parts, layout.spread.name]
 
 
 def measured(module: nn.Module, layout: Layout, fingerprint: str, family: str) -> Measurement:
@@ -215,4 +222,5 @@ def measured(module: nn.Module, layout: Layout, fingerprint: str, family: str) -
         InputError: the model fails while it is measured, or is too far off.
     """
     identity = _identity(module, layout, fingerprint)
-    return measurement.measured(Measurement, lambda: Measured(module, layout).all(), identity, family)
+    said = {} if layout.spread is None else {"said": layout.spread.said}
+    return measurement.measured(Measurement, Measured(module, layout).all, identity, family, **said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_lqr import launched
 from mlx_lqr.backends import blas
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.adapter import Adapter
@@ -37,8 +38,12 @@ from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 
 
-def load(folder: Path, name: str, dtype: str | None = None, adapter: Adapter | None = None) -> MLXModel:
+def load(
+    folder: Path, name: str, dtype: str | None = None, adapter: Adapter | None = None, pipeline: bool = False
+) -> MLXModel:
     """The model in a folder of config.json, safetensors and tokenizer files, with an adapter.
+
+    Under `mlx.launch` it is spread over all processes, in a pipeline if wanted.
 
     Raises:
         InputError: unsupported architecture, files that are missing, damaged or do not fit together, or an adapter of
@@ -48,6 +53,10 @@ def load(folder: Path, name: str, dtype: str | None = None, adapter: Adapter | N
     if not on_gpu():
         blas.warn_if_slow()
     family = str(config["model_type"])
+    if pipeline or launched.count() > 1:
+        from mlx_lqr.backends.mlx.spread_model import load_spread
+
+        return load_spread(folder, config, name, dtype, adapter, pipeline=pipeline)
     if is_measured(family):
         from mlx_lqr.backends.mlx.measured_model import load_measured
 
@@ -58,6 +67,17 @@ def load(folder: Path, name: str, dtype: str | None = None, adapter: Adapter | N
     model.context_length, model.rolls = meaning.context_length, meaning.rolls
     model.adapter = adapter
     return model
+
+
+def norms_of(blocks: Sequence[nn.Module]) -> Iterator[tuple[str, bytes]]:
+    """What `HookedModel` knows a model of the families on the list by."""
+    for name, weight in tree_flatten(list(blocks)):
+        if name.endswith("norm.weight"):
+            yield name, in_bfloat16(weight)
+
+
+def in_bfloat16(weight: mx.array) -> bytes:
+    return np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes()
 
 
 class MLXModel(HookedModel):
@@ -73,9 +93,7 @@ class MLXModel(HookedModel):
         check_computed(module, self._dtype)
 
     def _norms(self) -> Iterable[tuple[str, bytes]]:
-        for name, weight in tree_flatten(self.blocks):
-            if name.endswith("norm.weight"):
-                yield name, np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes()
+        return norms_of(self.blocks)
 
     def _weights(self) -> tuple[int, int, str]:
         return sizes_of(self.module)

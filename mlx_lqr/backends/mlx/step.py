@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.hooks import BlockCall, LawHooks
-from mlx_lqr.backends.mlx.blocks import hooked
+from mlx_lqr.backends.mlx.blocks import ClassHooks
 from mlx_lqr.backends.mlx.framework import energy
 from mlx_lqr.backends.mlx.library import hand_back, in_order, rotates
 from mlx_lqr.backends.protocol import Law
@@ -41,9 +41,9 @@ class FixedCache:
         self._layers = layers
         self.length = int(layers[0].offset)
         self.keep = [layer.keep if rotates(layer) else 0 for layer in layers]
-        self._limits = [layer.max_size if rotates(layer) else None for layer in layers]
+        self.limits = [layer.max_size if rotates(layer) else None for layer in layers]
         self.buffers: Buffers = []
-        for layer, limit, keep in zip(layers, self._limits, self.keep, strict=True):
+        for layer, limit, keep in zip(layers, self.limits, self.keep, strict=True):
             keys, values = in_order(layer)
             place = self._placing(keys.shape[-2], limit, keep)
             self.buffers.append((place(keys), place(values)))
@@ -51,7 +51,7 @@ class FixedCache:
 
     def make_room(self) -> None:
         """Let the buffers grow where the next token has no slot."""
-        for i, (limit, (keys, values)) in enumerate(zip(self._limits, self.buffers, strict=True)):
+        for i, (limit, (keys, values)) in enumerate(zip(self.limits, self.buffers, strict=True)):
             size = self._size(limit)
             if size > keys.shape[-2]:
                 self.buffers[i] = _grown(keys, size), _grown(values, size)
@@ -90,11 +90,19 @@ class FixedCache:
 
 
 class CompiledStep:
-    """Steps of one model, recorded once for every kind of law and cache."""
+    """Steps of one model, recorded once for every kind of law and cache.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        blocks: by default the module's layers.
+        hooks: how the law is placed on them.
+    """
+
+    def __init__(
+        self, module: nn.Module, blocks: Sequence[nn.Module] | None = None, hooks: type[ClassHooks] = ClassHooks
+    ) -> None:
         self._module = module
-        self._blocks: list[nn.Module] = module.layers
+        self._blocks: Sequence[nn.Module] = module.layers if blocks is None else blocks
+        self._hooks = hooks
         self._recorded: dict[Any, Callable[..., tuple[mx.array, mx.array | None, Buffers]]] = {}
 
     def __call__(
@@ -109,24 +117,31 @@ class CompiledStep:
         if law is not None:
             law.aim()
         kind = None if law is None else (type(law), tuple(law.layers), tuple(array.shape for array in arrays))
-        key = kind, tuple(cache.keep)
+        key = kind, tuple(cache.keep), tuple(cache.limits)
         if key not in self._recorded:
-            self._recorded[key] = mx.compile(self._step(law, cache.keep), inputs=[self._module.state])
+            step = self._step(law, cache.keep, cache.limits)
+            self._recorded[key] = mx.compile(step, inputs=[self._module.state])
         cache.make_room()
         buffers, cache.buffers = cache.buffers, []  # no reference is left here, so that they can be written in place
         position = mx.array([cache.length])
-        logits, energy, cache.buffers = self._recorded[key](tokens, position, buffers, arrays)
+        try:
+            logits, energy, cache.buffers = self._recorded[key](tokens, position, buffers, arrays)
+        except Exception:  # it could not be recorded
+            cache.buffers = buffers
+            raise
         cache.length += 1
         return logits, energy
 
-    def _step(self, law: Law | None, keep: list[int]) -> Callable[..., tuple[mx.array, mx.array | None, Buffers]]:
+    def _step(
+        self, law: Law | None, keep: list[int], limits: list[int | None]
+    ) -> Callable[..., tuple[mx.array, mx.array | None, Buffers]]:
         def step(
             tokens: mx.array, position: mx.array, buffers: Buffers, arrays: list[mx.array]
         ) -> tuple[mx.array, mx.array | None, Buffers]:
             given = iter(arrays)
             placed = law.to(lambda _: next(given), mx.addmm) if law is not None else None
             steering, layers = LawHooks(placed), list(placed.layers) if placed is not None else []
-            caches = [_Slots(*parts, position, kept) for parts, kept in zip(buffers, keep, strict=True)]
+            caches = [_Slots(*parts, position, *kind) for parts, *kind in zip(buffers, keep, limits, strict=True)]
             energies: list[mx.array] = []
 
             def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
@@ -135,7 +150,7 @@ class CompiledStep:
                     energies.append(energy(output[:, -1]))
                 return output
 
-            with hooked(self._blocks, hook, layers, steering):
+            with self._hooks(self._blocks, hook, layers, steering).placed():
                 logits = self._module(tokens[:, None], cache=caches)[:, -1]
             return logits, energies[0] if energies else None, [(cache.keys, cache.values) for cache in caches]
 
@@ -145,8 +160,8 @@ class CompiledStep:
 class _Slots:
     """A layer's buffers as the model sees them in one step: the new token takes its slot."""
 
-    def __init__(self, keys: mx.array, values: mx.array, position: mx.array, keep: int) -> None:
-        self.keys, self.values, self.offset = keys, values, position
+    def __init__(self, keys: mx.array, values: mx.array, position: mx.array, keep: int, limit: int | None) -> None:
+        self.keys, self.values, self.offset, self._limit = keys, values, position, limit
         size = keys.shape[-2]
         self._slot = mx.where(position < size, position, keep + (position - keep) % (size - keep))
 
@@ -156,8 +171,13 @@ class _Slots:
         return self.keys, self.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """(1, slots): those that hold a token. A window is as long as its buffer, so that all of these are seen."""
-        return mx.arange(self.keys.shape[-2])[None] <= self.offset
+        """(1, slots): those that hold a token which is seen."""
+        slots = mx.arange(self.keys.shape[-2])[None]
+        if window_size is None or (self._limit is not None and self._limit <= window_size):
+            return slots <= self.offset
+        if self._limit is not None:  # slots are not in the order of time
+            raise ValueError("a window that is shorter than what its cache holds")
+        return (slots <= self.offset) & (slots > self.offset - window_size)
 
 
 def _grown(part: mx.array, size: int) -> mx.array:

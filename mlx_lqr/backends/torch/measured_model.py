@@ -107,6 +107,10 @@ class MeasuredModel(MeasuredRecorder, TorchModel):
         """What mlx-lm adds to a norm's weight when it loads it, where transformers adds it when it computes."""
         return int(self.family.startswith(_SHIFTED) and f".{name}".endswith(_SHIFTED_NORMS))
 
+    @property
+    def _body(self) -> torch.nn.Module:
+        return self.layout.body
+
     def _run_blocks(self, tokens: torch.Tensor) -> None:
         self.layout.call(self.module, tokens, None, last=True)
 
