@@ -102,9 +102,12 @@ class HookedDecoder(ABC):
     @law.setter
     def law(self, law: Law | None) -> None:
         self._law = placed = self._place(law)
-        self._hooks = None
+        self._hooks = self._hooks_of(placed)
+
+    def _hooks_of(self, placed: Law | None) -> BlockHooks | None:
+        """What steers a step by this law; it leaves `_energy` behind."""
         if placed is None or not placed.layers:
-            return
+            return None
         framework, steering, last = self._framework, LawHooks(placed), max(placed.layers)
 
         def hook(k: int, z: Array, call: BlockCall) -> Array:
@@ -113,7 +116,7 @@ class HookedDecoder(ABC):
                 self._energy = framework.energy(output[:, -1])
             return output
 
-        self._hooks = framework.hooks(self._blocks, hook, placed.layers, steering)
+        return framework.hooks(self._blocks, hook, placed.layers, steering)
 
     @property
     def sampling(self) -> Sampling:
