@@ -102,6 +102,21 @@ def _deepseek3(stated: Stated, config: Config) -> Config:
     return after_deepseek(stated, config) | _latent(stated, config)
 
 
+def _glm_dsa(stated: Stated, config: Config) -> Config:
+    settings = _deepseek3(stated, config)
+    key = "attention.indexer.types"
+    if stated.get(key) is not None and not all(stated.each(key)):
+        raise stated.refuse("has layers that share what an indexer picked, which mlx-lm's glm_moe_dsa cannot do")
+    scaling = settings["rope_scaling"] or {"rope_type": "default"}
+    return settings | {
+        "rope_parameters": scaling | {"rope_theta": config["rope_theta"]},
+        "index_n_heads": stated.whole("attention.indexer.head_count"),
+        "index_head_dim": stated.whole("attention.indexer.key_length"),
+        "index_topk": stated.whole("attention.indexer.top_k"),
+        "indexer_rope_interleave": True,
+    }
+
+
 def _kimi_linear(stated: Stated, config: Config) -> Config:
     latent, routing = _latent(stated, config), after_deepseek(stated, config)
     if latent["rope_scaling"] is not None or latent["q_lora_rank"] is not None:
@@ -139,6 +154,17 @@ _ABSORBED = (
 )
 
 LATENT = (
+    Architecture(
+        "glm-dsa",
+        "glm_moe_dsa",
+        "GlmMoeDsaForCausalLM",
+        _glm_dsa,
+        mixture=True,
+        own_heads=True,
+        own_rope=True,
+        stored=_ABSORBED,
+        understands=ROUTED,
+    ),
     Architecture(
         "kimi-linear",
         "kimi_linear",

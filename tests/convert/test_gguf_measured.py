@@ -209,6 +209,23 @@ def test_what_cannot_be_converted_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_rope_of_a_llama_4_that_switches_at_one_wavelength_is_recovered(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    }
+    case = CASES["llama4"]
+    module = model_of(case, rope_scaling=scaling)
+    factors = np.array([1.0] * 6 + [16.0] * 2, np.float32)  # of wavelengths up to 5,400, and from 21,000 on
+    file = write_model(tmp_path / "t.gguf", case, module, tensors={"rope_freqs.weight": factors})
+    check(file, logits(module, PROMPT))
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert text["rope_scaling"] == scaling
+
+
 def test_the_documentation_lists_what_converts() -> None:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
     listed = re.search(r"in the file\) convert: (.*?)\.\n\n", page, re.DOTALL)

@@ -606,6 +606,28 @@ CASES: dict[str, Case] = {
         },
     ),
     "deepseek3": Case("deepseek2", "deepseek_v3", {**DEEP, **LATENT}, {**DEEP_KEYS, **LATENT_KEYS}),
+    "glm-dsa": Case(
+        "glm-dsa",
+        "glm_moe_dsa",
+        {
+            **DEEP,
+            **LATENT,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "moe_layer_freq": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_topk": 8,
+        },
+        {
+            **DEEP_KEYS,
+            **LATENT_KEYS,
+            "attention.indexer.head_count": 2,
+            "attention.indexer.key_length": 16,
+            "attention.indexer.top_k": 8,
+        },
+    ),
     "kimi-linear": Case(
         "kimi-linear",
         "kimi_linear",
