@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 
 from .architectures import Architecture, Stated
 from .gguf_file import GGUFFile
@@ -66,7 +66,14 @@ def model_config(file: GGUFFile, row: Architecture) -> dict[str, Any]:
     rotated = stated.whole("rope.dimension_count", config.get("head_dim", 0))
     config["rope_scaling"] = None if row.own_rope else rope_scaling(file, arch, rotated, theta)
     norm = {"norm_eps": stated.real("attention.layer_norm_epsilon", config["rms_norm_eps"])}
-    return config | row.settings(stated, config | norm)
+    try:
+        return config | row.settings(stated, config | norm)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{file.path} states sizes that no model has ({first_line(error)}): download it again"
+        ) from error
 
 
 def _heads(stated: Stated, row: Architecture) -> dict[str, int]:

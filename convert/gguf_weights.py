@@ -147,7 +147,7 @@ class GGUFWeights:
             return source
         whole = "attn_qkv" if fused[2].startswith("attn") else "ffn_gate_up_exps"
         name = f"{fused[1]}{whole}{fused[3]}"
-        if name not in tensors:
+        if name not in tensors or len(tensors[name].shape) != len(shape):
             return source
         axis = -1 if fused[3] == ".bias" else -2
         total, rows = tensors[name].shape[axis], shape[axis]

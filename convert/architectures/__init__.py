@@ -9,10 +9,11 @@ from mlx_lqr.convert.architectures.mixtures import MIXTURES
 from mlx_lqr.convert.architectures.qwen import QWEN
 from mlx_lqr.convert.architectures.recurrent import RECURRENT
 from mlx_lqr.convert.architectures.row import Architecture, Stated
+from mlx_lqr.convert.architectures.windows import WINDOWS
 from mlx_lqr.convert.gguf_file import GGUFFile
 from mlx_lqr.errors import InputError
 
-ARCHITECTURES: tuple[Architecture, ...] = (*DENSE, *GEMMA, *QWEN, *MIXTURES, *LATENT, *RECURRENT)
+ARCHITECTURES: tuple[Architecture, ...] = (*DENSE, *GEMMA, *QWEN, *MIXTURES, *LATENT, *RECURRENT, *WINDOWS)
 
 
 def architecture(file: GGUFFile) -> Architecture:

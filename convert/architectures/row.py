@@ -87,6 +87,7 @@ def layer_types(stated: Stated, period: int | None = None) -> list[str]:
     if isinstance(pattern, list):
         slides = [bool(item) for item in stated.each("attention.sliding_window_pattern")]
     else:
+        pattern = pattern if pattern == period else stated.whole("attention.sliding_window_pattern")
         slides = [pattern == 0 or (index + 1) % pattern != 0 for index in range(stated.layers)]
     return [SLIDING if item else FULL for item in slides]
 

@@ -1,7 +1,7 @@
 """Every architecture that mlx-lm has: a tiny model of it is steered as mlx-lm runs it, or is refused by a measurement.
 
-`make test-families` runs these, with a process on each core. What is known of an architecture stands in `REFUSED` and
-`INEXACT`; one that does better than that fails nothing, and pytest's summary of warnings says to take it off the list.
+`make test-families` runs these, with a process on each core. What is known of an architecture stands in `REFUSED`; one
+that does better than that fails nothing, and pytest's summary of warnings says to take it off the list.
 """
 
 from __future__ import annotations
@@ -24,18 +24,15 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_lqr
 from mlx_lqr import InputError
-from mlx_lqr.backends.measurement import EXACT, USABLE
+from mlx_lqr.backends.measurement import EXACT
+from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
 from mlx_lqr.backends.mlx.model import MLXModel
 
 METAL = r"running a few tokens failed \(\[metal_kernel\] No Metal back-end\)"
-CHAIN = r"the product of its blocks' Jacobians differs from the model's own response by [\d.]+ %"
 REFUSED = {
     "bitnet": METAL,
     "deepseek_v41": r"the derivatives of its blocks differ from their own response by [\d.]+ %",
-    "gemma4": CHAIN,
-    "gemma4_text": CHAIN,
-    "hunyuan": CHAIN,
     "iquestloopcoder": "it calls its 4 blocks 0 times",
     "kimi_k3": "measuring this one failed",
     "muse_spark": METAL,
@@ -43,9 +40,7 @@ REFUSED = {
     "plamo3": r"its logits token by token differ from those of one pass by [\d.]+ %",
 }
 """Architecture -> what its refusal says."""
-INEXACT = ("gemma3n", "rwkv7")
-"""Architectures whose blocks hand on more than their output."""
-WORKING = 112
+WORKING = 115
 """How many work at least, of mlx-lm 0.32.2."""
 
 PLACES: dict[str, int | str] = {"gptj": "inputs", "talkie": 1}
@@ -61,7 +56,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_LQR_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.filterwarnings("ignore:in models of the type .* blocks hand on more")  # is said, and measured here too
 @pytest.mark.parametrize("name", architectures())
 def test_an_architecture_is_steered_as_mlx_lm_runs_it(name: str, tmp_path: Path) -> None:
     trial = tried(written(tiny_config(name), tmp_path / "model"))
@@ -91,7 +85,6 @@ class ByHand:
     def __init__(self, name: str, model: MLXModel) -> None:
         self.name, self.model, self.prompt = name, model, PROMPTS[0]
         self._place, self._streams = PLACES.get(name, 0), name in STREAMS
-        self.exact = name not in (*REFUSED, *INEXACT)
 
     def state(self, z: mx.array) -> np.ndarray:
         """The state (B, d) at the last position."""
@@ -178,10 +171,7 @@ def _derivatives_are_those_of(hands: ByHand) -> None:
     for jacobian in jacobians:
         predicted = predicted @ jacobian.T
     predicted = predicted[:, :d]
-    chain = _error(hands, predicted, w, 0, count)
-    assert chain < (EXACT if hands.exact else USABLE), "the product of all A_k"
-    if hands.name in INEXACT and chain < EXACT:
-        warnings.warn(f"{hands.name} is exact now: take it off INEXACT", stacklevel=1)
+    assert _error(hands, predicted, w, 0, count) < EXACT, "the product of all A_k"
 
 
 def _error(hands: ByHand, predicted: np.ndarray, w: np.ndarray, start: int, end: int) -> float:
@@ -207,7 +197,6 @@ def _tokens_are_those_of(hands: ByHand, controller: mlx_lqr.Controller) -> None:
 
 def test_at_least_this_many_work() -> None:
     """Each of them by its own test."""
-    assert set(REFUSED) & set(INEXACT) == set()
     assert len(set(architectures()) - set(REFUSED)) >= WORKING
 
 
@@ -220,27 +209,46 @@ def test_what_cannot_be_made_here_is_refused_in_one_line(name: str, tmp_path: Pa
 
 
 PACKED = [
-    ("gemma3", "affine", 32, 2),
-    ("nemotron_h", "affine", 32, 3),
-    ("qwen3_next", "affine", 32, 4),
-    ("falcon_h1", "affine", 32, 5),
-    ("deepseek_v3", "affine", 32, 6),
-    ("mamba2", "affine", 32, 8),
-    ("gpt_oss", "mxfp4", 32, 4),
-    ("lfm2_moe", "nvfp4", 16, 4),
-    ("granitemoehybrid", "mxfp8", 32, 8),
-    ("llama4", "affine", 32, 4),
+    ("gemma3", {"mode": "affine", "group_size": 32, "bits": 2}),
+    ("nemotron_h", {"mode": "affine", "group_size": 64, "bits": 3}),
+    ("qwen3_next", {"mode": "affine", "group_size": 32, "bits": 4}),
+    ("falcon_h1", {"mode": "affine", "group_size": 32, "bits": 5}),
+    ("deepseek_v3", {"mode": "affine", "group_size": 32, "bits": 6}),
+    ("mamba2", {"mode": "affine", "group_size": 64, "bits": 8}),
+    ("gpt_oss", {"mode": "mxfp4", "group_size": 32, "bits": 4}),
+    ("lfm2_moe", {"mode": "nvfp4", "group_size": 16, "bits": 4}),
+    ("granitemoehybrid", {"mode": "mxfp8", "group_size": 32, "bits": 8}),
+    ("qwen3_moe", {"mode": "nvfp4", "group_size": 16, "bits": 4}),
 ]
-"""Architecture, mode, group size and bits: each mode that MLX has, and each number of bits."""
+"""Each mode of quantising that MLX has, and each number of bits."""
 
 
-@pytest.mark.parametrize(("name", "mode", "group_size", "bits"), PACKED)
-def test_packed_weights_are_steered_too(name: str, mode: str, group_size: int, bits: int, tmp_path: Path) -> None:
-    packed = {"group_size": group_size, "bits": bits, "mode": mode}
-    trial = tried(written(tiny_config(name), tmp_path / "model", packed=packed))
+@pytest.mark.parametrize(
+    ("name", "packed"), PACKED, ids=[f"{name}-{how['mode']}-{how['bits']}" for name, how in PACKED]
+)
+def test_packed_weights_are_steered_too(name: str, packed: dict[str, Any], tmp_path: Path) -> None:
+    trial = tried(written(tiny_config(name, hidden_size=64), tmp_path / "model", packed=packed))
     assert trial.steps == dict.fromkeys(STEPS, "yes")
-    assert isinstance(trial.model, MeasuredModel)
+    assert isinstance(trial.model, MLXModel)
     assert trial.controller is not None
     assert any("scales" in part for part, _ in tree_flatten(trial.model.module.parameters()))
-    assert max(trial.model.measurement.jacobian, trial.model.measurement.chain) < EXACT
-    _tokens_are_those_of(ByHand(name, trial.model), trial.controller)
+    if isinstance(trial.model, MeasuredModel):
+        assert max(trial.model.measurement.jacobian, trial.model.measurement.chain) < EXACT
+    hands = ByHand(name, trial.model)
+    if packed["mode"] == "affine":  # of other modes embeddings come in bfloat16, too coarse for differences
+        _derivatives_are_those_of(hands)
+    _tokens_are_those_of(hands, trial.controller)
+
+
+@pytest.mark.skipif(on_gpu(), reason="a GPU multiplies them")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mixtral", "MLX multiplies no experts packed with a global scale"),
+        ("gpt_oss", "Global scale is only supported"),
+    ],
+)
+def test_experts_that_mlx_cannot_multiply_on_the_cpu_are_refused(name: str, reason: str, tmp_path: Path) -> None:
+    packed = {"mode": "nvfp4", "group_size": 16, "bits": 4, "global_scale": True}
+    trial = tried(written(tiny_config(name, hidden_size=64), tmp_path / "model", packed=packed))
+    assert re.match(f"refused: .*{reason}", trial.steps["load"])

@@ -136,6 +136,10 @@ def stored_tensors(case: Case, module: nn.Module) -> dict[str, np.ndarray]:
     for kind in ("altup_proj", "altup_unembd_proj"):
         if f"{kind}.0" in tensors:
             tensors[f"{kind}.weight"] = np.stack([tensors.pop(f"{kind}.{index}") for index in range(3)])
+    if "llama3" in case.traits:  # Step35Model.generate_extra_tensors, of half a head
+        inverse = 5e4 ** (-np.arange(0, 8, 2) / 8) / (2 * np.pi)
+        smooth = np.clip((8192 * inverse - 1) / 3, 0, 1)
+        tensors["rope_freqs.weight"] = np.array([*(1 / ((1 - smooth) / 8 + smooth)), *[1.0] * 4], np.float32)
     if "proportional" in case.traits:  # a quarter of the 16 frequencies of a global head turns
         tensors["rope_freqs.weight"] = np.array([1.0] * 4 + [1e30] * 12, np.float32)
     return tensors
@@ -148,6 +152,8 @@ def _published(name: str) -> str:
     name = re.sub(r"backbone(.*)\.mixer\.switch_mlp\.fc2", r"model\1.mlp.experts.down_proj", name)
     name = re.sub(r"\.(mlp|block_sparse_moe|feed_forward)\.switch_mlp\.", ".mlp.experts.", name)
     name = re.sub(r"\.gate\.gate_proj\.", ".gate.", name)
+    name = re.sub(r"\.([qkv])_conv\.conv\.", r".\1_conv1d.", name)
+    name = name.replace(".mlp.share_expert.", ".share_expert.")
     return name
 
 
@@ -267,7 +273,10 @@ STORES: tuple[tuple[str, Store], ...] = (
     (r"\.correct_output_scale$", _renamed("altup_correct_scale.weight")),
     (r"\.dt_bias$", _renamed("ssm_dt.bias")),
     (r"\.(e_score_correction_bias|expert_bias)$", _renamed("exp_probs_b.bias")),
-    (r"\.sinks$", _renamed("attn_sinks.weight")),
+    (r"\.(sinks|attention_sink_bias)$", _renamed("attn_sinks.weight")),
+    (r"\.gate\.gate\.weight$", _renamed("ffn_gate_inp.weight")),
+    (r"\.router_bias$", _renamed("exp_probs_b.bias")),
+    (r"\.g_proj\.weight$", _renamed("attn_gate.weight")),
     (r"\.layer_scalar$", _renamed("layer_output_scale.weight")),
     (r"\.router\.scale$", _renamed("ffn_gate_inp.scale")),
     (r"\.per_expert_scale$", _renamed("ffn_down_exps.scale")),
@@ -286,8 +295,10 @@ def _as_stored(name: str, weight: np.ndarray, case: Case) -> Iterable[Weight]:
         weight = weight.reshape(-1, 1)
     if "columns" in case.traits and re.search(r"\.(mixer|mamba)\.norm\.weight", name):
         weight = weight.reshape(case.keys["ssm.group_count"], -1)
-    if weight.ndim == 3 and re.search(r"\.conv(1d)?\.weight", name):
+    if weight.ndim == 3 and re.search(r"conv(1d)?\.weight", name):
         weight = weight[..., 0]
+    if re.search(r"\.[qkv]_conv1d\.", name):  # KimiLinearModel.modify_tensors
+        weight = weight[None, :, None]
     if "one_plus" in case.traits and name.endswith("norm.weight"):  # NemotronModel.modify_tensors
         weight = weight + 1
     if "neighbours" in case.traits and ".q_proj." in name:

@@ -35,6 +35,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("transformer.h", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128}),
     "gpt_neox": ("gpt_neox.layers", {}),
     "bloom": ("transformer.h", {"n_layer": 4, "n_head": 4}),
+    "bart": ("model.decoder.layers", {
+        "d_model": 32, "decoder_layers": 4, "encoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+        "is_decoder": True, "forced_eos_token_id": None}),
     "glm4": ("model.layers", {}),
     "lfm2": ("model.layers", {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3}),
     "granitemoehybrid": ("model.layers", _EXPERTS | {

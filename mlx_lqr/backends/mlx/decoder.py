@@ -96,14 +96,14 @@ class MLXDecoder(HookedDecoder):
 
     def _step(self, tokens: mx.array) -> mx.array:
         self._steps += 1
-        if self._compiled is None or self._steps <= COMPILE_AFTER or not self._can_replay():
+        if self._compiled is None or self._steps <= COMPILE_AFTER or not self._can_replay(tokens):
             self._settle()
             return self._append(tokens[:, None], steered=True)
         if self._fixed is None:
             self._fixed = FixedCache(self._cache)
-        self._length += 1
         law = self._law if self._law is not None and self._law.acts else None
         logits, self._energy = self._compiled(tokens, self._fixed, law, self._law_arrays if law is not None else [])
+        self._length += 1
         return logits
 
     def _append(self, tokens: mx.array, *, steered: bool, head: bool = True) -> mx.array:
@@ -160,8 +160,8 @@ class MLXDecoder(HookedDecoder):
             self._module(mx.array([[token]]), cache=frozen)
         return calls
 
-    def _can_replay(self) -> bool:
-        """Whether a compiled step can take law and cache."""
+    def _can_replay(self, tokens: mx.array) -> bool:
+        """Whether a compiled step can take these tokens (B,), law and cache."""
         if self._law is not None and not self._law.replayable:
             return False
         return self._fixed is not None or are_of_one_sequence(self._cache)

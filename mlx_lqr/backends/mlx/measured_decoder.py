@@ -18,13 +18,17 @@ from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS
 from mlx_lqr.backends.hooks import BlockHooks, LawHooks
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.mlx.framework import MLXFramework
-from mlx_lqr.backends.mlx.frozen import FrozenBlock, arrays_in, frozen_at
+from mlx_lqr.backends.mlx.frozen import FrozenBlock, arrays_in, copied, frozen_at
 from mlx_lqr.backends.mlx.layout import Layout
 from mlx_lqr.backends.mlx.library import can_rewind, can_roll, decoding_caches, merged_caches, new_caches
 from mlx_lqr.backends.mlx.measurement import Measurement
+from mlx_lqr.backends.mlx.step import CompiledStep, FixedCache
 from mlx_lqr.backends.overflow import Examined
 from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law, Sampling, restart
 from mlx_lqr.errors import InputError
+
+CLOSE = 1e-3
+"""How far the logits of compiled steps may lie from those of plain ones, times the largest of these."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,23 @@ def check_site(law: Law | None, layout: Layout) -> None:
 ON_ONE_MACHINE = "attention heads are read and steered on one machine alone: use a method that acts on whole blocks"
 
 
+class ConfirmedStep(CompiledStep):
+    """A compiled step that is used once it has given what plain steps give.
+
+    Nothing is known of what a model does with its caches: it may ask a position for its value, which while a step is
+    recorded it has not, or attend in a way that `FixedCache` does not foresee.
+    """
+
+    confirmed: bool | None = None
+    """None until it has been tried."""
+
+
 class MeasuredDecoder(MLXDecoder):
-    """The `TracingDecoder` protocol."""
+    """The `TracingDecoder` protocol.
+
+    Args:
+        compiled: see `MLXDecoder`.
+    """
 
     def __init__(
         self,
@@ -68,14 +87,50 @@ class MeasuredDecoder(MLXDecoder):
         law: Law | None,
         sampling: Sampling,
         window: int | None = None,
+        compiled: ConfirmedStep | None = None,
     ) -> None:
         self._layout, self._measurement = layout, measurement
+        self._tried = compiled
         self._apart = False
         """Whether `_cache` holds the caches of each sequence on its own."""
         self._of_rows: list[tuple[Law, BlockHooks | None]] = []
         """The law, and what steers each of these sequences, where the law carries something from token to token."""
         self._is_examined = False
-        super().__init__(module, framework, layout.blocks, layout.vocabulary, law, sampling, window)
+        super().__init__(module, framework, layout.blocks, layout.vocabulary, law, sampling, window, compiled)
+
+    def _step(self, tokens: mx.array) -> mx.array:
+        step = self._tried
+        try:
+            logits = super()._step(tokens)
+        except Exception:  # recorded anew for longer buffers, the step may come to what it cannot do
+            if step is None or not step.confirmed:
+                raise
+            step.confirmed = False
+            logits = super()._step(tokens)
+        return self._layout.finite(logits)
+
+    def _can_replay(self, tokens: mx.array) -> bool:
+        step = self._tried
+        if step is None or not super()._can_replay(tokens):
+            return False
+        if step.confirmed is None:
+            step.confirmed = self._gives_the_same(step, tokens)
+        return step.confirmed
+
+    def _gives_the_same(self, step: ConfirmedStep, tokens: mx.array) -> bool:
+        """Whether this token, taken twice, has the same logits by compiled and by plain steps."""
+        caches = copied(self._cache)
+        plain = [self._call(tokens[:, None], caches, self._hooks) for _ in range(2)]
+        law = self._law if self._law is not None and self._law.acts else None
+        try:
+            fixed = FixedCache(copied(self._cache))
+            arrays = self._law_arrays if law is not None else []
+            compiled = [self._layout.finite(step(tokens, fixed, law, arrays)[0]) for _ in range(2)]
+            mx.eval(compiled)
+        except Exception:  # whatever mlx-lm's modules raise, plain steps remain
+            return False
+        pairs = zip(compiled, plain, strict=True)
+        return all(bool(mx.allclose(a, b, rtol=0, atol=CLOSE * mx.abs(b).max().item()).item()) for a, b in pairs)
 
     def _place(self, law: Law | None) -> Law | None:
         check_site(law, self._layout)
@@ -101,8 +156,9 @@ class MeasuredDecoder(MLXDecoder):
         if len(prompts) == 1:
             super().fill(prompts, steered=steered)
             return
+        self._settle()
         restart(self._law)
-        self._of_rows = []
+        self._of_rows, self._steps = [], 0
         self._start([0] * len(prompts))
         for row, prompt in enumerate(prompts):
             if self._seen is not None and prompt:
@@ -174,6 +230,7 @@ class MeasuredDecoder(MLXDecoder):
         return not self._apart and can_rewind(self._cache) and super()._rewind(position)
 
     def trace(self, token: int) -> FrozenTrace:  # type: ignore[override]
+        self._settle()
         cache = self._cache or new_caches(self._module)
         differences = self._measurement.differences
         state, blocks = frozen_at(self._module, self._layout, cache, token, differences=differences)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,13 @@ from mlx_lqr.backends.mlx.generate import Positions
 from mlx_lqr.backends.mlx.layout import Layout, StateHooks, blocks_of, layout_of
 from mlx_lqr.backends.mlx.library import load_lazily, may_be_cast, new_caches
 from mlx_lqr.backends.mlx.load import DTYPES, as_mlx_lm_reads, check_computed, flattened
-from mlx_lqr.backends.mlx.measured_decoder import ON_ONE_MACHINE, FrozenTrace, MeasuredDecoder, check_site
+from mlx_lqr.backends.mlx.measured_decoder import (
+    ON_ONE_MACHINE,
+    ConfirmedStep,
+    FrozenTrace,
+    MeasuredDecoder,
+    check_site,
+)
 from mlx_lqr.backends.mlx.measurement import Measurement, measured
 from mlx_lqr.backends.mlx.model import MLXModel, in_bfloat16
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
@@ -215,7 +221,7 @@ class MeasuredModel(MeasuredRecorder, MLXModel):
         super()._check_heads()
 
     def _head_widths(self) -> set[int] | None:
-        if not all("o_proj" in getattr(block, "self_attn", {}) for block in self.blocks):
+        if not all("o_proj" in (getattr(block, "self_attn", None) or {}) for block in self.blocks):
             return None
         return {unpacked_shape(output_projection(block))[-1] for block in self.blocks}
 
@@ -241,4 +247,11 @@ class MeasuredModel(MeasuredRecorder, MLXModel):
         return trace.blocks[layer].vjp(trace.state[layer], cotangents)
 
     def _new_decoder(self, law: Law | None, sampling: Sampling, window: int | None) -> MeasuredDecoder:
-        return MeasuredDecoder(self.module, self._framework, self.layout, self.measurement, law, sampling, window)
+        step = self._compiled
+        return MeasuredDecoder(self.module, self._framework, self.layout, self.measurement, law, sampling, window, step)
+
+    @cached_property
+    def _compiled(self) -> ConfirmedStep | None:
+        if on_gpu() or self._spread is not None:
+            return None
+        return ConfirmedStep(self.module, self.layout.blocks, StateHooks.of(self.layout))

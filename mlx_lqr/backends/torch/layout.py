@@ -34,6 +34,8 @@ class Layout:
     """How a model is called, and how it calls its blocks."""
 
     blocks: tuple[nn.Module, ...]
+    body: nn.Module
+    """What every call of the model goes through: the model without its head where it is called as one, or the model."""
     place: int | str
     """The state's position among a block's arguments, or its name."""
     axes: tuple[int, int]
@@ -176,9 +178,10 @@ def layout_of(module: Any) -> Layout:
     every = [block for blocks in lists for block in blocks]
     tokens = torch.tensor([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)], device=module.device)
     with _watched(every) as single:
-        module(input_ids=tokens[:1], use_cache=True, return_dict=True)
-    with _watched(every) as calls:
+        alone = module(input_ids=tokens[:1], use_cache=True, return_dict=True)
+    with _watched([*every, module.base_model]) as calls:
         outputs = module(input_ids=tokens, use_cache=True, return_dict=True)
+    body = module.base_model if any(call.block is module.base_model for call in calls) else module
     blocks, calls = _chain(lists, calls)
     place = _place_of_state(calls)
     state, logits = calls[0].argument(place), outputs.logits
@@ -187,8 +190,10 @@ def layout_of(module: Any) -> Layout:
     caches = [name for name in outputs if name in parameters and not isinstance(outputs[name], torch.Tensor)]
     if not caches:
         raise NoChainError("it keeps nothing of the tokens that it has read, and so cannot go on from them")
+    module(input_ids=tokens[:1, :1], use_cache=True, return_dict=True, **{caches[0]: alone[caches[0]]})
     return Layout(
         blocks=tuple(blocks),
+        body=body,
         place=place,
         axes=axes,
         features=tuple(size for axis, size in enumerate(state.shape) if axis not in axes),

@@ -94,10 +94,15 @@ class Measured:
             by_differences = self._best(cache, differences=True)
             differences = not 2 * by_differences[0] >= jacobian
             jacobian, chain = by_differences if differences else (jacobian, chain)
-        agreeing = [
-            _holds(check) for check in (lambda: self._in_two(whole), self._padded, lambda: self._taken_back(cache))
-        ]
-        return Measurement(steps, jacobian, chain, differences, *agreeing)
+        return Measurement(
+            steps,
+            jacobian,
+            chain,
+            differences,
+            appends=_holds(lambda: self._in_two(whole)),
+            pads=_holds(self._padded),
+            crops=_holds(lambda: self._taken_back(cache)),
+        )
 
     def error_of(self, model: Differentiable) -> float:
         """How far the Jacobians of a model that differentiates the same module in another way are from those here."""

@@ -109,6 +109,12 @@ class TorchModel(HookedModel):
             return replace(result, jacobian=max(result.jacobian, measured.error_of(self)))
 
     @property
+    def _body(self) -> torch.nn.Module:
+        """What every call of the model goes through, also one that leaves the head out."""
+        body: torch.nn.Module = self.module.base_model
+        return body
+
+    @property
     def _final_norm(self) -> torch.nn.Module:
         norm: torch.nn.Module = self.module.base_model.norm
         return norm
@@ -169,7 +175,7 @@ class TorchModel(HookedModel):
     def _others_calls(self, *, steer_all: bool) -> Iterator[Positions]:
         refusals: list[InputError] = []
         positions = Positions(steer_all, refusals)
-        with announcing_prompts(self.module, positions, refusals):
+        with announcing_prompts(self.module, self._body, positions, refusals):
             yield positions
 
     @property
