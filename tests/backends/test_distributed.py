@@ -24,9 +24,10 @@ from mlx_lqr import InputError
 pytestmark = posix
 COMMAND = [sys.executable, "-m", "mlx_lqr"]
 IN_THREE = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 48}
+TWO_LAYERS = {"num_hidden_layers": 2}
 SPREAD: dict[int, list[tuple[str, dict[str, int], str]]] = {
-    2: [("llama", {}, ""), ("qwen2", {}, "pipeline"), ("qwen3_5", {}, "pipeline")],
-    3: [("llama", IN_THREE, ""), ("ministral3", {"num_hidden_layers": 3}, "pipeline")],
+    2: [("llama", TWO_LAYERS, ""), ("qwen2", TWO_LAYERS, "pipeline"), ("qwen3_5", {}, "pipeline")],
+    3: [("llama", TWO_LAYERS | IN_THREE, ""), ("ministral3", {"num_hidden_layers": 3}, "pipeline")],
 }
 """Families, with changes of their configs, and how each is spread over so many processes."""
 LISTED = ("llama", "qwen2")
@@ -80,7 +81,7 @@ def conversing(place: Path) -> Path:
 
 def test_commands_speak_and_write_once(tmp_path: Path) -> None:
     """A controller that two processes have fitted works in one, with the same answers; so does a conversation."""
-    place = conversing(tiny_folder("llama", num_hidden_layers=4))
+    place = conversing(tiny_folder("llama", **TWO_LAYERS))
     for name, words in (("positive", "w1\nw4\n"), ("negative", "w6\nw8\n")):
         (tmp_path / name).write_text(words)
     prompts = ["--positive", tmp_path / "positive", "--negative", tmp_path / "negative", "--layers", "all"]
@@ -97,7 +98,7 @@ def test_commands_speak_and_write_once(tmp_path: Path) -> None:
 
 
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
-    place = tiny_folder("llama", num_hidden_layers=4, **IN_THREE)
+    place = tiny_folder("llama", **IN_THREE)
     done = launched(2, [*COMMAND, "generate", place, "-p", "w5"])
     assert not done.stdout
     assert [line for line in done.stderr.splitlines() if "rank" not in line] == [
