@@ -83,6 +83,8 @@ def test_derivatives_are_those_of_transformers_own_model(family: str) -> None:
     model = model_of(family)
     trace = model.trace(PROMPT)
     np.testing.assert_allclose(trace.residual[:-1], last_inputs(family), rtol=1e-3, atol=1e-4)
+    assert np.array_equal(trace.state, trace.residual)
+    assert model.state_size == model.hidden_size
     w, u = np.random.default_rng(0).standard_normal((2, 3, model.hidden_size)).astype(np.float32)
     for k in range(model.num_layers):
         expected = response(family, k, w)
