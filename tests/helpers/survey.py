@@ -113,13 +113,12 @@ def written(config: dict[str, Any], folder: Path, *, seed: int = 0, packed: dict
     """A folder with a random model of this config and a tokenizer of words.
 
     Args:
-        packed: `group_size`, `bits` and `mode` to quantise it with, as mlx_lm.convert would.
+        packed: `group_size`, `bits` and `mode` to quantise it with, as mlx_lm.convert does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     module = random_module(config, seed)
     if packed is not None:
-        nn.quantize(module, **packed, class_predicate=lambda _, part: _fits(part, packed["group_size"]))
-        config = {**config, "quantization": packed}
+        module, config = library.quantize_model(module, config, **packed)
     weights = {name: weight for name, weight in tree_flatten(module.parameters()) if isinstance(weight, mx.array)}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -129,10 +128,6 @@ def written(config: dict[str, Any], folder: Path, *, seed: int = 0, packed: dict
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
-
-
-def _fits(part: nn.Module, group_size: int) -> bool:
-    return hasattr(part, "to_quantized") and part.weight.shape[-1] % group_size == 0
 
 
 def random_module(config: dict[str, Any], seed: int = 0) -> nn.Module:

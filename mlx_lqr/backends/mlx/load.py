@@ -140,8 +140,11 @@ def check_computed(module: nn.Module, dtype: mx.Dtype) -> None:
     """
     if dtype == mx.float16 and hasattr(sys.modules[type(module).__module__], "clip_residual"):
         raise InputError("the activations of Gemma 3 overflow float16, where mlx-lm cuts them: load it with bfloat16")
-    experts = (leaf for _, leaf in tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module))
-    dense = any(hasattr(leaf, "num_experts") and "scales" not in leaf for leaf in experts)
+    leaves = [leaf for _, leaf in tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)]
+    experts = [leaf for leaf in leaves if hasattr(leaf, "num_experts")]
+    if not on_gpu() and any(getattr(leaf, "global_scale", None) is not None for leaf in experts):
+        raise InputError("on the CPU, MLX multiplies no experts packed with a global scale: quantise it without")
+    dense = any("scales" not in leaf for leaf in experts)
     if dtype != mx.float32 and dense and not on_gpu():
         raise InputError("on the CPU, MLX multiplies experts in float32 alone: load it with dtype float32")
 
