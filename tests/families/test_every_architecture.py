@@ -75,6 +75,7 @@ def test_an_architecture_is_steered_as_mlx_lm_runs_it(name: str, tmp_path: Path)
     hands = ByHand(name, trial.model)
     _derivatives_are_those_of(hands)
     _tokens_are_those_of(hands, trial.controller)
+    _heads_are_recorded_or_refused(trial.model)
     if name in REFUSED:
         warnings.warn(f"{name} works now: take it off REFUSED", stacklevel=1)
 
@@ -204,6 +205,17 @@ def _tokens_are_those_of(hands: ByHand, controller: mlx_lqr.Controller) -> None:
         pieces = library.generate_step(mx.array(hands.prompt), model.module, max_tokens=TOKENS)
         theirs = [int(token) for token, _ in pieces]
     assert theirs == expected[0], "mlx-lm's own generation, steered in place"
+
+
+def _heads_are_recorded_or_refused(model: MLXModel) -> None:
+    try:
+        heads = model.head_outputs([PROMPTS[0]])
+    except InputError as refusal:
+        assert "method that acts on whole blocks" in str(refusal)
+        return
+    assert heads.shape[:2] == (1, model.num_layers)
+    assert np.isfinite(heads).all()
+    assert heads.any()
 
 
 def test_at_least_this_many_work() -> None:

@@ -221,7 +221,7 @@ class MeasuredModel(MeasuredRecorder, MLXModel):
         super()._check_heads()
 
     def _head_widths(self) -> set[int] | None:
-        if not all("o_proj" in getattr(block, "self_attn", {}) for block in self.blocks):
+        if not all("o_proj" in (getattr(block, "self_attn", None) or {}) for block in self.blocks):
             return None
         return {unpacked_shape(output_projection(block))[-1] for block in self.blocks}
 
