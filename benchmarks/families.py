@@ -99,7 +99,7 @@ def row_of(config: dict[str, Any]) -> Row:
         return Row(trial.steps, seconds, "together" if trial.works else "")
     errors = measured.measurement
     batch = "together" if errors.merges else "one by one"
-    return Row(trial.steps, seconds, batch, f"{errors.jacobian:.0e}", f"{errors.chain:.1e}")
+    return Row(trial.steps, seconds, batch, f"{errors.jacobian:.0e}", f"{errors.chain:.0e}")
 
 
 def rows_of(configs: dict[str, dict[str, Any]], jobs: int) -> Iterator[tuple[str, Row]]:

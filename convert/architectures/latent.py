@@ -102,6 +102,51 @@ def _deepseek3(stated: Stated, config: Config) -> Config:
     return after_deepseek(stated, config) | _latent(stated, config)
 
 
+def _glm_dsa(stated: Stated, config: Config) -> Config:
+    settings = _deepseek3(stated, config)
+    key = "attention.indexer.types"
+    if stated.get(key) is not None and not all(stated.each(key)):
+        raise stated.refuse("has layers that share what an indexer picked, which mlx-lm's glm_moe_dsa cannot do")
+    scaling = settings["rope_scaling"] or {"rope_type": "default"}
+    return settings | {
+        "rope_parameters": scaling | {"rope_theta": config["rope_theta"]},
+        "index_n_heads": stated.whole("attention.indexer.head_count"),
+        "index_head_dim": stated.whole("attention.indexer.key_length"),
+        "index_topk": stated.whole("attention.indexer.top_k"),
+        "indexer_rope_interleave": True,
+    }
+
+
+def _kimi_linear(stated: Stated, config: Config) -> Config:
+    latent, routing = _latent(stated, config), after_deepseek(stated, config)
+    if latent["rope_scaling"] is not None or latent["q_lora_rank"] is not None:
+        raise stated.refuse("scales RoPE or compresses queries, which mlx-lm's kimi_linear does not do")
+    full = [layer for layer, heads in enumerate(stated.each("attention.head_count_kv"), start=1) if heads]
+    return latent | {
+        "head_dim": stated.whole("kda.head_dim"),
+        "linear_attn_config": {
+            "full_attn_layers": full,
+            "kda_layers": [layer for layer in range(1, stated.layers + 1) if layer not in full],
+            "num_heads": config["num_attention_heads"],
+            "head_dim": stated.whole("kda.head_dim"),
+            "short_conv_kernel_size": stated.whole("ssm.conv_kernel"),
+        },
+        "model_max_length": config["max_position_embeddings"],
+        "mla_use_nope": True,
+        "num_experts": routing["n_routed_experts"],
+        "num_experts_per_token": routing["num_experts_per_tok"],
+        "num_shared_experts": routing["n_shared_experts"],
+        "moe_intermediate_size": routing["moe_intermediate_size"],
+        "moe_router_activation_func": "sigmoid",
+        "moe_renormalize": stated.flag("expert_weights_norm", True),
+        "routed_scaling_factor": routing["routed_scaling_factor"],
+        "first_k_dense_replace": routing["first_k_dense_replace"],
+        "use_grouped_topk": True,
+        "num_expert_group": routing["n_group"],
+        "topk_group": routing["topk_group"],
+    }
+
+
 _KEYS_OUT = (Stored(r"\.kv_b_proj\.weight", keys_out, ("attn_k_b.weight", "attn_v_b.weight")),)
 _ABSORBED = (
     Stored(r"\.embed_q\.weight", same, ("attn_k_b.weight",)),
@@ -109,6 +154,30 @@ _ABSORBED = (
 )
 
 LATENT = (
+    Architecture(
+        "glm-dsa",
+        "glm_moe_dsa",
+        "GlmMoeDsaForCausalLM",
+        _glm_dsa,
+        mixture=True,
+        own_heads=True,
+        own_rope=True,
+        stored=_ABSORBED,
+        understands=ROUTED,
+    ),
+    Architecture(
+        "kimi-linear",
+        "kimi_linear",
+        "KimiLinearForCausalLM",
+        _kimi_linear,
+        mixture=True,
+        own_heads=True,
+        own_rope=True,
+        by_layer=True,
+        renames=((r"\.([qkv])_conv\.conv\.", r".\1_conv1d."),),
+        stored=_ABSORBED,
+        understands=ROUTED,
+    ),
     Architecture(
         "mistral4",
         "mistral4",

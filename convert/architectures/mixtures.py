@@ -104,7 +104,7 @@ def _afmoe(stated: Stated, config: Config) -> Config:
         "num_shared_experts": stated.whole("expert_shared_count"),
         "moe_intermediate_size": stated.whole("expert_feed_forward_length"),
         "num_dense_layers": stated.whole("leading_dense_block_count"),
-        "route_norm": stated.flag("expert_weights_norm", True),
+        "route_norm": stated.flag("expert_weights_norm"),
         "route_scale": stated.real("expert_weights_scale", 1.0),
         "score_func": "sigmoid",
         "n_group": 1,

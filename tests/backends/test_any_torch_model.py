@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers.controllers import controller_for
+from helpers.controllers import CONTRASTS, controller_for
 from helpers.decoding import decoded, decoded_together, tokens
 from helpers.tiny_tokenizers import Letters
 from helpers.torch_architectures import SETTINGS, STREAMS, by_hand, config_of, model_of, module_of, precise
@@ -23,6 +23,7 @@ import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.measurement import EXACT
 from mlx_lqr.backends.mlx import measured_model as mlx_measured
+from mlx_lqr.backends.protocol import CarryingLaw
 from mlx_lqr.backends.torch import measurement as measuring
 from mlx_lqr.backends.torch.measured_model import MeasuredModel
 from mlx_lqr.backends.torch.measurement import Measurement
@@ -160,6 +161,33 @@ def test_chat_and_adaptive_gains(family: str) -> None:
     adaptive = controller_for(model, cost="adaptive")
     pieces = stream(model, PROMPT, controller=adaptive, strength=STRENGTH, max_tokens=5)
     assert tokens(pieces) == expected
+
+
+def test_what_a_law_carries_is_of_each_sequence_of_a_batch() -> None:
+    model, prompts = model_of("lfm2"), [PROMPT, PROMPT[:4]]
+    steering = mlx_lqr.fit_baseline(model, "spid", *CONTRASTS["a"])
+    law = law_on(model, steering, STRENGTH)
+    assert isinstance(law, CarryingLaw)
+    expected = [decoded(model, prompt, law=law, max_tokens=5) for prompt in prompts]
+    assert decoded_together(model, prompts, law=law, max_tokens=5) == expected
+    pairs = [(PROMPT[:3], PROMPT[3:]), (PROMPT[:2], PROMPT[2:4])]
+    alone = [model.log_probabilities([pair], law=law)[0] for pair in pairs]
+    for together, single in zip(model.log_probabilities(pairs, law=law), alone, strict=True):
+        assert np.abs(together - single).max() < 1e-5
+
+
+def test_heads_are_recorded_where_blocks_have_them() -> None:
+    model, inputs = model_of("glm4"), []
+    projection = model.blocks[1].self_attn.o_proj
+    handle = projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0, -1].numpy()))
+    with torch.no_grad():
+        model.module(torch.tensor([PROMPT]))
+    handle.remove()
+    heads = model.head_outputs([PROMPT, PROMPT[:4]])
+    assert heads.shape[:3] == (2, 4, 4)
+    assert np.abs(heads[0, 1].ravel() - inputs[0]).max() < 1e-5
+    with pytest.raises(InputError, match=r"without self_attn\.o_proj"):
+        model_of("gpt2").head_outputs([PROMPT])
 
 
 def test_what_a_cache_takes_back_is_as_if_it_had_never_been() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -39,6 +40,13 @@ def test_where_it_is_taken_it_is_the_same(family: str, layers: Any) -> None:
         general = block.jacobian(z)
         assert A is None or np.linalg.norm(A - general) < 1e-5 * np.linalg.norm(general)
     assert [k for k, A in taken.items() if A is not None] == list(layers)
+
+
+def test_a_block_without_attention_is_not_expanded() -> None:
+    trace = model_of("glm4").trace(PROMPT)
+    bare = nn.Module()
+    bare.self_attn = None
+    assert confirmed_jacobian(replace(trace.blocks[0], block=bare), trace.residual[0]) is None
 
 
 def test_attention_with_a_gate_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

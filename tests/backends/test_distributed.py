@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers import spread
@@ -15,15 +16,17 @@ from helpers.backends import tiny_folder
 from helpers.command_line import refused, run
 from helpers.launching import launched
 from helpers.platforms import posix
+from helpers.tiny import tiny
 
 import mlx_lqr
+from mlx_lqr import InputError
 
 pytestmark = posix
 COMMAND = [sys.executable, "-m", "mlx_lqr"]
 IN_THREE = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 48}
 SPREAD: dict[int, list[tuple[str, dict[str, int], str]]] = {
     2: [("llama", {}, ""), ("qwen2", {}, "pipeline"), ("qwen3_5", {}, "pipeline")],
-    3: [("llama", IN_THREE, ""), ("ministral3", {}, "pipeline")],
+    3: [("llama", IN_THREE, ""), ("ministral3", {"num_hidden_layers": 3}, "pipeline")],
 }
 """Families, with changes of their configs, and how each is spread over so many processes."""
 LISTED = ("llama", "qwen2")
@@ -41,9 +44,9 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def folder(family: str, changes: dict[str, int], place: Path) -> Path:
     if family in LISTED:
-        return tiny_folder(family, num_hidden_layers=4, **changes)
+        return tiny_folder(family, **changes)
     (own := place / family).mkdir()
-    return folder_of(family, own)
+    return folder_of(family, own, **changes)
 
 
 @pytest.mark.parametrize("count", SPREAD)
@@ -58,7 +61,8 @@ def test_every_number_is_that_of_one_process(count: int, tmp_path: Path) -> None
     assert out.is_file(), done.stderr
     together = np.load(out)
     for number, (place, kind) in enumerate(zip(folders, kinds, strict=True)):
-        for name, alone in spread.numbers(mlx_lqr.load(place, backend="mlx"), str(number)).items():
+        model = mlx_lqr.load(place, backend="mlx")
+        for name, alone in spread.numbers(model, str(number), brief=count > 2).items():
             if alone.dtype.kind == "i":
                 assert together[name].tolist() == alone.tolist(), name
                 continue
@@ -100,6 +104,16 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
         "Error: this model cannot be split into 2 parts, for 2 does not divide its n_kv_heads 3: use another number of "
         "them, or --pipeline"
     ]
+
+
+def test_what_mlx_lm_has_split_has_no_jacobian_here() -> None:
+    """A group of one will do: the layers are those of several."""
+    model = tiny("llama")
+    projection = model.blocks[0].self_attn.q_proj
+    model.blocks[0].self_attn.q_proj = nn.layers.distributed.shard_linear(projection, "all-to-sharded")
+    assert model.residuals([spread.PROMPT]).any()
+    with pytest.raises(InputError, match=r"load it with mlx_lqr\.load"):
+        model.trace(spread.PROMPT)
 
 
 def test_one_process_is_no_pipeline() -> None:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from gguf.constants import MODEL_ARCH_NAMES
 from gguf.constants import GGMLQuantizationType as Kind
 from helpers.gguf_cases import CASES
 from helpers.gguf_written import logits, model_of, rounded, stored_tensors, write_model
@@ -22,6 +23,7 @@ from mlx_lm.utils import load_model
 import mlx_lqr
 from mlx_lqr.convert import convert
 from mlx_lqr.convert.architectures import ARCHITECTURES as ROWS
+from mlx_lqr.convert.architectures import row
 from mlx_lqr.errors import InputError
 
 PROMPT = np.random.default_rng(7).integers(0, VOCABULARY, 24).tolist()
@@ -207,16 +209,43 @@ def test_what_cannot_be_converted_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_rope_of_a_llama_4_that_switches_at_one_wavelength_is_recovered(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+    }
+    case = CASES["llama4"]
+    module = model_of(case, rope_scaling=scaling)
+    factors = np.array([1.0] * 6 + [16.0] * 2, np.float32)  # of wavelengths up to 5,400, and from 21,000 on
+    file = write_model(tmp_path / "t.gguf", case, module, tensors={"rope_freqs.weight": factors})
+    check(file, logits(module, PROMPT))
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert text["rope_scaling"] == scaling
+
+
 def test_the_documentation_lists_what_converts() -> None:
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
     listed = re.search(r"in the file\) convert: (.*?)\.\n\n", page, re.DOTALL)
     assert listed is not None
-    assert re.findall(r"`(.+?)`", listed[1]) == sorted({row.name for row in ROWS})
+    assert re.findall(r"`(.+?)`", listed[1]) == sorted({known.name for known in ROWS})
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
     file = write_model(tmp_path / "t.gguf", replace(CASES["glm4"], arch="bert"), model_of(CASES["glm4"]))
     with pytest.raises(InputError, match=r"'bert', which cannot be converted: supported are llama, .*gpt-oss"):
+        converted(file)
+
+
+def test_an_architecture_that_the_gguf_package_is_too_old_for_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_model(tmp_path / "t.gguf", CASES["gemma4"], model_of(CASES["gemma4"]))
+    older = {key: name for key, name in MODEL_ARCH_NAMES.items() if name != "gemma4"}
+    monkeypatch.setattr(row, "MODEL_ARCH_NAMES", older)
+    with pytest.raises(InputError, match="does not know the architecture 'gemma4': pip install -U gguf"):
         converted(file)
 
 

@@ -152,6 +152,7 @@ def _published(name: str) -> str:
     name = re.sub(r"backbone(.*)\.mixer\.switch_mlp\.fc2", r"model\1.mlp.experts.down_proj", name)
     name = re.sub(r"\.(mlp|block_sparse_moe|feed_forward)\.switch_mlp\.", ".mlp.experts.", name)
     name = re.sub(r"\.gate\.gate_proj\.", ".gate.", name)
+    name = re.sub(r"\.([qkv])_conv\.conv\.", r".\1_conv1d.", name)
     name = name.replace(".mlp.share_expert.", ".share_expert.")
     return name
 
@@ -294,8 +295,10 @@ def _as_stored(name: str, weight: np.ndarray, case: Case) -> Iterable[Weight]:
         weight = weight.reshape(-1, 1)
     if "columns" in case.traits and re.search(r"\.(mixer|mamba)\.norm\.weight", name):
         weight = weight.reshape(case.keys["ssm.group_count"], -1)
-    if weight.ndim == 3 and re.search(r"\.conv(1d)?\.weight", name):
+    if weight.ndim == 3 and re.search(r"conv(1d)?\.weight", name):
         weight = weight[..., 0]
+    if re.search(r"\.[qkv]_conv1d\.", name):  # KimiLinearModel.modify_tensors
+        weight = weight[None, :, None]
     if "one_plus" in case.traits and name.endswith("norm.weight"):  # NemotronModel.modify_tensors
         weight = weight + 1
     if "neighbours" in case.traits and ".q_proj." in name:

@@ -28,8 +28,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 def confirmed_jacobian(frozen: FrozenBlock, z: Float32) -> Float32 | None:
     """A at z (d,): (d, d); None where the block has no parts that are expanded, or does not confirm what comes out."""
     block, layout = frozen.block, frozen.layout
-    attention = getattr(block, "self_attn", None) or {}  # some blocks have none, and say so with None
-    if frozen.differences or any(name not in attention for name in _PROJECTIONS):
+    if frozen.differences or any(name not in (block.get("self_attn") or {}) for name in _PROJECTIONS):
         return None
     direction = np.random.default_rng(0).standard_normal((1, z.size)).astype(np.float32)
     try:

@@ -18,6 +18,7 @@ from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.library import are_of_one_sequence, decoding_caches, in_order
 from mlx_lqr.backends.mlx.sampling import MLXSampler
 from mlx_lqr.backends.mlx.step import CompiledStep, FixedCache
+from mlx_lqr.backends.mlx.tensor_parallel import refuse_split
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 
 COMPILE_AFTER = 32
@@ -147,6 +148,7 @@ class MLXDecoder(HookedDecoder):
 
     def _calls(self, token: int, frozen: list[FrozenCache], residual: list[mx.array]) -> list[BlockCall]:
         """How the module calls each block at this token; `residual` takes z_0..z_T. Nothing is computed yet."""
+        refuse_split(self._module)
         calls: list[BlockCall] = []
         record = _recording(residual, len(frozen))
 

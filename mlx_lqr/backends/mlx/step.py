@@ -8,7 +8,7 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -17,14 +17,14 @@ import mlx.nn as nn
 from mlx_lqr.backends.hooks import BlockCall, LawHooks
 from mlx_lqr.backends.mlx.blocks import ClassHooks
 from mlx_lqr.backends.mlx.framework import energy
-from mlx_lqr.backends.mlx.library import hand_back, in_order, rotates
+from mlx_lqr.backends.mlx.library import hand_back, in_order, keeps_state, rotates, state_cache
 from mlx_lqr.backends.protocol import Law
 
 STEP = 256
 """Slots by which buffers grow, as mlx-lm's caches do; the step is recorded once for each size."""
 
-Buffers = list[tuple[mx.array, mx.array]]
-"""Keys and values (1, heads, slots, head_dim) of every layer."""
+Buffers = list[tuple[mx.array, ...]]
+"""Keys and values (1, heads, slots, head_dim) of every layer, or the arrays of its state."""
 
 
 class FixedCache:
@@ -39,11 +39,15 @@ class FixedCache:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self._layers = layers
-        self.length = int(layers[0].offset)
-        self.keep = [layer.keep if rotates(layer) else 0 for layer in layers]
+        self.length = next((int(layer.offset) for layer in layers if not keeps_state(layer)), 0)
+        self.keep = [None if keeps_state(layer) else layer.keep if rotates(layer) else 0 for layer in layers]
+        """How many of the oldest tokens a layer keeps; None of one that keeps a state"""
         self.limits = [layer.max_size if rotates(layer) else None for layer in layers]
         self.buffers: Buffers = []
         for layer, limit, keep in zip(layers, self.limits, self.keep, strict=True):
+            if keep is None:
+                self.buffers.append(tuple(layer.cache))
+                continue
             keys, values = in_order(layer)
             place = self._placing(keys.shape[-2], limit, keep)
             self.buffers.append((place(keys), place(values)))
@@ -51,14 +55,17 @@ class FixedCache:
 
     def make_room(self) -> None:
         """Let the buffers grow where the next token has no slot."""
-        for i, (limit, (keys, values)) in enumerate(zip(self.limits, self.buffers, strict=True)):
-            size = self._size(limit)
-            if size > keys.shape[-2]:
-                self.buffers[i] = _grown(keys, size), _grown(values, size)
+        for i, (keep, limit, parts) in enumerate(zip(self.keep, self.limits, self.buffers, strict=True)):
+            if keep is not None and (size := self._size(limit)) > parts[0].shape[-2]:
+                self.buffers[i] = tuple(_grown(part, size) for part in parts)
 
     def restore(self) -> None:
         """Hand everything back to mlx-lm's caches."""
-        for layer, keep, (keys, values) in zip(self._layers, self.keep, self.buffers, strict=True):
+        for layer, keep, parts in zip(self._layers, self.keep, self.buffers, strict=True):
+            if keep is None:
+                layer.cache = list(parts)
+                continue
+            keys, values = parts
             size = keys.shape[-2]
             if rotates(layer) and self.length < size:
                 keys, values = keys[..., : self.length, :], values[..., : self.length, :]
@@ -104,6 +111,8 @@ class CompiledStep:
         self._blocks: Sequence[nn.Module] = module.layers if blocks is None else blocks
         self._hooks = hooks
         self._recorded: dict[Any, Callable[..., tuple[mx.array, mx.array | None, Buffers]]] = {}
+        self._signatures: set[Any] = set()
+        """What steps were recorded for: the kind of law and cache, and the sizes of buffers."""
 
     def __call__(
         self, tokens: mx.array, cache: FixedCache, law: Law | None, arrays: list[mx.array]
@@ -124,16 +133,21 @@ class CompiledStep:
         cache.make_room()
         buffers, cache.buffers = cache.buffers, []  # no reference is left here, so that they can be written in place
         position = mx.array([cache.length])
+        signature = key, tuple(part.shape for parts in buffers for part in parts)
+        weights = [] if signature in self._signatures else list(_arrays_in(self._module.state))
         try:
             logits, energy, cache.buffers = self._recorded[key](tokens, position, buffers, arrays)
-        except Exception:  # it could not be recorded
+        except Exception:  # it could not be recorded; MLX leaves what it records with in the place of the weights
+            for holder, name, weight in weights:
+                holder[name] = weight
             cache.buffers = buffers
             raise
+        self._signatures.add(signature)
         cache.length += 1
         return logits, energy
 
     def _step(
-        self, law: Law | None, keep: list[int], limits: list[int | None]
+        self, law: Law | None, keep: list[int | None], limits: list[int | None]
     ) -> Callable[..., tuple[mx.array, mx.array | None, Buffers]]:
         def step(
             tokens: mx.array, position: mx.array, buffers: Buffers, arrays: list[mx.array]
@@ -141,7 +155,10 @@ class CompiledStep:
             given = iter(arrays)
             placed = law.to(lambda _: next(given), mx.addmm) if law is not None else None
             steering, layers = LawHooks(placed), list(placed.layers) if placed is not None else []
-            caches = [_Slots(*parts, position, *kind) for parts, *kind in zip(buffers, keep, limits, strict=True)]
+            caches: list[Any] = [
+                state_cache(parts) if kept is None else _Slots(parts[0], parts[1], position, kept, limit)
+                for parts, kept, limit in zip(buffers, keep, limits, strict=True)
+            ]
             energies: list[mx.array] = []
 
             def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
@@ -152,7 +169,11 @@ class CompiledStep:
 
             with self._hooks(self._blocks, hook, layers, steering).placed():
                 logits = self._module(tokens[:, None], cache=caches)[:, -1]
-            return logits, energies[0] if energies else None, [(cache.keys, cache.values) for cache in caches]
+            held = [
+                tuple(cache.cache) if kept is None else (cache.keys, cache.values)
+                for cache, kept in zip(caches, keep, strict=True)
+            ]
+            return logits, energies[0] if energies else None, held
 
         return step
 
@@ -178,6 +199,15 @@ class _Slots:
         if self._limit is not None:  # slots are not in the order of time
             raise ValueError("a window that is shorter than what its cache holds")
         return (slots <= self.offset) & (slots > self.offset - window_size)
+
+
+def _arrays_in(state: Any) -> Iterator[tuple[Any, Any, mx.array]]:
+    """Every array of a module's state, with the dictionary or list that holds it and its name or number there."""
+    if isinstance(state, (dict, list, tuple)):
+        for name, part in state.items() if isinstance(state, dict) else enumerate(state):
+            if isinstance(part, mx.array) and not isinstance(state, tuple):
+                yield state, name, part
+            yield from _arrays_in(part)
 
 
 def _grown(part: mx.array, size: int) -> mx.array:

@@ -38,6 +38,15 @@ def shard(module: Any, group: mx.distributed.Group) -> None:
                 )
 
 
+def refuse_split(module: nn.Module) -> None:
+    """Raise `InputError` for a model that mlx-lm has split: a process's part of the weights has no Jacobian in it."""
+    if any(type(part).__module__ == nn.AllToShardedLinear.__module__ for part in module.modules()):
+        raise InputError(
+            "mlx_lm has split this model over several processes: it can be steered as it is; to fit or to adapt, load "
+            "it with mlx_lqr.load"
+        )
+
+
 def _sizes(part: nn.Module) -> dict[str, int]:
     """The numbers that a module has for attributes, such as those of its heads: mlx-lm divides without a look."""
     return {name: value for name, value in vars(part).items() if type(value) is int and value > 0}

@@ -178,7 +178,7 @@ def layout_of(module: Any) -> Layout:
     every = [block for blocks in lists for block in blocks]
     tokens = torch.tensor([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)], device=module.device)
     with _watched(every) as single:
-        module(input_ids=tokens[:1], use_cache=True, return_dict=True)
+        alone = module(input_ids=tokens[:1], use_cache=True, return_dict=True)
     with _watched([*every, module.base_model]) as calls:
         outputs = module(input_ids=tokens, use_cache=True, return_dict=True)
     body = module.base_model if any(call.block is module.base_model for call in calls) else module
@@ -190,6 +190,7 @@ def layout_of(module: Any) -> Layout:
     caches = [name for name in outputs if name in parameters and not isinstance(outputs[name], torch.Tensor)]
     if not caches:
         raise NoChainError("it keeps nothing of the tokens that it has read, and so cannot go on from them")
+    module(input_ids=tokens[:1, :1], use_cache=True, return_dict=True, **{caches[0]: alone[caches[0]]})
     return Layout(
         blocks=tuple(blocks),
         body=body,

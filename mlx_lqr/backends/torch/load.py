@@ -155,7 +155,7 @@ def _dtype_for(dtype: str | None, device: torch.device) -> Any:
 def _fitting(folder: Path) -> Iterator[None]:
     """Around loading: what transformers raises is one line, and what it prints is left out."""
     try:
-        with _quietly():
+        with quietly():
             yield
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, AssertionError) as error:
         if isinstance(error, InputError) or out_of_memory(error):
@@ -283,7 +283,7 @@ def _from_stacked_experts(folder: Path, config: PretrainedConfig, files: Weights
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' progress bar and reports: what matters of them becomes an error here."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, HookedDecoder
-from mlx_lqr.backends.hooks import LawHooks
+from mlx_lqr.backends.hooks import BlockHooks, LawHooks
 from mlx_lqr.backends.overflow import Examined
 from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law, Sampling, restart
 from mlx_lqr.backends.torch.copying import copied
@@ -51,6 +51,8 @@ class MeasuredDecoder(HookedDecoder):
 
     _cache: list[Any] | None
     """Of each sequence, what the model has returned; None for nothing yet."""
+    _own_hooks: list[BlockHooks | None]
+    """Of each sequence of several, where the law carries something from token to token; else empty."""
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class MeasuredDecoder(HookedDecoder):
         return self._length
 
     def _place(self, law: Law | None) -> Law | None:
+        self._given, self._own_hooks = law, []
         if law is None:
             return None
         return law.to(self._framework.floats, self._framework.add_product, renew=self._framework.renewed)
@@ -84,8 +87,17 @@ class MeasuredDecoder(HookedDecoder):
     def _new_cache(self, padding: list[int]) -> list[Any]:
         if self._window is not None:
             raise InputError("this model's context cannot roll: its cache is transformers' own; let the answer end")
-        self._length = 0
+        self._length, self._own_hooks = 0, []
+        if isinstance(self._law, CarryingLaw) and len(padding) > 1:
+            self._own_hooks = [self._hooks_of(self._place_another()) for _ in padding]
         return [None] * len(padding)
+
+    def _place_another(self) -> Law:
+        """The law once more, to carry something for one sequence of several."""
+        assert self._given is not None
+        law = self._given.to(self._framework.floats, self._framework.add_product)
+        restart(law)
+        return law
 
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         with self._framework.computing("the prompts"):
@@ -113,8 +125,6 @@ class MeasuredDecoder(HookedDecoder):
         return self._append(tokens[:, None], steered=True)
 
     def _append(self, tokens: torch.Tensor, *, steered: bool, head: bool = True) -> torch.Tensor:
-        if steered and len(tokens) > 1 and isinstance(self._law, CarryingLaw):
-            raise InputError("this model decodes a batch one by one, which this controller cannot: give one prompt")
         energies, rows = [], []
         for row in range(len(tokens)):
             for piece in self._pieces(row, tokens[row : row + 1]):
@@ -130,7 +140,8 @@ class MeasuredDecoder(HookedDecoder):
         """Run tokens (1, L) of one sequence; the last one's logits (1, V)."""
         assert self._cache is not None
         self._energy = None
-        with self._hooks.placed() if steered and self._hooks is not None else nullcontext():
+        hooks = self._own_hooks[row] if self._own_hooks else self._hooks
+        with hooks.placed() if steered and hooks is not None else nullcontext():
             logits, self._cache[row] = self._layout.call(self._module, tokens, self._cache[row], last=True)
         return logits[:, -1]
 
@@ -144,6 +155,7 @@ class MeasuredDecoder(HookedDecoder):
     def _keep(self, rows: torch.Tensor) -> None:
         assert self._cache is not None
         self._cache = [self._cache[row] for row in rows.tolist()]
+        self._own_hooks = self._own_hooks and [self._own_hooks[row] for row in rows.tolist()]
 
     def _rewind(self, position: int) -> bool:
         assert self._cache is not None

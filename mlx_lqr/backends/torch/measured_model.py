@@ -23,7 +23,7 @@ from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.backends.torch.framework import TorchFramework, memory_for
 from mlx_lqr.backends.torch.layout import Layout, StateHooks, layout_of
-from mlx_lqr.backends.torch.load import load_any
+from mlx_lqr.backends.torch.load import load_any, quietly
 from mlx_lqr.backends.torch.measured_decoder import FrozenTrace, MeasuredDecoder
 from mlx_lqr.backends.torch.measurement import Measurement, measured
 from mlx_lqr.backends.torch.model import TorchModel
@@ -73,7 +73,7 @@ class MeasuredModel(MeasuredRecorder, TorchModel):
     def __init__(self, module: Any, name: str, tokenizer: Tokenizer | None = None) -> None:
         check_borrowed("torch")
         self.family = str(module.config.model_type)
-        with torch.no_grad():
+        with torch.no_grad(), quietly():
             self.layout: Layout = layout_or_refusal(partial(layout_of, module), self.family)
         if self.layout.vocabulary > (known := module.get_input_embeddings().weight.shape[0]):
             raise InputError(
@@ -87,7 +87,8 @@ class MeasuredModel(MeasuredRecorder, TorchModel):
         sizes["num_attention_heads"] = sizes["num_attention_heads"] or 1
         HookedModel.__init__(self, module, self.layout.blocks, sizes, name, tokenizer)
         self._framework = TorchFramework(module, self.layout.dtype, StateHooks.of(self.layout))
-        self.measurement: Measurement = measured(module, self.layout, self.fingerprint, self.family)
+        with quietly():
+            self.measurement: Measurement = measured(module, self.layout, self.fingerprint, self.family)
 
     def measure(self) -> Measurement:
         return self.measurement
