@@ -29,20 +29,24 @@ class NoChainError(InputError):
 
 def sizes_of(config: Mapping[str, Any], width: int, vocabulary: int) -> dict[str, Any]:
     """A config under the names that `HookedModel` reads; None for heads and length of context where it says none."""
-    text = config.get("text_config")
-    sizes = {**config, **(text if isinstance(text, dict) else {})}
-    sizes |= {"hidden_size": width, "vocab_size": vocabulary}
-    sizes |= {"num_attention_heads": _size(sizes, _HEADS), "max_position_embeddings": _size(sizes, _LENGTHS)}
-    return sizes
+    sizes = {**_of_text(config), "hidden_size": width, "vocab_size": vocabulary}
+    heads, length = stated_size(config, *_HEADS), stated_size(config, *_LENGTHS)
+    return sizes | {"num_attention_heads": heads, "max_position_embeddings": length}
 
 
-def _size(sizes: Mapping[str, Any], names: Sequence[str]) -> int | None:
+def stated_size(config: Mapping[str, Any], *names: str) -> int | None:
     """The first of these sizes that a config says as one number."""
+    sizes = _of_text(config)
     for name in names:
         value = sizes.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return None
+
+
+def _of_text(config: Mapping[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    return {**config, **(text if isinstance(text, dict) else {})}
 
 
 def layout_or_refusal(look: Callable[[], L], family: str) -> L:

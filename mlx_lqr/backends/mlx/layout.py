@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, Hook, LawHooks
 from mlx_lqr.backends.measured import WITHOUT_HEADS, NoChainError
 from mlx_lqr.backends.mlx.blocks import ClassHooks
+from mlx_lqr.backends.mlx.distributed import Spread
 from mlx_lqr.errors import InputError
 
 ROWS, POSITIONS = 5, 7
@@ -44,6 +45,8 @@ class Layout:
     vocabulary: int
     hides_tokens: bool
     """Whether the model gives tokens that it never says a logit of minus infinity."""
+    spread: Spread | None = None
+    """How the blocks are spread over several processes."""
 
     def finite(self, logits: mx.array) -> mx.array:
         """The logits with a number where a token is hidden, since infinity is what overflow is known by."""
@@ -134,12 +137,15 @@ class StateHooks(ClassHooks):
                 outputs: list[tuple[mx.array, Outputs]] = []
 
                 def block(z: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-                    given, named = layout.exchanged(args, kwargs, layout.native(z))
-                    own = kind.__call__(self, *given, **named)
+                    exchanged, named = layout.exchanged(args, kwargs, layout.native(z))
+                    own = kind.__call__(self, *exchanged, **named)
                     outputs.append((layout.normal(state_in(own)), own))
                     return outputs[-1][0]
 
-                result = hook(k, layout.normal(layout.state_of(args, kwargs)), BlockCall(block, args, kwargs))
+                given = layout.state_of(args, kwargs)
+                if layout.spread is not None:
+                    given = layout.spread.given(self, given)
+                result = hook(k, layout.normal(given), BlockCall(block, args, kwargs))
                 state, own = outputs[-1]
                 return own if result is state else with_state(own, layout.native(result))
 
@@ -147,21 +153,22 @@ class StateHooks(ClassHooks):
         object.__setattr__(module, "__class__", self._classes[k, kind])
 
 
-def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]]) -> Layout:
+def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]], spread: Spread | None = None) -> Layout:
     """Run a few tokens and look how the blocks are called.
 
     Args:
         module: a language model of mlx-lm.
         caches: makes the caches of a new decode.
+        spread: over which processes, if over several.
 
     Raises:
         NoChainError: the blocks do not pass on one state, each once.
     """
-    blocks = _blocks_of(module)
+    blocks = blocks_of(module)
     for block in blocks:
         ClassHooks.refuse(block)
     calls: list[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]] = []
-    with _watched(blocks, lambda *call: calls.append(call)):
+    with watched(blocks, lambda *call: calls.append(call)):
         logits = module(mx.array([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)]), cache=caches())
         mx.eval(logits)
     if [k for k, *_ in calls] != list(range(len(blocks))):
@@ -175,10 +182,16 @@ def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]]) -> Layout:
     features = tuple(size for axis, size in enumerate(state.shape) if axis not in (rows_axis, positions_axis))
     dtype = state_in(calls[-1][3]).dtype
     hides = bool(mx.any(logits == -mx.inf).item())
-    return Layout(tuple(blocks), place, rows_axis, positions_axis, features, dtype, int(logits.shape[-1]), hides)
+    vocabulary = int(logits.shape[-1])
+    return Layout(tuple(blocks), place, rows_axis, positions_axis, features, dtype, vocabulary, hides, spread)
 
 
-def _blocks_of(module: nn.Module) -> list[nn.Module]:
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """A model's blocks, in order.
+
+    Raises:
+        NoChainError: there is no list of them.
+    """
     blocks = list(getattr(module, "layers", None) or _longest_list(module))
     if len(blocks) < 2 or not all(isinstance(block, nn.Module) for block in blocks):
         raise NoChainError("it has no list of blocks")
@@ -229,7 +242,7 @@ def _is_like(argument: Any, state: mx.array) -> bool:
 
 
 @contextmanager
-def _watched(blocks: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
+def watched(blocks: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
     """Inside this context, watch(k, args, kwargs, outputs) hears of every call of block k."""
     kinds = [type(block) for block in blocks]
 

@@ -27,6 +27,7 @@ class Torch(Backend):
     title = "PyTorch"
     capabilities = frozenset({RECORDER, HEAD_RECORDER, DIFFERENTIABLE})
     takes_device = True
+    spreads = False
     adopts = "from_pretrained of a transformers model"
 
     def suitability(self) -> Suitability:
@@ -54,7 +55,16 @@ class Torch(Backend):
                     'pip install -U "mlx-lqr[torch]"'
                 )
 
-    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None) -> Model:
+    def load(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        dtype: str | None,
+        device: str | None,
+        adapter: Adapter | None,
+        pipeline: bool,
+    ) -> Model:
         from mlx_lqr.backends.torch import model
 
         return model.load(folder, name, dtype, device, adapter)

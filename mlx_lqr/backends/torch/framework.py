@@ -56,6 +56,10 @@ class TorchFramework(Framework):
         return device
 
     @property
+    def device_name(self) -> str:
+        return "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+
+    @property
     def dtype_name(self) -> str:
         return str(self.dtype).rpartition(".")[2]
 

@@ -35,6 +35,11 @@ class FrozenTrace:
     blocks: list[FrozenBlock]
     nbytes: int
 
+    @property
+    def state(self) -> Float32:
+        """s_k = z_k: (T + 1, d)"""
+        return self.residual
+
 
 class MeasuredDecoder(HookedDecoder):
     """The `TracingDecoder` protocol.

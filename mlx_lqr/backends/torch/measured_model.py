@@ -90,6 +90,9 @@ class MeasuredModel(MeasuredRecorder, TorchModel):
         with quietly():
             self.measurement: Measurement = measured(module, self.layout, self.fingerprint, self.family)
 
+    def measure(self) -> Measurement:
+        return self.measurement
+
     def _norms(self) -> Iterable[tuple[str, bytes]]:
         """All vectors of the blocks, which are the same on MLX where both libraries have the same names for them."""
         vectors = []

@@ -27,7 +27,7 @@ import torch
 from mlx_lqr.backends import measurement
 from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.measurement import EXACT, relative_error
-from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.backends.protocol import Differentiable, Float32
 from mlx_lqr.backends.torch.copying import copied
 from mlx_lqr.backends.torch.frozen import frozen_at, in_float32, in_full
 from mlx_lqr.backends.torch.layout import Layout, StateHooks
@@ -57,6 +57,11 @@ class Measurement(measurement.Measurement):
     """Whether prompts of different lengths can share a pass, padded on the right."""
     crops: bool
     """Whether the cache can forget its newest tokens."""
+
+    @property
+    def findings(self) -> list[str]:
+        how = "a chat's cache takes back tokens" if self.crops else "a chat is read anew where tokens are taken back"
+        return [*super().findings, how]
 
 
 class Measured:
@@ -97,6 +102,17 @@ class Measured:
             appends=_holds(lambda: self._in_two(whole)),
             pads=_holds(self._padded),
             crops=_holds(lambda: self._taken_back(cache)),
+        )
+
+    def error_of(self, model: Differentiable) -> float:
+        """How far the Jacobians of a model that differentiates the same module in another way are from those here."""
+        trace = model.trace(self._prompt)
+        with torch.no_grad():
+            _, cache = self._layout.call(self._module, torch.tensor([self._prompt[:-1]], device=self._device), None)
+        residual, blocks, _ = frozen_at(self._module, self._layout, cache, self._prompt[-1], differences=False)
+        return max(
+            relative_error(self._left @ model.jacobian(trace, k), blocks[k].vjp(residual[k], self._left))
+            for k in self._chosen()
         )
 
     def _generated(self) -> np.ndarray:

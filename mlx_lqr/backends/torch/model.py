@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
 from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, read_config
 from mlx_lqr.backends.hooked_model import HookedModel
+from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.backends.torch.algebra import TorchAlgebra
@@ -23,8 +25,10 @@ from mlx_lqr.backends.torch.attention import WholePrompts, attending
 from mlx_lqr.backends.torch.decoder import TorchDecoder, TorchTrace
 from mlx_lqr.backends.torch.framework import TorchFramework, memory_for
 from mlx_lqr.backends.torch.generate import Positions, announcing_prompts
+from mlx_lqr.backends.torch.layout import layout_of
 from mlx_lqr.backends.torch.library import check_parts, knows_model
 from mlx_lqr.backends.torch.load import check_family, chosen_device, is_listed, load_module
+from mlx_lqr.backends.torch.measurement import Measured
 from mlx_lqr.errors import InputError
 
 
@@ -92,6 +96,17 @@ class TorchModel(HookedModel):
                 if name.endswith("norm.weight"):
                     rounded = weight.detach().to(torch.bfloat16).cpu().view(torch.int16)
                     yield f"{k}.{name}", rounded.numpy().tobytes()
+
+    def _weights(self) -> tuple[int, int, str]:
+        weights = list(self.module.parameters())  # each once, whoever shares it
+        return sum(weight.numel() for weight in weights), sum(weight.nbytes for weight in weights), ""
+
+    def measure(self) -> Measurement:
+        """See `Differentiable`."""
+        with self._framework.computing("the derivatives"):
+            measured = Measured(self.module, layout_of(self.module))
+            result = measured.all()
+            return replace(result, jacobian=max(result.jacobian, measured.error_of(self)))
 
     @property
     def _body(self) -> torch.nn.Module:
