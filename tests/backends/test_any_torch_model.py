@@ -296,7 +296,7 @@ def test_a_vision_models_text_part_loads_from_its_folder(tmp_path: Path) -> None
     assert decoded(model, PROMPT, max_tokens=5) == decoded(model_of("gemma3"), PROMPT, max_tokens=5)
 
 
-@pytest.mark.parametrize("family", ["glm4", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["glm4", "deepseek_v3", "mamba"])
 def test_a_controller_of_mlx_is_one_of_torch(family: str, tmp_path: Path) -> None:
     """Where both libraries give weights the same names, a model has the same fingerprint on both."""
     folder = folder_of(family, tmp_path)
