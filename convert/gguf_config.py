@@ -66,13 +66,17 @@ def model_config(file: GGUFFile, row: Architecture) -> dict[str, Any]:
     rotated = stated.whole("rope.dimension_count", config.get("head_dim", 0))
     config["rope_scaling"] = None if row.own_rope else rope_scaling(file, arch, rotated, theta)
     norm = {"norm_eps": stated.real("attention.layer_norm_epsilon", config["rms_norm_eps"])}
+    return config | _own_settings(stated, row, config | norm)
+
+
+def _own_settings(stated: Stated, row: Architecture, config: dict[str, Any]) -> dict[str, Any]:
     try:
-        return config | row.settings(stated, config | norm)
+        return row.settings(stated, config)
     except (ValueError, TypeError, ArithmeticError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"{file.path} states sizes that no model has ({first_line(error)}): download it again"
+            f"{stated.file.path} states sizes that no model has ({first_line(error)}): download it again"
         ) from error
 
 

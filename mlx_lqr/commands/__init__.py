@@ -58,7 +58,8 @@ class _Main(Group):
             _say("Error: the connection to another machine was lost: its message, if there is one, says why")
             ctx.exit(2)
         except KeyboardInterrupt as stop:
-            _say(str(stop) or "Stopped.")
+            if launched.rank() == 0:
+                _say(str(stop) or "Stopped.")
             ctx.exit(STOPPED)
         except OSError as error:
             ctx.exit(_broken(error))
