@@ -187,6 +187,8 @@ def test_a_converted_config_leaves_nothing_to_defaults(name: str, tmp_path: Path
             "does not state deepseek2.attention.key_length_mla",
         ),
         ("deepseek2", {"deepseek2.expert_weights_norm": True}, {}, "divides the weights of experts"),
+        ("glm4moe", {"glm4moe.block_count": 2**31, "glm4moe.nextn_predict_layers": 2**31 - 2}, {}, "blocks but holds"),
+        ("glm4moe", {"glm4moe.nextn_predict_layers": 2}, {}, "states 2 blocks but holds"),
         ("glm4moe", {"glm4moe.expert_gating_func": 1}, {}, "glm4moe.expert_gating_func 1"),
         ("gpt-oss", {"gpt-oss.expert_used_count": 5}, {}, "uses 5 of 4 experts"),
         ("llama4", {"llama4.expert_used_count": 2}, {}, "uses 2 experts for a token"),
@@ -235,7 +237,9 @@ def test_the_documentation_lists_what_converts() -> None:
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
     file = write_model(tmp_path / "t.gguf", replace(CASES["glm4"], arch="bert"), model_of(CASES["glm4"]))
-    with pytest.raises(InputError, match=r"'bert', which cannot be converted: supported are llama, .*gpt-oss"):
+    with pytest.raises(
+        InputError, match=r"'bert', which cannot be converted: give the original model .*gpt-oss.*llama"
+    ):
         converted(file)
 
 
