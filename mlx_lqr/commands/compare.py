@@ -17,6 +17,7 @@ from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json, write_json
+from mlx_lqr.launched import refuse_several
 from mlx_lqr.runtime.arguments import ControllerChoice
 from mlx_lqr.tasks import Task, named_steering
 from mlx_lqr.tasks.compare import Comparison, Contender, check_budgets
@@ -27,7 +28,8 @@ DAMAGE = {
     "kl": "KL to the unsteered model on neutral text (nats)",
     "repetition": "share of repeated 4-grams",
 }
-COLUMNS = ("perplexity", "distinct_2", "repetition", "kl", "capability")
+COLUMNS = ("perplexity", "distinct_2", "repetition", "kl", "capability", "accuracy")
+"""Metrics in the table, of those that a task has."""
 
 
 @click.group("compare", cls=Group)
@@ -53,6 +55,7 @@ def _run(
     control: str | None,
     damage: str,
 ) -> None:
+    refuse_several("compare works, with all that it keeps in files,")
     methods = _methods(controllers, strengths)
     check_budgets(methods)
     wanted: Request = request(concepts=[name for method in methods for name in method.steering.controller.concepts])
@@ -86,7 +89,7 @@ def _run(
 def _table(comparison: Comparison, task: Task, control: str) -> None:
     rows = [("unsteered", comparison.unsteered)]
     rows += [(method, result) for method, results in comparison.methods.items() for result in results]
-    columns = list(dict.fromkeys((control, task.control, *COLUMNS)))
+    columns = [name for name in dict.fromkeys((control, task.control, *COLUMNS)) if name in task.metric_names]
     show_table(
         [task.name, "strength", *columns],
         [

@@ -28,8 +28,7 @@ from mlx_lqr.commands.options import (
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.tasks import Capability, Decoding, Judge, NeutralText, Task
-from mlx_lqr.tasks.concept import bundled_openings
-from mlx_lqr.tasks.kind import TaskKind, TaskOption, TaskSettings
+from mlx_lqr.tasks.kind import Purpose, TaskKind, TaskOption, TaskSettings
 from mlx_lqr.tasks.registry import TASKS
 
 
@@ -78,7 +77,7 @@ def add_tasks(
     own: Sequence[Decorator],
     *,
     output: Decorator | None = None,
-    openings: Sequence[str] = (),
+    purpose: Purpose = "evaluation",
     cls: type[Command] = Command,
 ) -> None:
     """A command for each task.
@@ -88,12 +87,12 @@ def add_tasks(
         run: called as run(make_request, **values of `own`).
         own: options besides the task's.
         output: the option for `Request.output`; by default a folder.
-        openings: of the concept task, where none are given; by default those to evaluate on.
+        purpose: which of the bundled rows are to be seen.
         cls: what the commands are.
     """
     folder = output_option("A folder; if a run is interrupted, it goes on from there.", metavar="FOLDER")
     for kind in TASKS.values():
-        group.add_command(_command(kind, run, own, output or folder, openings or bundled_openings(), cls))
+        group.add_command(_command(kind, run, own, output or folder, purpose, cls))
 
 
 def _command(
@@ -101,7 +100,7 @@ def _command(
     run: Callable[..., None],
     own: Sequence[Decorator],
     output_option: Decorator,
-    openings: Sequence[str],
+    purpose: Purpose,
     cls: type[Command],
 ) -> Command:
     own_options = [_option(one) for one in kind.options]
@@ -128,7 +127,7 @@ def _command(
         def make(judge: Judge, concepts: Sequence[str]) -> Task:
             questions = Capability.bundled() if capability is None else Capability.read(capability)
             damage = (NeutralText(), questions)
-            return kind.make(options, TaskSettings(decoding, judge, damage, limit, concepts, openings))
+            return kind.make(options, TaskSettings(decoding, judge, damage, limit, concepts, purpose))
 
         run(
             functools.partial(Request, kind.name, model, loading, judge, Path(output), as_json, force, make=make),

@@ -21,8 +21,8 @@ from mlx_lqr.commands.values import parse_strengths
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json
+from mlx_lqr.launched import refuse_several
 from mlx_lqr.lqr.linearize import Jacobians, linearize
-from mlx_lqr.tasks.concept import bundled_openings
 from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.spaces import baseline_space
 from mlx_lqr.tasks.tuning import DAMAGE, Trial, Tuned, check_limit, tune
@@ -51,6 +51,7 @@ def _run(
     at_most: float | None,
     evaluations: int,
 ) -> None:
+    refuse_several("tune works, with all that it keeps in files,")
     choice = method_choice()
     name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
     wanted: Request = request(concepts=[name])
@@ -209,6 +210,6 @@ add_tasks(
     _run,
     _options(),
     output=output_option("The controller file to write; FILE-tuning, a folder beside it, keeps all that was measured."),
-    openings=bundled_openings("tuning"),
+    purpose="tuning",
     cls=MethodCommand,
 )

@@ -11,6 +11,7 @@ tuned.steering.save("dog.safetensors")  # with the recommended strength; tuned.t
 """
 
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, difference, estimate
+from mlx_lqr.tasks.chat import chat
 from mlx_lqr.tasks.concept import concept, word_family
 from mlx_lqr.tasks.damage import Capability, NeutralText
 from mlx_lqr.tasks.generations import Decoding, Judge
@@ -40,6 +41,7 @@ __all__ = [
     "Tuned",
     "alqr_space",
     "baseline_space",
+    "chat",
     "concept",
     "difference",
     "estimate",

@@ -10,14 +10,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from mlx_lqr.backends.protocol import Recorder
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.tasks.bootstrap import Metric, mean
 from mlx_lqr.tasks.generations import Decoding, Generations, Judge
-from mlx_lqr.tasks.kind import TaskKind, TaskOption, TaskSettings
+from mlx_lqr.tasks.kind import Purpose, TaskKind, TaskOption, TaskSettings
 from mlx_lqr.tasks.read import bundled_lines, bundled_text
 from mlx_lqr.tasks.records import Row
 from mlx_lqr.tasks.run import Part, Task
@@ -92,8 +92,17 @@ def word_family(concept: str) -> list[str]:
     return str(families[concept]).split()
 
 
-def bundled_openings(purpose: Literal["evaluation", "tuning"] = "evaluation") -> list[str]:
-    """Beginnings of texts that could be about anything; tuning uses others than evaluation."""
+def words_of(given: str | None, concepts: Sequence[str]) -> list[str]:
+    """The words that a person gave, separated by commas, or those of the only concept.
+
+    Raises:
+        InputError: none were given, and there is not one bundled concept.
+    """
+    return word_family(_only(concepts)) if given is None else given.split(",")
+
+
+def bundled_openings(purpose: Purpose = "evaluation") -> list[str]:
+    """Beginnings of texts that could be about anything; evaluation has some to itself."""
     return bundled_lines("openings.txt" if purpose == "evaluation" else "tuning_openings.txt")
 
 
@@ -129,11 +138,11 @@ def concept(
 
 
 def _of_options(options: Mapping[str, Any], settings: TaskSettings) -> Task:
-    words = options["words"].split(",") if options["words"] is not None else word_family(_only(settings.concepts))
-    openings = read_prompts(options["openings"]) if options["openings"] is not None else settings.openings
+    file = options["openings"]
+    openings = bundled_openings(settings.purpose) if file is None else read_prompts(file)
     ask = _only(settings.concepts) if options["ask"] and settings.judge.model is not None else None
     return concept(
-        words,
+        words_of(options["words"], settings.concepts),
         openings=openings[: settings.limit],
         decoding=settings.decoding,
         judge=settings.judge,

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mlx_lqr.tasks.generations import Decoding, Judge
 from mlx_lqr.tasks.run import Part, Task
+
+Purpose = Literal["fitting", "tuning", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class TaskSettings:
     """How many rows to take; None: all."""
     concepts: Sequence[str]
     """The concepts of what steers."""
-    openings: Sequence[str]
-    """Texts to continue, where a task has none of its own: other ones for tuning than for evaluation."""
+    purpose: Purpose
+    """Which of the bundled rows are to be seen: tuning has others than evaluation."""
 
 
 @dataclass(frozen=True)

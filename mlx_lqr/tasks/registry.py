@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mlx_lqr.tasks.chat import CHAT
 from mlx_lqr.tasks.concept import CONCEPT
 from mlx_lqr.tasks.kind import TaskKind
 from mlx_lqr.tasks.refusal import REFUSAL
@@ -14,6 +15,7 @@ TASKS: Mapping[str, TaskKind] = {
     kind.name: kind
     for kind in (
         CONCEPT,
+        CHAT,
         TOXICITY,
         TRUTHFULNESS,
         REFUSAL,

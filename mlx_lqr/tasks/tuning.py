@@ -82,6 +82,7 @@ DAMAGE: Mapping[str, Damage] = {
     "repetition": Damage(0.05, 1),
     "distinct_2": Damage(0.05, -1),
     "capability": Damage(0.1, -1),
+    "accuracy": Damage(0.1, -1),
 }
 
 REPETITION = 0.1
