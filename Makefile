@@ -26,7 +26,7 @@ test: $(VENV)/test ## all tests but test-families; COVERAGE=1 prints which files
 
 # A tiny model of each architecture, one process a core.
 test-families: $(VENV)/test ## every architecture that mlx-lm has
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/families -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/families -n logical --dist worksteal
 
 # What other libraries' changes can break, with the oldest versions that pyproject.toml allows.
 test-oldest: $(OLDEST)/test ## what other libraries can change, with their oldest versions

@@ -43,10 +43,6 @@ def model_config(file: GGUFFile, row: Architecture) -> dict[str, Any]:
     theta = stated.real("rope.freq_base", 10000.0)
     if not theta > 0:
         raise InputError(f"{file.path} states {arch}.rope.freq_base as {theta}: download it again")
-    if not 1 <= stated.layers <= len(file.tensors):
-        raise InputError(
-            f"{file.path} states {stated.layers} blocks but holds {len(file.tensors)} tensors: download it again"
-        )
     layer_norm = stated.get("attention.layer_norm_epsilon")
     rms = f"{arch}.attention.layer_norm_rms_epsilon"
     config: dict[str, Any] = {
@@ -66,13 +62,17 @@ def model_config(file: GGUFFile, row: Architecture) -> dict[str, Any]:
     rotated = stated.whole("rope.dimension_count", config.get("head_dim", 0))
     config["rope_scaling"] = None if row.own_rope else rope_scaling(file, arch, rotated, theta)
     norm = {"norm_eps": stated.real("attention.layer_norm_epsilon", config["rms_norm_eps"])}
+    return config | _own_settings(stated, row, config | norm)
+
+
+def _own_settings(stated: Stated, row: Architecture, config: dict[str, Any]) -> dict[str, Any]:
     try:
-        return config | row.settings(stated, config | norm)
+        return row.settings(stated, config)
     except (ValueError, TypeError, ArithmeticError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"{file.path} states sizes that no model has ({first_line(error)}): download it again"
+            f"{stated.file.path} states sizes that no model has ({first_line(error)}): download it again"
         ) from error
 
 

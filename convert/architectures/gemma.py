@@ -119,32 +119,17 @@ def _rows(stated: Stated, tensor: str) -> int:
 
 def _gemma4(stated: Stated, config: Config) -> Config:
     kinds = layer_types(stated)
-    count, used = experts(stated) if stated.whole("expert_count", 0) else (0, 0)
     heads = dict(zip(kinds, stated.each("attention.head_count_kv"), strict=True))
     widths = stated.each("feed_forward_length")
     shared = stated.whole("attention.shared_kv_layers", 0)
     inner = stated.whole("embedding_length_per_layer_input", 0)
-    without_values = [
-        f"blk.{layer}.attn_v.weight" not in stated.file.tensors for layer in range(stated.layers - shared)
-    ]
-    same_values = any(without for without, kind in zip(without_values, kinds, strict=False) if kind == FULL)
-    head_dim, head_dim_swa = stated.whole("attention.key_length"), stated.whole("attention.key_length_swa")
-    if stated.whole("rope.dimension_count_swa", head_dim_swa) != head_dim_swa:
-        raise stated.refuse(
-            "turns a part of each head alone in layers that slide, which mlx-lm's gemma4_text cannot do"
-        )
-    full = {
-        "rope_type": "proportional",
-        "rope_theta": config["rope_theta"],
-        "partial_rotary_factor": _turning(stated, head_dim),
-    }
-    sliding = {"rope_type": "default", "rope_theta": stated.real("rope.freq_base_swa", 10000.0)}
+    own_keys = [layer for layer in range(stated.layers - shared) if kinds[layer] == FULL]
     return {
-        "head_dim": head_dim_swa,
-        "global_head_dim": head_dim,
+        "head_dim": stated.whole("attention.key_length_swa"),
+        "global_head_dim": stated.whole("attention.key_length"),
         "num_key_value_heads": heads.get(SLIDING, heads.get(FULL)),
         "num_global_key_value_heads": heads.get(FULL),
-        "attention_k_eq_v": same_values,
+        "attention_k_eq_v": any(f"blk.{layer}.attn_v.weight" not in stated.file.tensors for layer in own_keys),
         "intermediate_size": min(widths),
         "use_double_wide_mlp": max(widths) > min(widths),
         "num_kv_shared_layers": shared,
@@ -153,11 +138,35 @@ def _gemma4(stated: Stated, config: Config) -> Config:
         "sliding_window": stated.whole("attention.sliding_window"),
         "layer_types": kinds,
         "final_logit_softcapping": stated.real("final_logit_softcapping", 30.0),
-        "rope_parameters": {FULL: full, SLIDING: sliding},
-        "enable_moe_block": count > 0,
-        "num_experts": count or None,
-        "top_k_experts": used or None,
-        "moe_intermediate_size": stated.whole("expert_feed_forward_length") if count else None,
+        "rope_parameters": _gemma4_rope(stated, config),
+        **_gemma4_experts(stated),
+    }
+
+
+def _gemma4_experts(stated: Stated) -> Config:
+    mixture = stated.whole("expert_count", 0) > 0
+    count, used = experts(stated) if mixture else (None, None)
+    return {
+        "enable_moe_block": mixture,
+        "num_experts": count,
+        "top_k_experts": used,
+        "moe_intermediate_size": stated.whole("expert_feed_forward_length") if mixture else None,
+    }
+
+
+def _gemma4_rope(stated: Stated, config: Config) -> Config:
+    sliding = stated.whole("attention.key_length_swa")
+    if stated.whole("rope.dimension_count_swa", sliding) != sliding:
+        raise stated.refuse(
+            "turns a part of each head alone in layers that slide, which mlx-lm's gemma4_text cannot do"
+        )
+    return {
+        FULL: {
+            "rope_type": "proportional",
+            "rope_theta": config["rope_theta"],
+            "partial_rotary_factor": _turning(stated, stated.whole("attention.key_length")),
+        },
+        SLIDING: {"rope_type": "default", "rope_theta": stated.real("rope.freq_base_swa", 10000.0)},
     }
 
 

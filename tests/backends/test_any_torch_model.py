@@ -84,6 +84,8 @@ def test_derivatives_are_those_of_transformers_own_model(family: str) -> None:
     model = model_of(family)
     trace = model.trace(PROMPT)
     np.testing.assert_allclose(trace.residual[:-1], last_inputs(family), rtol=1e-3, atol=1e-4)
+    assert np.array_equal(trace.state, trace.residual)
+    assert model.state_size == model.hidden_size
     w, u = np.random.default_rng(0).standard_normal((2, 3, model.hidden_size)).astype(np.float32)
     for k in range(model.num_layers):
         expected = response(family, k, w)
@@ -294,7 +296,7 @@ def test_a_vision_models_text_part_loads_from_its_folder(tmp_path: Path) -> None
     assert decoded(model, PROMPT, max_tokens=5) == decoded(model_of("gemma3"), PROMPT, max_tokens=5)
 
 
-@pytest.mark.parametrize("family", ["glm4", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["glm4", "deepseek_v3", "mamba"])
 def test_a_controller_of_mlx_is_one_of_torch(family: str, tmp_path: Path) -> None:
     """Where both libraries give weights the same names, a model has the same fingerprint on both."""
     folder = folder_of(family, tmp_path)

@@ -225,6 +225,12 @@ def test_models_that_share_nothing_are_as_they_were() -> None:
         assert all(np.array_equal(x, y) for x, y in zip(one, other, strict=True))
 
 
+def test_what_no_later_block_reads_is_not_in_the_state() -> None:
+    """Every block returns its keys and values, and none is called with those of another."""
+    model = MeasuredModel(module_of("gemma4_text", num_kv_shared_layers=0), CONFIGS["gemma4_text"], "apart")
+    assert model.state_size == model.hidden_size
+
+
 def test_what_does_not_move_with_the_state_is_not_in_it() -> None:
     """Nor is what moves at some places and not at others."""
     keys, mask = mx.zeros((1, 2, 3, 4)), mx.zeros((1, 3))

@@ -238,7 +238,14 @@ WITHOUT = {
 def architectures() -> tuple[str, ...]:
     """The modules of mlx_lm.models that are language models, but for those in `WITHOUT`."""
     names = [name for _, name, _ in pkgutil.iter_modules(mlx_lm.models.__path__) if name not in WITHOUT]
-    return tuple(name for name in names if hasattr(_module(name), "ModelArgs"))
+    return tuple(name for name in names if _is_model(name))
+
+
+def _is_model(name: str) -> bool:
+    try:
+        return hasattr(_module(name), "ModelArgs")
+    except (Exception, SystemExit):  # whoever makes its config hears why
+        return True
 
 
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
@@ -291,6 +298,6 @@ def _unnamed(name: str, field: dataclasses.Field[Any]) -> Any:
         return False
     if "eps" in field.name:
         return 1e-5
-    if field.name in ("rope_scaling",):
+    if field.name == "rope_scaling":
         return None
     raise LookupError(f"{name}: there is no rule for {field.name}, {field.type}: add one to RULES or to SPECIAL")

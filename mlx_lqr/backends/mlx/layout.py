@@ -168,13 +168,16 @@ def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]], spread: Sp
     for block in blocks:
         ClassHooks.refuse(block)
     calls: list[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]] = []
+    new = caches()
     with watched(blocks, lambda *call: calls.append(call)):
-        logits = module(mx.array([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)]), cache=caches())
+        logits = module(mx.array([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)]), cache=new)
         mx.eval(logits)
     if [k for k, *_ in calls] != list(range(len(blocks))):
         raise NoChainError(
             f"in one pass it calls its {len(blocks)} blocks {len(calls)} times, and not each once in order"
         )
+    for store in _stores_beside(calls, new):
+        raise NoChainError(f"its blocks hand on a {store} beside one state")
     place = _place_of_state(calls)
     state = calls[0][2][place] if isinstance(place, str) else calls[0][1][place]
     rows_axis = state.shape.index(ROWS)
@@ -226,6 +229,20 @@ def _place_of_state(calls: Sequence[tuple[int, tuple[Any, ...], dict[str, Any], 
         if any(_argument(call, place) is state_in(before[3]) for before, call in pairwise(calls))
     ]
     return (handed_on or alike)[0]
+
+
+def _stores_beside(
+    calls: Sequence[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]], caches: Sequence[Any]
+) -> Iterator[str]:
+    """Kinds of what blocks are called with that keeps something of every token and is no cache."""
+    known = {id(part) for cache in caches for part in (cache, *getattr(cache, "caches", ()))}
+    for _, args, kwargs, _ in calls:
+        for thing in (*args, *kwargs.values()):
+            if isinstance(thing, (mx.array, nn.Module)) or id(thing) in known:
+                continue
+            kept = getattr(thing, "__dict__", {}).values()
+            if any(isinstance(part, mx.array) and {ROWS, POSITIONS} <= set(part.shape) for part in kept):
+                yield type(thing).__name__
 
 
 def _argument(call: tuple[int, tuple[Any, ...], dict[str, Any], Outputs], place: int | str) -> Any:
