@@ -4,9 +4,10 @@
     measured = linearity(model, prompts, controller)
     plots.linearisation_error(measured).savefig("error.svg")
 
-`check` says what a model is, and how right its derivatives are; `linearity` measures whether the blocks are locally linear; `certify` bounds how far the steered model can be from the
-linear prediction, and measures how far it is; `track` shows how closely the feature follows its setpoint. Results are
-dataclasses of NumPy arrays; plots.py draws them (the extra `plots`), `write_json` writes them to a file.
+`check` says what a model is, and how right its derivatives are; `linearity` measures whether the blocks are locally
+linear; `certify` bounds how far the steered model can be from the linear prediction, and measures how far it is;
+`track` shows how closely the feature follows its setpoint. Results are dataclasses of NumPy arrays; plots.py draws them
+(the extra `plots`), `write_json` writes them to a file.
 """
 
 from mlx_lqr.analysis.certificate import Certificate, certify
