@@ -193,6 +193,7 @@ def test_a_converted_config_leaves_nothing_to_defaults(name: str, tmp_path: Path
         ("gpt-oss", {"gpt-oss.expert_used_count": 5}, {}, "uses 5 of 4 experts"),
         ("llama4", {"llama4.expert_used_count": 2}, {}, "uses 2 experts for a token"),
         ("mamba2", {"mamba2.ssm.group_count": 2}, {}, "norms the state by groups"),
+        ("kimi-linear", {"kimi-linear.attention.head_count_kv": [1, 1]}, {}, "that mlx-lm's kimi_linear can build"),
         ("jamba", {"jamba.expert_count": 4}, {}, "has experts"),
         ("nemotron_h", {}, {"blk.0.ffn_up.weight": np.zeros((96, 64), np.float32)}, "layer 0 that is not of one kind"),
         ("apertus", {"xielu.alpha_p": None}, {}, "does not state apertus.xielu.alpha_p for each"),
