@@ -26,6 +26,8 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.loading import adopt
 
 PROMPT = [5, 9, 2, 33, 7, 51, 20, 11, 3]
+WIDE = {"hidden_size": 64, "intermediate_size": 64}
+"""Which a router that is packed in groups of 64 needs"""
 CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "experts and gated deltas": (
         "qwen3_next",
@@ -36,7 +38,7 @@ CASES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "experts with biases": ("gpt_oss", ["mlp.experts.gate_proj", "mlp.experts.down_proj", "self_attn.k_proj"], {}),
     "embeddings of another name": ("mamba2", ["mixer.in_proj", "backbone.embeddings"], {}),
     "DoRA": ("glm4", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"], {"use_dora": True}),
-    "packed": ("gpt_oss", ["mlp.experts.gate_proj", "mlp.experts.down_proj", "self_attn.k_proj"], {"bits": 4}),
+    "packed": ("gpt_oss", ["mlp.experts.gate_proj", "mlp.experts.down_proj", "self_attn.k_proj"], {"bits": 4, **WIDE}),
     "packed DoRA": ("glm4", ["self_attn.q_proj", "mlp.down_proj"], {"bits": 4, "use_dora": True}),
 }
 
@@ -78,8 +80,9 @@ def written(place: Path, config: dict[str, Any], weights: dict[str, np.ndarray],
 @pytest.mark.parametrize("case", CASES)
 def test_mlx_lms_adapters_do_what_mlx_lm_does(case: str, tmp_path: Path) -> None:
     family, keys, options = CASES[case]
-    folder = folder_of(family, tmp_path / "model", bits=options.get("bits"))
-    adapter = of_mlx_lm(folder, tmp_path / "mine", keys, use_dora=options.get("use_dora", False))
+    use_dora = "use_dora" in options
+    folder = folder_of(family, tmp_path / "model", **{key: options[key] for key in options if key != "use_dora"})
+    adapter = of_mlx_lm(folder, tmp_path / "mine", keys, use_dora=use_dora)
     theirs = load_adapters(load_model(folder)[0], str(adapter))
     theirs.eval()
     expected = np.array(theirs(mx.array([PROMPT]))[0, -1])
