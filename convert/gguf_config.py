@@ -43,10 +43,6 @@ def model_config(file: GGUFFile, row: Architecture) -> dict[str, Any]:
     theta = stated.real("rope.freq_base", 10000.0)
     if not theta > 0:
         raise InputError(f"{file.path} states {arch}.rope.freq_base as {theta}: download it again")
-    if not 1 <= stated.layers <= len(file.tensors):
-        raise InputError(
-            f"{file.path} states {stated.layers} blocks but holds {len(file.tensors)} tensors: download it again"
-        )
     layer_norm = stated.get("attention.layer_norm_epsilon")
     rms = f"{arch}.attention.layer_norm_rms_epsilon"
     config: dict[str, Any] = {

@@ -36,7 +36,7 @@ def built(file: GGUFFile, row: Architecture, config: dict[str, Any]) -> nn.Modul
             Model, ModelArgs = any_model_classes(row.model_type)
             given = flattened(row.written(config))
         module: nn.Module = Model(ModelArgs.from_dict(given))
-    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError, ArithmeticError, MemoryError) as error:
+    except Exception as error:  # of any of mlx-lm's modules
         if isinstance(error, InputError):
             raise InputError(f"{file.path} cannot be converted: {error}") from error
         if listed:

@@ -25,9 +25,10 @@ def architecture(file: GGUFFile) -> Architecture:
     name = file.value("general.architecture", str)
     rows = [row for row in ARCHITECTURES if row.name == name]
     if not rows:
-        supported = ", ".join(dict.fromkeys(row.name for row in ARCHITECTURES))
+        supported = ", ".join(sorted({row.name for row in ARCHITECTURES}))
         raise InputError(
-            f"{file.path} has the architecture {name!r}, which cannot be converted: supported are {supported}"
+            f"{file.path} has the architecture {name!r}, which cannot be converted: give the original model "
+            f"(a folder or hub id), or one of {supported}"
         )
     mixture = file.value(f"{name}.expert_count", int, 0) > 0
     fitting = [row for row in rows if row.mixture in (None, mixture)]

@@ -24,7 +24,11 @@ SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3  # llama.cpp's numbers for what a 
 
 
 class Stated:
-    """The metadata of a file below the name of its architecture."""
+    """The metadata of a file below the name of its architecture.
+
+    Raises:
+        InputError: it states a number of blocks that the file cannot have.
+    """
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -32,6 +36,10 @@ class Stated:
         self.blocks = file.value(f"{self.arch}.block_count", int)
         self.layers = self.blocks - file.value(f"{self.arch}.nextn_predict_layers", int, 0)
         """Without the blocks after the last that predict further tokens, which nothing here runs."""
+        if not 1 <= self.layers <= self.blocks <= len(file.tensors):
+            raise InputError(
+                f"{file.path} states {self.blocks} blocks but holds {len(file.tensors)} tensors: download it again"
+            )
 
     def get(self, key: str) -> Any:
         return self.file.metadata.get(f"{self.arch}.{key}")

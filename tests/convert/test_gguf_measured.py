@@ -187,10 +187,13 @@ def test_a_converted_config_leaves_nothing_to_defaults(name: str, tmp_path: Path
             "does not state deepseek2.attention.key_length_mla",
         ),
         ("deepseek2", {"deepseek2.expert_weights_norm": True}, {}, "divides the weights of experts"),
+        ("glm4moe", {"glm4moe.block_count": 2**31, "glm4moe.nextn_predict_layers": 2**31 - 2}, {}, "blocks but holds"),
+        ("glm4moe", {"glm4moe.nextn_predict_layers": 2}, {}, "states 2 blocks but holds"),
         ("glm4moe", {"glm4moe.expert_gating_func": 1}, {}, "glm4moe.expert_gating_func 1"),
         ("gpt-oss", {"gpt-oss.expert_used_count": 5}, {}, "uses 5 of 4 experts"),
         ("llama4", {"llama4.expert_used_count": 2}, {}, "uses 2 experts for a token"),
         ("mamba2", {"mamba2.ssm.group_count": 2}, {}, "norms the state by groups"),
+        ("kimi-linear", {"kimi-linear.attention.head_count_kv": [1, 1]}, {}, "that mlx-lm's kimi_linear can build"),
         ("jamba", {"jamba.expert_count": 4}, {}, "has experts"),
         ("nemotron_h", {}, {"blk.0.ffn_up.weight": np.zeros((96, 64), np.float32)}, "layer 0 that is not of one kind"),
         ("apertus", {"xielu.alpha_p": None}, {}, "does not state apertus.xielu.alpha_p for each"),
@@ -235,7 +238,9 @@ def test_the_documentation_lists_what_converts() -> None:
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
     file = write_model(tmp_path / "t.gguf", replace(CASES["glm4"], arch="bert"), model_of(CASES["glm4"]))
-    with pytest.raises(InputError, match=r"'bert', which cannot be converted: supported are llama, .*gpt-oss"):
+    with pytest.raises(
+        InputError, match=r"'bert', which cannot be converted: give the original model .*gpt-oss.*llama"
+    ):
         converted(file)
 
 

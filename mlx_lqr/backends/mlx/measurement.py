@@ -56,7 +56,8 @@ class Measurement(measurement.Measurement):
     @property
     def findings(self) -> list[str]:
         how = "side by side" if self.merges else "one by one"
-        return [*super().findings, f"prompts of a batch are decoded {how}"]
+        beside = [f"blocks hand on {self.shared} numbers beside the residual stream; they are in the state"]
+        return [*super().findings, f"prompts of a batch are decoded {how}", *(beside if self.shared else [])]
 
 
 class Measured:
