@@ -118,7 +118,7 @@ def written(config: dict[str, Any], folder: Path, *, seed: int = 0, packed: dict
     folder.mkdir(parents=True, exist_ok=True)
     module = random_module(config, seed)
     if packed is not None:
-        module, config = library.quantize_model(module, config, **packed)
+        module, config = library.quantize_model(module, config, **packed, quant_predicate=_chosen_by(module))
     weights = {name: weight for name, weight in tree_flatten(module.parameters()) if isinstance(weight, mx.array)}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -128,6 +128,18 @@ def written(config: dict[str, Any], folder: Path, *, seed: int = 0, packed: dict
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def _chosen_by(module: nn.Module) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+    """How mlx-lm's model wants its parts packed, but for those that are too narrow for the groups that it wants."""
+    wanted = getattr(module, "quant_predicate", None) or (lambda path, part: True)
+
+    def predicate(path: str, part: nn.Module) -> bool | dict[str, Any]:
+        how: bool | dict[str, Any] = wanted(path, part)
+        too_narrow = isinstance(how, dict) and part.weight.shape[-1] % how["group_size"] > 0
+        return False if too_narrow else how
+
+    return predicate
 
 
 def random_module(config: dict[str, Any], seed: int = 0) -> nn.Module:
