@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON_OLDEST ?= $(PYTHON)
 OLDEST := .venv-oldest
 
-.PHONY: help demo test test-oldest test-gpu test-metal test-wheel lint docs figures clean
+.PHONY: help demo test test-families test-oldest test-gpu test-metal test-wheel lint docs figures families clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | column -t -s '#'
@@ -18,10 +18,15 @@ demo: $(VENV)/core ## fit a controller on a small model, and write with it
 # Two processes with a file of tests each, and a core each: BLAS threads of both would only wait for one another. With
 # COVERAGE=1 it also prints what they cover: a quarter slower with Python 3.11 and older, newer ones count lines at next
 # to no cost.
-test: $(VENV)/test ## all tests; COVERAGE=1 prints which files they cover least
+test: $(VENV)/test ## all tests but test-families; COVERAGE=1 prints which files they cover least
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(if $(COVERAGE),--cov --cov-report=)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/families \
+		$(if $(COVERAGE),--cov --cov-report=)
 	@[ -z "$(COVERAGE)" ] || $(BIN)/python -m coverage report | sed -n -e '1,14p' -e '$$p'
+
+# A tiny model of each architecture, one process a core.
+test-families: $(VENV)/test ## every architecture that mlx-lm has
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/families -n logical --dist worksteal
 
 # What other libraries' changes can break, with the oldest versions that pyproject.toml allows.
 test-oldest: $(OLDEST)/test ## what other libraries can change, with their oldest versions
@@ -53,6 +58,9 @@ docs: $(VENV)/docs ## the documentation as a site, in build/site
 
 figures: $(VENV)/core ## the pictures of the README, measured again
 	$(BIN)/python benchmarks/figures.py
+
+families: $(VENV)/core ## the page of architectures, measured again
+	$(BIN)/python benchmarks/families.py --markdown docs/families.md
 
 clean: ## remove environments and builds
 	rm -rf $(VENV) $(OLDEST) build *.egg-info .coverage

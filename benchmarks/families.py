@@ -1,8 +1,9 @@
 """Which architectures of mlx-lm can be steered, tried on tiny models with random weights.
 
-    python benchmarks/families.py                         # the configurations that the tests use too
+    python benchmarks/families.py                         # every architecture of the mlx-lm that is installed
     python benchmarks/families.py configs.json            # {name: config.json} of your own
-    python benchmarks/families.py configs.json --only qwen3_next --only gpt_oss
+    python benchmarks/families.py --only qwen3_next --only gpt_oss
+    make families                                         # write docs/families.md
 
 Every model is written to a folder, loaded from it, fitted with both costs, steered, decoded in a batch and in a chat.
 A column says "yes", or why not. The last two are relative errors against differences of mlx-lm's whole model: of single
@@ -11,142 +12,164 @@ A_k, and of the product of all.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
+import re
+import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import click
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-import mlx_lqr  # first, so that MLX gets its BLAS
-from mlx_lqr import InputError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from helpers import tiny_architectures
+from helpers.survey import STEPS, tried, written
+
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
-from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import first_line
-from mlx_lqr.runtime import Chat
+from mlx_lqr.files.atomic import writing
 
-# isort: split
-import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm import utils as library
+PAGE = """# Every architecture of mlx-lm
 
-CONFIGS = Path(__file__).parents[1] / "tests" / "helpers" / "families.json"
-POSITIVE, NEGATIVE = [[1, 2, 3, 9, 7], [4, 5, 6, 8, 7]], [[6, 7, 3, 2, 8], [8, 3, 1, 1, 8]]
-PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [5, 6, 7]]
-TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
-TOKENS = 8
-COLUMNS = ("load", "fit state", "fit feature", "generate", "batch", "chat")
+Made by `make families` on {date}, with mlx-lm {mlx_lm} and MLX {mlx}, on a CPU. Each row is a tiny model with random
+weights and every kind of layer that the family has. It was loaded from a folder, fitted with both costs, steered,
+decoded in a batch and in a chat: {works} of {all} work. A batch has the tokens of each prompt alone, a chat those of
+the conversation decoded anew.
 
+The errors are relative to differences of mlx-lm's own forward pass: of A<sub>k</sub>, the worst block, and of the
+product of all A<sub>k</sub>. [What they mean](models.md#other-architectures-on-mlx). Rows without them are of families
+that run on both backends, whose derivatives have tests of their own. A batch is decoded in one pass (together) or a
+prompt at a time.
 
-def written(config: dict[str, Any], folder: Path, seed: int = 0) -> Path:
-    """A folder with a random model of this config, its norms and biases random too, and a tokenizer of words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    mx.random.seed(seed)
-    family = config["model_type"]
-    names = vars(library).get("MODEL_ARCHITECTURE_REMAPPING", {})
-    named = [names[family, kind] for kind in config.get("architectures", ()) if (family, kind) in names]
-    family = next(iter(named), library.MODEL_REMAPPING.get(family, family))
-    architecture: Any = importlib.import_module(f"mlx_lm.models.{family}")
-    module = architecture.Model(architecture.ModelArgs.from_dict(config))
+{table}
 
-    def drawn(_: str, weight: Any) -> Any:
-        if not isinstance(weight, mx.array) or not mx.issubdtype(weight.dtype, mx.floating):
-            return weight
-        if weight.ndim == 1:
-            return weight + 0.1 * mx.random.normal(weight.shape)
-        return weight if mx.any(weight).item() else mx.random.normal(weight.shape) * weight.shape[-1] ** -0.5
+## Refused
 
-    module.update(tree_map_with_path(drawn, module.parameters()))
-    weights = {name: weight for name, weight in tree_flatten(module.parameters()) if isinstance(weight, mx.array)}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(64)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    return folder
+{refused}
+
+{without}
+"""
+"""docs/families.md."""
 
 
-def tried(config: dict[str, Any], place: Path) -> dict[str, str]:
-    """What each step of the way came to, by column."""
-    row: dict[str, str] = {}
-    kept: dict[str, Any] = {}
+@dataclass(frozen=True)
+class Row:
+    """One architecture."""
 
-    def step(column: str, work: Callable[[], Any]) -> bool:
+    steps: dict[str, str]
+    """Step -> "yes", or why not."""
+    seconds: float
+    batch: str = ""
+    jacobian: str = ""
+    chain: str = ""
+
+    @property
+    def works(self) -> bool:
+        return all(self.steps.get(step) == "yes" for step in STEPS)
+
+    @property
+    def reason(self) -> str:
+        return next(text for text in self.steps.values() if text != "yes")
+
+
+def row_of(config: dict[str, Any]) -> Row:
+    """What came of one configuration."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["MLX_LQR_CACHE"] = str(Path(place) / "cache")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
-                kept[column] = work()
-            row[column] = "yes"
-        except InputError as error:
-            row[column] = f"refused: {error}"
+            folder = written(config, Path(place) / "model")
         except (Exception, SystemExit) as error:
-            row[column] = f"CRASH: {type(error).__name__}: {first_line(error) if isinstance(error, Exception) else ''}"
-        return row[column] == "yes"
-
-    if not step("load", lambda: mlx_lqr.load(written(config, place), backend="mlx")):
-        return row
-    model: Model = kept["load"]
-    if isinstance(model, MeasuredModel):
-        row["A_k"], row["chain"] = f"{model.measurement.jacobian:.0e}", f"{model.measurement.chain:.1e}"
-        row["caches"] = "merged" if model.measurement.merges else "one by one"
-    for cost in ("state", "feature"):
-        step(f"fit {cost}", lambda cost=cost: mlx_lqr.fit(model, POSITIVE, NEGATIVE, cost=cost, layers="all"))
-    steering = {"controller": kept.get("fit feature"), "max_tokens": TOKENS}
-    step("generate", lambda: _alone(model, PROMPTS[0], steering))
-    step("batch", lambda: _batch_agrees(model, steering))
-    step("chat", lambda: _chat_agrees(model, kept.get("fit feature")))
-    return row
+            why = first_line(error) if isinstance(error, Exception) else f"its module ends the process ({error})"
+            return Row({"load": f"mlx-lm makes no model of this: {why}"}, time.perf_counter() - start)
+        trial = tried(folder)
+    measured, seconds = trial.model, time.perf_counter() - start
+    if not isinstance(measured, MeasuredModel):
+        return Row(trial.steps, seconds, "together" if trial.works else "")
+    errors = measured.measurement
+    batch = "together" if errors.merges else "one by one"
+    return Row(trial.steps, seconds, batch, f"{errors.jacobian:.0e}", f"{errors.chain:.0e}")
 
 
-def _alone(model: Model, prompt: list[int], options: dict[str, Any]) -> list[int | None]:
-    return [piece.token for piece in mlx_lqr.stream(model, prompt, **options)]
+def rows_of(configs: dict[str, dict[str, Any]], jobs: int) -> Iterator[tuple[str, Row]]:
+    """Each configuration with its row, in their order; a process that dies is a row too."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    pool = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
+    with pool(jobs) as several:
+        futures = {name: several.submit(row_of, config) for name, config in configs.items()}
+        for name, future in futures.items():
+            row = _result(future)
+            if row is None:  # this process or one beside it died
+                with pool(1) as alone:
+                    row = _result(alone.submit(row_of, configs[name]))
+            yield name, row or Row({"load": "CRASH: the process died"}, 0.0)
 
 
-def _batch_agrees(model: Model, options: dict[str, Any]) -> None:
-    answers: list[list[int | None]] = [[] for _ in PROMPTS]
-    for i, piece in mlx_lqr.batch_stream(model, PROMPTS, **options):
-        answers[i].append(piece.token)
-    if answers != [_alone(model, prompt, options) for prompt in PROMPTS]:
-        raise AssertionError("other tokens than each prompt alone")
+def _result(future: Future[Row]) -> Row | None:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return None
 
 
-def _chat_agrees(model: Model, controller: Any) -> None:
-    chat = Chat(model, options={"max_tokens": TOKENS})
-    if controller is not None:
-        chat.add(controller)
-    for question in ("w1 w2 w3", "w4 w5"):
-        tokens = [piece.token for piece in chat.answer(question)]
-        again = _alone(
-            model, model.tokenizer.chat(chat.messages[:-1]), {"controller": controller, "max_tokens": TOKENS}
-        )
-        if tokens != again:
-            raise AssertionError("other tokens than decoded anew")
+def markdown(rows: dict[str, Row]) -> str:
+    """The page of the documentation."""
+    table = ["| architecture | batch | error of A<sub>k</sub> | of their product |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        if row.works:
+            table.append(f"| {name} | {row.batch} | {row.jacobian} | {row.chain} |")
+    refused = ["| architecture | why |", "|---|---|"]
+    refused += [f"| {name} | {said(row.reason)} |" for name, row in rows.items() if not row.works]
+    without = [f"No tiny model is made of {name}: {why}." for name, why in tiny_architectures.WITHOUT.items()]
+    return PAGE.format(
+        date=date.today(),
+        mlx_lm=metadata.version("mlx-lm"),
+        mlx=metadata.version("mlx"),
+        works=sum(row.works for row in rows.values()),
+        all=len(rows),
+        table="\n".join(table),
+        refused="\n".join(refused),
+        without="\n".join(without),
+    )
+
+
+def said(reason: str) -> str:
+    """A refusal without what all of them say."""
+    return re.sub(r"^refused: (models of the type .* cannot be steered: )?|: use another model$", "", reason)
 
 
 @click.command(help=__doc__)
-@click.argument("configs", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=CONFIGS)
+@click.argument("configs", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=False)
 @click.option("--only", multiple=True, help="The configurations to try; by default all.")
-def main(configs: Path, only: tuple[str, ...]) -> None:
-    table = json.loads(configs.read_text("utf-8"))
-    rows: dict[str, dict[str, str]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        os.environ["MLX_LQR_CACHE"] = str(Path(place) / "cache")
-        for name in only or table:
-            start = time.perf_counter()
-            rows[name] = tried(table[name], Path(place) / name)
-            cells = [rows[name].get(column, "") for column in (*COLUMNS, "caches", "A_k", "chain")]
-            print("|", " | ".join([name, *cells, f"{time.perf_counter() - start:.1f} s"]), "|", flush=True)
-            for file in (Path(place) / name).glob("*"):
-                file.unlink()
-    for column in COLUMNS:
-        print(f"{column}: {sum(row.get(column) == 'yes' for row in rows.values())} of {len(rows)}")
+@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, help="Processes; by default one a core.")
+@click.option("--markdown", "page", type=click.Path(dir_okay=False, path_type=Path), help="The page to write.")
+def main(configs: Path | None, only: tuple[str, ...], jobs: int, page: Path | None) -> None:
+    if configs is None:
+        table = {name: tiny_architectures.tiny_config(name) for name in only or tiny_architectures.architectures()}
+    else:
+        table = json.loads(configs.read_text("utf-8"))
+        table = {name: table[name] for name in only or table}
+    rows: dict[str, Row] = {}
+    for name, row in rows_of(table, jobs):
+        rows[name] = row
+        cells = [*(row.steps.get(step, "") for step in STEPS), row.batch, row.jacobian, row.chain]
+        print("|", " | ".join([name, *cells, f"{row.seconds:.1f} s"]), "|", flush=True)
+    for step in STEPS:
+        print(f"{step}: {sum(row.steps.get(step) == 'yes' for row in rows.values())} of {len(rows)}")
+    if page is not None:
+        with writing(page) as temporary:
+            temporary.write_text(markdown(rows), "utf-8")
 
 
 if __name__ == "__main__":

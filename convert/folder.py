@@ -11,13 +11,13 @@ import mlx.core as mx
 from gguf.constants import GGMLQuantizationType
 
 from mlx_lqr.backends.mlx.device import on_gpu
-from mlx_lqr.backends.mlx.library import quantised_by
+from mlx_lqr.backends.mlx.library import may_be_cast, quantised_by
 from mlx_lqr.backends.mlx.load import DTYPES
 from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 
-from .gguf_architectures import architecture
+from .architectures import architecture
 from .gguf_config import model_config
 from .gguf_file import FLOAT_TYPES, GGUFFile
 from .gguf_parts import open_gguf
@@ -94,16 +94,17 @@ def _convert_gguf(
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config |= identifiers | {"torch_dtype": chosen}
+    written = row.written(config) | identifiers | {"torch_dtype": chosen}
     names = list(weights.shapes)
-    arrays: Iterator[tuple[str, mx.array]] = ((name, cast(name, array, DTYPES[chosen])) for name, array in weights)
+    narrow = {name: DTYPES[chosen] if may_be_cast(weights.module, name) else mx.float32 for name in names}
+    arrays: Iterator[tuple[str, mx.array]] = ((name, cast(name, array, narrow[name])) for name, array in weights)
     if quantize is not None:
         common = {"group_size": group_size, "bits": quantize, "mode": "affine"}
         matrices = _matrices(weights, common)
         names = [part for name in names for part in _parts(name, matrices)]
         arrays = _quantized(arrays, matrices)
-        config["quantization"] = config["quantization_config"] = _quantization(matrices, common)
-    write_json(folder / "config.json", config)
+        written["quantization"] = written["quantization_config"] = _quantization(matrices, common)
+    write_json(folder / "config.json", written)
     write_json(
         folder / "generation_config.json", {key: value for key, value in identifiers.items() if value is not None}
     )
@@ -126,9 +127,9 @@ def _matrices(weights: GGUFWeights, common: dict[str, Any]) -> dict[str, dict[st
     modules = dict(weights.module.named_modules())
     matrices: dict[str, dict[str, Any] | None] = {}
     for name, shape in weights.shapes.items():
-        if len(shape) < 2:
-            continue
         path = name.removesuffix(".weight")
+        if len(shape) < 2 or not hasattr(modules.get(path), "to_quantized"):
+            continue
         choice = wanted(path, modules[path])
         settings = common | choice if isinstance(choice, dict) else common
         group = group_for(shape[-1], settings["group_size"]) if choice else None

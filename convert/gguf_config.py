@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, first_line
 
-from .gguf_architectures import Architecture
+from .architectures import Architecture, Stated
 from .gguf_file import GGUFFile
 from .rope import rope_scaling
 
-# keys that switch on a computation that mlx-lm's models lack, and the values that leave it off
+# keys that switch on a computation that most of mlx-lm's models lack, and the values that leave it off
 _UNSUPPORTED: dict[str, tuple[float, ...]] = {
     "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
     "attention.causal": (True,),
+    "attention.temperature_scale": (0.0,),
     "embedding_scale": (0.0,),
     "residual_scale": (0.0,),
     "logit_scale": (0.0,),
@@ -35,62 +36,80 @@ def model_config(file: GGUFFile, row: Architecture) -> dict[str, Any]:
     Raises:
         InputError: a value is missing, or MLX cannot do what it asks for.
     """
-    arch = row.name
+    arch, stated = row.name, Stated(file)
     for key, off in _UNSUPPORTED.items():
-        if file.metadata.get(f"{arch}.{key}", off[0]) not in off:
+        if key not in row.understands and file.metadata.get(f"{arch}.{key}", off[0]) not in off:
             raise InputError(f"{file.path} is a model with {arch}.{key}, which cannot be converted: use another model")
+    theta = stated.real("rope.freq_base", 10000.0)
+    if not theta > 0:
+        raise InputError(f"{file.path} states {arch}.rope.freq_base as {theta}: download it again")
+    layer_norm = stated.get("attention.layer_norm_epsilon")
+    rms = f"{arch}.attention.layer_norm_rms_epsilon"
+    config: dict[str, Any] = {
+        "architectures": [row.transformers_class],
+        "model_type": row.model_type,
+        "vocab_size": _vocabulary_rows(file),
+        "hidden_size": stated.whole("embedding_length"),
+        "intermediate_size": _size(stated, row, "feed_forward_length"),
+        "num_hidden_layers": stated.layers,
+        **(_own_heads(stated) if row.own_heads else _heads(stated, row)),
+        "rms_norm_eps": file.value(rms, float, layer_norm),
+        "max_position_embeddings": stated.whole("context_length"),
+        "rope_theta": theta,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_dropout": 0.0,
+    }
+    rotated = stated.whole("rope.dimension_count", config.get("head_dim", 0))
+    config["rope_scaling"] = None if row.own_rope else rope_scaling(file, arch, rotated, theta)
+    norm = {"norm_eps": stated.real("attention.layer_norm_epsilon", config["rms_norm_eps"])}
+    return config | _own_settings(stated, row, config | norm)
 
-    hidden = file.value(f"{arch}.embedding_length", int)
-    heads = _same_in_all_layers(file, f"{arch}.attention.head_count")
-    kv_heads = _same_in_all_layers(file, f"{arch}.attention.head_count_kv", heads)
+
+def _own_settings(stated: Stated, row: Architecture, config: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return row.settings(stated, config)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{stated.file.path} states sizes that no model has ({first_line(error)}): download it again"
+        ) from error
+
+
+def _heads(stated: Stated, row: Architecture) -> dict[str, int]:
+    """How many heads of which size; the usual case, where all have one size and RoPE turns them whole."""
+    file, arch = stated.file, stated.arch
+    heads = _size(stated, row, "attention.head_count")
+    kv_heads = _size(stated, row, "attention.head_count_kv", heads)
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise InputError(f"{file.path} states {heads} heads over {kv_heads} key-value heads: download it again")
-    head_dim = file.value(f"{arch}.attention.key_length", int, hidden // heads)
-    rotated = file.value(f"{arch}.rope.dimension_count", int, head_dim)
+    head_dim = stated.whole("attention.key_length", stated.whole("embedding_length") // heads)
+    rotated = stated.whole("rope.dimension_count", head_dim)
     for key, size in (
-        ("attention.value_length", file.value(f"{arch}.attention.value_length", int, head_dim)),
+        ("attention.value_length", stated.whole("attention.value_length", head_dim)),
         ("rope.dimension_count", head_dim if row.partial_rope and 0 < rotated <= head_dim else rotated),
     ):
         if size != head_dim:
             raise InputError(
                 f"{file.path} has {arch}.{key} unlike its head size {head_dim}: MLX cannot do that, use another model"
             )
-    theta = file.value(f"{arch}.rope.freq_base", float, 10000.0)
-    if not theta > 0:
-        raise InputError(f"{file.path} states {arch}.rope.freq_base as {theta}: download it again")
-    layers = file.value(f"{arch}.block_count", int)
-    if layers > len(file.tensors):
-        raise InputError(f"{file.path} states {layers} blocks but holds {len(file.tensors)} tensors: download it again")
-    config: dict[str, Any] = {
-        "architectures": [row.transformers_class],
-        "model_type": row.model_type,
-        "vocab_size": _vocabulary_rows(file),
-        "hidden_size": hidden,
-        "intermediate_size": _same_in_all_layers(file, f"{arch}.feed_forward_length"),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "rms_norm_eps": file.value(f"{arch}.attention.layer_norm_rms_epsilon", float),
-        "max_position_embeddings": file.value(f"{arch}.context_length", int),
-        "rope_theta": theta,
-        "rope_scaling": rope_scaling(file, arch, rotated, theta),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_dropout": 0.0,
-    }
-    return config | row.settings(file, config)
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
 
 
-def _same_in_all_layers(file: GGUFFile, key: str, default: int | None = None) -> int:
+def _own_heads(stated: Stated) -> dict[str, int]:
+    heads = stated.whole("attention.head_count")
+    return {"num_attention_heads": heads} if heads else {}
+
+
+def _size(stated: Stated, row: Architecture, key: str, default: int | None = None) -> int:
     """An integer that some files state once and others for each layer."""
-    value = file.metadata.get(key)
-    if isinstance(value, list) and value and all(item == value[0] for item in value):
-        file.metadata[key] = value[0]
-    elif isinstance(value, list):
+    value = stated.get(key)
+    if isinstance(value, list) and not row.by_layer and any(item != value[0] for item in value):
         raise InputError(
-            f"{file.path} states a different {key} for each layer, which cannot be converted: use another model"
+            f"{stated.file.path} states a different {stated.arch}.{key} for each layer, which cannot be converted: "
+            "use another model"
         )
-    return file.value(key, int, default)
+    return stated.whole(key, default)
 
 
 def _vocabulary_rows(file: GGUFFile) -> int:

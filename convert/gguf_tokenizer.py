@@ -1,8 +1,9 @@
 """GGUF metadata -> the tokenizer files of a Hugging Face folder.
 
-GGUF files of the supported models have two kinds of tokenizer. "gpt2" is byte-level BPE with its merges. "llama" is
+GGUF files of the supported models have three kinds of tokenizer. "gpt2" is byte-level BPE with its merges. "llama" is
 SentencePiece BPE, whose merges have to be recovered: SentencePiece joins the two neighbours whose union is the piece
 with the highest score, so every way to cut a piece into two pieces is a merge, ranked by the score of the whole piece.
+"gemma4" spells spaces as SentencePiece does, and has its merges.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .gguf_file import GGUFFile
 from .pre_tokenizers import PreTokenizer, pre_tokenizer
 from .write import write_json
 
+_KINDS = ("gpt2", "llama", "gemma4")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # token types
 _SPACE = "\u2581"  # how SentencePiece spells a space
 _KEY = "tokenizer.ggml."
@@ -44,6 +46,10 @@ _END_OF_TURN = (
     "_<EOT>",
     "<|return|>",
     "<|call|>",
+    "[EOT]",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<turn|>",
+    "[e~[",
 )
 # DeepSeek's have a wide bar.
 _CONTROL_LOOKING = re.compile("<([|\uff5c])[^\\s<>|\uff5c]+\\1>|<(?:start|end)_of_turn>")
@@ -59,12 +65,15 @@ class GGUFTokenizer:
     def __init__(self, file: GGUFFile) -> None:
         self._file = file
         self.kind = file.value(_KEY + "model", str)
-        if self.kind not in ("gpt2", "llama"):
-            raise InputError(f"{file.path} has a tokenizer of kind {self.kind!r}: supported are gpt2 and llama")
+        if self.kind not in _KINDS:
+            raise InputError(
+                f"{file.path} has a tokenizer of kind {self.kind!r}: supported are {', '.join(_KINDS)}; "
+                "convert the original model"
+            )
         self.tokens: list[str] = file.strings(_KEY + "tokens")
         stated = self._list_like_tokens("token_type", [_NORMAL] * len(self.tokens))
         self._types = [_type(token, kind) for token, kind in zip(self.tokens, stated, strict=True)]
-        if self.kind == "llama":  # SentencePiece matches these in text whose spaces are already replaced
+        if self.kind != "gpt2":  # SentencePiece matches these in text whose spaces are already replaced
             self.tokens = [
                 token.replace(_SPACE, " ") if kind == _USER_DEFINED else token
                 for token, kind in zip(self.tokens, self._types, strict=True)
@@ -77,7 +86,14 @@ class GGUFTokenizer:
         self._cutting = pre_tokenizer(file.value(_KEY + "pre", str)) if self.kind == "gpt2" else None
         self.adds_bos = file.value(_KEY + "add_bos_token", bool, self._cutting is None or self._cutting.adds_bos)
         self.adds_eos = file.value(_KEY + "add_eos_token", bool, False)
-        self.tokenizer = self._sentencepiece() if self._cutting is None else self._byte_level(self._cutting)
+        if self._cutting is not None:
+            self.tokenizer = self._byte_level(self._cutting)
+        elif self.kind == "llama":
+            self.tokenizer = self._sentencepiece(
+                self._recovered_merges(), file.value(_KEY + "add_space_prefix", bool, True)
+            )
+        else:
+            self.tokenizer = self._sentencepiece(self._stated_merges(), prefixed=False)
         self._add_special_tokens()
 
     @property
@@ -94,7 +110,10 @@ class GGUFTokenizer:
     def eos_token_ids(self) -> list[int]:
         """All tokens that end generation: the end of the text first, then ends of a turn."""
         stated = [self._file.metadata.get(f"{_KEY}{name}_token_id") for name in ("eot", "eom")]
-        known = [self._vocabulary[token] for token in _END_OF_TURN if token in self._vocabulary]
+        named = [token for token in _END_OF_TURN if token in self._vocabulary]
+        if {"<|return|>", "<|call|>"} <= set(named):  # gpt-oss ends a message with <|end|>, after which it goes on
+            named = [token for token in named if token != "<|end|>"]
+        known = [self._vocabulary[token] for token in named]
         ends = [self._special.get("eos_token"), *stated, *known]
         return list(dict.fromkeys(token for token in ends if isinstance(token, int) and 0 <= token < len(self.tokens)))
 
@@ -115,23 +134,24 @@ class GGUFTokenizer:
         write_json(folder / "tokenizer_config.json", config)
 
     def _byte_level(self, cutting: PreTokenizer) -> Tokenizer:
-        merges = [_pair(merge) for merge in self._file.strings(_KEY + "merges")]
-        # llama.cpp skips merges of unknown pieces; the tokenizers library refuses them
-        known = [(left, right) for left, right in merges if {left, right, left + right} <= self._vocabulary.keys()]
-        tokenizer = Tokenizer(models.BPE(self._vocabulary, known, ignore_merges=cutting.whole_words))
+        tokenizer = Tokenizer(models.BPE(self._vocabulary, self._stated_merges(), ignore_merges=cutting.whole_words))
         if cutting.nfc:
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = cutting.build()
         tokenizer.decoder = decoders.ByteLevel()
         return tokenizer
 
-    def _sentencepiece(self) -> Tokenizer:
-        prefixed = self._file.value(_KEY + "add_space_prefix", bool, True)
+    def _stated_merges(self) -> list[tuple[str, str]]:
+        merges = [_pair(merge) for merge in self._file.strings(_KEY + "merges")]
+        # llama.cpp skips merges of unknown pieces; the tokenizers library refuses them
+        return [(left, right) for left, right in merges if {left, right, left + right} <= self._vocabulary.keys()]
+
+    def _sentencepiece(self, merges: list[tuple[str, str]], prefixed: bool) -> Tokenizer:
         unknown = self._special.get("unk_token")
         tokenizer = Tokenizer(
             models.BPE(
                 self._vocabulary,
-                self._recovered_merges(),
+                merges,
                 unk_token=None if unknown is None else self.tokens[unknown],
                 fuse_unk=True,
                 byte_fallback=True,

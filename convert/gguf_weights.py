@@ -1,38 +1,49 @@
-"""GGUF tensors -> MLX weights: names, row orders and Gemma's norms are translated.
+"""GGUF tensors -> MLX weights: names, row orders and norms are translated.
 
 Which weights there are, and their shapes, is asked of mlx-lm's model class. Which tensor holds each is asked of the
-`gguf` package, whose maps go from the names of the original checkpoints to llama.cpp's.
+`gguf` package, whose maps go from the names of the original checkpoints to llama.cpp's, and of the architecture's row.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from gguf import get_tensor_name_map
-from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_lqr.backends.checkpoint.config import model_config
-from mlx_lqr.backends.mlx.family import arguments
-from mlx_lqr.backends.mlx.library import model_classes
-from mlx_lqr.errors import InputError, first_line
+from mlx_lqr.errors import InputError
 
-from .gguf_architectures import Architecture
+from .architectures import Architecture, Stated
+from .architectures.layouts import COMMON, STACKED, unpermute
+from .architectures.row import Make
 from .gguf_file import GGUFFile
+from .gguf_module import built, parameters
 from .rope import FACTOR_TENSORS
 
-# mlx-lm stacks the experts of a layer as llama.cpp does; the maps have these names for them
-_STACKED = {".block_sparse_moe.": ".mlp.", ".switch_mlp.": ".experts."}
+_BLOCK = re.compile(r"\.(?:layers|h)\.(\d+)\.")
 _ORDER = (
     *("attn_norm", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"),
     *("ffn_norm", "ffn_gate_inp", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
     *("attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm"),
 )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a weight comes from: tensors of the file, and what makes them the weight; or values of the metadata.
+
+    `rows`: where it is a part of the tensor, the rows (first, last) that it has there.
+    """
+
+    tensors: tuple[str, ...]
+    make: Make | None = None
+    rows: tuple[int, int] | None = None
+    value: float | None = None
 
 
 class GGUFWeights:
@@ -48,96 +59,135 @@ class GGUFWeights:
     def __init__(self, file: GGUFFile, row: Architecture, config: dict[str, Any], dtype: str) -> None:
         self._file = file
         self._row = row
+        self._stated = Stated(file)
         self._config = config
         self._embedding_factor = _embedding_factor(config, dtype)
-        self.module = _module(file, config)
-        names = _tensor_names(self.module, row, config)
-        self.shapes = {name: array.shape for name, array in _parameters(self.module, config).items()}
-        self.shapes = {name: self.shapes[name] for name in sorted(self.shapes, key=lambda name: _place(names[name]))}
-        self._source = {name: tensor for name, tensor in names.items() if tensor in file.tensors}
-        self._check(names)
+        self.module = built(file, row, config)
+        known = get_tensor_name_map(row.tensors, self._stated.layers)
+        shapes = {name: array.shape for name, array in parameters(self.module, row, config).items()}
+        self._sources = {name: self._source(name, shape, known) for name, shape in shapes.items()}
+        self.shapes = {name: shapes[name] for name in sorted(shapes, key=lambda name: _place(self._sources[name]))}
+        self._check()
 
     def load(self, name: str) -> mx.array:
         """The weight `name`, as float32."""
-        if name not in self._source:  # a bias that MLX requires and the file does not have: zero
+        source = self._sources[name]
+        if source.value is not None:
+            return mx.array(source.value)
+        if source.tensors[0] not in self._file.tensors:  # a bias that MLX requires and the file does not have: zero
             return mx.zeros(self.shapes[name])
-        tensor = self._file.read(self._source[name])
-        if self._row.neighbours_turn and ".q_proj." in name:
-            tensor = _unpermute(tensor, self._config["num_attention_heads"])
-        elif self._row.neighbours_turn and ".k_proj." in name:
-            tensor = _unpermute(tensor, self._config["num_key_value_heads"])
-        elif self._row.whole_norms and "norm." in name:
-            if name == "model.norm.weight" and self._config["tie_word_embeddings"]:
-                # the output layer has the embedding's factor as well
-                tensor = np.divide(tensor, self._embedding_factor, dtype=np.float32)
-            tensor = tensor - 1  # llama.cpp multiplies by the stored weight, Gemma's own norm by 1 + weight
-        elif name == "model.embed_tokens.weight" and self._embedding_factor != 1:
-            tensor = tensor * self._embedding_factor
+        parts = [self._file.read(tensor) for tensor in source.tensors]
+        try:
+            tensor = source.make(parts, self._config) if source.make is not None else parts[0]
+            if source.rows is not None:
+                tensor = tensor[..., slice(*source.rows), :] if tensor.ndim > 1 else tensor[slice(*source.rows)]
+            tensor = self._in_order(name, tensor).reshape(self.shapes[name])
+        except (ValueError, IndexError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise self._unlike(source.tensors[0], self.shapes[name]) from error
         return mx.array(tensor)
 
     def __iter__(self) -> Iterator[tuple[str, mx.array]]:
         return ((name, self.load(name)) for name in self.shapes)
 
-    def _check(self, names: dict[str, str]) -> None:
-        path, tensors = self._file.path, self._file.tensors
-        for tensor in sorted(tensors.keys() - names.values() - set(FACTOR_TENSORS)):
-            raise InputError(
-                f"{path} holds the tensor {tensor[:80]!r}, which this kind of model does not have: use another file"
-            )
-        for name, tensor in names.items():
-            if tensor not in tensors:
-                if not name.endswith(".bias"):
-                    raise InputError(f"{path} lacks the tensor for {name}: download it again")
-            elif tensors[tensor].shape != self.shapes[name]:
-                shape = tensors[tensor].shape
-                raise InputError(
-                    f"{path} has {tensor} in the shape {shape}, not {self.shapes[name]}: download it again"
-                )
+    def _in_order(self, name: str, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+        if self._row.neighbours_turn and ".q_proj." in name:
+            return unpermute(tensor, self._config["num_attention_heads"])
+        if self._row.neighbours_turn and ".k_proj." in name:
+            return unpermute(tensor, self._config["num_key_value_heads"])
+        if self._row.whole_norms and name.endswith("norm.weight"):
+            if name == "model.norm.weight" and self._config["tie_word_embeddings"]:
+                # the output layer has the embedding's factor as well
+                tensor = np.divide(tensor, self._embedding_factor, dtype=np.float32)
+            return tensor - 1  # llama.cpp multiplies by the stored weight, the model's own norm by 1 + weight
+        if name == "model.embed_tokens.weight" and self._embedding_factor != 1:
+            return tensor * self._embedding_factor
+        return tensor
 
+    def _source(self, name: str, shape: tuple[int, ...], known: Any) -> _Source:
+        block = _BLOCK.search(name)
+        rule = next((rule for rule in (*self._row.stored, *COMMON) if re.search(rule.name + "$", name)), None)
+        if rule is not None and rule.metadata is not None and block is not None:
+            return _Source((), value=float(self._stated.each(rule.metadata)[int(block[1])]))
+        make = None if rule is None else rule.make
+        if rule is not None and rule.tensors:
+            place = "" if block is None else f"blk.{block[1]}."
+            return self._stored(_Source(tuple(place + tensor for tensor in rule.tensors), make), shape)
+        return self._stored(_Source((self._mapped(name, known),), make), shape)
 
-def _module(file: GGUFFile, config: dict[str, Any]) -> nn.Module:
-    """mlx-lm's model of this config. Its arrays are never evaluated, so it takes no memory."""
-    try:
-        meaning = model_config(config)
-        Model, ModelArgs = model_classes(meaning.family)
-        module: nn.Module = Model(ModelArgs.from_dict(arguments(meaning)))
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, MemoryError) as error:
-        if isinstance(error, InputError):
-            raise InputError(f"{file.path} cannot be converted: {error}") from error
+    def _mapped(self, name: str, known: Any) -> str:
+        """`model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`."""
+        original = name.removeprefix("language_model.").replace("model.language_model.", "model.")
+        for pattern, replacement in self._row.renames:
+            original = re.sub(pattern, replacement, original)
+        tried = [original]
+        if re.search(STACKED, original):
+            tried = [re.sub(STACKED, f".{part}.experts.", original) for part in ("mlp", "block_sparse_moe", "mixer")]
+        for candidate in tried:
+            tensor: str | None = known.get_name(candidate, try_suffixes=(".weight", ".bias"))
+            if tensor is not None:
+                return tensor
         raise InputError(
-            f"{file.path} states sizes that no model has ({first_line(error)}): download it again"
-        ) from error
-    return module
+            f"the gguf package has no name for {name} of {self._row.name}: update it (pip install -U gguf)"
+        )
+
+    def _stored(self, source: _Source, shape: tuple[int, ...]) -> _Source:
+        """`source`, or where the file has it instead."""
+        tensors = self._file.tensors
+        first = source.tensors[0]
+        if all(tensor in tensors for tensor in source.tensors):
+            return source
+        if first == "output.weight" and "token_embd.weight" in tensors:  # one for both, in a class with a head
+            return _Source(("token_embd.weight",))
+        if first.removesuffix(".weight") in tensors:
+            return _Source((first.removesuffix(".weight"),), source.make)
+        fused = re.fullmatch(r"(blk\.\d+\.)(attn_[qkv]|ffn_(?:gate|up)_exps)(\.\w+)", first)
+        if fused is None:
+            return source
+        whole = "attn_qkv" if fused[2].startswith("attn") else "ffn_gate_up_exps"
+        name = f"{fused[1]}{whole}{fused[3]}"
+        if name not in tensors or len(tensors[name].shape) != len(shape):
+            return source
+        axis = -1 if fused[3] == ".bias" else -2
+        total, rows = tensors[name].shape[axis], shape[axis]
+        start = {"attn_k": total - 2 * rows, "attn_v": total - rows, "ffn_up_exps": total - rows}.get(fused[2], 0)
+        return _Source((name,), source.make, (start, start + rows))
+
+    def _check(self) -> None:
+        path, tensors = self._file.path, self._file.tensors
+        used = {tensor for source in self._sources.values() for tensor in source.tensors}
+        for tensor in sorted(tensors.keys() - used - set(FACTOR_TENSORS)):
+            block = re.match(r"blk\.(\d+)\.", tensor)
+            beyond = block is not None and self._stated.layers <= int(block[1]) < self._stated.blocks
+            if not beyond and not any(re.search(pattern, tensor) for pattern in self._row.unused):
+                raise InputError(
+                    f"{path} holds the tensor {tensor[:80]!r}, which this kind of model does not have: use another file"
+                )
+        for name, source in self._sources.items():
+            for tensor in source.tensors:
+                if tensor not in tensors and not tensor.endswith(".bias"):
+                    raise InputError(f"{path} lacks the tensor for {name}: download it again")
+            as_it_is = source.make is None and source.rows is None and source.value is None
+            if as_it_is and source.tensors[0] in tensors:
+                stored = tensors[source.tensors[0]].shape
+                if _squeezed(stored) != _squeezed(self.shapes[name]):
+                    raise self._unlike(source.tensors[0], self.shapes[name])
+
+    def _unlike(self, tensor: str, shape: tuple[int, ...]) -> InputError:
+        stored = self._file.tensors[tensor].shape
+        return InputError(f"{self._file.path} has {tensor} in the shape {stored}, not {shape}: download it again")
 
 
-def _parameters(module: nn.Module, config: dict[str, Any]) -> dict[str, mx.array]:
-    parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
-    if config["tie_word_embeddings"]:
-        parameters.pop("lm_head.weight", None)  # some classes build a head all the same
-    return parameters
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """llama.cpp leaves lengths of 1 out, or has more of them."""
+    return tuple(length for length in shape if length != 1)
 
 
-def _tensor_names(module: nn.Module, row: Architecture, config: dict[str, Any]) -> dict[str, str]:
-    """MLX name -> GGUF name of every weight.
-
-    `model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`.
-    """
-    known = get_tensor_name_map(row.tensors, config["num_hidden_layers"])
-    names = {}
-    for name in _parameters(module, config):
-        original = name
-        for ours, theirs in _STACKED.items():
-            original = original.replace(ours, theirs)
-        tensor = known.get_name(original, try_suffixes=(".weight", ".bias"))
-        if tensor is None:
-            raise InputError(f"the gguf package has no name for {name} of {row.name}: update it (pip install -U gguf)")
-        names[name] = tensor
-    return names
-
-
-def _place(tensor: str) -> tuple[int, ...]:
-    """Where a tensor is written: the embedding, the blocks, the norm, the head."""
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", tensor)
+def _place(source: _Source) -> tuple[int, ...]:
+    """Where a weight is written: the embedding, the blocks, the norm, the head."""
+    tensor = source.tensors[0] if source.tensors else ""
+    block = re.fullmatch(r"blk\.(\d+)\.([\w.]+?)(?:\.(weight|bias))?", tensor)
     if block is None:
         return (0,) if tensor.startswith("token_embd.") else (2,) if tensor.startswith("output_norm.") else (3,)
     kind = _ORDER.index(block[2]) if block[2] in _ORDER else len(_ORDER)
@@ -154,10 +204,3 @@ def _embedding_factor(config: dict[str, Any], dtype: str) -> np.float32:
     if config["model_type"] != "gemma3_text" or dtype != "float32":
         return np.float32(1)
     return np.float32(scale / mx.array(scale, mx.bfloat16).astype(mx.float32).item())
-
-
-def _unpermute(tensor: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Undo the row order of llama.cpp's Llama, which rotates neighbouring rows of a head instead of its two halves."""
-    pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
-    halves: NDArray[np.float32] = pairs.swapaxes(1, 2).reshape(tensor.shape)
-    return halves

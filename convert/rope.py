@@ -25,6 +25,7 @@ from .gguf_file import GGUFFile
 FACTORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 FACTOR_TENSORS = (FACTORS, LONG, SHORT)
 _LLAMA_3 = (1.0, 4.0, 8192)  # L, H, O of every Llama 3 so far
+_LLAMA_4 = (1.0, 1.0, 8192)  # of Scout, where nothing is between
 
 
 def rope_scaling(file: GGUFFile, arch: str, dims: int, theta: float) -> dict[str, Any] | None:
@@ -65,7 +66,7 @@ def recover_llama3(factors: NDArray[np.float32], head_dim: int, theta: float) ->
     measured = factors.astype(np.float64)
     inverse_wavelen = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
     factor = _tidy(float(measured.max()))
-    candidates = [_LLAMA_3]
+    candidates = [_LLAMA_3, _LLAMA_4]
     between = (measured > 1) & (measured < measured.max())
     if between.sum() >= 2:
         # s is linear in 1 / wavelen: slope O / (H - L), intercept -L / (H - L)
@@ -88,6 +89,8 @@ def recover_llama3(factors: NDArray[np.float32], head_dim: int, theta: float) ->
 def _llama3_factors(
     inverse_wavelen: NDArray[np.float64], factor: float, low: float, high: float, original: int
 ) -> NDArray[np.float64]:
+    if high == low:
+        return np.where(original * inverse_wavelen < low, factor, 1.0)
     smooth = np.clip((original * inverse_wavelen - low) / (high - low), 0.0, 1.0)
     return 1 / ((1 - smooth) / factor + smooth)
 

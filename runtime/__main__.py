@@ -31,7 +31,14 @@ from mlx_lqr.runtime.arguments import (
     parse_controller,
 )
 from mlx_lqr.runtime.decode import Overflow
-from mlx_lqr.runtime.streams import STOPPED, accept_any_text, describe, drop_output, reader_has_gone
+from mlx_lqr.runtime.streams import (
+    STOPPED,
+    accept_any_text,
+    describe,
+    drop_output,
+    first_process_speaks,
+    reader_has_gone,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     accept_any_text()
     try:
-        _generate(_parser().parse_args(arguments))
+        with first_process_speaks():
+            _generate(_parser().parse_args(arguments))
     except InputError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.text import is_unicode
+from mlx_lqr.launched import count
 from mlx_lqr.lqr.strength import Strengths, default_strength
 from mlx_lqr.methods.steering import Steering, combine, load_steering
 
@@ -109,6 +110,8 @@ def given_or_piped(prompt: str | None) -> str:
 
 
 def _piped() -> str:
+    if count() > 1:  # mlx.launch hands on what is typed, but not that it has ended
+        raise InputError("under mlx.launch, give the text to continue with -p TEXT")
     if sys.stdin is None or sys.stdin.isatty():
         raise InputError("give the text to continue: -p TEXT, or through a pipe")
     try:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from mlx_lqr.launched import rank
+
 STOPPED = 128 + 2
 """Exit status after Ctrl-C, the one that a shell reports for a program ended by SIGINT."""
 
@@ -19,6 +21,24 @@ def accept_any_text() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def first_process_speaks() -> Iterator[None]:
+    """Of several processes under `mlx.launch`, let the first one write to the standard streams.
+
+    On leaving this context, also by an exception, they are as before.
+    """
+    if rank() == 0:
+        yield
+        return
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
 
 
 def drop_output() -> None:

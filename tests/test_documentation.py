@@ -57,6 +57,7 @@ NOT_RUN = {
     "fetches from the hub": r"mlx-lqr eval lm-eval ",
     "needs a model of your own": r"mlx-lqr \w+ \S+\.gguf ",
     "needs an adapter of your own": r"mlx-lqr \w+ \S+ .*--adapter my-adapter\b",
+    "needs several machines": r"mlx\.launch |scp ",
     "takes long": r"python (-m )?benchmarks\b",
 }
 """Why a command is not run, and how such commands look."""
@@ -289,6 +290,10 @@ def test_a_command_that_is_not_run_would_be_understood(command: str) -> None:
                     assert not extra or re.search(rf"^{extra} = ", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
             case ["python", script, *arguments]:
                 parsed(benchmark(script), arguments)
+            case ["mlx.launch", *_]:
+                end = words.index("--")
+                assert words[end + 1] == "mlx-lqr"
+                parsed(main, words[end + 2 :])
             case _:
                 parsed(main, arguments_of(one.strip()))
 

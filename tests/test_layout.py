@@ -22,8 +22,10 @@ TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
     {"errors"},
+    {"launched"},
     {"files", "backends.mlx.device"},
     {"concepts", "backends.blas", "backends.text", "backends.checkpoint"},
+    {"backends.description", "backends.measurement"},
     {"backends.protocol"},
     {"backends"},
     {"lqr"},
@@ -38,7 +40,8 @@ LAYERS = [
 """From the bottom to the top. A module may import from its own entry and from the layers below, but not from another
 entry of its layer: runtime and analysis know nothing of each other."""
 
-PROTOCOL = {"backends.protocol", "backends.capabilities"}  # what a model can do, and what to say where it cannot
+# What a model is and can do, and what to say where it cannot.
+PROTOCOL = {"backends.protocol", "backends.capabilities", "backends.description", "backends.measurement"}
 FROM_BACKENDS = {
     "convert": {*PROTOCOL, "backends.borrowed", "backends.checkpoint", "backends.mlx"},  # it writes MLX's
     "loading": {*PROTOCOL, "backends.backend", "backends.checkpoint", "backends.registry"},  # an adapter, read

@@ -2,7 +2,8 @@
 
 certificate.py has the error system, lyapunov.py the weights. A `LinearModel` gives the Jacobians: averaged ones from a
 file or from memory, or those of one prompt, computed when they are needed. Either way only a few (d, d) float64
-matrices are in memory, however many layers there are.
+matrices are in memory, however many layers there are. Where blocks hand on m numbers beside z_k, the states are s_k in
+R^(d + m); v_k and g_k are then (v_k, 0) and (g_k, 0), and d stands for d + m.
 """
 
 from __future__ import annotations
@@ -124,12 +125,14 @@ class ClosedLoop:
     ) -> None:
         self.model, self.controller, self.linear = model, controller, linear
         self.strengths = np.asarray(strengths, np.float64)
-        self.T, self.d = model.num_layers, model.hidden_size
+        self.T, self.d = model.num_layers, model.state_size
+        side = ((0, 0), (0, model.state_size - model.hidden_size))
         self.first = controller.active_layers[0]
         output = controller.output_direction[:, 0].astype(np.float64)
         length = float(np.linalg.norm(output))
-        self.direction = np.vstack([controller.direction[:, :, 0], output / (length or 1.0)]).astype(np.float64)
-        self.gain = controller.gain[:, :, 0].astype(np.float64)
+        directions = np.vstack([controller.direction[:, :, 0], output / (length or 1.0)])
+        self.direction = np.pad(directions.astype(np.float64), side)
+        self.gain = np.pad(controller.gain[:, :, 0].astype(np.float64), side)
         at_output = np.nan if controller.offset.any() else 0.0  # a controller has no offset at the output
         self.offset = np.append(controller.offset[:, 0], at_output).astype(np.float64)
         self.magnitude = np.append(controller.setpoint[:, 0], length).astype(np.float64)
@@ -216,7 +219,10 @@ class ClosedLoop:
                 kept[:] = [A]
                 yield k, A
 
-        closed = ((k, kept[0] - gain) for k, gain, _ in cost_to_go(remembered(), weights, layers))
+        width = self.model.hidden_size
+        rest = ((0, self.d - width), (0, 0))
+        steps = cost_to_go(remembered(), weights, layers, width=width)
+        closed = ((k, kept[0] - np.pad(gain, rest)) for k, gain, _ in steps)
         return _contraction([_summary(step) for step in lyapunov_sweep(closed)], self.T)
 
     def _closed(self, k: int) -> Float64:

@@ -2,6 +2,9 @@
 
 A_k is the Jacobian at the prompt's last token. The trust region of a layer along a direction is the size at which that
 error passes 10 %. Sizes are multiples of |z_k|, the length of the residual stream, which grows from layer to layer.
+
+Where blocks hand on more than z at a token, what is compared is z_{k+1} all the same, and the spectra are those of
+d z_{k+1} / d z_k. Only a displacement by a controller also moves what layers below have handed on.
 """
 
 from __future__ import annotations
@@ -140,7 +143,8 @@ def linearity(
     for k in range(T):
         values, scaled = [], []
         for i, point in enumerate(points):
-            S, modes_of_point = dominant_modes(_finite(model.jacobian(point, k), k), counts[-1])
+            A = _finite(model.jacobian(point, k), k)[:d, :d]
+            S, modes_of_point = dominant_modes(A, counts[-1])
             values.append(S)
             scaled.append(modes_of_point)
             for kind, directions in _directions(controller, k, d, random).items():
@@ -185,26 +189,28 @@ def linearisation_error(
     """
     if not len(directions):
         return np.full(len(sizes), np.nan, np.float32)
-    steps = (np.asarray(sizes, np.float32)[:, None, None] * directions).reshape(-1, directions.shape[1])
-    error = displacement_error(model, trace, layer, trace.residual[layer], steps, model.jvp(trace, layer, directions))
+    units = np.pad(directions, ((0, 0), (0, model.state_size - directions.shape[1])))
+    steps = (np.asarray(sizes, np.float32)[:, None, None] * units).reshape(-1, units.shape[1])
+    error = displacement_error(model, trace, layer, trace.state[layer], steps, model.jvp(trace, layer, units))
     return np.max(error.reshape(len(sizes), -1), axis=1)
 
 
 def displacement_error(
-    model: Differentiable, trace: Trace, layer: int, z: Float32, steps: Float32, linear: Float32 | None = None
+    model: Differentiable, trace: Trace, layer: int, s: Float32, steps: Float32, linear: Float32 | None = None
 ) -> Float32:
-    """The linearisation error of each step dz, the rows of `steps` (n, d), from z: (n,); NaN where A dz is zero.
+    """The linearisation error of each step ds, the rows of `steps` (n, d + m), from s: (n,); NaN where A ds is zero.
 
     Args:
-        linear: A w (u, d) of unit vectors w; step i lies along w number i mod u. By default A dz is computed for every
-            step.
+        linear: A w (u, d + m) of unit vectors w; step i lies along w number i mod u. By default A ds is computed for
+            every step.
     """
-    values = model.block(trace, layer, np.vstack([z, z + steps])).astype(np.float64)
+    d = model.hidden_size
+    values = model.block(trace, layer, np.vstack([s, s + steps]))[:, :d].astype(np.float64)
     if linear is None:
-        predicted = model.jvp(trace, layer, steps).astype(np.float64)
+        predicted = model.jvp(trace, layer, steps)[:, :d].astype(np.float64)
     else:
         lengths = np.linalg.norm(steps, axis=1)[:, None]
-        predicted = np.tile(linear, (len(steps) // len(linear), 1)) * lengths
+        predicted = np.tile(linear[:, :d], (len(steps) // len(linear), 1)) * lengths
     size = np.linalg.norm(predicted, axis=1)
     remainder = np.linalg.norm(values[1:] - values[0] - predicted, axis=1)
     return np.divide(remainder, size, out=np.full(len(steps), np.nan), where=size > 0).astype(np.float32)
@@ -258,7 +264,8 @@ def _applied(
     for i, prompt in enumerate(prompts):
         run = roll_out(model, prompt, controller, strengths)
         steps = run.steered[:, :-1] - run.unsteered[:, :-1]
-        alpha[i], push[i], displacement[i] = np.abs(run.feature_error), run.push, np.linalg.norm(steps, axis=2)
+        alpha[i], push[i] = np.abs(run.feature_error), run.push
+        displacement[i] = np.linalg.norm(steps[..., : model.hidden_size], axis=2)
         for k in range(controller.active_layers[0] + 1, T):
             for s, trace in enumerate(run.traces):
                 error[i, s, k] = displacement_error(model, trace, k, run.unsteered[s, k], steps[s, k][None])[0]

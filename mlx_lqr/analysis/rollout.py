@@ -3,6 +3,8 @@
 Both run through the same fixed prefix, layer by layer and in the backend's own arithmetic, so that their difference
 e_k = z_k - z0_k comes from the control of this token alone. If a controller steers every position, the prefix is
 steered in both.
+
+Where blocks hand on more than z at a token, the states are s_k = (z_k, side_k), and control acts on z_k.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ class Rollout:
     traces: tuple[Trace, ...]
     """S traces; all the same one if the prefix is not steered"""
     unsteered: Float32
-    """(S, T + 1, d): z0_0..z0_T, without control at the last token"""
+    """(S, T + 1, d + m): s0_0..s0_T, without control at the last token"""
     steered: Float32
-    """(S, T + 1, d): z_0..z_T under the law"""
+    """(S, T + 1, d + m): s_0..s_T under the law"""
     feature_error: Float32
     """(S, T): alpha_k = beta*_k - v_k . z_k of the steered token, in the residual stream's units"""
     push: Float32
@@ -58,25 +60,26 @@ def roll_out(model: Differentiable, prompt: Prompt, controller: Controller, stre
 def _run(
     model: Differentiable, trace: Trace, controller: Controller, strengths: Sequence[float]
 ) -> tuple[Float32, Float32, Float32, Float32]:
-    """Unsteered and steered residual streams (S, T + 1, d), alpha (S, T) and |u| (S, T) of one trace."""
+    """Unsteered and steered states (S, T + 1, d + m), alpha (S, T) and |u| (S, T) of one trace."""
     S, T, d = len(strengths), model.num_layers, model.hidden_size
     direction, gain = controller.direction[:, :, 0], controller.gain[:, :, 0]
     with np.errstate(over="ignore"):  # reported below
         target = controller.offset[:, 0] + np.asarray(strengths, np.float32)[:, None] * controller.setpoint[:, 0]
-    z = np.empty((S + 1, T + 1, d), np.float32)
+    s = np.empty((S + 1, T + 1, model.state_size), np.float32)
+    z = s[..., :d]
     error = np.empty((S, T), np.float32)
     acts = np.asarray(strengths) != 0
-    z[:, 0] = trace.residual[0]
+    s[:, 0] = trace.state[0]
     for k in range(T):
-        z[:, k + 1] = model.block(trace, k, z[:, k])
+        s[:, k + 1] = model.block(trace, k, s[:, k])
         with np.errstate(over="ignore", invalid="ignore"):
             error[:, k] = target[:, k] - z[1:, k] @ direction[k]
             z[1:, k + 1] += np.where(acts, error[:, k], 0)[:, None] * gain[k]
-        if not np.all(np.isfinite(z[:, k + 1])):
+        if not np.all(np.isfinite(s[:, k + 1])):
             raise InputError(f"the activations overflow at layer {k}: lower the strengths")
-    unsteered = np.broadcast_to(z[0], (S, T + 1, d))
+    unsteered = np.broadcast_to(s[0], s[1:].shape)
     push = np.where(acts[:, None], np.abs(error), 0) * np.linalg.norm(gain, axis=1)
-    return unsteered, z[1:], error, push.astype(np.float32)
+    return unsteered, s[1:], error, push.astype(np.float32)
 
 
 def _trace_after_steered_prefix(

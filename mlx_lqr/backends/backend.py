@@ -34,6 +34,8 @@ class Backend(ABC):
     """What its models can do beyond running."""
     takes_device: ClassVar[bool]
     """Whether the caller may say where it computes."""
+    spreads: ClassVar[bool]
+    """Whether several processes under `mlx.launch` can share a model."""
     adopts: ClassVar[str]
     """Which models of its framework `adopt` takes, as a message names them."""
 
@@ -47,18 +49,30 @@ class Backend(ABC):
 
     @abstractmethod
     def load(
-        self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None
+        self,
+        folder: Path,
+        name: str,
+        *,
+        dtype: str | None,
+        device: str | None,
+        adapter: Adapter | None,
+        pipeline: bool,
     ) -> Runner:
         """The model in a folder of config.json, safetensors and tokenizer files.
 
         Args:
             device: None where the backend takes none.
             adapter: what the model is to compute with; it is a part of its fingerprint.
+            pipeline: whether processes that share the model are to have blocks each; False where none can share it.
 
         Raises:
             InputError: an unsupported architecture, a device that is not there, files that are missing or damaged, or
                 an adapter of another model.
         """
+
+    def said(self, text: str | None) -> str | None:
+        """What rank 0 of several processes says, on all of them; called after a model has been loaded."""
+        return text
 
     @abstractmethod
     def adopt(self, model: Any) -> Runner | None:

@@ -82,6 +82,8 @@ BORROWED: tuple[Borrowed, ...] = (
              parameters=("max_size", "keep"), made=(8,),
              attributes=("keys", "values", "offset", "keep", "max_size", "_idx", "_temporal_order", "state", "trim",
                          "is_trimmable", "make_mask")),
+    Borrowed("mlx-lm", "mlx_lm.models.cache:ArraysCache", _CACHES, "mlx", made=(1,),
+             attributes=("cache", "left_padding")),
     Borrowed("mlx-lm", "mlx_lm.models.cache:BatchKVCache", _CACHES, "mlx", made=([0, 1],),
              attributes=("state", "filter", "make_mask")),
     Borrowed("mlx-lm", "mlx_lm.models.cache:BatchRotatingKVCache", _CACHES, "mlx", made=(8, [0, 1]),

@@ -25,6 +25,11 @@ class Framework(ABC):
 
     @property
     @abstractmethod
+    def device_name(self) -> str:
+        """What computes, as a person would call it."""
+
+    @property
+    @abstractmethod
     def dtype_name(self) -> str:
         """Of the residual stream, as "bfloat16"."""
 

@@ -101,11 +101,15 @@ class HookedDecoder(ABC):
 
     @law.setter
     def law(self, law: Law | None) -> None:
-        self._law = placed = self._place(law)
-        self._hooks = None
+        self._law = self._place(law)
+        self._hooks = self._hooks_of(self._law)
+
+    def _hooks_of(self, placed: Law | None) -> BlockHooks | None:
+        """What steers with a placed law, and leaves in `_energy` what came of it."""
         if placed is None or not placed.layers:
-            return
-        framework, steering, last = self._framework, LawHooks(placed), max(placed.layers)
+            return None
+        layers = self._hooked_layers(placed)
+        framework, steering, last = self._framework, LawHooks(placed), max(layers, default=None)
 
         def hook(k: int, z: Array, call: BlockCall) -> Array:
             output = steering.block(k, z, call)
@@ -113,7 +117,11 @@ class HookedDecoder(ABC):
                 self._energy = framework.energy(output[:, -1])
             return output
 
-        self._hooks = framework.hooks(self._blocks, hook, placed.layers, steering)
+        return framework.hooks(self._blocks, hook, layers, steering)
+
+    def _hooked_layers(self, law: Law) -> Sequence[int]:
+        """Those of the law's layers whose blocks run in this process."""
+        return law.layers
 
     @property
     def sampling(self) -> Sampling:

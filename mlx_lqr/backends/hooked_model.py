@@ -16,7 +16,8 @@ import numpy as np
 
 from mlx_lqr.backends.batching import Stretches, in_batches, padded
 from mlx_lqr.backends.checkpoint.adapter import Adapter
-from mlx_lqr.backends.checkpoint.config import check_rolling, context_of
+from mlx_lqr.backends.checkpoint.config import ENDLESS, check_rolling, context_of
+from mlx_lqr.backends.description import Description
 from mlx_lqr.backends.fingerprint import fingerprint_of
 from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.hooked_decoder import HookedDecoder
@@ -95,12 +96,21 @@ class HookedModel(ABC):
         """The logits (B, L, V) of prompts (B, L), without a cache."""
 
     @abstractmethod
+    def _weights(self) -> tuple[int, int, str]:
+        """How many numbers the weights stand for, how many bytes they take, and how they are packed."""
+
+    @abstractmethod
     def _new_decoder(self, law: Law | None, sampling: Sampling, window: int | None) -> Any:
         """The framework's `HookedDecoder`."""
 
     @abstractmethod
     def _others_calls(self, *, steer_all: bool) -> AbstractContextManager[OthersCalls]:
         """Inside this context, calls that are not ours tell which of their positions are steered."""
+
+    @property
+    def state_size(self) -> int:
+        """See `Differentiable`."""
+        return self.hidden_size
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -112,6 +122,19 @@ class HookedModel(ABC):
     def fingerprint(self) -> str:
         sizes = (self.num_layers, self.hidden_size, self.vocab_size)
         return fingerprint_of(sizes, self._norms(), None if self.adapter is None else self.adapter.digest)
+
+    @property
+    def description(self) -> Description:
+        """See `Runner`."""
+        parameters, nbytes, packing = self._weights()
+        return Description(
+            device=self._framework.device_name,
+            dtype=self._framework.dtype_name,
+            packing=packing,
+            parameters=parameters,
+            nbytes=nbytes,
+            context_length=self.context_length if self.context_length < ENDLESS else None,
+        )
 
     def place(self, law: Law | None) -> Law | None:
         """The law with its arrays on the model's device, in the dtype of the residual stream."""

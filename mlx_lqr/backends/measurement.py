@@ -9,6 +9,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +35,21 @@ class Measurement:
     """Of the product of all Jacobians, against the model's own response when the first block's input is moved."""
     differences: bool
     """Whether the blocks have no derivative that is right, so that differences stand in for it."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether there is nothing to say about it."""
+        return max(self.steps, self.jacobian, self.chain) <= EXACT
+
+    @property
+    def findings(self) -> list[str]:
+        """What was measured, a line each."""
+        how = "differences" if self.differences else "a reverse pass"
+        return [
+            f"blocks' derivatives, by {how}: off by {self.jacobian:.1e}",
+            f"their product, against the model's response: off by {self.chain:.1e}",
+            f"logits token by token, against one pass: off by {self.steps:.1e}",
+        ]
 
     def check(self, family: str) -> None:
         """Warn of what is not exact.
@@ -63,17 +79,23 @@ class Measurement:
 M = TypeVar("M", bound=Measurement)
 
 
-def measured(kind: type[M], measure: Callable[[], M], identity: Sequence[Any], family: str) -> M:
+Said = Callable[[str | None], str | None]
+
+
+def measured(
+    kind: type[M], measure: Callable[[], M], identity: Sequence[Any], family: str, said: Said = lambda text: text
+) -> M:
     """The measurement of an accepted model: what was kept of this model, or what is measured now.
 
     Args:
         identity: all that the numbers depend on, as JSON takes it.
+        said: of several processes that share the model, what the first one says: all have to measure it, or none.
 
     Raises:
         InputError: the model fails while it is measured, or is too far off.
     """
     try:
-        measurement = _kept(kind, measure, identity)
+        measurement = _kept(kind, measure, identity, said)
     except InputError:
         raise
     except Exception as error:  # of any of the library's modules
@@ -84,12 +106,15 @@ def measured(kind: type[M], measure: Callable[[], M], identity: Sequence[Any], f
     return measurement
 
 
-def _kept(kind: type[M], measure: Callable[[], M], identity: Sequence[Any]) -> M:
+def _kept(kind: type[M], measure: Callable[[], M], identity: Sequence[Any], said: Said) -> M:
     digest = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()[:24]
     file = cache_folder() / "measured" / f"{digest}.json"
+    text: str | None = None
+    with suppress(OSError):
+        text = file.read_text("utf-8")
     try:
-        return kind(**json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):  # none, or not of this version
+        return kind(**json.loads(said(text) or ""))
+    except (ValueError, TypeError):  # none, or not of this version
         measurement = measure()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,12 @@ further backend is one folder with the capabilities it has, and its name in `reg
 own modules, as MLX and torch do, inherits most of them (`hooked_model.py`).
 
 Shapes: T blocks, width d, vocabulary V. Residual stream: z_0 is the (scaled) embedding, z_k the input of block k, z_T
-the output of the last block before the final norm. `Array` stands for the backend's own tensor type, which crosses this
-interface only from one call of the backend to the next; results meant for others are NumPy arrays in float32.
+the output of the last block before the final norm. In some models blocks hand on more at a token, as keys and values
+that later layers attend to as well; the state of the linear system is then s_k = (z_k, side_k) in R^(d + m), with zeros
+in side_k where nothing is handed on. Elsewhere m = 0 and s_k = z_k.
+
+`Array` stands for the backend's own tensor type, which crosses this interface only from one call of the backend to the
+next; results meant for others are NumPy arrays in float32.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mlx_lqr.backends.description import Description
+from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError, OverflowingError
 
@@ -165,6 +171,10 @@ class Trace(Protocol):
     def residual(self) -> Float32:
         """z_0..z_T at the last token: (T + 1, d)."""
 
+    @property
+    def state(self) -> Float32:
+        """s_0..s_T at the last token: (T + 1, d + m)."""
+
 
 class Decoder(Protocol):
     """B sequences decoded side by side: a KV cache and, maybe, a law. Between calls nothing of the model is changed.
@@ -237,6 +247,10 @@ class Runner(Protocol):
     def fingerprint(self) -> str:
         """Tells models apart by their trained norm weights; the same for every dtype and quantisation of one model."""
 
+    @property
+    def description(self) -> Description:
+        """The device, the dtype and the size."""
+
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> Decoder:
         """A decoder without any tokens. A `rolling` one forgets the oldest but a few where the context is full."""
 
@@ -296,20 +310,28 @@ class Differentiable(Recorder, Protocol):
     def algebra(self) -> LinearAlgebra | None:
         """Where the Riccati recursion is to run for this model; None for NumPy."""
 
+    @property
+    def state_size(self) -> int:
+        """d + m: the hidden size, and how many numbers blocks hand on beside the residual stream."""
+
     def trace(self, tokens: Sequence[int]) -> Trace:
         """Run a prompt and keep what the Jacobians at its last token need."""
 
-    def block(self, trace: Any, layer: int, z: Float32) -> Float32:
-        """phi_k(z) for each row of z (n, d), in place of z_k at the trace's last token, the past frozen: (n, d)."""
+    def measure(self) -> Measurement:
+        """How right its derivatives are, by the model's own response. Takes as long as a few dozen tokens."""
+
+    def block(self, trace: Any, layer: int, s: Float32) -> Float32:
+        """phi_k(s) for each row of s (n, d + m), in place of s_k at the trace's last token, the past frozen:
+        (n, d + m)."""
 
     def jacobian(self, trace: Any, layer: int) -> Float32:
-        """A_k = d phi_k / d z_k at the trace's last token, k = `layer`: (d, d)."""
+        """A_k = d phi_k / d s_k at the trace's last token, k = `layer`: (d + m, d + m)."""
 
     def jvp(self, trace: Any, layer: int, tangents: Float32) -> Float32:
-        """A_k w for each row w of `tangents` (n, d), without forming A_k: (n, d)."""
+        """A_k w for each row w of `tangents` (n, d + m), without forming A_k: (n, d + m)."""
 
     def vjp(self, trace: Any, layer: int, cotangents: Float32) -> Float32:
-        """A_k' w for each row w of `cotangents` (n, d), without forming A_k: (n, d)."""
+        """A_k' w for each row w of `cotangents` (n, d + m), without forming A_k: (n, d + m)."""
 
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> TracingDecoder:
         """See `Runner`."""

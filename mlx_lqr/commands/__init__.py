@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from contextlib import suppress
 from typing import Any
 
 import click
 
+from mlx_lqr import launched
 from mlx_lqr.commands.certify import certify
 from mlx_lqr.commands.chat import chat
+from mlx_lqr.commands.check import check
 from mlx_lqr.commands.compare import compare_group
 from mlx_lqr.commands.concepts import concepts
 from mlx_lqr.commands.convert import convert
@@ -24,14 +27,22 @@ from mlx_lqr.commands.lm_eval import lm_eval
 from mlx_lqr.commands.show import show
 from mlx_lqr.commands.tune import tuning
 from mlx_lqr.errors import InputError
-from mlx_lqr.runtime.streams import STOPPED, accept_any_text, describe, drop_output, reader_has_gone
+from mlx_lqr.runtime.streams import (
+    STOPPED,
+    accept_any_text,
+    describe,
+    drop_output,
+    first_process_speaks,
+    reader_has_gone,
+)
 
 
 class _Main(Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         accept_any_text()
         try:
-            return super().main(*args, **kwargs)
+            with first_process_speaks():
+                return super().main(*args, **kwargs)
         except OSError as error:  # of what click itself writes, such as --help
             sys.exit(_broken(error))
 
@@ -41,8 +52,14 @@ class _Main(Group):
         except InputError as error:
             _say(f"Error: {error}")
             ctx.exit(2)
+        except RuntimeError as error:
+            if launched.count() == 1 or "peer" not in str(error):
+                raise
+            _say("Error: the connection to another machine was lost: its message, if there is one, says why")
+            ctx.exit(2)
         except KeyboardInterrupt as stop:
-            _say(str(stop) or "Stopped.")
+            if launched.rank() == 0:
+                _say(str(stop) or "Stopped.")
             ctx.exit(STOPPED)
         except OSError as error:
             ctx.exit(_broken(error))
@@ -57,8 +74,17 @@ def _broken(error: OSError) -> int:
 
 
 def _say(line: str) -> None:
+    """Of several processes each says what the first one does not: that one ends first, and the others with it."""
     with suppress(OSError):
-        click.echo(line, err=True)
+        if launched.rank() > 0:
+            threading.Event().wait(FIRST_ENDS)
+            click.echo(f"{line} (on rank {launched.rank()})", file=sys.__stderr__)
+        else:
+            click.echo(line, err=True)
+
+
+FIRST_ENDS = 5.0
+"""Seconds in which `mlx.launch` ends all processes after the first one has ended with an error."""
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
@@ -75,7 +101,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     click.echo(f"Note: {message}", err=True)
 
 
-main.add_section("Start here", [demo, concepts])
+main.add_section("Start here", [demo, check, concepts])
 main.add_section("Fit a controller", [fit, tuning, linearize])
 main.add_section("Steer a model", [generate, chat])
 main.add_section("Measure", [eval_group, compare_group, linearity, certify])

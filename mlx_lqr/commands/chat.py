@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from mlx_lqr import launched
+from mlx_lqr.backends import registry
 from mlx_lqr.commands.chat_view import draw_comparison, draw_tracking
 from mlx_lqr.commands.help import TEXT, command, option
 from mlx_lqr.commands.options import (
@@ -83,9 +85,10 @@ def chat(
     if sys.stdin is None:
         raise InputError("there is no input: run this in a terminal, or pipe messages in")
     # The line editor draws on a terminal, never into a pipe that takes the answers.
-    interactive = sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
-    read = _line_editor() if interactive else _piped_lines
-    if interactive:
+    alone = launched.count() == 1
+    interactive = alone and sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
+    read = _line_editor() if interactive else _piped_lines if alone else _of_the_first_process(loaded.backend)
+    if interactive or not alone:
         click.echo(f"{loaded.name}. {_state(session)} /help lists the commands.", err=True)
     _converse(session, read, interactive)
 
@@ -101,6 +104,8 @@ def _converse(session: Chat, read: Callable[[], str | None], interactive: bool) 
                 elif line.strip():
                     _answer(session, line.strip())
         except KeyboardInterrupt:
+            if launched.count() > 1:  # not all of them have stopped at the same token
+                raise
             click.echo("[stopped]", err=True)
         except InputError as error:
             click.echo(f"Error: {error}", err=True)
@@ -240,6 +245,12 @@ def _piped_lines() -> str | None:
             return "\n".join([*lines, line])
         lines.append(line[:-1])
     return "\n".join(lines) if lines else None
+
+
+def _of_the_first_process(backend: str) -> Callable[[], str | None]:
+    """The lines that the first of several processes reads, on all of them."""
+    said = registry.backend(backend).said
+    return lambda: said(_piped_lines() if launched.rank() == 0 else None)
 
 
 def _line_editor() -> Callable[[], str | None]:

@@ -17,6 +17,7 @@ from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json, write_json
+from mlx_lqr.launched import refuse_several
 from mlx_lqr.runtime.arguments import ControllerChoice
 from mlx_lqr.tasks import Task, named_steering
 from mlx_lqr.tasks.compare import Comparison, Contender, check_budgets
@@ -54,6 +55,7 @@ def _run(
     control: str | None,
     damage: str,
 ) -> None:
+    refuse_several("compare works, with all that it keeps in files,")
     methods = _methods(controllers, strengths)
     check_budgets(methods)
     wanted: Request = request(concepts=[name for method in methods for name in method.steering.controller.concepts])

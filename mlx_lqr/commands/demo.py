@@ -15,6 +15,7 @@ from mlx_lqr.commands.tables import show_table
 from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
+from mlx_lqr.launched import refuse_several
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.fit import fit
@@ -34,6 +35,7 @@ def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
 
     Fits the concept on SmolLM2-135M, and shows what the model writes unsteered and at three strengths.
     """
+    refuse_several("the demonstration runs")
     bundled_prompts(concept)  # refuses an unknown concept before the model is fetched
     with progress_bars() as progress:
         model = load("demo", **loading, progress=progress)

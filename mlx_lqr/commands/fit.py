@@ -23,6 +23,7 @@ from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
+from mlx_lqr.launched import rank, refuse_several
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.linearize import linearize as linearize_model
 
@@ -44,6 +45,7 @@ def linearize(
 
     They serve (fit --jacobians) for any concept and any weights. If it is interrupted, the same command goes on.
     """
+    refuse_several("Jacobians are stored")
     check_writable(output, "Jacobians", force=force)
     if prompts is not None and nominal is not None:
         raise InputError("give --prompts FILE or --nominal TEXT, not both")
@@ -113,6 +115,8 @@ def note_few_prompts(positive: Sequence[str], negative: Sequence[str]) -> None:
 
 def say_how_to_use(model: str, output: str, strength: str | None) -> None:
     """A command to go on with, at a strength worth trying; None for a file that recommends its own."""
+    if rank() > 0:  # the file is on the first machine
+        return
     steering = output if strength is None else f"{output}:{strength}"
     click.echo(f"Wrote {output} ({Path(output).stat().st_size / 1000:.0f} kB). Try it:")
     click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {steering}")

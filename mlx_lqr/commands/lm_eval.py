@@ -29,6 +29,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json as to_json
 from mlx_lqr.files.results import write_json
+from mlx_lqr.launched import refuse_several
 from mlx_lqr.runtime.arguments import ControllerChoice
 from mlx_lqr.tasks.lm_eval import LMEvaluation, Settings, evaluate, load_evaluator, load_tasks
 
@@ -98,6 +99,7 @@ def lm_eval(
     They run through mlx-lm's evaluator, steered from the last token of each context on. This needs MLX, and the extra
     lm-eval: pip install 'mlx-lqr[lm-eval]'.
     """
+    refuse_several("lm-eval runs")
     if loading["backend"] == "torch" or loading["device"] is not None:
         raise InputError("lm-eval's tasks run through mlx-lm's evaluator, which has no torch: use --backend mlx")
     steering, chosen = sweep(controllers, strengths, shares)

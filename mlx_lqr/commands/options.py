@@ -40,6 +40,7 @@ class Loading(TypedDict):
     device: str | None
     dtype: str | None
     adapter: str | None
+    pipeline: bool
 
 
 def dtype_option(help: str, heading: str = LOADING) -> Decorator:
@@ -65,12 +66,24 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         dtype_option(DTYPE_DEFAULT),
         option("--adapter", type=click.Path(), metavar="FOLDER", heading=LOADING, help=ADAPTER_HELP),
+        option(
+            "--pipeline",
+            is_flag=True,
+            heading=LOADING,
+            help="Under mlx.launch: each machine runs some of the layers, instead of a part of every layer.",
+        ),
     )
     @functools.wraps(command)
     def collected(
-        *, backend: BackendName, device: str | None, dtype: str | None, adapter: str | None, **others: Any
+        *,
+        backend: BackendName,
+        device: str | None,
+        dtype: str | None,
+        adapter: str | None,
+        pipeline: bool,
+        **others: Any,
     ) -> Any:
-        loading = Loading(backend=backend, device=device, dtype=dtype, adapter=adapter)
+        loading = Loading(backend=backend, device=device, dtype=dtype, adapter=adapter, pipeline=pipeline)
         return command(loading=loading, **others)
 
     return collected

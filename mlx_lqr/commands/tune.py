@@ -21,6 +21,7 @@ from mlx_lqr.commands.values import parse_strengths
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json
+from mlx_lqr.launched import refuse_several
 from mlx_lqr.lqr.linearize import Jacobians, linearize
 from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.spaces import baseline_space
@@ -50,6 +51,7 @@ def _run(
     at_most: float | None,
     evaluations: int,
 ) -> None:
+    refuse_several("tune works, with all that it keeps in files,")
     choice = method_choice()
     name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
     wanted: Request = request(concepts=[name])

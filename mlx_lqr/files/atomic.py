@@ -13,6 +13,7 @@ from typing import Literal
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.json_text import parse_json
 from mlx_lqr.files.tensors import read_format
+from mlx_lqr.launched import rank
 
 Kind = Literal["controller", "Jacobians", "transcript", "results", "PNG image", "SVG image"]
 """What this library writes for its user. The steering of other methods is of the kind "controller" too."""
@@ -34,16 +35,22 @@ def writing(
 
     On any exception, also Ctrl-C, the temporary path is removed and `target` is untouched.
 
+    Of several processes under `mlx.launch` the first writes its user's files; what the others write goes nowhere.
+
     Args:
         target: the path to write, or a link to it. An existing file is replaced if it is of this `kind` (or of any, if
             `kind` is None), an existing folder only if it is empty.
         folder: write a folder (it exists when yielded) instead of a file (which does not).
-        kind: what will be written.
+        kind: what will be written, for its user; None for what the library keeps for itself.
         force: also replace a file of another kind, or a folder that holds a model.
 
     Raises:
         InputError: `target` may not be replaced or cannot be written, or the disk is full.
     """
+    if kind is not None and rank() > 0:
+        with tempfile.TemporaryDirectory() as place:
+            yield Path(place) / Path(target).name
+        return
     target = followed(target)
     _check_replaceable(target, folder, kind, force)
     holder = _place_beside(target)
@@ -75,6 +82,8 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
 
 def check_writable(target: str | os.PathLike[str], kind: Kind | None = None, *, force: bool = False) -> None:
     """Raise `InputError` if `target` cannot be written: to know before long work, not after it."""
+    if rank() > 0:  # does not write it
+        return
     target = followed(target)
     _check_replaceable(target, False, kind, force)
     _place_beside(target).rmdir()

@@ -18,16 +18,17 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable, followed
+from mlx_lqr.launched import refuse_several
 
 _CODES = {"float32": "F32", "float16": "F16"}
 
 
 class JacobianWriter:
-    """Writes a file of T Jacobians (d, d).
+    """Writes a file of T Jacobians (n, n).
 
     Args:
         path: the finished file.
-        T, d: number of layers and width.
+        T, n: number of layers and size of the state.
         dtype: "float32" or "float16" (half the size; relative rounding 5e-4 an entry).
         metadata: strings that identify the run. The unfinished file of another run is overwritten.
         force: overwrite a file of any kind.
@@ -40,7 +41,7 @@ class JacobianWriter:
         self,
         path: str | os.PathLike[str],
         T: int,
-        d: int,
+        n: int,
         dtype: str,
         metadata: Mapping[str, str],
         *,
@@ -48,13 +49,14 @@ class JacobianWriter:
     ) -> None:
         if dtype not in _CODES:
             raise InputError(f"Jacobians are stored as {' or '.join(_CODES)}, not {dtype!r}")
+        refuse_several("Jacobians are stored")
         check_writable(path, "Jacobians", force=force)
         self._target = followed(path)
         self._partial = self._target.with_name(f".{self._target.name}.partial")
         self._dtype = np.dtype(dtype)
         self._layers = T
-        self._size = d * d * self._dtype.itemsize
-        header = _header(T, d, _CODES[dtype], self._size, metadata)
+        self._size = n * n * self._dtype.itemsize
+        header = _header(T, n, _CODES[dtype], self._size, metadata)
         try:
             self._file = open(self._partial, "r+b" if self._partial.exists() else "w+b")  # noqa: SIM115 - kept open
             if self._file.read(len(header)) != header:
@@ -91,10 +93,10 @@ class JacobianWriter:
             raise InputError(f"cannot write {self._target}: {error.strerror or error}") from error
 
 
-def _header(T: int, d: int, code: str, size: int, metadata: Mapping[str, str]) -> bytes:
+def _header(T: int, n: int, code: str, size: int, metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     for place, k in enumerate(reversed(range(T))):
-        entries[f"jacobian.{k}"] = {"dtype": code, "shape": [d, d], "data_offsets": [place * size, (place + 1) * size]}
+        entries[f"jacobian.{k}"] = {"dtype": code, "shape": [n, n], "data_offsets": [place * size, (place + 1) * size]}
     text = json.dumps(entries, sort_keys=True).encode()
     text = text.ljust(-(-len(text) // 8) * 8)  # the format wants the data aligned to 8 bytes
     return len(text).to_bytes(8, "little") + text

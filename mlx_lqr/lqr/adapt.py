@@ -11,7 +11,7 @@ from mlx_lqr.backends.protocol import Differentiable, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.controller import Controller, Positions, Setpoint, assemble
-from mlx_lqr.lqr.gains import directions_of, feature_gains, pull_back
+from mlx_lqr.lqr.gains import directions_of, feature_gains, pull_back, side_of
 from mlx_lqr.lqr.layers import Layers, choose_layers
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.lqr.riccati import WEIGHT, Product, Weights
@@ -51,17 +51,17 @@ def adapt(
         raise InputError(f"the contrast is of {contrast.model_name or 'another model'}, not of {model.name}")
     weights, chosen = Weights(q, r, qf), choose_layers(layers, contrast)
     product = pull_back(model, [model.trace(tokenise(model, prompt))])
-    gains = feature_gains(product, *directions_of(contrast), weights, chosen)
+    gains = feature_gains(product, *directions_of(contrast), weights, chosen, side=side_of(model))
     return assemble(contrast, gains, weights, 1, concept, positions, "feature", setpoint)
 
 
 def adapt_at(model: Differentiable, controller: Controller, trace: Trace) -> Controller:
     """The controller with gains for the feature cost, recomputed at this trace."""
-    product = pull_back(model, [trace])
-    return Controller.combine(*(_with_gains_for(product, one) for one in controller.split()))
+    product, side = pull_back(model, [trace]), side_of(model)
+    return Controller.combine(*(_with_gains_for(product, side, one) for one in controller.split()))
 
 
-def _with_gains_for(product: Product, controller: Controller) -> Controller:
+def _with_gains_for(product: Product, side: int, controller: Controller) -> Controller:
     """A controller of one concept with gains for the Jacobians behind `product`."""
     gains = feature_gains(
         product,
@@ -70,6 +70,7 @@ def _with_gains_for(product: Product, controller: Controller) -> Controller:
         controller.output_direction[:, 0],
         controller.weights,
         controller.active_layers,
+        side=side,
     )
     gain = gains.astype(np.float32)[:, :, None]
     return replace(controller, gain=gain, cost="feature", jacobian_prompts=1)

@@ -9,7 +9,7 @@ from mlx_lqr.backends.protocol import Differentiable, LinearAlgebra, Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, contrast
 from mlx_lqr.lqr.controller import Controller, Cost, Positions, Setpoint, assemble, check_choice
-from mlx_lqr.lqr.gains import directions_of, feature_gains, pull_back, state_gains
+from mlx_lqr.lqr.gains import directions_of, feature_gains, pull_back, side_of, state_gains
 from mlx_lqr.lqr.layers import Layers, check_layers, choose_layers
 from mlx_lqr.lqr.linearize import Jacobians, stream_jacobians, traces
 from mlx_lqr.lqr.prompts import Prompt
@@ -83,7 +83,8 @@ def fit(
     nominal = positive[:jacobian_prompts]
     if cost != "state":
         product = pull_back(model, traces(model, nominal))
-        gains = feature_gains(product, *directions_of(prompt_contrast), weights, chosen, progress)
+        directions = directions_of(prompt_contrast)
+        gains = feature_gains(product, *directions, weights, chosen, progress, side=side_of(model))
     else:
         descending = stream_jacobians(model, nominal, lowest=chosen[0], progress=progress)
         gains = state_gains(descending, prompt_contrast, weights, chosen, model.algebra)
@@ -120,7 +121,9 @@ def solve_controller(
         raise InputError("the Jacobians and the contrast are of different models: make both with the same one")
     chosen = choose_layers(layers, contrast)
     if cost != "state":
-        gains = feature_gains(lambda k, X: jacobians[k].T @ X, *directions_of(contrast), weights, chosen)
+        directions = directions_of(contrast)
+        side = 0 if jacobians.width is None else len(jacobians[0]) - jacobians.width
+        gains = feature_gains(lambda k, X: jacobians[k].T @ X, *directions, weights, chosen, side=side)
     else:
         descending = ((k, jacobians[k]) for k in reversed(range(chosen[0], len(jacobians))))
         gains = state_gains(descending, contrast, weights, chosen, algebra)

@@ -1,4 +1,10 @@
-"""The gain g_k = K_k v_k of every layer, from a contrast and Jacobians: a controller is assembled from these."""
+"""The gain g_k = K_k v_k of every layer, from a contrast and Jacobians: a controller is assembled from these.
+
+A law reads v_k . z_k and takes the error to be dz_k = -alpha_k v_k. Where blocks hand on m numbers beside z, the
+optimal control is u_k = -K_k (dz_k, dside_k), and of the gain K_k (d, d + m) the law keeps g_k = K_k (v_k, 0). What it
+drops is -K_k (0, dside_k), the answer to what control of earlier layers has changed in the side; what u_k itself
+changes there later on is in g_k.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +27,19 @@ def state_gains(
     """g_k = K_k v_k for the state cost from the Jacobians (k, A_k), zero where nothing is controlled: (T, d)"""
     unit = contrast.unit_direction
     gains = np.zeros_like(unit)
-    for k, gain in sweep(descending, weights, layers, algebra=algebra):
-        gains[k] = gain @ unit[k]
+    for k, gain in sweep(descending, weights, layers, algebra=algebra, width=unit.shape[1]):
+        gains[k] = gain[:, : unit.shape[1]] @ unit[k]
     return gains
 
 
 def directions_of(contrast: Contrast) -> tuple[Matrix, Matrix, Matrix]:
     """v_k (T, d), mu_k (T,) and e_T (d,): what `feature_gains` takes."""
     return contrast.unit_direction, contrast.magnitude, contrast.output_direction
+
+
+def side_of(model: Differentiable) -> int:
+    """m, how many numbers blocks hand on beside the residual stream."""
+    return model.state_size - model.hidden_size
 
 
 def pull_back(model: Differentiable, traces: Sequence[Trace]) -> Product:
@@ -48,8 +59,14 @@ def feature_gains(
     weights: Weights,
     layers: tuple[int, ...],
     progress: Progress | None = None,
+    *,
+    side: int,
 ) -> Matrix:
-    """g_k for the feature cost from v_k (T, d), mu_k (T,) and e_T (d,), zero where nothing is controlled: (T, d)"""
+    """g_k for the feature cost from v_k (T, d), mu_k (T,) and e_T (d,), zero where nothing is controlled: (T, d)
+
+    Args:
+        side: m, with which `product` takes columns (d + m,).
+    """
     from threadpoolctl import ThreadpoolController
 
     T = len(unit)
@@ -58,7 +75,8 @@ def feature_gains(
     gains = np.zeros(unit.shape)
     # NumPy's threads do not help with products this small; while idle, they spin on cores that the backend needs.
     with ThreadpoolController().select(internal_api="openblas").limit(limits=1):
-        for k, gain in feature_sweep(product, directions, np.append(magnitudes, output_magnitude), weights, layers):
+        mu = np.append(magnitudes, output_magnitude)
+        for k, gain in feature_sweep(product, directions, mu, weights, layers, side):
             gains[k] = gain
             if progress:
                 progress("Gains", T - k, T - layers[0])

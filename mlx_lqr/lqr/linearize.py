@@ -1,7 +1,8 @@
-"""A model -> its layer Jacobians A_k = d phi_k / d z_k at the last token, averaged over nominal prompts.
+"""A model -> its layer Jacobians A_k = d phi_k / d s_k at the last token, averaged over nominal prompts.
 
-The token's own key and value are part of the map; all earlier tokens are fixed. Jacobians are streamed from the last
-layer to the first, as the Riccati recursion uses them, so that only a few (d, d) matrices are in memory.
+The token's own key and value are part of the map; all earlier tokens are fixed. s_k = (z_k, side_k) is the residual
+stream with the m numbers that blocks hand on beside it; for most models m = 0 and s_k = z_k. Jacobians are streamed
+from the last layer to the first, as the Riccati recursion uses them, so that only a few (d, d) matrices are in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mlx_lqr.backends.protocol import Differentiable, Float32, Progress, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.jacobians import JacobianWriter, StoredJacobians
-from mlx_lqr.files.json_text import Entries
+from mlx_lqr.files.json_text import WIDTH, Entries
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 
 FORMAT = "mlx-lqr jacobians 1"
@@ -29,12 +30,14 @@ MAX_TOKENS = 32
 
 @dataclass(frozen=True, eq=False)
 class Jacobians(Sequence[Float32]):
-    """A_0..A_{T-1}, each (d, d) float32, of the model with this fingerprint."""
+    """A_0..A_{T-1}, each (d + m, d + m) float32, of the model with this fingerprint."""
 
     matrices: Sequence[Float32]
     fingerprint: str = ""
     model_name: str = ""
     prompt_count: int = 0
+    width: int | None = None
+    """d, if m > 0"""
 
     def __len__(self) -> int:
         return len(self.matrices)
@@ -52,7 +55,7 @@ class Jacobians(Sequence[Float32]):
         Args:
             force: overwrite a file of any kind.
         """
-        metadata = _metadata(self.fingerprint, self.model_name, self.prompt_count, "")
+        metadata = _metadata(self.fingerprint, self.model_name, self.prompt_count, "", self.width)
         # A new file, so that an unfinished one of another save is not continued.
         with writing(path, kind="Jacobians", force=force) as temporary:
             writer = JacobianWriter(temporary, len(self), len(self[0]), dtype, metadata)
@@ -66,7 +69,9 @@ class Jacobians(Sequence[Float32]):
         stored = StoredJacobians(path, FORMAT)
         entries = Entries(stored.metadata)
         try:
-            return cls(stored, entries.text("fingerprint"), entries.text("model"), entries.count("prompts"))
+            width = entries.count("width", 1, WIDTH) if "width" in entries else None
+            prompts = entries.count("prompts")
+            return cls(stored, entries.text("fingerprint"), entries.text("model"), prompts, width)
         except ValueError as error:
             raise InputError(
                 f"{path} is a damaged file of Jacobians ({error}): make it again with `linearize`"
@@ -97,13 +102,15 @@ def linearize(
         InputError: unusable prompts, or a place that cannot be written.
     """
     require(model, DIFFERENTIABLE, "compute Jacobians")
+    width = model.hidden_size if model.state_size > model.hidden_size else None
     if store is None:
         jacobians = dict(stream_jacobians(model, prompts, progress=progress))
-        return Jacobians([jacobians[k] for k in range(len(jacobians))], model.fingerprint, model.name, len(prompts))
+        matrices = [jacobians[k] for k in range(len(jacobians))]
+        return Jacobians(matrices, model.fingerprint, model.name, len(prompts), width)
     points = traces(model, prompts)
     digest = hashlib.sha256(b"".join(trace.residual.tobytes() for trace in points)).hexdigest()[:16]
-    metadata = _metadata(model.fingerprint, model.name, len(prompts), digest)
-    writer = JacobianWriter(store, model.num_layers, model.hidden_size, dtype, metadata, force=force)
+    metadata = _metadata(model.fingerprint, model.name, len(prompts), digest, width)
+    writer = JacobianWriter(store, model.num_layers, model.state_size, dtype, metadata, force=force)
     try:
         for _, A in _stream(model, points, model.num_layers - 1 - writer.finished, 0, progress):
             writer.append(A)
@@ -141,7 +148,7 @@ def _stream(
 ) -> Iterator[tuple[int, Float32]]:
     steps = (model.num_layers - lowest) * len(points)
     for k in reversed(range(lowest, highest + 1)):
-        total = np.zeros((model.hidden_size, model.hidden_size), np.float32)
+        total = np.zeros((model.state_size, model.state_size), np.float32)
         for index, trace in enumerate(points):
             total += model.jacobian(trace, k)
             if progress:
@@ -152,11 +159,12 @@ def _stream(
         yield k, total
 
 
-def _metadata(fingerprint: str, model_name: str, prompts: int, digest: str) -> dict[str, str]:
-    return {
+def _metadata(fingerprint: str, model_name: str, prompts: int, digest: str, width: int | None) -> dict[str, str]:
+    metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "model": model_name,
         "prompts": str(prompts),
         "prompts_digest": digest,
     }
+    return metadata if width is None else metadata | {"width": str(width)}

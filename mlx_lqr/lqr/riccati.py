@@ -9,6 +9,11 @@ dz_k,
 M_k equals S - S (S + R)^-1 S, so this is the textbook recursion (K_k = (S_{k+1} + R)^-1 S_{k+1} A_k), in the form
 that keeps S symmetric and subtracts nothing large. In float32 the textbook form is off by up to 3.5 % of K_k v over 30
 layers. Only q/r and qf/r matter: scaling q, r and qf together changes no gain.
+
+Where blocks hand on more than z at a token, the state is s_k = (z_k, side_k) in R^(d + m). Control acts on z alone,
+ds_{k+1} = A_k ds_k + B u_k with B = [I; 0], and z alone is in the cost. Then
+
+    M_k = S_{k+1} - S_{k+1} B (B' S_{k+1} B + rI)^-1 B' S_{k+1},   K_k = B' M_k A_k / r,   S_k = B Q B' + A_k' M_k A_k.
 """
 
 from __future__ import annotations
@@ -54,7 +59,7 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Gains(Sequence[Matrix]):
-    """The gains K_0..K_{T-1}, each (d, d), float64 unless `solve` was asked for less."""
+    """The gains K_0..K_{T-1}, each (d, d + m), float64 unless `solve` was asked for less."""
 
     matrices: Sequence[Matrix]
     weights: Weights
@@ -74,8 +79,9 @@ class Gains(Sequence[Matrix]):
         return self.matrices[layer]
 
     def apply(self, layer: int, vectors: ArrayLike) -> Matrix:
-        """K_k v for a vector (d,) or K_k V for m columns (d, m)."""
-        return self.matrices[layer] @ np.asarray(vectors, dtype=self.matrices[layer].dtype)
+        """K_k v for a vector (d,) or K_k V for columns (d, n), the side at rest."""
+        columns = np.asarray(vectors, dtype=self.matrices[layer].dtype)
+        return self.matrices[layer][:, : len(columns)] @ columns
 
 
 def solve(
@@ -91,7 +97,8 @@ def solve(
     """The gains of every layer.
 
     Args:
-        jacobians: A_0..A_{T-1}, each (d, d); `linearize` makes them.
+        jacobians: A_0..A_{T-1}, each (d, d); `linearize` makes them. If they have a `width`, control and cost are of as
+            many components of the state, the first.
         q, r, qf: weights of state, control and final state. Only the ratios q/r and qf/r matter.
         layers: where control may act (default: everywhere). Elsewhere K_k = 0 and S_k = Q + A_k' S_{k+1} A_k.
         dtype: precision of the recursion, float64 or float32.
@@ -104,7 +111,7 @@ def solve(
     T = len(jacobians)
     chosen = check_layers(layers, T)
     descending = ((k, jacobians[k]) for k in reversed(range(T)))
-    gains = dict(sweep(descending, weights, chosen, dtype, algebra))
+    gains = dict(sweep(descending, weights, chosen, dtype, algebra, getattr(jacobians, "width", None)))
     return Gains(
         [gains[k] for k in range(T)],
         weights,
@@ -121,12 +128,13 @@ def sweep(
     layers: Iterable[int],
     dtype: DTypeLike = np.float64,
     algebra: LinearAlgebra | None = None,
+    width: int | None = None,
 ) -> Iterator[tuple[int, Matrix]]:
-    """Yield (k, K_k) from the last layer to the first, consuming (k, A_k) in that order.
+    """Yield (k, K_k) from the last layer to the first, consuming (k, A_k) in that order; see `cost_to_go`.
 
     Only a few (d, d) matrices are in memory, however many layers there are.
     """
-    return ((k, gain) for k, gain, _ in cost_to_go(jacobians, weights, layers, dtype, algebra))
+    return ((k, gain) for k, gain, _ in cost_to_go(jacobians, weights, layers, dtype, algebra, width))
 
 
 def cost_to_go(
@@ -135,10 +143,14 @@ def cost_to_go(
     layers: Iterable[int],
     dtype: DTypeLike = np.float64,
     algebra: LinearAlgebra | None = None,
+    width: int | None = None,
 ) -> Iterator[tuple[int, Matrix, Any]]:
-    """Yield (k, K_k, S_k): `sweep`, with the matrix for which dz_k' S_k dz_k is the lowest cost from layer k on.
+    """Yield (k, K_k, S_k): `sweep`, with the matrix for which ds_k' S_k ds_k is the lowest cost from layer k on.
 
     S_k is a matrix of `algebra`, by default a NumPy array.
+
+    Args:
+        width: d, how many components of the state, the first, are controlled and in the cost; by default all.
     """
     chosen = frozenset(layers)
     algebra = algebra or NumPyAlgebra()
@@ -148,18 +160,19 @@ def cost_to_go(
             A = algebra.matrix(jacobian, dtype)
             if not algebra.is_finite(A):
                 raise InputError(f"the Jacobian of layer {k} is not finite: compute it again in float32")
+            d = A.shape[0] if width is None else width
             if S is None:
-                S = algebra.matrix(weights.qf * np.eye(A.shape[0]), dtype)
+                S = algebra.matrix(weights.qf * np.diag(np.arange(A.shape[0]) < d), dtype)
             if k in chosen:
-                MA = _controlled(S, weights.r, k, algebra, dtype) @ A
-                gain = algebra.numpy(MA / weights.r)
+                MA = _controlled(S, d, weights.r, k, algebra, dtype) @ A
+                gain = algebra.numpy(MA[:d] / weights.r)
             else:
                 MA = S @ A
-                gain = np.zeros(A.shape, dtype)
+                gain = np.zeros((d, A.shape[1]), dtype)
             with np.errstate(over="ignore", invalid="ignore"):
                 S = A.T @ MA
                 S = (S + S.T) / 2
-            algebra.add_to_diagonal(S, weights.q)
+            algebra.add_to_diagonal(S[:d, :d], weights.q)
             if not algebra.is_finite(S):
                 raise InputError(f"the Riccati recursion overflows {np.dtype(dtype)} at layer {k}: lower q and qf")
         yield k, gain, S
@@ -172,6 +185,7 @@ def feature_sweep(
     magnitudes: Matrix,
     weights: Weights,
     layers: Iterable[int],
+    side: int = 0,
 ) -> Iterator[tuple[int, Matrix]]:
     """Yield (k, g_k = K_k v_k) from the last layer to the first for a cost on the feature alone.
 
@@ -181,28 +195,32 @@ def feature_sweep(
 
         g_k = W (r_k I + W'W)^-1 (A_k' W)' v_k,   W_k = [A_k' W L, sqrt(q_k) v_k],   L L' = r_k (r_k I + W'W)^-1,
 
-    so that the product A_k' W is all that is needed of A_k.
+    so that the product A_k' W is all that is needed of A_k. Where m numbers are handed on beside z, v_k is (v_k, 0) and
+    the first d rows of W, B'W, take the place of W in g_k and in W'W.
 
     Args:
-        apply_transposed: (k, X) -> A_k' X for the columns of X (d, n).
+        apply_transposed: (k, X) -> A_k' X for the columns of X (d + m, n).
         directions: unit vectors v_0..v_T: (T + 1, d); v_T belongs to the last block's output.
         magnitudes: mu_0..mu_T: (T + 1,). A layer with mu_k = 0 has no feature and adds nothing to the cost.
         weights: q, r and qf.
         layers: where control may act.
+        side: m.
     """
     chosen = frozenset(layers)
-    V = np.asarray(directions, np.float64)
+    d = np.shape(directions)[1]
+    V = np.pad(np.asarray(directions, np.float64), ((0, 0), (0, side)))
     mu = np.asarray(magnitudes, np.float64)
     T = len(V) - 1
-    W = math.sqrt(weights.qf) / mu[T] * V[T][:, None] if mu[T] > 0 else np.zeros((V.shape[1], 0))
+    W = math.sqrt(weights.qf) / mu[T] * V[T][:, None] if mu[T] > 0 else np.zeros((d + side, 0))
     for k in reversed(range(min(chosen), T)):
-        gain = np.zeros(V.shape[1])
+        gain = np.zeros(d)
         pulled = apply_transposed(k, W) if W.shape[1] else W
         if k in chosen and mu[k + 1] > 0 and W.shape[1]:
             r = weights.r / mu[k + 1] ** 2
-            eigenvalues, basis = np.linalg.eigh(W.T @ W)
+            pushed = W[:d]
+            eigenvalues, basis = np.linalg.eigh(pushed.T @ pushed)
             shrink = r / (r + np.maximum(eigenvalues, 0))
-            gain = W @ (basis @ ((shrink / r) * (basis.T @ (pulled.T @ V[k]))))
+            gain = pushed @ (basis @ ((shrink / r) * (basis.T @ (pulled.T @ V[k]))))
             pulled = pulled @ (basis * np.sqrt(shrink))
         W = pulled
         if mu[k] > 0:
@@ -212,9 +230,9 @@ def feature_sweep(
         yield k, gain
 
 
-def _controlled(S: Any, r: float, layer: int, algebra: LinearAlgebra, dtype: DTypeLike) -> Any:
-    """M = rI - r^2 (S + rI)^-1 by a Cholesky factorisation, refused where it is badly conditioned."""
-    M = S + 0
+def _controlled(S: Any, d: int, r: float, layer: int, algebra: LinearAlgebra, dtype: DTypeLike) -> Any:
+    """M, with rI - r^2 (B'SB + rI)^-1 for z by a Cholesky factorisation, refused where it is badly conditioned."""
+    M = S[:d, :d] + 0
     algebra.add_to_diagonal(M, r)
     M, inverse_condition = algebra.inverse(M)
     if not inverse_condition > 10 * np.finfo(np.dtype(dtype)).eps:
@@ -222,6 +240,14 @@ def _controlled(S: Any, r: float, layer: int, algebra: LinearAlgebra, dtype: DTy
             f"the Riccati recursion fails at layer {layer}: S + R is not positive definite or too badly conditioned in "
             f"{np.dtype(dtype)}; raise r, lower q and qf, or solve in float64"
         )
-    M *= -r * r
-    algebra.add_to_diagonal(M, r)
+    if d == S.shape[0]:
+        M *= -r * r
+        algebra.add_to_diagonal(M, r)
+        return M
+    inverse, across, M = M, S[:d, d:], S + 0
+    M[:d, d:] = r * (inverse @ across)
+    M[d:, :d] = M[:d, d:].T
+    M[d:, d:] -= across.T @ (inverse @ across)
+    M[:d, :d] = -r * r * inverse
+    algebra.add_to_diagonal(M[:d, :d], r)
     return M

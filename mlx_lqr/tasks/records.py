@@ -18,6 +18,7 @@ from typing import Any
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.json_text import parse_json
+from mlx_lqr.launched import rank, refuse_several
 
 FORMAT = "mlx-lqr evaluation 1"
 CHUNK = 16
@@ -39,10 +40,11 @@ class Records:
         """
         self.header: Row = json.loads(json.dumps({"format": FORMAT, **header}))
         self.rows: dict[Key, list[Row]] = {}
-        self._path = Path(path) if path is not None else None
+        self._path = Path(path) if path is not None and rank() == 0 else None
         if self._path is None:
             return
         if self._path.exists():
+            refuse_several(f"{self._path} is there already, and evaluations are continued")
             self._read(self._path)
         else:
             self._begin(self._path)

@@ -9,29 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.architectures import CONFIGS, EXACT, INEXACT, LOOPS, by_hand, model_of, module_of
-from helpers.controllers import controller_for
+from helpers.architectures import CONFIGS, EXACT, LOOPS, by_hand, folder_of, model_of, module_of
+from helpers.controllers import CONTRASTS, controller_for
 from helpers.decoding import decoded, decoded_together, tokens
 from helpers.tiny_tokenizers import Letters
 from mlx.utils import tree_flatten
-from safetensors.numpy import save_file
 
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.measurement import EXACT as EXACT_ERROR
 from mlx_lqr.backends.measurement import USABLE
-from mlx_lqr.backends.mlx import measured_model
+from mlx_lqr.backends.mlx import frozen, measured_model
 from mlx_lqr.backends.mlx import measurement as measuring
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
 from mlx_lqr.backends.mlx.measurement import Measurement
+from mlx_lqr.backends.mlx.shared import Shared
+from mlx_lqr.backends.protocol import Law
 from mlx_lqr.methods.alqr import LinearFeedback
+from mlx_lqr.methods.running import law_on
 from mlx_lqr.runtime import Chat, stream
+from mlx_lqr.runtime.decode import decode
 
 PROMPT = [5, 9, 2, 33, 7, 51, 20, 11, 3]
-every = pytest.mark.parametrize("family", EXACT + INEXACT)
+SHARING = ("gemma4_text", "rwkv7")
+every = pytest.mark.parametrize("family", EXACT + SHARING)
 exact = pytest.mark.parametrize("family", EXACT)
 STRENGTH = 2.0
 
@@ -79,7 +82,7 @@ def last_inputs(family: str) -> list[np.ndarray]:
     return states
 
 
-@every
+@exact
 def test_derivatives_are_those_of_mlx_lms_own_model(family: str) -> None:
     model = model_of(family)
     trace = model.trace(PROMPT)
@@ -127,7 +130,7 @@ def steered_by_hand(family: str, controller: mlx_lqr.Controller, prompt: list[in
     return run[len(prompt) :]
 
 
-@exact
+@every
 @pytest.mark.parametrize("cost", ["state", "feature"])
 def test_steered_tokens_are_those_of_a_model_hooked_by_hand(family: str, cost: str) -> None:
     model = model_of(family)
@@ -138,6 +141,24 @@ def test_steered_tokens_are_those_of_a_model_hooked_by_hand(family: str, cost: s
     assert decoded_together(model, prompts, law=law, max_tokens=5) == expected
     plain = model.logits(PROMPT)
     assert np.abs(model.logits(PROMPT, law=law) - plain).max() > 0.01 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("family", ["llama4", "gpt_oss"])
+def test_what_a_law_carries_is_of_each_sequence(family: str) -> None:
+    """Whether a batch's caches are merged or its sequences are run one by one."""
+    model = model_of(family)
+    spid = mlx_lqr.fit_baseline(model, "spid", *CONTRASTS["a"], numbers={"kd": 3.0})
+    prompts = [PROMPT, PROMPT[:4], PROMPT[2:5]]
+
+    def law() -> Law:
+        return law_on(model, spid, STRENGTH)
+
+    alone = [decoded(model, prompt, law=law(), max_tokens=6) for prompt in prompts]
+    assert decoded_together(model, prompts, law=law(), max_tokens=6) == alone
+    ended = {1}
+    rest = [token for i, token in decode(model, prompts, law=law(), max_tokens=6, ended=ended) if i == 2]
+    assert rest == alone[2]
+    assert alone != [decoded(model, prompt, max_tokens=6) for prompt in prompts]
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "gemma3", "llama4", "mamba2"])
@@ -167,13 +188,21 @@ def test_mlx_lms_own_generation_is_steered_in_place(family: str) -> None:
     assert theirs == decoded(model, PROMPT, law=LinearFeedback(controller, STRENGTH), max_tokens=5)
 
 
-@pytest.mark.parametrize("family", INEXACT)
-def test_blocks_that_share_more_than_the_state_are_said(family: str) -> None:
-    with pytest.warns(RuntimeWarning, match=rf"'{family}' blocks hand on more .* is off by [\d.]+ %"):
-        model = MeasuredModel(module_of(family), CONFIGS[family], family)
+@pytest.fixture
+def nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What blocks share beside the residual stream is not found."""
+    unknown = lambda calls, moved: ([Shared()] * len(calls), np.empty((len(calls) + 1, 0), np.float32))  # noqa: E731
+    monkeypatch.setattr(frozen, "shared_by", unknown)
+
+
+@pytest.mark.usefixtures("nothing_found")
+def test_blocks_that_share_more_than_is_found_are_said() -> None:
+    with pytest.warns(RuntimeWarning, match=r"'rwkv7' blocks hand on more .* is off by [\d.]+ %"):
+        model = MeasuredModel(module_of("rwkv7", seed=4), CONFIGS["rwkv7"], "not found")
     assert model.measurement.jacobian < EXACT_ERROR < model.measurement.chain < USABLE
 
 
+@pytest.mark.usefixtures("nothing_found")
 def test_a_chain_that_is_too_far_off_is_refused_with_its_number() -> None:
     kinds = [*["sliding_attention"] * 3, "full_attention"] * 2
     module = module_of("gemma4_text", num_hidden_layers=8, layer_types=kinds)
@@ -211,20 +240,6 @@ def test_a_model_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         MeasuredModel(module_of("seed_oss", seed=3), CONFIGS["seed_oss"], "third")
 
 
-def folder_of(family: str, place: Path, *, bits: int | None = None) -> Path:
-    module, config = module_of(family), dict(CONFIGS[family])
-    if bits is not None:
-        packed = {"group_size": 32, "bits": bits, "mode": "affine"}
-        nn.quantize(module, 32, bits, class_predicate=lambda _, part: _is_wide(part))
-        config["quantization"] = packed
-    weights = {name: weight for name, weight in tree_flatten(module.parameters()) if isinstance(weight, mx.array)}
-    mx.save_safetensors(str(place / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (place / "config.json").write_text(json.dumps(config))
-    words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"w": 0}, "unk_token": "w"}}
-    (place / "tokenizer.json").write_text(json.dumps(words))
-    return place
-
-
 def test_what_a_config_does_not_say_is_no_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The length of the context is said to be open, heads are not counted as one, and norms tell models apart."""
     folder = folder_of("granite", tmp_path)
@@ -235,13 +250,9 @@ def test_what_a_config_does_not_say_is_no_default(tmp_path: Path, monkeypatch: p
     model = MeasuredModel(module_of("granite"), CONFIGS["granite"] | {"num_attention_heads": None}, "granite")
     with pytest.raises(InputError, match="does not say how many there are"):
         model.head_outputs([PROMPT])
-    monkeypatch.setattr(measured_model, "tree_flatten", lambda _: [])
+    monkeypatch.setattr(measured_model, "without_adapter", lambda _: [])
     with pytest.raises(InputError, match="no norm weights, by which a controller knows its model"):
         list(model._norms())
-
-
-def _is_wide(part: nn.Module) -> bool:
-    return hasattr(part, "to_quantized") and part.weight.shape[-1] % 32 == 0
 
 
 def test_a_vision_models_text_part_loads_from_its_folder(tmp_path: Path) -> None:
@@ -255,25 +266,10 @@ def test_a_vision_models_text_part_loads_from_its_folder(tmp_path: Path) -> None
     assert "\n" not in str(refusal.value)
 
 
-def test_an_adapter_is_refused(tmp_path: Path) -> None:
-    """Where it belongs is known of the families on the list alone."""
-    folder = folder_of("gemma3", tmp_path)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    settings = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 2, "scale": 1.0}}
-    (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    weights = {
-        "language_model.model.layers.0.self_attn.q_proj.lora_a": np.zeros((32, 2), np.float32),
-        "language_model.model.layers.0.self_attn.q_proj.lora_b": np.zeros((2, 32), np.float32),
-    }
-    save_file(weights, adapter / "adapters.safetensors")
-    with pytest.raises(InputError, match=r"not taken for models of the type 'gemma3': fuse .* mlx_lm\.fuse"):
-        mlx_lqr.load(folder, backend="mlx", adapter=adapter)
-
-
 @pytest.mark.parametrize(("family", "bits"), [("gpt_oss", 4), ("qwen3_next", 8)])
 def test_packed_weights(family: str, bits: int, tmp_path: Path) -> None:
-    model = mlx_lqr.load(folder_of(family, tmp_path, bits=bits), backend="mlx")
+    folder = folder_of(family, tmp_path, bits=bits, hidden_size=64, intermediate_size=64)
+    model = mlx_lqr.load(folder, backend="mlx")
     assert isinstance(model, MeasuredModel)
     assert max(model.measurement.jacobian, model.measurement.chain) < EXACT_ERROR
     assert any("scales" in name for name, _ in tree_flatten(model.module.parameters()))

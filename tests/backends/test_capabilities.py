@@ -18,7 +18,7 @@ from mlx_lqr import InputError, analysis, loading
 from mlx_lqr.backends import registry
 from mlx_lqr.backends.backend import Backend, Suitability
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, RECORDER, RUNNER, Capability
-from mlx_lqr.backends.checkpoint.adapter import Adapter
+from mlx_lqr.backends.description import Description
 from mlx_lqr.backends.protocol import GREEDY, Decoder, Float32, Law, Model, Recorder, Runner, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.commands import main
@@ -52,6 +52,10 @@ class Engine:
     def fingerprint(self) -> str:
         return self._model.fingerprint
 
+    @property
+    def description(self) -> Description:
+        return self._model.description
+
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> Decoder:
         return self._model.decoder(law, sampling, rolling=rolling)
 
@@ -76,6 +80,7 @@ class EngineBackend(Backend):
     title = "The engine"
     capabilities = frozenset({RECORDER})
     takes_device = False
+    spreads = False
     adopts = "engine.open"
 
     def suitability(self) -> Suitability:
@@ -84,10 +89,8 @@ class EngineBackend(Backend):
     def check_installed(self) -> None:
         pass
 
-    def load(
-        self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None
-    ) -> Recorder:
-        loaded = registry.backend(BACKENDS[0]).load(folder, name, dtype=dtype, device=device, adapter=adapter)
+    def load(self, folder: Path, name: str, **options: Any) -> Recorder:
+        loaded = registry.backend(BACKENDS[0]).load(folder, name, **options)
         return Engine(loaded)  # type: ignore[arg-type]
 
     def adopt(self, model: Any) -> Runner | None:

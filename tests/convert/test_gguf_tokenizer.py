@@ -89,6 +89,32 @@ ORIGINALS: dict[str, Any] = {
             pre_tokenizers.ByteLevel(False, use_regex=False),
         ]
     ),
+    "qwen35": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+                    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                "isolated",
+            ),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
+    ),
+    "deepseek-v3": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated"),
+            pre_tokenizers.Split(Regex("[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"), "isolated"),
+            pre_tokenizers.Split(
+                Regex(
+                    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+                    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                "isolated",
+            ),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
+    ),
 }
 
 
@@ -135,12 +161,39 @@ def write_metadata(path: Path, keys: dict[str, Any]) -> GGUFFile:
 
 @pytest.mark.parametrize("pre", ORIGINALS)
 def test_byte_level_ids_equal_the_original_tokenizers(pre: str, tmp_path: Path) -> None:
-    original = trained(ORIGINALS[pre], whole_words=pre == "llama-bpe", nfc=pre == "qwen2")
+    original = trained(ORIGINALS[pre], whole_words=pre == "llama-bpe", nfc=pre in ("qwen2", "qwen35"))
     ours = GGUFTokenizer(gguf_of(original, pre, tmp_path / "t.gguf", add_bos_token=False)).tokenizer
     for text in [*TEXTS, CHAT, "e\u0301"]:
         assert ours.encode(text).ids == original.encode(text).ids, text
     for text in TEXTS:
         assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_ids_of_a_gemma_4_equal_the_original_tokenizers(tmp_path: Path) -> None:
+    learner = Tokenizer(models.BPE())
+    texts = [PROSE, NUMERALS, *random_texts(500, seed=1)]
+    learner.train_from_iterator((text.replace(" ", "\u2581") for text in texts), trainers.BpeTrainer(vocab_size=700))
+    learned = json.loads(learner.to_str())["model"]
+    tokens = ["<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    original = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    original.normalizer = normalizers.Replace(" ", "\u2581")
+    kinds = [3, 2, *[6] * 256, *[1] * len(learned["vocab"])]
+    keys = {"model": "gemma4", "tokens": tokens, "merges": [" ".join(pair) for pair in merges], "token_type": kinds}
+    file = write_metadata(tmp_path / "t.gguf", {**keys, "add_bos_token": False, "unknown_token_id": 1})
+    ours = GGUFTokenizer(file).tokenizer
+    for text in TEXTS:
+        assert ours.encode(text).ids == original.encode(text).ids, text
+        assert ours.decode(ours.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_a_message_of_gpt_oss_does_not_end_generation(tmp_path: Path) -> None:
+    tokens = ["<|end|>", "<|return|>", "<|call|>", *BYTES]
+    keys = {"model": "gpt2", "pre": "gpt-4o", "tokens": tokens, "merges": [], "eos_token_id": 1}
+    kinds = [3, 3, 3, *[1] * len(BYTES)]
+    file = write_metadata(tmp_path / "t.gguf", {**keys, "merges": ["h e"], "token_type": kinds})
+    assert GGUFTokenizer(file).eos_token_ids == [1, 2]
 
 
 def test_every_pre_tokenizer_draws_other_borders() -> None:
@@ -159,7 +212,7 @@ def test_unknown_pre_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "bert"}, "'bert': supported are gpt2 and llama"),
+        ({"model": "bert"}, "'bert': supported are gpt2, llama, gemma4"),
         ({"tokens": ["a"] * VOCABULARY}, "the token 'a' twice"),
         ({"token_type": [1]}, "1 token_type for"),
         ({"tokens": [1, 2]}, "as numbers"),

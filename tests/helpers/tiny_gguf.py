@@ -171,11 +171,11 @@ def write(
     """
     model = reference_model(arch, seed, **changes)
     config = model.config
-    keys = _metadata(arch, config) | (tokenizer or _tokenizer()) | (metadata or {})
+    keys = _metadata(arch, config) | (tokenizer or tokenizer_keys()) | (metadata or {})
     writer = GGUFWriter(path, _WRITTEN_AS.get(arch, arch))
     for key, value in keys.items():
         if value is not None:
-            _add(writer, key, value)
+            add_key(writer, key, value)
     names = _NAMES | (_SANDWICH_NAMES if arch in _SANDWICHED else {})
     rng = np.random.default_rng(seed)
     for name, parameter in model.named_parameters():
@@ -284,7 +284,8 @@ def _metadata(arch: str, config: Any) -> dict[str, Any]:
     return {f"{_WRITTEN_AS.get(arch, arch)}.{key}": value for key, value in keys.items()}
 
 
-def _tokenizer() -> dict[str, Any]:
+def tokenizer_keys() -> dict[str, Any]:
+    """Metadata of a byte-level tokenizer with a few merges."""
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
@@ -297,6 +298,7 @@ def _tokenizer() -> dict[str, Any]:
     }
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+def add_key(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add metadata; its type is guessed from the value."""
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     add.get(type(value), writer.add_array)(key, value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from helpers.architectures import CONFIGS
+from helpers.architectures import folder_of as folder_of_architecture
 from helpers.backends import tiny_folder
 from helpers.command_line import refused, run
 from helpers.every_tokenizer import folder_of, tokenizer_of
@@ -90,6 +94,9 @@ def demo() -> Evaluator:
 
 def tiny_evaluator(family: str) -> tuple[Evaluator, Model]:
     """mlx-lm's evaluator and our own model of one folder, whose words are w0 to w63."""
+    if family in CONFIGS:  # on no list
+        folder = folder_of_architecture(family, Path(tempfile.mkdtemp()))
+        return lm_eval.load_evaluator(folder), mlx_lqr.load(folder, backend="mlx", dtype="float32")
     folder = tiny_folder(family, tie_word_embeddings=False)
     tokenizer = Tokenizer(models.WordLevel({f"w{token}": token for token in range(64)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -126,6 +133,20 @@ def test_unsteered_results_are_those_of_mlx_lms_evaluator(
     assert results == lm_eval.evaluate(demo, chosen).results[0.0]
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "gpt_oss"])
+def test_models_on_no_list_are_evaluated_as_by_mlx_lm(family: str, tmp_path: Path) -> None:
+    folder = folder_of_architecture(family, tmp_path / family)
+    theirs = MLXLM(str(folder), batch_size=8, use_chat_template=False)
+    ours = lm_eval.load_evaluator(folder, apply_chat_template=False)
+    for kind, arguments in (
+        ("loglikelihood", [("w1 w2 w3", " w4 w5"), ("w1 w2 w3", " w6"), ("w7", " w8 w9")]),
+        ("loglikelihood_rolling", [("w1 w2 w3 w4",), ("w9 w8",)]),
+        ("generate_until", [("w1 w2", {"until": ["w0"], "max_gen_toks": 4})]),
+    ):
+        asked = requests(kind, *arguments)
+        assert getattr(ours, kind)(asked) == getattr(theirs, kind)(asked), kind
+
+
 def test_steered_results_are_those_of_our_own_scores(
     demo: Evaluator, chosen: lm_eval.Tasks, dog: Path, smollm2: Model
 ) -> None:
@@ -151,9 +172,13 @@ def test_steered_results_are_those_of_our_own_scores(
     assert abs(np.log(perplexities[1] / perplexities[0])) > 0.1
 
 
-@pytest.mark.parametrize("step", [1, 2, 5, 2048])
-@pytest.mark.parametrize("positions", ["last", "all"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "positions", "step"),
+    [
+        *itertools.product(["llama", "gemma3_text"], ["last", "all"], [1, 2, 5, 2048]),
+        *(("qwen3_next", "last", 5), ("qwen3_next", "all", 2048), ("llama4", "last", 2)),
+    ],
+)
 def test_log_likelihoods_are_steered_as_ours_in_any_steps(
     family: str, positions: Any, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,8 +424,8 @@ def test_what_mlx_lm_would_drop_of_a_config_is_computed(family: str, tmp_path: P
 def test_what_cannot_be_steered_is_refused(demo: Evaluator, chosen: lm_eval.Tasks, tmp_path: Path) -> None:
     folder = tiny_folder("llama")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-    with pytest.raises(InputError, match="'mamba' is not supported"):
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "nothing"}))
+    with pytest.raises(InputError, match="'nothing' is not supported"):
         lm_eval.load_evaluator(folder)
     with pytest.raises(InputError, match="nothing to steer with"):
         lm_eval.evaluate(demo, chosen, None, [1.0])

@@ -58,6 +58,13 @@ class Change:
             return False
         return self.shape == (shape if self.experts is None else shape[1:])
 
+    @property
+    def transposed(self) -> Change:
+        """The same change of a weight that has been taken for its transpose."""
+        if self.up is None or self.down is None:
+            return self
+        return replace(self, up=self.down.swapaxes(-1, -2), down=self.up.swapaxes(-1, -2))
+
     def of_all_experts(self, count: int) -> Change:
         """The same change with `up` and `down` of all experts, zero for those that it leaves alone."""
         if self.experts is None or self.up is None or self.down is None:
@@ -93,8 +100,8 @@ class Adapter:
     """By the names of the weights"""
     base: str | None
     """The model that it was trained on, as its config names it"""
-    unties: bool = False
-    """Whether embeddings and head are adapted apart, even where a model has one weight for both: so does PEFT"""
+    is_peft: bool = False
+    """Whether PEFT wrote it, which adapts embeddings and head apart, even where a model has one weight for both"""
 
     @property
     def digest(self) -> str:
@@ -106,17 +113,20 @@ class Adapter:
                 digest.update(b"-" if part is None else np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()[:16]
 
-    def changes_for(self, shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> Mapping[str, Change]:
+    def changes_for(
+        self, shapes: Mapping[str, tuple[int, ...]], *, tied: bool, embeddings: str = EMBEDDINGS
+    ) -> Mapping[str, Change]:
         """The changes, once it is sure that they are of this model.
 
         Args:
             shapes: of all of the model's weights, by name.
             tied: whether the embeddings are the head too.
+            embeddings: their name.
 
         Raises:
             InputError: the adapter is another model's, or it wants two weights where the model has one.
         """
-        changes = self._tied() if tied else self.changes
+        changes = self._tied(embeddings) if tied else self.changes
         for name, change in changes.items():
             if name not in shapes:
                 raise InputError(f"the adapter {self.name} changes {name}, which this model has not: {self._way_out}")
@@ -131,16 +141,16 @@ class Adapter:
     def _way_out(self) -> str:
         return f"load the model that it was trained on{f' ({self.base})' if self.base else ''}"
 
-    def _tied(self) -> Mapping[str, Change]:
-        """The changes of a model whose embeddings are its head."""
-        embeddings, head = self.changes.get(EMBEDDINGS), self.changes.get(HEAD)
+    def _tied(self, name: str) -> Mapping[str, Change]:
+        """The changes of a model whose embeddings, of this name, are its head."""
+        embeddings, head = self.changes.get(name), self.changes.get(HEAD)
         if head is not None:
             if embeddings is None or not _is_same_weight(embeddings, head):
                 raise InputError(
                     f"the adapter {self.name} changes lm_head, which in this model is the embeddings too: {_UNTIED}"
                 )
             return {name: change for name, change in self.changes.items() if name != HEAD}
-        if embeddings is not None and self.unties:
+        if embeddings is not None and self.is_peft:
             raise InputError(
                 f"the adapter {self.name} changes embed_tokens, which in this model is the head too, and PEFT leaves "
                 f"the head as it was: {_UNTIED}"

@@ -33,7 +33,7 @@ def read_adapter(source: str | PathLike[str]) -> Adapter:
     name = folder.resolve().name
     if "peft_type" in config:
         changes = adapter_peft.changes(name, config, _weights(folder, adapter_peft.WEIGHTS))
-        return _checked(Adapter(name, changes, _text(config.get("base_model_name_or_path")), unties=True))
+        return _checked(Adapter(name, changes, _text(config.get("base_model_name_or_path")), is_peft=True))
     if adapter_mlx_lm.is_config(config):
         changes = adapter_mlx_lm.changes(name, config, _weights(folder, adapter_mlx_lm.WEIGHTS))
         return _checked(Adapter(name, changes, _text(config.get("model"))))

@@ -72,13 +72,13 @@ def _change(name: str, weight: str, parts: Mapping[str, Weight], rank: int, scal
     if lacking := sorted(needed - set(parts)):
         raise InputError(f"the adapter {name} lacks {lacking[0]} for {weight}: save or download it again")
     a, b = parts["lora_a"], parts["lora_b"]
-    if ".experts." in weight:
+    dimensions = 3 if a.ndim == 3 else 2  # experts have three
+    if dimensions == 3:
         up, down = b, a
     elif weight == EMBEDDINGS:
         up, down = a, b
     else:
         up, down = b.T, a.T
-    dimensions = 3 if ".experts." in weight else 2
     if not up.ndim == down.ndim == dimensions or not up.shape[-1] == down.shape[-2] == rank:
         raise InputError(
             f"the adapter {name} has lora_a {a.shape} and lora_b {b.shape} for {weight}, which are not of rank {rank}: "

@@ -19,6 +19,8 @@ from mlx_lqr.backends.checkpoint.model_folder import check_family
 from mlx_lqr.backends.checkpoint.rotation import Rotation, rotation
 from mlx_lqr.errors import InputError
 
+ENDLESS = 1 << 30
+"""The context's length where a config does not say how long it may be."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 _TRUE_OR_FALSE = frozenset(
@@ -100,7 +102,7 @@ def context_of(config: Mapping[str, Any]) -> tuple[int, bool]:
 
     Some classes of mlx-lm do not keep how long a context may be: with them it has no end, as in mlx-lm itself.
     """
-    length = int(config.get("max_position_embeddings") or 1 << 30)
+    length = int(config.get("max_position_embeddings") or ENDLESS)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     rolls = True

@@ -44,6 +44,6 @@ def check_family(model_type: str, families: Sequence[str] = FAMILIES) -> None:
     """Raise `InputError` for an architecture that is not known to carry one residual stream from block to block."""
     if model_type not in families:
         raise InputError(
-            f"the architecture {model_type!r} is not supported; supported: {', '.join(families)}, and with "
-            "--backend mlx most others that mlx-lm has"
+            f"the architecture {model_type!r} is not supported; supported: {', '.join(families)}, and most others that "
+            "mlx-lm (--backend mlx) or transformers (--backend torch) has"
         )

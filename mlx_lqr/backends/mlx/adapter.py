@@ -8,6 +8,7 @@ unpacked.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lqr.backends.checkpoint import adapter_mlx_lm
 from mlx_lqr.backends.checkpoint.adapter import EMBEDDINGS, HEAD, Adapter, Change, canonical
+from mlx_lqr.backends.mlx.adapter_names import by_own_names
 from mlx_lqr.backends.mlx.blocks import dequantized, unpacked_shape
 from mlx_lqr.errors import InputError
 
@@ -28,20 +30,47 @@ OF_MLX_LM = "of mlx-lm"
 
 
 def merge(module: nn.Module, adapter: Adapter) -> None:
-    """Change what the module computes; its weights keep their dtype.
+    """Change what a module of a family on the list computes; its weights keep their dtype.
 
     Raises:
         InputError: the adapter is another model's.
     """
+    _merge(module, adapter, _weights(module), EMBEDDINGS)
+
+
+def merge_by_own_names(module: nn.Module, adapter: Adapter) -> Adapter:
+    """Change what a module of any family computes; its weights keep their dtype.
+
+    Returns:
+        The adapter by the names of the module's weights.
+
+    Raises:
+        InputError: the adapter is another model's, or the module has in another form what it changes.
+    """
     places = _weights(module)
+    adapter = by_own_names(module, adapter, places)
+    tables = {name: leaf for name, (_, leaf, _) in places.items() if isinstance(leaf, _EMBEDDINGS)}
+    embeddings = max(tables, key=lambda name: unpacked_shape(tables[name])[0], default=EMBEDDINGS)
+    read_as_layers = {} if adapter.is_peft else {name: leaf for name, leaf in tables.items() if name != EMBEDDINGS}
+    turned = {name: change.transposed if name in read_as_layers else change for name, change in adapter.changes.items()}
+    _merge(module, replace(adapter, changes=turned), places, embeddings)
+    return adapter
+
+
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+Places = dict[str, tuple[str, nn.Module, str]]
+"""Weights, by the names that adapters have for them: the path of a weight's layer, the layer, its name there"""
+
+
+def _merge(module: nn.Module, adapter: Adapter, places: Places, embeddings: str) -> None:
     shapes = {name: unpacked_shape(leaf, part) for name, (_, leaf, part) in places.items()}
-    tied = HEAD not in places and EMBEDDINGS in places
-    dtype = places["model.norm.weight"][1].weight.dtype  # that of the activations
-    for name, change in adapter.changes_for(shapes, tied=tied).items():
+    tied = embeddings in places and not any(name.endswith(HEAD) for name in places)
+    dtype = _dtype(places)
+    for name, change in adapter.changes_for(shapes, tied=tied, embeddings=embeddings).items():
         path, leaf, part = places[name]
         packed = part == "weight" and "scales" in leaf
         if packed and change.replacement is None and not isinstance(leaf, nn.QuantizedEmbedding):
-            _run_beside(leaf, change, dtype)
+            _run_beside(name, leaf, change, dtype)
             continue
         if packed:
             leaf = _unpacked(name, leaf, dtype)
@@ -50,6 +79,12 @@ def merge(module: nn.Module, adapter: Adapter) -> None:
         weight = leaf[part]
         leaf[part] = change.applied(weight.astype(mx.float32), mx.array).astype(weight.dtype)
         mx.eval(leaf[part])  # or all weights are held twice
+
+
+def _dtype(places: Places) -> mx.Dtype:
+    """That of the activations, which is that of the norms."""
+    norms = (leaf.weight.dtype for _, leaf, part in places.values() if part == "weight" and leaf.weight.ndim == 1)
+    return next(norms, mx.float32)
 
 
 def adapter_in(module: nn.Module) -> Adapter | None:
@@ -70,10 +105,28 @@ def adapter_in(module: nn.Module) -> Adapter | None:
     return Adapter(OF_MLX_LM, changes, base=None) if changes else None
 
 
-def _weights(module: nn.Module) -> dict[str, tuple[str, nn.Module, str]]:
-    """Every weight and bias, by the name that adapters have for it: its layer's path, the layer, its name there."""
-    leaves = tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)
-    return {canonical(f"{path}.{part}"): (path, leaf, part) for path, leaf in leaves for part in _PARTS if part in leaf}
+def without_adapter(blocks: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """The weights of blocks under the names that they have without an adapter, which itself is left out."""
+    weights = tree_flatten(list(blocks))
+    layers = {name.rpartition(".")[0] for name, _ in weights if name.endswith((".lora_a", ".up"))}
+    for name, weight in weights:
+        layer, _, part = name.rpartition(".")
+        outer, _, inner = layer.rpartition(".")
+        if outer in layers and inner in ("linear", "embedding"):  # in which mlx-lm's layers have what they adapt
+            yield f"{outer}.{part}", weight
+        elif layer not in layers or part not in ("lora_a", "lora_b", "m", "up", "down", "factor"):
+            yield name, weight
+
+
+def _weights(module: nn.Module) -> Places:
+    """Every array that the module computes with; of packed weights, the weight alone."""
+    return {
+        canonical(f"{path}.{part}" if path else part): (path, layer, part)
+        for path, layer in module.named_modules()
+        for part, array in layer.items()
+        if isinstance(array, mx.array) and not part.startswith("_")
+        if not ("scales" in layer and part in ("scales", "biases"))
+    }
 
 
 def _unpacked(name: str, leaf: nn.Module, dtype: mx.Dtype) -> nn.Module:
@@ -90,8 +143,10 @@ def _unpacked(name: str, leaf: nn.Module, dtype: mx.Dtype) -> nn.Module:
     return dense
 
 
-def _run_beside(leaf: nn.Module, change: Change, dtype: mx.Dtype) -> None:
+def _run_beside(name: str, leaf: nn.Module, change: Change, dtype: mx.Dtype) -> None:
     """Let a packed layer add what the change adds to its weight, in this dtype."""
+    if not isinstance(leaf, nn.QuantizedLinear) and not hasattr(leaf, "num_experts"):
+        raise InputError(f"the adapter changes {name}, which is packed in a way of its own: load the unquantised model")
     kind: Any = type(leaf)
     if change.magnitude is not None:
         added = replace(change, magnitude=None).applied(dequantized(leaf, leaf).astype(mx.float32), mx.array)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mlx_lqr import launched
 from mlx_lqr.backends.backend import Backend, Suitability
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, RECORDER
 from mlx_lqr.backends.checkpoint.adapter import Adapter
@@ -22,6 +23,7 @@ class MLX(Backend):
     title = "MLX"
     capabilities = frozenset({RECORDER, HEAD_RECORDER, DIFFERENTIABLE})
     takes_device = False
+    spreads = True
     adopts = "mlx_lm.load"
 
     def suitability(self) -> Suitability:
@@ -33,31 +35,45 @@ class MLX(Backend):
         if importlib.util.find_spec("mlx") is None:
             raise InputError("the mlx backend needs mlx, which is not installed: pip install mlx-lqr")
 
-    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None) -> Model:
+    def load(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        dtype: str | None,
+        device: str | None,
+        adapter: Adapter | None,
+        pipeline: bool,
+    ) -> Model:
         from mlx_lqr.backends.mlx import model
 
         assert device is None
-        return model.load(folder, name, dtype, adapter)
+        return model.load(folder, name, dtype, adapter, pipeline)
+
+    def said(self, text: str | None) -> str | None:
+        if launched.count() == 1:
+            return text
+        from mlx_lqr.backends.mlx.distributed import joined
+
+        return joined(pipeline=False).said(text)
 
     def adopt(self, model: Any) -> Model | None:
         nn = sys.modules.get("mlx.nn")
         if nn is None or not isinstance(model, nn.Module):
             return None
-        from mlx_lqr.backends.checkpoint.model_folder import FAMILIES
         from mlx_lqr.backends.mlx.adapter import adapter_in
-        from mlx_lqr.backends.mlx.library import has_model, model_classes
+        from mlx_lqr.backends.mlx.library import is_measured, model_classes, settings_of
         from mlx_lqr.backends.mlx.model import MLXModel
 
         model_type = str(getattr(model, "model_type", type(model).__module__))
         adapter = adapter_in(model)
-        if model_type not in FAMILIES and has_model(model_type):
-            from mlx_lqr.backends.mlx.measured_model import MeasuredModel, refuse_adapter
-
-            refuse_adapter(adapter, model_type)
-            settings = vars(getattr(model, "args", object()))
-            return MeasuredModel(model, {"model_type": model_type, **settings}, model_type)
-        model_classes(model_type)
         name = model_type if adapter is None else f"{model_type}{ADAPTED}{adapter.name}"
+        if is_measured(model_type):
+            from mlx_lqr.backends.mlx.measured_model import MeasuredModel
+
+            settings = {"model_type": model_type, **settings_of(model)}
+            return MeasuredModel(model, settings, name, adapter=adapter)
+        model_classes(model_type)
         adopted = MLXModel(model, name)
         adopted.adapter = adapter
         return adopted

@@ -18,6 +18,7 @@ from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.library import are_of_one_sequence, decoding_caches, in_order
 from mlx_lqr.backends.mlx.sampling import MLXSampler
 from mlx_lqr.backends.mlx.step import CompiledStep, FixedCache
+from mlx_lqr.backends.mlx.tensor_parallel import refuse_split
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 
 COMPILE_AFTER = 32
@@ -34,6 +35,11 @@ class MLXTrace:
     """Block k as a function of its input z (1, 1, d), everything before the last token frozen."""
     nbytes: int
     """Memory held: the prefix's keys and values, and the residual stream."""
+
+    @property
+    def state(self) -> Float32:
+        """s_k = z_k: (T + 1, d)"""
+        return self.residual
 
 
 class MLXDecoder(HookedDecoder):
@@ -90,14 +96,14 @@ class MLXDecoder(HookedDecoder):
 
     def _step(self, tokens: mx.array) -> mx.array:
         self._steps += 1
-        if self._compiled is None or self._steps <= COMPILE_AFTER or not self._can_replay():
+        if self._compiled is None or self._steps <= COMPILE_AFTER or not self._can_replay(tokens):
             self._settle()
             return self._append(tokens[:, None], steered=True)
         if self._fixed is None:
             self._fixed = FixedCache(self._cache)
-        self._length += 1
         law = self._law if self._law is not None and self._law.acts else None
         logits, self._energy = self._compiled(tokens, self._fixed, law, self._law_arrays if law is not None else [])
+        self._length += 1
         return logits
 
     def _append(self, tokens: mx.array, *, steered: bool, head: bool = True) -> mx.array:
@@ -142,6 +148,7 @@ class MLXDecoder(HookedDecoder):
 
     def _calls(self, token: int, frozen: list[FrozenCache], residual: list[mx.array]) -> list[BlockCall]:
         """How the module calls each block at this token; `residual` takes z_0..z_T. Nothing is computed yet."""
+        refuse_split(self._module)
         calls: list[BlockCall] = []
         record = _recording(residual, len(frozen))
 
@@ -153,8 +160,8 @@ class MLXDecoder(HookedDecoder):
             self._module(mx.array([[token]]), cache=frozen)
         return calls
 
-    def _can_replay(self) -> bool:
-        """Whether a compiled step can take law and cache."""
+    def _can_replay(self, tokens: mx.array) -> bool:
+        """Whether a compiled step can take these tokens (B,), law and cache."""
         if self._law is not None and not self._law.replayable:
             return False
         return self._fixed is not None or are_of_one_sequence(self._cache)

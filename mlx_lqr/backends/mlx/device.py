@@ -29,6 +29,14 @@ def on_gpu() -> bool:
     return rehearsing() or mx.default_device() != mx.cpu
 
 
+def device_name() -> str:
+    """What MLX computes on, as "Apple M3 Max" or "CPU"."""
+    import mlx.core as mx
+
+    device = mx.default_device()
+    return "CPU" if device == mx.cpu else str(mx.device_info().get("device_name", device))
+
+
 def on_mac() -> bool:
     return rehearsing() or sys.platform == "darwin"
 

@@ -16,12 +16,14 @@ from mlx_lm.evaluate import DEFAULT_MAX_TOKENS, MLXLM
 
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.adapter import Adapter
-from mlx_lqr.backends.checkpoint.config import model_config
+from mlx_lqr.backends.checkpoint.config import ModelConfig, model_config
 from mlx_lqr.backends.checkpoint.model_folder import check_dtype, read_config
 from mlx_lqr.backends.checkpoint.weight_files import weights_of
 from mlx_lqr.backends.mlx.adapter import merge
 from mlx_lqr.backends.mlx.family import complete
-from mlx_lqr.backends.mlx.load import arguments_for, as_mlx_lm_reads, cast
+from mlx_lqr.backends.mlx.library import is_measured
+from mlx_lqr.backends.mlx.load import arguments_for, as_mlx_lm_reads, cast, flattened
+from mlx_lqr.backends.mlx.measured_model import MeasuredModel, prepare
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.text.tokenizer import at_border
 from mlx_lqr.errors import InputError, first_line
@@ -54,26 +56,39 @@ class Evaluator(MLXLM):
         check_borrowed("mlx evaluator")
         check_dtype(dtype)
         config = read_config(folder)
-        meaning = model_config(config)
+        self._load(folder, config, options)
+        self.model: MLXModel
+        if is_measured(str(config["model_type"])):
+            adapter = prepare(self._model, dtype, adapter)
+            self.model = MeasuredModel(self._model, config, name, adapter=adapter)
+        else:
+            self.model = self._listed(model_config(config), name, dtype, adapter)
+        self.options = {**options, "use_chat_template": bool(self.use_chat_template), "dtype": dtype}
+        """What its answers depend on"""
+
+    def _load(self, folder: Path, config: dict[str, Any], options: dict[str, Any]) -> None:
+        """Have mlx-lm load the model."""
         files = weights_of(folder)
-        given = config | arguments_for(folder, meaning, files)
+        measured = is_measured(str(config["model_type"]))
+        given = flattened(config) if measured else config | arguments_for(folder, model_config(config), files)
         if _OLD:
             options["batch_size"] = 1  # in a batch, it adds a score of the padding after the shorter texts
         try:
             with as_mlx_lm_reads(folder, given, files) as view:
                 super().__init__(str(view), **options)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"mlx-lm cannot load {folder}: {first_line(error)}") from error
+
+    def _listed(self, meaning: ModelConfig, name: str, dtype: str | None, adapter: Adapter | None) -> MLXModel:
         complete(self._model, meaning)
         cast(self._model, dtype)
         if adapter is not None:
             merge(self._model, adapter)
         mx.eval(self._model.parameters())
-        self.model = MLXModel(self._model, name)
-        self.model.context_length, self.model.rolls = meaning.context_length, meaning.rolls
-        self.model.adapter = adapter
-        self.options = {**options, "use_chat_template": bool(self.use_chat_template), "dtype": dtype}
-        """What its answers depend on"""
+        model = MLXModel(self._model, name)
+        model.context_length, model.rolls = meaning.context_length, meaning.rolls
+        model.adapter = adapter
+        return model
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation in the model's chat template; what a template without a system role says goes to the user.

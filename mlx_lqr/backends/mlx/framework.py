@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.mlx.blocks import ClassHooks
+from mlx_lqr.backends.mlx.device import device_name
 from mlx_lqr.backends.protocol import Float32
 
 
@@ -33,6 +34,10 @@ class MLXFramework(Framework):
         """For a model with such blocks; norms are never packed, so that theirs is the dtype of the residual stream."""
         parameters = tree_flatten(block.parameters())
         return cls(next(weight.dtype for name, weight in parameters if name.endswith("norm.weight")))
+
+    @property
+    def device_name(self) -> str:
+        return device_name()
 
     @property
     def dtype_name(self) -> str:

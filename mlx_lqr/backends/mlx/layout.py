@@ -17,20 +17,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, Hook, LawHooks
+from mlx_lqr.backends.measured import WITHOUT_HEADS, NoChainError
 from mlx_lqr.backends.mlx.blocks import ClassHooks
+from mlx_lqr.backends.mlx.distributed import Spread
 from mlx_lqr.errors import InputError
 
 ROWS, POSITIONS = 5, 7
 """Of the tokens that are run; sizes that no model's features have, so that each axis is known by its size."""
 Outputs = Any
 """What a block returns: the state, or a tuple or list with the state in it."""
-
-
-WITHOUT_HEADS = "this model has blocks without self_attn.o_proj: use a method that acts on whole blocks"
-
-
-class NoChainError(InputError):
-    """The model is no chain of blocks with one state; the message is the reason, without the model's name."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,8 @@ class Layout:
     vocabulary: int
     hides_tokens: bool
     """Whether the model gives tokens that it never says a logit of minus infinity."""
+    spread: Spread | None = None
+    """How the blocks are spread over several processes."""
 
     def finite(self, logits: mx.array) -> mx.array:
         """The logits with a number where a token is hidden, since infinity is what overflow is known by."""
@@ -140,12 +137,15 @@ class StateHooks(ClassHooks):
                 outputs: list[tuple[mx.array, Outputs]] = []
 
                 def block(z: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-                    given, named = layout.exchanged(args, kwargs, layout.native(z))
-                    own = kind.__call__(self, *given, **named)
+                    exchanged, named = layout.exchanged(args, kwargs, layout.native(z))
+                    own = kind.__call__(self, *exchanged, **named)
                     outputs.append((layout.normal(state_in(own)), own))
                     return outputs[-1][0]
 
-                result = hook(k, layout.normal(layout.state_of(args, kwargs)), BlockCall(block, args, kwargs))
+                given = layout.state_of(args, kwargs)
+                if layout.spread is not None:
+                    given = layout.spread.given(self, given)
+                result = hook(k, layout.normal(given), BlockCall(block, args, kwargs))
                 state, own = outputs[-1]
                 return own if result is state else with_state(own, layout.native(result))
 
@@ -153,27 +153,31 @@ class StateHooks(ClassHooks):
         object.__setattr__(module, "__class__", self._classes[k, kind])
 
 
-def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]]) -> Layout:
+def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]], spread: Spread | None = None) -> Layout:
     """Run a few tokens and look how the blocks are called.
 
     Args:
         module: a language model of mlx-lm.
         caches: makes the caches of a new decode.
+        spread: over which processes, if over several.
 
     Raises:
         NoChainError: the blocks do not pass on one state, each once.
     """
-    blocks = _blocks_of(module)
+    blocks = blocks_of(module)
     for block in blocks:
         ClassHooks.refuse(block)
     calls: list[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]] = []
-    with _watched(blocks, lambda *call: calls.append(call)):
-        logits = module(mx.array([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)]), cache=caches())
+    new = caches()
+    with watched(blocks, lambda *call: calls.append(call)):
+        logits = module(mx.array([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)]), cache=new)
         mx.eval(logits)
     if [k for k, *_ in calls] != list(range(len(blocks))):
         raise NoChainError(
             f"in one pass it calls its {len(blocks)} blocks {len(calls)} times, and not each once in order"
         )
+    for store in _stores_beside(calls, new):
+        raise NoChainError(f"its blocks hand on a {store} beside one state")
     place = _place_of_state(calls)
     state = calls[0][2][place] if isinstance(place, str) else calls[0][1][place]
     rows_axis = state.shape.index(ROWS)
@@ -181,10 +185,16 @@ def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]]) -> Layout:
     features = tuple(size for axis, size in enumerate(state.shape) if axis not in (rows_axis, positions_axis))
     dtype = state_in(calls[-1][3]).dtype
     hides = bool(mx.any(logits == -mx.inf).item())
-    return Layout(tuple(blocks), place, rows_axis, positions_axis, features, dtype, int(logits.shape[-1]), hides)
+    vocabulary = int(logits.shape[-1])
+    return Layout(tuple(blocks), place, rows_axis, positions_axis, features, dtype, vocabulary, hides, spread)
 
 
-def _blocks_of(module: nn.Module) -> list[nn.Module]:
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """A model's blocks, in order.
+
+    Raises:
+        NoChainError: there is no list of them.
+    """
     blocks = list(getattr(module, "layers", None) or _longest_list(module))
     if len(blocks) < 2 or not all(isinstance(block, nn.Module) for block in blocks):
         raise NoChainError("it has no list of blocks")
@@ -221,6 +231,20 @@ def _place_of_state(calls: Sequence[tuple[int, tuple[Any, ...], dict[str, Any], 
     return (handed_on or alike)[0]
 
 
+def _stores_beside(
+    calls: Sequence[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]], caches: Sequence[Any]
+) -> Iterator[str]:
+    """Kinds of what blocks are called with that keeps something of every token and is no cache."""
+    known = {id(part) for cache in caches for part in (cache, *getattr(cache, "caches", ()))}
+    for _, args, kwargs, _ in calls:
+        for thing in (*args, *kwargs.values()):
+            if isinstance(thing, (mx.array, nn.Module)) or id(thing) in known:
+                continue
+            kept = getattr(thing, "__dict__", {}).values()
+            if any(isinstance(part, mx.array) and {ROWS, POSITIONS} <= set(part.shape) for part in kept):
+                yield type(thing).__name__
+
+
 def _argument(call: tuple[int, tuple[Any, ...], dict[str, Any], Outputs], place: int | str) -> Any:
     _, args, kwargs, _ = call
     if isinstance(place, str):
@@ -235,7 +259,7 @@ def _is_like(argument: Any, state: mx.array) -> bool:
 
 
 @contextmanager
-def _watched(blocks: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
+def watched(blocks: Sequence[nn.Module], watch: Callable[..., Any]) -> Iterator[None]:
     """Inside this context, watch(k, args, kwargs, outputs) hears of every call of block k."""
     kinds = [type(block) for block in blocks]
 

@@ -67,6 +67,19 @@ def model_classes(model_type: str) -> tuple[Any, Any]:
     return module.Model, module.ModelArgs
 
 
+def any_model_classes(model_type: str) -> tuple[Any, Any]:
+    """The `Model` and `ModelArgs` classes of any architecture that the installed mlx-lm has.
+
+    Raises:
+        InputError: it has none of this name.
+    """
+    try:
+        module = import_mlx_lm(f"models.{model_type}")
+    except ImportError as error:
+        raise InputError(f"the installed mlx-lm has no {model_type}: pip install -U mlx-lm") from error
+    return module.Model, module.ModelArgs
+
+
 def has_model(model_type: str) -> bool:
     """Whether mlx-lm has a module for models of this type, whatever they are."""
     if not re.fullmatch(r"[\w-]+", model_type):
@@ -74,6 +87,11 @@ def has_model(model_type: str) -> bool:
     if model_type in FAMILIES or settings_read({"model_type": model_type}) is not None:
         return True
     return model_type in vars(importlib.import_module("mlx_lm.utils")).get("MODEL_REMAPPING", {})
+
+
+def is_measured(model_type: str) -> bool:
+    """Whether models of this type are on no list and mlx-lm has a module for them, so that they are measured."""
+    return model_type not in FAMILIES and has_model(model_type)
 
 
 def settings_read(config: dict[str, Any]) -> set[str] | None:
@@ -84,6 +102,11 @@ def settings_read(config: dict[str, Any]) -> set[str] | None:
     except (ImportError, AttributeError, SystemExit):  # no such module, one that is no model, or that wants another
         return None
     return {field.name for field in fields(ModelArgs)}
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """What a model was made of, which some of mlx-lm's modules call `args` and some `config`, and some do not keep."""
+    return next((vars(getattr(module, name)) for name in ("args", "config") if hasattr(module, name)), {})
 
 
 def attention_mask(x: mx.array, cache: Any, window: int | None, *, as_array: bool) -> Any:
@@ -174,11 +197,29 @@ def rotates(layer: Any) -> bool:
     return isinstance(layer, import_mlx_lm("models.cache").RotatingKVCache)
 
 
+def keeps_state(layer: Any) -> bool:
+    """Whether a cache keeps arrays of a size of their own, as state-space models do, and no keys and values."""
+    return type(layer) is import_mlx_lm("models.cache").ArraysCache
+
+
+def state_cache(arrays: Sequence[mx.array]) -> Any:
+    """A cache with this state."""
+    cache = import_mlx_lm("models.cache").ArraysCache(len(arrays))
+    cache.cache = list(arrays)
+    return cache
+
+
 def are_of_one_sequence(caches: Sequence[Any]) -> bool:
-    """Whether all are plain or rotating caches of one sequence, with something in them."""
+    """Whether all are plain or rotating caches of one sequence, or keep a state, with something in them."""
     kinds = import_mlx_lm("models.cache")
-    known = (kinds.KVCache, kinds.RotatingKVCache)
-    return all(type(layer) in known and layer.keys is not None for layer in caches)
+
+    def is_of_one(layer: Any) -> bool:
+        if keeps_state(layer):
+            padded = layer.left_padding is not None or getattr(layer, "lengths", None) is not None
+            return not padded and all(part is not None and part.shape[0] == 1 for part in layer.cache)
+        return type(layer) in (kinds.KVCache, kinds.RotatingKVCache) and layer.keys is not None
+
+    return all(map(is_of_one, caches))
 
 
 def in_order(layer: Any) -> tuple[mx.array, mx.array]:

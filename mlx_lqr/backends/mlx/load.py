@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,12 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 def load_module(
-    folder: Path, config: dict[str, Any], meaning: ModelConfig, dtype: str | None, adapter: Adapter | None = None
+    folder: Path,
+    config: dict[str, Any],
+    meaning: ModelConfig,
+    dtype: str | None,
+    adapter: Adapter | None = None,
+    keep: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Build the module and load its weights.
 
@@ -39,6 +44,7 @@ def load_module(
         dtype: "float32", "float16" or "bfloat16" for everything that is not packed; None keeps the checkpoint's dtype
             on a GPU and takes float32 on the CPU, where 16-bit products are 10 to 30 times slower.
         adapter: is merged into the weights, or runs beside those that are packed.
+        keep: leaves in the module what this process is to have, before any weight is read.
 
     Raises:
         InputError: unsupported architecture, or weights or an adapter that are missing, damaged or another model's.
@@ -69,13 +75,15 @@ def load_module(
             raise
         raise InputError(f"the weights in {folder} do not fit its config.json: {first_line(error)}") from error
     cast(module, dtype)
+    if keep is not None:
+        keep(module)
     try:
         mx.eval(module.parameters())
     except RuntimeError as error:
         raise InputError(f"the weights in {folder} cannot be read: {first_line(error)}") from error
     if adapter is not None:
         merge(module, adapter)
-    if on_linux() and not on_gpu():
+    if on_linux() and not on_gpu() and keep is None:
         _lay_out_for_single_tokens(module)
     return module
 
@@ -132,8 +140,11 @@ def check_computed(module: nn.Module, dtype: mx.Dtype) -> None:
     """
     if dtype == mx.float16 and hasattr(sys.modules[type(module).__module__], "clip_residual"):
         raise InputError("the activations of Gemma 3 overflow float16, where mlx-lm cuts them: load it with bfloat16")
-    experts = (leaf for _, leaf in tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module))
-    dense = any(hasattr(leaf, "num_experts") and "scales" not in leaf for leaf in experts)
+    leaves = [leaf for _, leaf in tree_flatten(module.leaf_modules(), is_leaf=nn.Module.is_module)]
+    experts = [leaf for leaf in leaves if hasattr(leaf, "num_experts")]
+    if not on_gpu() and any(getattr(leaf, "global_scale", None) is not None for leaf in experts):
+        raise InputError("on the CPU, MLX multiplies no experts packed with a global scale: quantise it without")
+    dense = any("scales" not in leaf for leaf in experts)
     if dtype != mx.float32 and dense and not on_gpu():
         raise InputError("on the CPU, MLX multiplies experts in float32 alone: load it with dtype float32")
 

@@ -7,7 +7,7 @@ then merged, by mlx-lm's own code, where that was measured to agree; else each s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,31 +15,68 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS
+from mlx_lqr.backends.hooks import BlockHooks, LawHooks
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.mlx.framework import MLXFramework
-from mlx_lqr.backends.mlx.frozen import FrozenBlock, arrays_in, frozen_at
+from mlx_lqr.backends.mlx.frozen import FrozenBlock, arrays_in, copied, frozen_at
 from mlx_lqr.backends.mlx.layout import Layout
 from mlx_lqr.backends.mlx.library import can_rewind, can_roll, decoding_caches, merged_caches, new_caches
 from mlx_lqr.backends.mlx.measurement import Measurement
+from mlx_lqr.backends.mlx.step import CompiledStep, FixedCache
+from mlx_lqr.backends.overflow import Examined
 from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law, Sampling, restart
 from mlx_lqr.errors import InputError
+
+CLOSE = 1e-3
+"""How far the logits of compiled steps may lie from those of plain ones, times the largest of these."""
 
 
 @dataclass(frozen=True)
 class FrozenTrace:
     """What the Jacobians at a prompt's last token depend on."""
 
-    residual: Float32
-    """z_0..z_T: (T + 1, d)"""
+    state: Float32
+    """s_0..s_T: (T + 1, d + m)"""
     blocks: list[FrozenBlock]
+    width: int
+    """d"""
+
+    @property
+    def residual(self) -> Float32:
+        """z_0..z_T: (T + 1, d)"""
+        return self.state[:, : self.width]
 
     @property
     def nbytes(self) -> int:
-        return self.residual.nbytes + sum(block.nbytes for block in self.blocks)
+        return self.state.nbytes + sum(block.nbytes for block in self.blocks)
+
+
+def check_site(law: Law | None, layout: Layout) -> None:
+    """Refuse a law that acts on attention heads, which no process of several has all of."""
+    if law is not None and law.site == "attention" and layout.spread is not None:
+        raise InputError(ON_ONE_MACHINE)
+
+
+ON_ONE_MACHINE = "attention heads are read and steered on one machine alone: use a method that acts on whole blocks"
+
+
+class ConfirmedStep(CompiledStep):
+    """A compiled step that is used once it has given what plain steps give.
+
+    Nothing is known of what a model does with its caches: it may ask a position for its value, which while a step is
+    recorded it has not, or attend in a way that `FixedCache` does not foresee.
+    """
+
+    confirmed: bool | None = None
+    """None until it has been tried."""
 
 
 class MeasuredDecoder(MLXDecoder):
-    """The `TracingDecoder` protocol."""
+    """The `TracingDecoder` protocol.
+
+    Args:
+        compiled: see `MLXDecoder`.
+    """
 
     def __init__(
         self,
@@ -50,25 +87,86 @@ class MeasuredDecoder(MLXDecoder):
         law: Law | None,
         sampling: Sampling,
         window: int | None = None,
+        compiled: ConfirmedStep | None = None,
     ) -> None:
         self._layout, self._measurement = layout, measurement
+        self._tried = compiled
         self._apart = False
         """Whether `_cache` holds the caches of each sequence on its own."""
-        super().__init__(module, framework, layout.blocks, layout.vocabulary, law, sampling, window)
+        self._of_rows: list[tuple[Law, BlockHooks | None]] = []
+        """The law, and what steers each of these sequences, where the law carries something from token to token."""
+        self._is_examined = False
+        super().__init__(module, framework, layout.blocks, layout.vocabulary, law, sampling, window, compiled)
+
+    def _step(self, tokens: mx.array) -> mx.array:
+        step = self._tried
+        try:
+            logits = super()._step(tokens)
+        except Exception:  # recorded anew for longer buffers, the step may come to what it cannot do
+            if step is None or not step.confirmed:
+                raise
+            step.confirmed = False
+            logits = super()._step(tokens)
+        return self._layout.finite(logits)
+
+    def _can_replay(self, tokens: mx.array) -> bool:
+        step = self._tried
+        if step is None or not super()._can_replay(tokens):
+            return False
+        if step.confirmed is None:
+            step.confirmed = self._gives_the_same(step, tokens)
+        return step.confirmed
+
+    def _gives_the_same(self, step: ConfirmedStep, tokens: mx.array) -> bool:
+        """Whether this token, taken twice, has the same logits by compiled and by plain steps."""
+        caches = copied(self._cache)
+        plain = [self._call(tokens[:, None], caches, self._hooks) for _ in range(2)]
+        law = self._law if self._law is not None and self._law.acts else None
+        try:
+            fixed = FixedCache(copied(self._cache))
+            arrays = self._law_arrays if law is not None else []
+            compiled = [self._layout.finite(step(tokens, fixed, law, arrays)[0]) for _ in range(2)]
+            mx.eval(compiled)
+        except Exception:  # whatever mlx-lm's modules raise, plain steps remain
+            return False
+        pairs = zip(compiled, plain, strict=True)
+        return all(bool(mx.allclose(a, b, rtol=0, atol=CLOSE * mx.abs(b).max().item()).item()) for a, b in pairs)
+
+    def _place(self, law: Law | None) -> Law | None:
+        check_site(law, self._layout)
+        return super()._place(law)
+
+    def _hooked_layers(self, law: Law) -> Sequence[int]:
+        spread = self._layout.spread
+        return law.layers if spread is None or self._is_watched else spread.here(law.layers)
+
+    @property
+    def _is_watched(self) -> bool:
+        """Whether what happens at a block matters beyond it, if it is only for a law that takes notes."""
+        return self._is_examined or (self._law is not None and not self._law.replayable)
+
+    def _examined(self, tokens: Sequence[int], steering: LawHooks) -> Examined:
+        self._is_examined = True
+        try:
+            return super()._examined(tokens, steering)
+        finally:
+            self._is_examined = False
 
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         if len(prompts) == 1:
             super().fill(prompts, steered=steered)
             return
+        self._settle()
         restart(self._law)
+        self._of_rows, self._steps = [], 0
         self._start([0] * len(prompts))
         for row, prompt in enumerate(prompts):
             if self._seen is not None and prompt:
                 self._seen[row, self._framework.integers(list(prompt))] = True
             for start in range(0, len(prompt), PREFILL_CHUNK):
                 chunk = mx.array([list(prompt[start : start + PREFILL_CHUNK])])
-                self._call(chunk, self._cache[row], steered=steered)
-                mx.eval(list(arrays_in(self._cache[row])))
+                self._call(chunk, self._cache[row], self._hooks if steered else None)
+                self._compute(self._cache[row])
         self._length = max(map(len, prompts))
         if self._measurement.merges and all(prompts):
             self._cache, self._apart = merged_caches(self._cache), False
@@ -76,30 +174,55 @@ class MeasuredDecoder(MLXDecoder):
     def _append(self, tokens: mx.array, *, steered: bool, head: bool = True) -> mx.array:
         self._length += tokens.shape[1]
         if not self._apart:
-            logits = self._call(tokens, self._cache, steered=steered)
+            logits = self._call(tokens, self._cache, self._hooks if steered else None)
         else:
-            if isinstance(self._law, CarryingLaw) and steered:
-                raise InputError("this model decodes a batch one by one, which this controller cannot: give one prompt")
             energies, rows = [], []
             for row, cache in enumerate(self._cache):
-                rows.append(self._call(tokens[row : row + 1], cache, steered=steered))
+                hooks = self._hooks_of_row(row) if steered else None
+                rows.append(self._call(tokens[row : row + 1], cache, hooks))
                 energies.append(self._energy)
             logits = mx.concatenate(rows)
             present = [energy for energy in energies if energy is not None]
             self._energy = mx.concatenate(present) if present else None
         if not head:
-            mx.eval(list(arrays_in(self._cache)))
+            self._compute(self._cache)
         return logits
 
-    def _call(self, tokens: mx.array, cache: Any, *, steered: bool) -> mx.array:
+    def _compute(self, cache: Any) -> None:
+        others = [] if self._layout.spread is None else self._layout.spread.left_to_compute()
+        mx.eval(list(arrays_in(cache)), others)
+
+    def sample(self, logits: mx.array) -> mx.array:
+        tokens = super().sample(logits)
+        if self._layout.spread is not None:
+            tokens = self._layout.spread.agreed(tokens)
+            self._framework.start(tokens)
+        return tokens
+
+    def _hooks_of_row(self, row: int) -> BlockHooks | None:
+        if not isinstance(self._law, CarryingLaw):
+            return self._hooks
+        if self._of_rows and self._of_rows[0][0] is not self._law:
+            self._of_rows = []
+        while len(self._of_rows) <= row:
+            self._of_rows.append((self._law, self._hooks_of(self._place(self._law))))
+        return self._of_rows[row][1]
+
+    def _call(self, tokens: mx.array, cache: Any, hooks: BlockHooks | None) -> mx.array:
         self._energy = None
-        with self._hooks.placed() if steered and self._hooks is not None else nullcontext():
+        spread = self._layout.spread
+        with ExitStack() as around:
+            if spread is not None and not self._is_watched:
+                around.enter_context(spread.unwatched())
+            if hooks is not None:
+                around.enter_context(hooks.placed())
             logits: mx.array = self._module(tokens, cache=cache)
         return self._layout.finite(logits[:, -1])
 
     def _keep(self, rows: mx.array) -> None:
         if self._apart:
             self._cache = [self._cache[row] for row in rows.tolist()]
+            self._of_rows = [self._of_rows[row] for row in rows.tolist()] if self._of_rows else []
         else:
             super()._keep(rows)
 
@@ -107,9 +230,17 @@ class MeasuredDecoder(MLXDecoder):
         return not self._apart and can_rewind(self._cache) and super()._rewind(position)
 
     def trace(self, token: int) -> FrozenTrace:  # type: ignore[override]
+        self._settle()
         cache = self._cache or new_caches(self._module)
         differences = self._measurement.differences
-        return FrozenTrace(*frozen_at(self._module, self._layout, cache, token, differences=differences))
+        state, blocks = frozen_at(self._module, self._layout, cache, token, differences=differences)
+        shared = state.shape[1] - self._layout.width
+        if shared != self._measurement.shared:
+            raise InputError(
+                f"at this prompt blocks share {shared} numbers beside the residual stream, and when the model was "
+                f"measured {self._measurement.shared}: use another prompt"
+            )
+        return FrozenTrace(state, blocks, self._layout.width)
 
     def trace_prompt(self, prompt: Sequence[int]) -> FrozenTrace:  # type: ignore[override]
         if len(prompt) > 1:

@@ -7,14 +7,15 @@ derivatives are of blocks as functions (`frozen.py`). Families on the list go an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
 
 from mlx_lqr.backends.batching import Stretches
 from mlx_lqr.backends.borrowed import check_borrowed
@@ -22,39 +23,48 @@ from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.model_folder import check_dtype
 from mlx_lqr.backends.checkpoint.weight_files import weights_of
 from mlx_lqr.backends.hooked_model import HookedModel
-from mlx_lqr.backends.hooks import BlockCall, output_projection
+from mlx_lqr.backends.hooks import output_projection
+from mlx_lqr.backends.measured import MeasuredRecorder, layout_or_refusal, sizes_of, stated_size
+from mlx_lqr.backends.mlx.adapter import merge_by_own_names, without_adapter
 from mlx_lqr.backends.mlx.blocks import unpacked_shape
+from mlx_lqr.backends.mlx.confirmed import confirmed_jacobian
 from mlx_lqr.backends.mlx.device import on_gpu
+from mlx_lqr.backends.mlx.distributed import Spread
 from mlx_lqr.backends.mlx.framework import MLXFramework
-from mlx_lqr.backends.mlx.layout import WITHOUT_HEADS, Layout, NoChainError, StateHooks, layout_of
+from mlx_lqr.backends.mlx.generate import Positions
+from mlx_lqr.backends.mlx.layout import Layout, StateHooks, blocks_of, layout_of
 from mlx_lqr.backends.mlx.library import load_lazily, may_be_cast, new_caches
 from mlx_lqr.backends.mlx.load import DTYPES, as_mlx_lm_reads, check_computed, flattened
-from mlx_lqr.backends.mlx.measured_decoder import FrozenTrace, MeasuredDecoder
+from mlx_lqr.backends.mlx.measured_decoder import (
+    ON_ONE_MACHINE,
+    ConfirmedStep,
+    FrozenTrace,
+    MeasuredDecoder,
+    check_site,
+)
 from mlx_lqr.backends.mlx.measurement import Measurement, measured
-from mlx_lqr.backends.mlx.model import MLXModel
-from mlx_lqr.backends.protocol import Float32, Law, Progress, Sampling
+from mlx_lqr.backends.mlx.model import MLXModel, in_bfloat16
+from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError, first_line
 
-_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
-"""The names that families have for how long a context may be."""
-_HEADS = ("num_attention_heads", "n_head", "num_heads")
 
+def load_measured(
+    folder: Path,
+    config: dict[str, Any],
+    name: str,
+    dtype: str | None,
+    adapter: Adapter | None = None,
+    spread: Spread | None = None,
+) -> MeasuredModel:
+    """The model in a folder, its architecture any that mlx-lm has a module for, with an adapter.
 
-def _size(sizes: Mapping[str, Any], names: Sequence[str]) -> int | None:
-    """The first of these sizes that a config says as one number."""
-    for name in names:
-        value = sizes.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
-
-
-def load_measured(folder: Path, config: dict[str, Any], name: str, dtype: str | None) -> MeasuredModel:
-    """The model in a folder, its architecture any that mlx-lm has a module for.
+    Args:
+        spread: over which processes, if over several.
 
     Raises:
-        InputError: files that are missing, damaged or do not fit together, or a model that cannot be steered.
+        InputError: files that are missing, damaged or do not fit together, a model that cannot be steered, or an
+            adapter of another model.
     """
     check_dtype(dtype)
     tokenizer = Tokenizer(folder, config)
@@ -65,25 +75,60 @@ def load_measured(folder: Path, config: dict[str, Any], name: str, dtype: str | 
     try:
         with as_mlx_lm_reads(folder, flattened(config), files) as view:
             module, _ = load_lazily(view)
-        module.eval()
-        _cast(module, dtype)
-        mx.eval(module.parameters())
+        adapter = prepare(module, dtype, adapter, spread)
     except InputError:
         raise
     except Exception as error:  # of any of mlx-lm's modules
         raise InputError(f"mlx-lm cannot load {folder}: {first_line(error)}") from error
-    model = MeasuredModel(module, config, name, tokenizer)
+    model = MeasuredModel(module, config, name, tokenizer, adapter, spread)
     if not model.knows_length:
         line = f"config.json does not say how long the context of this {config['model_type']} model is: it has no end"
         warnings.warn(line, RuntimeWarning, stacklevel=3)
     return model
 
 
-def refuse_adapter(adapter: Adapter | None, family: str) -> None:
-    """Raise `InputError` for an adapter: where it belongs is known of the families on the list alone."""
-    if adapter is not None:
+def prepare(
+    module: nn.Module, dtype: str | None, adapter: Adapter | None, spread: Spread | None = None
+) -> Adapter | None:
+    """Read the weights of a module that mlx-lm has built, in a dtype and with an adapter.
+
+    Returns:
+        The adapter by the module's own names.
+
+    Raises:
+        InputError: the adapter is another model's.
+    """
+    module.eval()
+    _cast(module, dtype)
+    if spread is not None:
+        spread.place(module, blocks_of(module), _norms_of)
+    mx.eval(module.parameters())
+    return None if adapter is None else merge_by_own_names(module, adapter)
+
+
+def _norms_of(blocks: Sequence[nn.Module]) -> list[tuple[str, bytes]]:
+    return [
+        (name, in_bfloat16(weight))
+        for name, weight in without_adapter(blocks)
+        if isinstance(weight, mx.array) and weight.ndim == 1 and mx.issubdtype(weight.dtype, mx.floating)
+    ]
+
+
+def _check_hidden_tokens(module: nn.Module, vocabulary: int | None, family: str) -> None:
+    """Raise `InputError` where a model has numbers of tokens beyond its vocabulary, whose logits it would set.
+
+    MLX does not look whether an assignment is within an array: it writes into other memory.
+    """
+    numbers = [
+        part
+        for part in module.values()
+        if isinstance(part, mx.array) and part.size and mx.issubdtype(part.dtype, mx.integer)
+    ]
+    highest = max((int(part.max().item()) for part in numbers), default=-1)
+    if vocabulary is not None and highest >= vocabulary:
         raise InputError(
-            f"adapters are not taken for models of the type {family!r}: fuse this one into the model with mlx_lm.fuse"
+            f"models of the type {family!r} hide tokens up to number {highest}, and config.json gives this one a "
+            f"vocabulary of {vocabulary}: use one whose vocabulary has them"
         )
 
 
@@ -101,58 +146,52 @@ def _cast(module: nn.Module, dtype: str | None) -> None:
     module.update(tree_map_with_path(cast, module.parameters()))
 
 
-class MeasuredModel(MLXModel):
+class MeasuredModel(MeasuredRecorder, MLXModel):
     """An mlx-lm module of any architecture behind the `Model` protocol.
 
     Args:
         config: its config.json.
+        adapter: with which it computes.
+        spread: over which processes, if over several.
 
     Raises:
         InputError: it cannot be steered; the line says what was measured.
     """
 
     def __init__(
-        self, module: nn.Module, config: Mapping[str, Any], name: str, tokenizer: Tokenizer | None = None
+        self,
+        module: nn.Module,
+        config: Mapping[str, Any],
+        name: str,
+        tokenizer: Tokenizer | None = None,
+        adapter: Adapter | None = None,
+        spread: Spread | None = None,
     ) -> None:
         check_borrowed("mlx")
+        self._spread = spread
         self.family = str(config.get("model_type") or type(module).__module__.rpartition(".")[2])
-        self.layout = self._layout(module)
-        text = config.get("text_config")
-        sizes = {**config, **(text if isinstance(text, dict) else {})}
-        heads, length = _size(sizes, _HEADS), _size(sizes, _LENGTHS)
-        self._knows_heads = heads is not None
-        self.knows_length = length is not None
+        _check_hidden_tokens(module, stated_size(config, "vocab_size"), self.family)
+        look = partial(layout_of, module, lambda: new_caches(module), spread)
+        self.layout: Layout = layout_or_refusal(look, self.family)
+        sizes = sizes_of(config, self.layout.width, self.layout.vocabulary)
+        self._knows_heads = sizes["num_attention_heads"] is not None
+        self.knows_length = sizes["max_position_embeddings"] is not None
         """Whether the config says how long a context may be; where it does not, there is no end."""
-        sizes |= {"hidden_size": self.layout.width, "vocab_size": self.layout.vocabulary}
-        sizes |= {"num_attention_heads": heads or 1, "max_position_embeddings": length}
+        sizes["num_attention_heads"] = sizes["num_attention_heads"] or 1
         HookedModel.__init__(self, module, self.layout.blocks, sizes, name, tokenizer)
-        self._framework = MLXFramework(self.layout.dtype, StateHooks.of(self.layout))
+        self.adapter = adapter
+        framework = MLXFramework if spread is None else spread.framework
+        self._framework = framework(self.layout.dtype, StateHooks.of(self.layout))
         check_computed(module, self._dtype)
+        self._not_expanded: set[int] = set()
+        """Layers whose Jacobian takes the general way, since the faster one was not confirmed"""
         self.measurement: Measurement = measured(module, self.layout, self.fingerprint, self.family)
 
-    def _layout(self, module: nn.Module) -> Layout:
-        refused = f"models of the type {self.family!r} cannot be steered"
-        try:
-            return layout_of(module, lambda: new_caches(module))
-        except NoChainError as error:
-            raise InputError(f"{refused}: {error}; a controller needs blocks that hand on one state") from error
-        except InputError:
-            raise
-        except Exception as error:  # of any of mlx-lm's modules
-            raise InputError(f"{refused}: running a few tokens failed ({first_line(error)})") from error
+    def measure(self) -> Measurement:
+        return self.measurement
 
     def _norms(self) -> Iterable[tuple[str, bytes]]:
-        norms = [
-            (name, np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes())
-            for name, weight in tree_flatten(list(self.blocks))
-            if isinstance(weight, mx.array) and weight.ndim == 1 and mx.issubdtype(weight.dtype, mx.floating)
-        ]
-        if not norms:
-            raise InputError(
-                f"models of the type {self.family!r} cannot be steered: their blocks have no norm weights, by which a "
-                "controller knows its model; use another model"
-            )
-        return norms
+        return self._named(_norms_of(self.blocks) if self._spread is None else self._spread.norms)
 
     def _run_blocks(self, tokens: mx.array) -> None:
         self._run(tokens)
@@ -162,53 +201,57 @@ class MeasuredModel(MLXModel):
         return self.layout.finite(self.module(tokens, cache=new_caches(self.module)))
 
     def _logits_at(self, asked: Stretches, law: Law | None, steer_all: bool) -> tuple[mx.array, mx.array]:
-        framework, last = self._framework, self.num_layers - 1
-        tokens, _, _ = self._padded(asked.sequences)
-        at = framework.integers(asked.rows), framework.integers(asked.positions)
-        first = 0 if steer_all else framework.integers(asked.first)[:, None]
-        steering = self._from_positions(law, first, tokens)
-        energies: list[mx.array] = []
+        logits, spoiled = super()._logits_at(asked, law, steer_all)
+        return logits, spoiled if self._spread is None else self._spread.first_array(spoiled)
 
-        def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
-            output = steering.block(k, z, call)
-            if k == last:
-                energies.append(framework.energy(output[at]))
-            return output
+    def place(self, law: Law | None) -> Law | None:
+        check_site(law, self.layout)
+        return super().place(law)
 
-        layers = sorted({*(law.layers if law is not None else ()), last})
-        with framework.hooked(self.blocks, hook, layers, steering):
-            logits = framework.float32(self._run(tokens)[at])
-        return logits, (logits * 0).sum(-1) + energies[0] * 0
-
-    def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
-        self._check_heads()
-        return super().head_outputs(prompts, progress=progress)
-
-    def projected(self, layer: int, heads: Float32) -> Float32:
-        self._check_heads()
-        return super().projected(layer, heads)
+    @contextmanager
+    def _others_calls(self, *, steer_all: bool) -> Iterator[Positions]:
+        if self._spread is not None and self._spread.is_pipeline:
+            raise InputError("mlx_lm's own functions do not run this pipeline: use mlx_lqr.generate and the like")
+        with super()._others_calls(steer_all=steer_all) as positions:
+            yield positions
 
     def _check_heads(self) -> None:
-        if not all("o_proj" in getattr(block, "self_attn", {}) for block in self.blocks):
-            raise InputError(WITHOUT_HEADS)
-        widths = {unpacked_shape(output_projection(block))[-1] for block in self.blocks}
-        if not self._knows_heads or len(widths) > 1:
-            raise InputError(
-                f"the attention heads of models of the type {self.family!r} differ by layer, or config.json does not "
-                "say how many there are: use a method that acts on whole blocks"
-            )
+        if self._spread is not None:
+            raise InputError(ON_ONE_MACHINE)
+        super()._check_heads()
 
-    def block(self, trace: FrozenTrace, layer: int, z: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].values(z)
+    def _head_widths(self) -> set[int] | None:
+        if not all("o_proj" in (getattr(block, "self_attn", None) or {}) for block in self.blocks):
+            return None
+        return {unpacked_shape(output_projection(block))[-1] for block in self.blocks}
+
+    @property
+    def state_size(self) -> int:
+        return self.hidden_size + self.measurement.shared
+
+    def block(self, trace: FrozenTrace, layer: int, s: Float32) -> Float32:  # type: ignore[override]
+        return trace.blocks[layer].values(s)
 
     def jacobian(self, trace: FrozenTrace, layer: int) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].jacobian(trace.residual[layer])
+        block, state = trace.blocks[layer], trace.state[layer]
+        if layer not in self._not_expanded and not self.measurement.shared and self._spread is None:
+            if (jacobian := confirmed_jacobian(block, state)) is not None:
+                return jacobian
+            self._not_expanded.add(layer)
+        return block.jacobian(state)
 
     def jvp(self, trace: FrozenTrace, layer: int, tangents: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].jvp(trace.residual[layer], tangents)
+        return trace.blocks[layer].jvp(trace.state[layer], tangents)
 
     def vjp(self, trace: FrozenTrace, layer: int, cotangents: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].vjp(trace.residual[layer], cotangents)
+        return trace.blocks[layer].vjp(trace.state[layer], cotangents)
 
     def _new_decoder(self, law: Law | None, sampling: Sampling, window: int | None) -> MeasuredDecoder:
-        return MeasuredDecoder(self.module, self._framework, self.layout, self.measurement, law, sampling, window)
+        step = self._compiled
+        return MeasuredDecoder(self.module, self._framework, self.layout, self.measurement, law, sampling, window, step)
+
+    @cached_property
+    def _compiled(self) -> ConfirmedStep | None:
+        if on_gpu() or self._spread is not None:
+            return None
+        return ConfirmedStep(self.module, self.layout.blocks, StateHooks.of(self.layout))

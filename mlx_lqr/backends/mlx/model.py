@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,36 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_lqr import launched
 from mlx_lqr.backends import blas
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
-from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, read_config
+from mlx_lqr.backends.checkpoint.model_folder import read_config
 from mlx_lqr.backends.hooked_model import HookedModel
+from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.backends.mlx.blocks import TANGENTS, differentiable
 from mlx_lqr.backends.mlx.decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.expansion import block_jacobian
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.generate import Positions, announcing_prompts
-from mlx_lqr.backends.mlx.library import has_model
+from mlx_lqr.backends.mlx.layout import layout_of
+from mlx_lqr.backends.mlx.library import is_measured, new_caches
 from mlx_lqr.backends.mlx.load import check_computed, load_module
+from mlx_lqr.backends.mlx.measurement import Measured
+from mlx_lqr.backends.mlx.sizes import sizes_of
 from mlx_lqr.backends.mlx.step import CompiledStep
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 
 
-def load(folder: Path, name: str, dtype: str | None = None, adapter: Adapter | None = None) -> MLXModel:
+def load(
+    folder: Path, name: str, dtype: str | None = None, adapter: Adapter | None = None, pipeline: bool = False
+) -> MLXModel:
     """The model in a folder of config.json, safetensors and tokenizer files, with an adapter.
+
+    Under `mlx.launch` it is spread over all processes, in a pipeline if wanted.
 
     Raises:
         InputError: unsupported architecture, files that are missing, damaged or do not fit together, or an adapter of
@@ -43,17 +53,31 @@ def load(folder: Path, name: str, dtype: str | None = None, adapter: Adapter | N
     if not on_gpu():
         blas.warn_if_slow()
     family = str(config["model_type"])
-    if family not in FAMILIES and has_model(family):
-        from mlx_lqr.backends.mlx.measured_model import load_measured, refuse_adapter
+    if pipeline or launched.count() > 1:
+        from mlx_lqr.backends.mlx.spread_model import load_spread
 
-        refuse_adapter(adapter, family)
-        return load_measured(folder, config, name, dtype)
+        return load_spread(folder, config, name, dtype, adapter, pipeline=pipeline)
+    if is_measured(family):
+        from mlx_lqr.backends.mlx.measured_model import load_measured
+
+        return load_measured(folder, config, name, dtype, adapter)
     meaning = model_config(config)
     module = load_module(folder, config, meaning, dtype, adapter)
     model = MLXModel(module, name, Tokenizer(folder, config))
     model.context_length, model.rolls = meaning.context_length, meaning.rolls
     model.adapter = adapter
     return model
+
+
+def norms_of(blocks: Sequence[nn.Module]) -> Iterator[tuple[str, bytes]]:
+    """What `HookedModel` knows a model of the families on the list by."""
+    for name, weight in tree_flatten(list(blocks)):
+        if name.endswith("norm.weight"):
+            yield name, in_bfloat16(weight)
+
+
+def in_bfloat16(weight: mx.array) -> bytes:
+    return np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes()
 
 
 class MLXModel(HookedModel):
@@ -69,9 +93,17 @@ class MLXModel(HookedModel):
         check_computed(module, self._dtype)
 
     def _norms(self) -> Iterable[tuple[str, bytes]]:
-        for name, weight in tree_flatten(self.blocks):
-            if name.endswith("norm.weight"):
-                yield name, np.asarray(weight.astype(mx.bfloat16).view(mx.uint16)).tobytes()
+        return norms_of(self.blocks)
+
+    def _weights(self) -> tuple[int, int, str]:
+        return sizes_of(self.module)
+
+    def measure(self) -> Measurement:
+        """See `Differentiable`."""
+        layout = layout_of(self.module, lambda: new_caches(self.module))
+        measured = Measured(self.module, layout)
+        result = measured.all()
+        return replace(result, jacobian=max(result.jacobian, measured.error_of(self)))
 
     @property
     def _final_norm(self) -> nn.Module:
@@ -85,13 +117,13 @@ class MLXModel(HookedModel):
         logits: mx.array = self.module(tokens)
         return logits
 
-    def block(self, trace: MLXTrace, layer: int, z: Float32) -> Float32:
-        result = np.empty(z.shape, np.float32)
+    def block(self, trace: MLXTrace, layer: int, s: Float32) -> Float32:
+        result = np.empty(s.shape, np.float32)
         with differentiable(self.blocks[layer]):
             run = mx.vmap(lambda row: trace.calls[layer](row[None, None])[0, 0])
-            for start in range(0, len(z), TANGENTS):
+            for start in range(0, len(s), TANGENTS):
                 rows = slice(start, start + TANGENTS)
-                result[rows] = np.asarray(run(mx.array(z[rows], mx.float32)))
+                result[rows] = np.asarray(run(mx.array(s[rows], mx.float32)))
         return result
 
     def jacobian(self, trace: MLXTrace, layer: int) -> Float32:

@@ -8,23 +8,23 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.hooks import BlockCall, LawHooks
-from mlx_lqr.backends.mlx.blocks import hooked
+from mlx_lqr.backends.mlx.blocks import ClassHooks
 from mlx_lqr.backends.mlx.framework import energy
-from mlx_lqr.backends.mlx.library import hand_back, in_order, rotates
+from mlx_lqr.backends.mlx.library import hand_back, in_order, keeps_state, rotates, state_cache
 from mlx_lqr.backends.protocol import Law
 
 STEP = 256
 """Slots by which buffers grow, as mlx-lm's caches do; the step is recorded once for each size."""
 
-Buffers = list[tuple[mx.array, mx.array]]
-"""Keys and values (1, heads, slots, head_dim) of every layer."""
+Buffers = list[tuple[mx.array, ...]]
+"""Keys and values (1, heads, slots, head_dim) of every layer, or the arrays of its state."""
 
 
 class FixedCache:
@@ -39,11 +39,15 @@ class FixedCache:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self._layers = layers
-        self.length = int(layers[0].offset)
-        self.keep = [layer.keep if rotates(layer) else 0 for layer in layers]
-        self._limits = [layer.max_size if rotates(layer) else None for layer in layers]
+        self.length = next((int(layer.offset) for layer in layers if not keeps_state(layer)), 0)
+        self.keep = [None if keeps_state(layer) else layer.keep if rotates(layer) else 0 for layer in layers]
+        """How many of the oldest tokens a layer keeps; None of one that keeps a state"""
+        self.limits = [layer.max_size if rotates(layer) else None for layer in layers]
         self.buffers: Buffers = []
-        for layer, limit, keep in zip(layers, self._limits, self.keep, strict=True):
+        for layer, limit, keep in zip(layers, self.limits, self.keep, strict=True):
+            if keep is None:
+                self.buffers.append(tuple(layer.cache))
+                continue
             keys, values = in_order(layer)
             place = self._placing(keys.shape[-2], limit, keep)
             self.buffers.append((place(keys), place(values)))
@@ -51,14 +55,17 @@ class FixedCache:
 
     def make_room(self) -> None:
         """Let the buffers grow where the next token has no slot."""
-        for i, (limit, (keys, values)) in enumerate(zip(self._limits, self.buffers, strict=True)):
-            size = self._size(limit)
-            if size > keys.shape[-2]:
-                self.buffers[i] = _grown(keys, size), _grown(values, size)
+        for i, (keep, limit, parts) in enumerate(zip(self.keep, self.limits, self.buffers, strict=True)):
+            if keep is not None and (size := self._size(limit)) > parts[0].shape[-2]:
+                self.buffers[i] = tuple(_grown(part, size) for part in parts)
 
     def restore(self) -> None:
         """Hand everything back to mlx-lm's caches."""
-        for layer, keep, (keys, values) in zip(self._layers, self.keep, self.buffers, strict=True):
+        for layer, keep, parts in zip(self._layers, self.keep, self.buffers, strict=True):
+            if keep is None:
+                layer.cache = list(parts)
+                continue
+            keys, values = parts
             size = keys.shape[-2]
             if rotates(layer) and self.length < size:
                 keys, values = keys[..., : self.length, :], values[..., : self.length, :]
@@ -90,12 +97,22 @@ class FixedCache:
 
 
 class CompiledStep:
-    """Steps of one model, recorded once for every kind of law and cache."""
+    """Steps of one model, recorded once for every kind of law and cache.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        blocks: by default the module's layers.
+        hooks: how the law is placed on them.
+    """
+
+    def __init__(
+        self, module: nn.Module, blocks: Sequence[nn.Module] | None = None, hooks: type[ClassHooks] = ClassHooks
+    ) -> None:
         self._module = module
-        self._blocks: list[nn.Module] = module.layers
+        self._blocks: Sequence[nn.Module] = module.layers if blocks is None else blocks
+        self._hooks = hooks
         self._recorded: dict[Any, Callable[..., tuple[mx.array, mx.array | None, Buffers]]] = {}
+        self._signatures: set[Any] = set()
+        """What steps were recorded for: the kind of law and cache, and the sizes of buffers."""
 
     def __call__(
         self, tokens: mx.array, cache: FixedCache, law: Law | None, arrays: list[mx.array]
@@ -109,24 +126,39 @@ class CompiledStep:
         if law is not None:
             law.aim()
         kind = None if law is None else (type(law), tuple(law.layers), tuple(array.shape for array in arrays))
-        key = kind, tuple(cache.keep)
+        key = kind, tuple(cache.keep), tuple(cache.limits)
         if key not in self._recorded:
-            self._recorded[key] = mx.compile(self._step(law, cache.keep), inputs=[self._module.state])
+            step = self._step(law, cache.keep, cache.limits)
+            self._recorded[key] = mx.compile(step, inputs=[self._module.state])
         cache.make_room()
         buffers, cache.buffers = cache.buffers, []  # no reference is left here, so that they can be written in place
         position = mx.array([cache.length])
-        logits, energy, cache.buffers = self._recorded[key](tokens, position, buffers, arrays)
+        signature = key, tuple(part.shape for parts in buffers for part in parts)
+        weights = [] if signature in self._signatures else list(_arrays_in(self._module.state))
+        try:
+            logits, energy, cache.buffers = self._recorded[key](tokens, position, buffers, arrays)
+        except Exception:  # it could not be recorded; MLX leaves what it records with in the place of the weights
+            for holder, name, weight in weights:
+                holder[name] = weight
+            cache.buffers = buffers
+            raise
+        self._signatures.add(signature)
         cache.length += 1
         return logits, energy
 
-    def _step(self, law: Law | None, keep: list[int]) -> Callable[..., tuple[mx.array, mx.array | None, Buffers]]:
+    def _step(
+        self, law: Law | None, keep: list[int | None], limits: list[int | None]
+    ) -> Callable[..., tuple[mx.array, mx.array | None, Buffers]]:
         def step(
             tokens: mx.array, position: mx.array, buffers: Buffers, arrays: list[mx.array]
         ) -> tuple[mx.array, mx.array | None, Buffers]:
             given = iter(arrays)
             placed = law.to(lambda _: next(given), mx.addmm) if law is not None else None
             steering, layers = LawHooks(placed), list(placed.layers) if placed is not None else []
-            caches = [_Slots(*parts, position, kept) for parts, kept in zip(buffers, keep, strict=True)]
+            caches: list[Any] = [
+                state_cache(parts) if kept is None else _Slots(parts[0], parts[1], position, kept, limit)
+                for parts, kept, limit in zip(buffers, keep, limits, strict=True)
+            ]
             energies: list[mx.array] = []
 
             def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
@@ -135,9 +167,13 @@ class CompiledStep:
                     energies.append(energy(output[:, -1]))
                 return output
 
-            with hooked(self._blocks, hook, layers, steering):
+            with self._hooks(self._blocks, hook, layers, steering).placed():
                 logits = self._module(tokens[:, None], cache=caches)[:, -1]
-            return logits, energies[0] if energies else None, [(cache.keys, cache.values) for cache in caches]
+            held = [
+                tuple(cache.cache) if kept is None else (cache.keys, cache.values)
+                for cache, kept in zip(caches, keep, strict=True)
+            ]
+            return logits, energies[0] if energies else None, held
 
         return step
 
@@ -145,8 +181,8 @@ class CompiledStep:
 class _Slots:
     """A layer's buffers as the model sees them in one step: the new token takes its slot."""
 
-    def __init__(self, keys: mx.array, values: mx.array, position: mx.array, keep: int) -> None:
-        self.keys, self.values, self.offset = keys, values, position
+    def __init__(self, keys: mx.array, values: mx.array, position: mx.array, keep: int, limit: int | None) -> None:
+        self.keys, self.values, self.offset, self._limit = keys, values, position, limit
         size = keys.shape[-2]
         self._slot = mx.where(position < size, position, keep + (position - keep) % (size - keep))
 
@@ -156,8 +192,22 @@ class _Slots:
         return self.keys, self.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """(1, slots): those that hold a token. A window is as long as its buffer, so that all of these are seen."""
-        return mx.arange(self.keys.shape[-2])[None] <= self.offset
+        """(1, slots): those that hold a token which is seen."""
+        slots = mx.arange(self.keys.shape[-2])[None]
+        if window_size is None or (self._limit is not None and self._limit <= window_size):
+            return slots <= self.offset
+        if self._limit is not None:  # slots are not in the order of time
+            raise ValueError("a window that is shorter than what its cache holds")
+        return (slots <= self.offset) & (slots > self.offset - window_size)
+
+
+def _arrays_in(state: Any) -> Iterator[tuple[Any, Any, mx.array]]:
+    """Every array of a module's state, with the dictionary or list that holds it and its name or number there."""
+    if isinstance(state, (dict, list, tuple)):
+        for name, part in state.items() if isinstance(state, dict) else enumerate(state):
+            if isinstance(part, mx.array) and not isinstance(state, tuple):
+                yield state, name, part
+            yield from _arrays_in(part)
 
 
 def _grown(part: mx.array, size: int) -> mx.array:

@@ -27,6 +27,7 @@ class Torch(Backend):
     title = "PyTorch"
     capabilities = frozenset({RECORDER, HEAD_RECORDER, DIFFERENTIABLE})
     takes_device = True
+    spreads = False
     adopts = "from_pretrained of a transformers model"
 
     def suitability(self) -> Suitability:
@@ -54,7 +55,16 @@ class Torch(Backend):
                     'pip install -U "mlx-lqr[torch]"'
                 )
 
-    def load(self, folder: Path, name: str, *, dtype: str | None, device: str | None, adapter: Adapter | None) -> Model:
+    def load(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        dtype: str | None,
+        device: str | None,
+        adapter: Adapter | None,
+        pipeline: bool,
+    ) -> Model:
         from mlx_lqr.backends.torch import model
 
         return model.load(folder, name, dtype, device, adapter)
@@ -63,9 +73,9 @@ class Torch(Backend):
         transformers = sys.modules.get("transformers")
         if transformers is None or not isinstance(model, transformers.PreTrainedModel):
             return None
-        from mlx_lqr.backends.torch.model import TorchModel
+        from mlx_lqr.backends.torch import model as models
 
-        return TorchModel(model, str(model.config.model_type))
+        return models.adopt(model)
 
 
 def nvidia_driver() -> bool:

@@ -33,7 +33,7 @@ class ForwardHooks(BlockHooks):
         self, blocks: Sequence[nn.Module], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED
     ) -> None:
         super().__init__(blocks, hook, layers, law)
-        self._forwards = {id(module): _through(k, module, hook) for k, module, hook in self._hooked}
+        self._forwards = {id(module): self._marked(k, module, hook) for k, module, hook in self._hooked}
         for _, module, _ in self._hooked:
             self.refuse(module)
 
@@ -53,15 +53,19 @@ class ForwardHooks(BlockHooks):
         else:
             module.__dict__["forward"] = call
 
+    def _marked(self, k: int, module: nn.Module, hook: Hook) -> Callable[..., Any]:
+        forward = self._through(k, module, hook)
+        forward.is_hook = True  # type: ignore[attr-defined]
+        return forward
 
-def _through(k: int, module: nn.Module, hook: Hook) -> Callable[..., torch.Tensor]:
-    original = module.forward
+    def _through(self, k: int, module: nn.Module, hook: Hook) -> Callable[..., Any]:
+        """A forward that passes through the hook."""
+        original = module.forward
 
-    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hook(k, hidden_states, BlockCall(original, args, kwargs))
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return hook(k, hidden_states, BlockCall(original, args, kwargs))
 
-    forward.is_hook = True  # type: ignore[attr-defined]
-    return forward
+        return forward
 
 
 def hooked(
@@ -106,7 +110,7 @@ class FrozenBlock:
             present = {name: weights[name] for name, _ in self.block.named_parameters()}
             return functional_call(self.block, present, (z[None, None], *self.args), self.kwargs)[0, 0]
 
-        with attending(self.config, self.frozen), dense_experts(self.config), _full_float32():
+        with attending(self.config, self.frozen), dense_experts(self.config), full_float32():
             yield function
 
 
@@ -182,7 +186,7 @@ class _StandIn(nn.Module):
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """float32 products in float32, and not in the ten bits that a GPU may have been allowed to take instead."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -75,7 +75,7 @@ class Call:
             raise unknown_positions(f"calls its models with a {type(cache).__name__}")
         if cache is None and positions is None and self.arguments.get("use_cache") is not False:
             raise unknown_positions("calls its models with neither a cache nor position_ids")
-        before = int(cache.get_seq_length()) if cache is not None else 0
+        before = length_of(cache)
         if positions is not None:
             last, newest = before + self.length - 1, int(positions[..., -1].max())
             if newest > last or (newest < last and not self._may_be_padded()):
@@ -121,6 +121,20 @@ class Call:
         if not starts.any():
             return None
         return torch.nn.functional.pad(starts, (0, 1), value=True)[..., None]
+
+
+def length_of(cache: Any) -> int:
+    """How many positions a cache holds; 0 for none.
+
+    Raises:
+        InputError: it does not say.
+    """
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError as error:  # of state-space models, whose caches keep no positions
+        raise unknown_positions(f"calls this model with a {type(cache).__name__} that has no length") from error
 
 
 def _is_cache(value: Any) -> bool:

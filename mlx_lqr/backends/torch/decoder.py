@@ -31,6 +31,11 @@ class TorchTrace:
     nbytes: int
     """Memory held: the prefix's keys and values, and the residual stream."""
 
+    @property
+    def state(self) -> Float32:
+        """s_k = z_k: (T + 1, d)"""
+        return self.residual
+
 
 class TorchDecoder(HookedDecoder):
     """The `TracingDecoder` protocol.

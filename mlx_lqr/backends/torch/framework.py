@@ -32,18 +32,32 @@ ADVICE = {
 
 
 class TorchFramework(Framework):
-    """torch on the device where the module is, in the dtype of its norms, which are never packed."""
+    """torch on the device where the module is.
 
-    hooks = ForwardHooks
+    Args:
+        dtype: of the residual stream.
+        hooks: how they are placed on the model's blocks.
+    """
 
-    def __init__(self, module: Any, block: torch.nn.Module) -> None:
+    def __init__(self, module: Any, dtype: torch.dtype, hooks: type[ForwardHooks] = ForwardHooks) -> None:
         self._module = module
-        self.dtype = next(weight.dtype for name, weight in block.named_parameters() if name.endswith("norm.weight"))
+        self.dtype = dtype
+        self.hooks = hooks
+
+    @classmethod
+    def of(cls, module: Any, block: torch.nn.Module) -> TorchFramework:
+        """For a model with such blocks; norms are never packed, so that theirs is the dtype of the residual stream."""
+        named = block.named_parameters()
+        return cls(module, next(weight.dtype for name, weight in named if name.endswith("norm.weight")))
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self._module.device
         return device
+
+    @property
+    def device_name(self) -> str:
+        return "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
 
     @property
     def dtype_name(self) -> str:

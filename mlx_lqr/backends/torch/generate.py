@@ -22,7 +22,7 @@ import torch
 
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.steered import SteeredModules
-from mlx_lqr.backends.torch.calls import Call, unknown_positions
+from mlx_lqr.backends.torch.calls import Call, length_of, unknown_positions
 from mlx_lqr.backends.torch.library import is_unshared, request_state, unshared
 from mlx_lqr.errors import InputError, OverflowingError
 
@@ -48,6 +48,8 @@ class Positions(threading.local):
         self.first: int | torch.Tensor = 0
         """The first steered position of the call, or a mask (B or 1, L, 1) of those that are steered."""
         self._steer_all = steer_all
+        self._has_begun = False
+        """Whether a call has told its positions and has not come to the first block yet."""
         self._prompt: Prompt | None = None
         self._spoiled: torch.Tensor | None = None
         """Zero while all activations of the answer are finite, NaN afterwards."""
@@ -60,6 +62,7 @@ class Positions(threading.local):
             InputError: it cannot be known which of its positions are to be steered.
         """
         _resumption.refusals = None
+        self._has_begun = True
         if self._steer_all:
             self.first = 0
         elif self._prompt is not None:
@@ -104,7 +107,14 @@ class Positions(threading.local):
             raise OverflowingError("the activations overflow at this strength: lower it")
 
     def enter(self, z: torch.Tensor) -> None:
-        """The call has come to the first block; `begin` has told all that there is to know."""
+        """The call has come to the first block; `begin` has told all that there is to know.
+
+        Raises:
+            InputError: it has not been called.
+        """
+        if not self._has_begun:
+            raise unknown_positions("calls the blocks of this model in another way than through the model")
+        self._has_begun = False
 
     def end(self, output: torch.Tensor) -> None:
         """The call has come to the end of the last block, whose output is (B, L, d)."""
@@ -123,17 +133,17 @@ _resumption = _Resumption()
 
 
 @contextmanager
-def announcing_prompts(module: Any, positions: Positions, refusals: list[InputError]) -> Iterator[None]:
+def announcing_prompts(module: Any, body: Any, positions: Positions, refusals: list[InputError]) -> Iterator[None]:
     """Inside this context, `module`'s generation functions and every call of it announce themselves to `positions`.
 
     Args:
+        body: the module that every call goes through: `module` or a part of it.
         refusals: where `positions` leaves what other threads have refused.
 
     Raises:
         InputError: the model is steered already.
     """
     check_borrowed("torch steer")
-    body = module.base_model
     signature = inspect.signature(body.forward)
 
     def before_call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -187,7 +197,7 @@ def _prompt(inputs: Any, options: dict[str, Any]) -> Prompt:
 
 
 def _holds_tokens(value: Any) -> bool:
-    return callable(getattr(value, "get_seq_length", None)) and int(value.get_seq_length()) > 0
+    return callable(getattr(value, "get_seq_length", None)) and length_of(value) > 0
 
 
 def _reporting(original: Callable[..., Any], refusals: list[InputError]) -> Callable[..., Any]:

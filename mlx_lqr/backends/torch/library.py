@@ -10,11 +10,14 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from importlib import metadata
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -68,9 +71,26 @@ def config_of(family: str, settings: dict[str, Any]) -> Any:
     return CONFIG_MAPPING[family](**settings)
 
 
+def config_from(folder: Path, family: str) -> Any:
+    """transformers' config of a family, as it reads the folder's config.json; no code of the folder is run."""
+    return CONFIG_MAPPING[family].from_pretrained(str(folder), local_files_only=True)
+
+
 def model_class(config: Any) -> Any:
     """The class of the model with this config."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def knows_model(family: str) -> bool:
+    """Whether there is a model for causal language modelling of this type."""
+    return family in CONFIG_MAPPING and CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def is_of_transformers(thing: Any) -> bool:
+    """Whether it is a cache, or another of transformers' objects that hold tensors and are neither model nor config."""
+    if isinstance(thing, (type, Enum, torch.nn.Module, PreTrainedConfig)) or not hasattr(thing, "__dict__"):
+        return False
+    return type(thing).__module__.startswith("transformers.")
 
 
 def knows_activation(name: str) -> bool:
@@ -143,3 +163,12 @@ def is_unshared(manager: Any) -> bool:
     """Whether a manager of `generate_batch` has such options."""
     used = manager.continuous_batching_config
     return not used.allow_block_sharing and not any(used.cuda_graph_booleans) and used.varlen_compile_config is None
+
+
+def cropped(cache: Any, count: int) -> Any:
+    """The cache without its newest `count` tokens, or None where it cannot forget them; it is spent either way."""
+    try:
+        cache.crop(-count)
+    except Exception:  # of any kind of cache, which may have none of it
+        return None
+    return cache

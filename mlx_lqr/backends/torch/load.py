@@ -26,11 +26,16 @@ from mlx_lqr.backends.checkpoint.weight_files import INDEX, SINGLE, Weights, wei
 from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
 from mlx_lqr.backends.torch.adapter import merge
 from mlx_lqr.backends.torch.framework import out_of_memory
-from mlx_lqr.backends.torch.library import config_of, knows_activation, model_class
+from mlx_lqr.backends.torch.library import config_from, config_of, knows_activation, model_class
 from mlx_lqr.errors import InputError, first_line
 
 _FAMILIES = sorted((*FAMILIES, "ministral"))
 """With what transformers makes of a Mistral with layers of two kinds."""
+
+
+def is_listed(model_type: str) -> bool:
+    """Whether it is of the families that go the fast way."""
+    return model_type in _FAMILIES
 
 
 def check_family(model_type: str) -> None:
@@ -81,27 +86,17 @@ def load_module(
             another model's.
     """
     check_dtype(dtype)
-    if "quantization" in config or "quantization_config" in config:
-        whose = "for MLX" if "quantization" in config else "in a format of its own"
-        raise InputError(
-            f"{folder} is quantised {whose}, which the torch backend cannot run: give the unquantised checkpoint (or "
-            "the .gguf file), or use the mlx backend"
-        )
+    _refuse_packed(folder, config)
     built_from = transformers_config(config, meaning)
     files = weights_of(folder)
     check_shapes(folder, meaning, files.shapes)
     built_from.tie_word_embeddings = built_from.tie_word_embeddings and _is_tied(files)
-    wanted: Any = getattr(torch, dtype) if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
-    try:
-        with _quietly():
-            if any(".switch_mlp." in name for name in files.files):
-                module = _from_stacked_experts(folder, built_from, files, wanted)
-            else:
-                module = _from_pretrained(folder, built_from, files, wanted)
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, AssertionError) as error:
-        if isinstance(error, InputError) or out_of_memory(error):
-            raise
-        raise InputError(f"the weights in {folder} do not fit its config.json: {first_line(error)}") from error
+    wanted = _dtype_for(dtype, device)
+    with _fitting(folder):
+        if any(".switch_mlp." in name for name in files.files):
+            module = _from_stacked_experts(folder, built_from, files, wanted)
+        else:
+            module = _from_pretrained(folder, built_from, files, wanted)
     if files.formats == {"mlx"} and meaning.family == "gemma3_text":
         # Whoever wrote this folder reckoned with mlx-lm, which rounds the embedding's scale in every dtype.
         scale = torch.tensor(math.sqrt(module.config.hidden_size)).bfloat16()
@@ -114,6 +109,58 @@ def load_module(
     if device.type == "cpu" and module.dtype == torch.float32:
         _lay_out_for_single_tokens(module)
     return module
+
+
+def load_any(folder: Path, config: dict[str, Any], dtype: str | None, device: torch.device) -> Any:
+    """Build a model of any architecture as transformers reads its config.json, and load its weights.
+
+    Args:
+        dtype: see `load_module`.
+
+    Raises:
+        InputError: packed weights, weights that mlx-lm has rewritten, or some that are missing, damaged or another
+            model's.
+    """
+    check_dtype(dtype)
+    _refuse_packed(folder, config)
+    files = weights_of(folder)
+    if files.formats == {"mlx"}:
+        raise InputError(
+            f"{folder} was written for MLX, whose weights of the type {config['model_type']!r} may mean something else "
+            "to transformers: give the Hugging Face checkpoint, or use the mlx backend"
+        )
+    try:
+        built_from = config_from(folder, str(config["model_type"]))
+    except Exception as error:  # of any of transformers' configs
+        raise InputError(f"transformers cannot do what {folder}/config.json says: {first_line(error)}") from error
+    with _fitting(folder):
+        module = _from_pretrained(folder, built_from, files, _dtype_for(dtype, device))
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _refuse_packed(folder: Path, config: dict[str, Any]) -> None:
+    if "quantization" in config or "quantization_config" in config:
+        whose = "for MLX" if "quantization" in config else "in a format of its own"
+        raise InputError(
+            f"{folder} is quantised {whose}, which the torch backend cannot run: give the unquantised checkpoint (or "
+            "the .gguf file), or use the mlx backend"
+        )
+
+
+def _dtype_for(dtype: str | None, device: torch.device) -> Any:
+    return getattr(torch, dtype) if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Around loading: what transformers raises is one line, and what it prints is left out."""
+    try:
+        with quietly():
+            yield
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, AssertionError) as error:
+        if isinstance(error, InputError) or out_of_memory(error):
+            raise
+        raise InputError(f"the weights in {folder} do not fit its config.json: {first_line(error)}") from error
 
 
 def _lay_out_for_single_tokens(module: nn.Module) -> None:
@@ -236,7 +283,7 @@ def _from_stacked_experts(folder: Path, config: PretrainedConfig, files: Weights
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' progress bar and reports: what matters of them becomes an error here."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

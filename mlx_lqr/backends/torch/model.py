@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch.func import jvp, vjp
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
-from mlx_lqr.backends.checkpoint.model_folder import read_config
+from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, read_config
 from mlx_lqr.backends.hooked_model import HookedModel
+from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.backends.protocol import Float32, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.backends.torch.algebra import TorchAlgebra
@@ -23,8 +25,10 @@ from mlx_lqr.backends.torch.attention import WholePrompts, attending
 from mlx_lqr.backends.torch.decoder import TorchDecoder, TorchTrace
 from mlx_lqr.backends.torch.framework import TorchFramework, memory_for
 from mlx_lqr.backends.torch.generate import Positions, announcing_prompts
-from mlx_lqr.backends.torch.library import check_parts
-from mlx_lqr.backends.torch.load import check_family, chosen_device, load_module
+from mlx_lqr.backends.torch.layout import layout_of
+from mlx_lqr.backends.torch.library import check_parts, knows_model
+from mlx_lqr.backends.torch.load import check_family, chosen_device, is_listed, load_module
+from mlx_lqr.backends.torch.measurement import Measured
 from mlx_lqr.errors import InputError
 
 
@@ -39,6 +43,12 @@ def load(
     """
     chosen = chosen_device(device)
     config = read_config(folder)
+    family = str(config["model_type"])
+    if family not in FAMILIES and knows_model(family):
+        from mlx_lqr.backends.torch.measured_model import load_measured, refuse_adapter
+
+        refuse_adapter(adapter, family)
+        return load_measured(folder, config, name, dtype, chosen)
     meaning = model_config(config)
     with memory_for("the model"):
         module = load_module(folder, config, meaning, dtype, chosen, adapter)
@@ -46,6 +56,20 @@ def load(
     model.context_length, model.rolls = meaning.context_length, meaning.rolls
     model.adapter = adapter
     return model
+
+
+def adopt(module: Any) -> TorchModel:
+    """A model that transformers has made, wrapped.
+
+    Raises:
+        InputError: it cannot be steered.
+    """
+    family = str(module.config.model_type)
+    if is_listed(family):
+        return TorchModel(module, family)
+    from mlx_lqr.backends.torch.measured_model import MeasuredModel
+
+    return MeasuredModel(module, family)
 
 
 class TorchModel(HookedModel):
@@ -58,7 +82,7 @@ class TorchModel(HookedModel):
         check_family(str(module.config.model_type))
         check_parts(module)
         super().__init__(module, module.base_model.layers, vars(module.config), name, tokenizer)
-        self._framework: TorchFramework = TorchFramework(module, self.blocks[0])
+        self._framework: TorchFramework = TorchFramework.of(module, self.blocks[0])
 
     @property
     def algebra(self) -> TorchAlgebra | None:
@@ -72,6 +96,23 @@ class TorchModel(HookedModel):
                 if name.endswith("norm.weight"):
                     rounded = weight.detach().to(torch.bfloat16).cpu().view(torch.int16)
                     yield f"{k}.{name}", rounded.numpy().tobytes()
+
+    def _weights(self) -> tuple[int, int, str]:
+        weights = list(self.module.parameters())  # each once, whoever shares it
+        return sum(weight.numel() for weight in weights), sum(weight.nbytes for weight in weights), ""
+
+    def measure(self) -> Measurement:
+        """See `Differentiable`."""
+        with self._framework.computing("the derivatives"):
+            measured = Measured(self.module, layout_of(self.module))
+            result = measured.all()
+            return replace(result, jacobian=max(result.jacobian, measured.error_of(self)))
+
+    @property
+    def _body(self) -> torch.nn.Module:
+        """What every call of the model goes through, also one that leaves the head out."""
+        body: torch.nn.Module = self.module.base_model
+        return body
 
     @property
     def _final_norm(self) -> torch.nn.Module:
@@ -134,7 +175,7 @@ class TorchModel(HookedModel):
     def _others_calls(self, *, steer_all: bool) -> Iterator[Positions]:
         refusals: list[InputError] = []
         positions = Positions(steer_all, refusals)
-        with announcing_prompts(self.module, positions, refusals):
+        with announcing_prompts(self.module, self._body, positions, refusals):
             yield positions
 
     @property
