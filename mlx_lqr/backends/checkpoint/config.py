@@ -270,6 +270,14 @@ def _sliding(
     return kinds, window
 
 
+def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The settings in a setting; none where it is null or not there."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"config.json says {key} {_short(value)}, which is no table: download the model again")
+    return value or {}
+
+
 def _rotations(family: str, config: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Rotation]:
     head_dim, context = settings["head_dim"], settings["max_position_embeddings"]
     theta = config.get("rope_theta", ROPE_THETA.get(family, 1e4))
@@ -277,10 +285,7 @@ def _rotations(family: str, config: Mapping[str, Any], settings: dict[str, Any])
         stated = config.get(key, theta)
         if isinstance(stated, bool) or not isinstance(stated, (int, float)) or not 0 < stated < math.inf:
             raise InputError(f"config.json says {key} {_short(stated)}, which cannot be: download the model again")
-    scaling, nested = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    for key, value in (("rope_scaling", scaling), ("rope_parameters", nested)):
-        if not isinstance(value, dict):
-            raise InputError(f"config.json says {key} {_short(value)}, which is no table: download the model again")
+    scaling, nested = _table(config, "rope_scaling"), _table(config, "rope_parameters")
     by_kind = any(isinstance(value, dict) for value in nested.values())
     shared = {"head_dim": head_dim, "context": context, "original": None, "partial": False}
     if family == "gemma3_text":

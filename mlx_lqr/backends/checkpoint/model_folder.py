@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_lqr.backends.checkpoint.families import SETTINGS
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.json_text import read_json_object
+from mlx_lqr.files.json_text import LAYERS, WIDTH, read_json_object
 
 DTYPES = ("float32", "float16", "bfloat16")
 """What the weights of a model may be loaded as."""
@@ -29,9 +29,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json_object(file)
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{file} names no model_type: this is not the folder of a language model")
+    for part in (config, config.get("text_config")):
+        _check_sizes(part if isinstance(part, dict) else {})
     if "model_file" in config:
         raise InputError(f"{folder} wants to run code of its own ({config['model_file']}): refused")
     return config
+
+
+_LARGEST = {
+    LAYERS: ("num_hidden_layers", "num_layers", "n_layers", "n_layer"),
+    WIDTH: ("hidden_size", "n_embd", "d_model", "num_attention_heads", "num_experts", "num_local_experts"),
+    1 << 25: ("vocab_size", "intermediate_size"),
+}
+"""What is above is no model: a library that is asked to build it fills the memory before it looks at any weight."""
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    for largest, names in _LARGEST.items():
+        for name in names:
+            value = config.get(name)
+            if isinstance(value, (int, float)) and value > largest:
+                raise InputError(f"config.json says {name} {value}, which no model has: download the model again")
 
 
 def check_dtype(dtype: str | None) -> None:

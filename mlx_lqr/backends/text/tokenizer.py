@@ -152,7 +152,10 @@ class Tokenizer:
         tokens: set[int] = set()
         for source in sources:
             ids = source.get("eos_token_id")
-            tokens.update(ids if isinstance(ids, list) else [ids] if ids is not None else [])
+            given = ids if isinstance(ids, list) else [ids] if ids is not None else []
+            if not all(isinstance(token, int) and not isinstance(token, bool) for token in given):
+                raise InputError(f"{self._folder} says eos_token_id {ids!r}, which is no token: download it again")
+            tokens.update(given)
         named = self.special_tokens.get("eos_token")
         ending = self._tokenizer.token_to_id(named) if named is not None else None
         return tokens | ({ending} if ending is not None else set())

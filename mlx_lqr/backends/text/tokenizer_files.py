@@ -35,6 +35,9 @@ def special_tokens(folder: Path, settings: Mapping[str, Any], tokenizer: tokeniz
         settings: the content of tokenizer_config.json.
     """
     settings, listed = dict(settings), _listed(settings, folder)
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        if not isinstance(settings.get(name) or [], (list, dict)):
+            raise InputError(f"{folder} says {name} {settings[name]!r}, which are no tokens: download it again")
     if settings.get("additional_special_tokens") and not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens")  # its older name
     if "added_tokens_decoder" not in settings:

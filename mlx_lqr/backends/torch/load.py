@@ -206,7 +206,7 @@ def transformers_config(config: dict[str, Any], meaning: ModelConfig) -> Pretrai
     try:
         built_from: PretrainedConfig = config_of(family, given)
         return built_from
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # of transformers' own checks of a config too, which are no ValueError
         line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise InputError(f"transformers cannot do what config.json says: {line}") from error
 

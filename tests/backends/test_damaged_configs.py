@@ -1,0 +1,91 @@
+"""Settings of a folder that are of the wrong type or size: one line, on every backend, before anything is built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.backends import BACKENDS, tiny_folder
+
+import mlx_lqr
+from mlx_lqr import InputError
+
+CONFIG: list[tuple[str, Any]] = [
+    ("num_hidden_layers", 2**31),
+    ("num_hidden_layers", 0),
+    ("hidden_size", 2**32),
+    ("hidden_size", 0),
+    ("vocab_size", 2**31),
+    ("vocab_size", 0),
+    ("num_attention_heads", 0),
+    ("intermediate_size", 1e300),
+    ("rope_theta", ""),
+    ("rope_scaling", 0),
+    ("max_position_embeddings", [0]),
+    ("eos_token_id", {}),
+    ("eos_token_id", 0.5),
+    ("eos_token_id", [[1]]),
+    ("model_type", 3),
+    ("model_type", None),
+]
+OTHERS: list[tuple[str, str, Any]] = [
+    ("tokenizer_config.json", "extra_special_tokens", 3),
+    ("tokenizer_config.json", "additional_special_tokens", True),
+    ("tokenizer_config.json", "extra_special_tokens", [3]),
+    ("tokenizer_config.json", "bos_token", {"a": 1}),
+    ("tokenizer_config.json", "added_tokens_decoder", {"x": {"content": "a"}}),
+    ("tokenizer_config.json", "chat_template", 0.5),
+    ("generation_config.json", "eos_token_id", {}),
+    ("generation_config.json", "eos_token_id", "3"),
+]
+RAW = [
+    '{"a": 1e400}',
+    '{"a": NaN}',
+    '{"a": "\\ud800"}',
+    '{"model_type": "llama", "a": ' + "9" * 99 + "}",
+    "[" * 9999,
+    "[1]",
+    "{",
+]
+
+
+@pytest.fixture
+def folder() -> Path:
+    place = tiny_folder("llama")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (place / name).write_text("{}")
+    return place
+
+
+def load(folder: Path, backend: str) -> None:
+    model = mlx_lqr.load(folder, backend=backend)  # type: ignore[arg-type]
+    assert model.tokenizer.has_chat_template is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("file", "name", "value"), [*(("config.json", *one) for one in CONFIG), *OTHERS])
+def test_a_setting_that_cannot_be_is_one_line(backend: str, file: str, name: str, value: Any, folder: Path) -> None:
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**settings, name: value}))
+    with pytest.raises(InputError) as refusal:
+        load(folder, backend)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", RAW)
+def test_a_file_that_is_no_sound_json_is_one_line(file: str, text: str, folder: Path) -> None:
+    (folder / file).write_text(text)
+    with pytest.raises(InputError, match="JSON") as refusal:
+        load(folder, "mlx")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_that_is_only_measured_has_sizes_too(backend: str, tmp_path: Path) -> None:
+    """Or its library would build it before anybody looks at a weight."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2**31}))
+    with pytest.raises(InputError, match="n_layer 2147483648, which no model has"):
+        load(tmp_path, backend)
