@@ -24,8 +24,8 @@ test: $(VENV)/test ## all tests but test-families; COVERAGE=1 prints which files
 		$(if $(COVERAGE),--cov --cov-report=)
 	@[ -z "$(COVERAGE)" ] || $(BIN)/python -m coverage report | sed -n -e '1,14p' -e '$$p'
 
-# A tiny model of each architecture, one process a core.
-test-families: $(VENV)/test ## every architecture that mlx-lm has
+# Models that are on no list, a tiny one of each architecture among them; one process a core.
+test-families: $(VENV)/test ## the rest of the tests: every architecture, several processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/families -n logical --dist worksteal
 
 # What other libraries' changes can break, with the oldest versions that pyproject.toml allows.

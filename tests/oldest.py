@@ -34,7 +34,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_assisted_decoding_changes_no_token",
         "test_jacobian_equals_finite_differences",
     ),
-    "tests/backends/test_any_torch_model.py": (
+    "tests/families/test_any_torch_model.py": (
         "test_numbers_are_those_of_a_pass_without_a_cache",
         "test_steered_tokens_are_those_of_transformers_hooked_by_hand",
         "test_transformers_own_generation_is_steered_in_place",

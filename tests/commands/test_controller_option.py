@@ -17,6 +17,7 @@ from mlx_lqr.commands.values import ControllerType
 from mlx_lqr.errors import InputError
 from mlx_lqr.runtime.__main__ import main as minimal
 from mlx_lqr.runtime.arguments import ControllerChoice, parse_controller
+from mlx_lqr.tasks.registry import TASKS
 
 LEAST = {"eval lm-eval": ["--tasks", "x"], "toxicity": ["--data", "x"], "truthfulness": ["--data", "x"]}
 LEAST |= {"refusal": ["--data", "x"]}
@@ -39,7 +40,7 @@ def written(path: tuple[str, ...], controller: str) -> list[str]:
 
 def test_one_parser_serves_every_command() -> None:
     commands = steering_commands()
-    assert len(commands) == 4 + 5 + 4
+    assert len(commands) == 4 + (len(TASKS) + 1) + len(TASKS)  # eval has lm-eval too
     for path, parameter in commands:
         assert isinstance(parameter.type, ControllerType)
         assert parameter.multiple
