@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import threading
 
@@ -61,6 +60,7 @@ FOR_EVER = [
 
 @pytest.mark.parametrize("template", AT_ONCE + BY_DOUBLING + FOR_EVER)
 def test_a_bomb_is_one_line(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")  # which Windows has not
     monkeypatch.setattr(bounded_template, "SECONDS", 0.3)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match="chat template") as refusal:

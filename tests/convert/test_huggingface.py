@@ -208,7 +208,7 @@ def _lose_a_shard(folder: Path) -> None:
 BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "no object": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "no type": (lambda f: change_config(f, model_type=None), "states no model_type"),
     "unknown type": (lambda f: change_config(f, model_type="florp"), "'florp', which mlx-lm does not know"),
     "helper module": (lambda f: change_config(f, model_type="cache"), "'cache', which mlx-lm does not know"),
