@@ -14,6 +14,7 @@ from mlx_lqr.backends.batching import Stretches
 from mlx_lqr.backends.hooked_model import HookedModel
 from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.protocol import Array, Float32, Law, Progress
+from mlx_lqr.backends.state_place import NoChainError
 from mlx_lqr.errors import InputError, first_line
 
 WITHOUT_HEADS = "this model has blocks without self_attn.o_proj: use a method that acts on whole blocks"
@@ -21,10 +22,6 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_len
 """The names that families have for how long a context may be."""
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 L = TypeVar("L")
-
-
-class NoChainError(InputError):
-    """The model is no chain of blocks with one state; the message is the reason, without the model's name."""
 
 
 def sizes_of(config: Mapping[str, Any], width: int, vocabulary: int) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import numpy as np
 from mlx_lqr.backends.mlx.blocks import FrozenCache, differentiable
 from mlx_lqr.backends.mlx.expansion import block_jacobian
 from mlx_lqr.backends.mlx.frozen import FrozenBlock, copied
-from mlx_lqr.backends.mlx.layout import state_in
 from mlx_lqr.backends.mlx.library import can_roll, in_order
 from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.backends.state_place import state_in
 
 TOLERANCE = 1e-3
 """Relative, of u' A."""

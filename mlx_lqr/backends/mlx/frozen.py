@@ -22,9 +22,10 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.mlx.blocks import TANGENTS
-from mlx_lqr.backends.mlx.layout import Layout, Outputs, StateHooks, state_in, watched
+from mlx_lqr.backends.mlx.layout import Layout, StateHooks, watched
 from mlx_lqr.backends.mlx.shared import Call, Key, Made, Path, Shared, shared_by
 from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.backends.state_place import Outputs, state_in
 
 STEP = 1e-2
 """Of differences, times |z| / sqrt(d): rounding and curvature cost about 1e-3 each."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import Any, ClassVar
 
@@ -17,24 +16,30 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, Hook, LawHooks
-from mlx_lqr.backends.measured import WITHOUT_HEADS, NoChainError
+from mlx_lqr.backends.measured import WITHOUT_HEADS
 from mlx_lqr.backends.mlx.blocks import ClassHooks
 from mlx_lqr.backends.mlx.distributed import Spread
+from mlx_lqr.backends.state_place import (
+    POSITIONS,
+    ROWS,
+    TOKENS,
+    NoChainError,
+    Outputs,
+    SeenCall,
+    StateArgument,
+    place_of_state,
+    state_in,
+    with_state,
+)
 from mlx_lqr.errors import InputError
-
-ROWS, POSITIONS = 5, 7
-"""Of the tokens that are run; sizes that no model's features have, so that each axis is known by its size."""
-Outputs = Any
-"""What a block returns: the state, or a tuple or list with the state in it."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(StateArgument):
     """How a model calls its blocks."""
 
     blocks: tuple[nn.Module, ...]
     place: int | str
-    """The state's position among a block's arguments, or its name."""
     rows_axis: int
     """The state's axis of sequences."""
     positions_axis: int
@@ -77,35 +82,10 @@ class Layout:
         order = self._order
         return z.reshape(*z.shape[:2], *self.features).transpose([order.index(axis) for axis in range(len(order))])
 
-    def state_of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> mx.array:
-        """The state among the arguments of a call."""
-        state: mx.array = kwargs[self.place] if isinstance(self.place, str) else args[self.place]
-        return state
-
-    def exchanged(
-        self, args: Sequence[Any], kwargs: dict[str, Any], state: mx.array | None
-    ) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments of a call with another state."""
-        if isinstance(self.place, str):
-            return list(args), {**kwargs, self.place: state}
-        return [*args[: self.place], state, *args[self.place + 1 :]], kwargs
-
     @property
     def _order(self) -> list[int]:
         rest = [i for i in range(len(self.features) + 2) if i not in (self.rows_axis, self.positions_axis)]
         return [self.rows_axis, self.positions_axis, *rest]
-
-
-def state_in(outputs: Outputs) -> mx.array:
-    """The state in what a block returned."""
-    return outputs if isinstance(outputs, mx.array) else outputs[0]
-
-
-def with_state(outputs: Outputs, state: mx.array) -> Outputs:
-    """What a block returned, with another state."""
-    if isinstance(outputs, mx.array):
-        return state
-    return type(outputs)([state, *outputs[1:]])
 
 
 class StateHooks(ClassHooks):
@@ -167,23 +147,23 @@ def layout_of(module: nn.Module, caches: Callable[[], Sequence[Any]], spread: Sp
     blocks = blocks_of(module)
     for block in blocks:
         ClassHooks.refuse(block)
-    calls: list[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]] = []
+    calls: list[SeenCall] = []
     new = caches()
-    with watched(blocks, lambda *call: calls.append(call)):
-        logits = module(mx.array([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)]), cache=new)
+    with watched(blocks, lambda *call: calls.append(SeenCall(*call))):
+        logits = module(mx.array(TOKENS), cache=new)
         mx.eval(logits)
-    if [k for k, *_ in calls] != list(range(len(blocks))):
+    if [call.block for call in calls] != list(range(len(blocks))):
         raise NoChainError(
             f"in one pass it calls its {len(blocks)} blocks {len(calls)} times, and not each once in order"
         )
     for store in _stores_beside(calls, new):
         raise NoChainError(f"its blocks hand on a {store} beside one state")
-    place = _place_of_state(calls)
-    state = calls[0][2][place] if isinstance(place, str) else calls[0][1][place]
+    place = place_of_state(calls, _is_floating)
+    state = calls[0].argument(place)
     rows_axis = state.shape.index(ROWS)
     positions_axis = state.shape.index(POSITIONS)
     features = tuple(size for axis, size in enumerate(state.shape) if axis not in (rows_axis, positions_axis))
-    dtype = state_in(calls[-1][3]).dtype
+    dtype = state_in(calls[-1].outputs).dtype
     hides = bool(mx.any(logits == -mx.inf).item())
     vocabulary = int(logits.shape[-1])
     return Layout(tuple(blocks), place, rows_axis, positions_axis, features, dtype, vocabulary, hides, spread)
@@ -213,31 +193,11 @@ def _longest_list(module: nn.Module) -> list[nn.Module]:
     return max(lists, key=len, default=[])
 
 
-def _place_of_state(calls: Sequence[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]]) -> int | str:
-    """Where every block has an array like the one that it returns; of several, the one that the block before made."""
-    for _, _, _, outputs in calls:
-        first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
-        if not isinstance(first, mx.array) or not {ROWS, POSITIONS} <= set(first.shape):
-            raise NoChainError("its blocks do not return one state")
-    places: list[int | str] = [*range(len(calls[0][1])), *calls[0][2]]
-    alike = [place for place in places if all(_is_like(_argument(call, place), state_in(call[3])) for call in calls)]
-    if not alike:
-        raise NoChainError("its blocks do not take one state of the shape that they return")
-    handed_on = [
-        place
-        for place in alike
-        if any(_argument(call, place) is state_in(before[3]) for before, call in pairwise(calls))
-    ]
-    return (handed_on or alike)[0]
-
-
-def _stores_beside(
-    calls: Sequence[tuple[int, tuple[Any, ...], dict[str, Any], Outputs]], caches: Sequence[Any]
-) -> Iterator[str]:
+def _stores_beside(calls: Sequence[SeenCall], caches: Sequence[Any]) -> Iterator[str]:
     """Kinds of what blocks are called with that keeps something of every token and is no cache."""
     known = {id(part) for cache in caches for part in (cache, *getattr(cache, "caches", ()))}
-    for _, args, kwargs, _ in calls:
-        for thing in (*args, *kwargs.values()):
+    for call in calls:
+        for thing in (*call.args, *call.kwargs.values()):
             if isinstance(thing, (mx.array, nn.Module)) or id(thing) in known:
                 continue
             kept = getattr(thing, "__dict__", {}).values()
@@ -245,17 +205,8 @@ def _stores_beside(
                 yield type(thing).__name__
 
 
-def _argument(call: tuple[int, tuple[Any, ...], dict[str, Any], Outputs], place: int | str) -> Any:
-    _, args, kwargs, _ = call
-    if isinstance(place, str):
-        return kwargs.get(place)
-    return args[place] if place < len(args) else None
-
-
-def _is_like(argument: Any, state: mx.array) -> bool:
-    return (
-        isinstance(argument, mx.array) and argument.shape == state.shape and mx.issubdtype(argument.dtype, mx.floating)
-    )
+def _is_floating(thing: Any) -> bool:
+    return isinstance(thing, mx.array) and mx.issubdtype(thing.dtype, mx.floating)
 
 
 @contextmanager

@@ -20,9 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.backends.state_place import state_in
 from mlx_lqr.backends.torch.blocks import TANGENTS, full_float32
 from mlx_lqr.backends.torch.copying import Copying, Path, copied, tensors_in
-from mlx_lqr.backends.torch.layout import Layout, StateHooks, state_in
+from mlx_lqr.backends.torch.layout import Layout, StateHooks
 
 STEP = 1e-2
 """Of differences, times |z| / sqrt(d): rounding and curvature cost about 1e-3 each."""

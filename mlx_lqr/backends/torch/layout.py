@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from math import prod
 from typing import Any, ClassVar
 
@@ -18,26 +17,32 @@ import torch
 from torch import nn
 
 from mlx_lqr.backends.hooks import UNSTEERED, BlockCall, Hook, LawHooks
-from mlx_lqr.backends.measured import WITHOUT_HEADS, NoChainError
+from mlx_lqr.backends.measured import WITHOUT_HEADS
+from mlx_lqr.backends.state_place import (
+    POSITIONS,
+    ROWS,
+    TOKENS,
+    NoChainError,
+    Outputs,
+    SeenCall,
+    StateArgument,
+    place_of_state,
+    state_in,
+    with_state,
+)
 from mlx_lqr.backends.torch.blocks import ForwardHooks
 from mlx_lqr.backends.torch.copying import Path, first_axes
 from mlx_lqr.errors import InputError
 
-ROWS, POSITIONS = 5, 7
-"""Of the tokens that are run; sizes that no model's features have, so that each axis is known by its size."""
-Outputs = Any
-"""What a block returns: the state, or a tuple or list with the state in it."""
-
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(StateArgument):
     """How a model is called, and how it calls its blocks."""
 
     blocks: tuple[nn.Module, ...]
     body: nn.Module
     """What every call of the model goes through: the model without its head where it is called as one, or the model."""
     place: int | str
-    """The state's position among a block's arguments, or its name."""
     axes: tuple[int, int]
     """The state's axes of sequences and of positions."""
     features: tuple[int, ...]
@@ -87,31 +92,6 @@ class Layout:
         """Whether the state is (B, L, d) in the model itself."""
         return self.axes == (0, 1) and len(self.features) == 1
 
-    def state_of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
-        """The state among the arguments of a call."""
-        state: torch.Tensor = kwargs[self.place] if isinstance(self.place, str) else args[self.place]
-        return state
-
-    def exchanged(
-        self, args: Sequence[Any], kwargs: dict[str, Any], state: torch.Tensor | None
-    ) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments of a call with another state."""
-        if isinstance(self.place, str):
-            return list(args), {**kwargs, self.place: state}
-        return [*args[: self.place], state, *args[self.place + 1 :]], kwargs
-
-
-def state_in(outputs: Outputs) -> torch.Tensor:
-    """The state in what a block returned."""
-    return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-
-
-def with_state(outputs: Outputs, state: torch.Tensor) -> Outputs:
-    """What a block returned, with another state."""
-    if isinstance(outputs, torch.Tensor):
-        return state
-    return type(outputs)([state, *outputs[1:]])
-
 
 class StateHooks(ForwardHooks):
     """Hooks that see the state as (B, L, d), wherever it stands and whatever else goes in and out of a block."""
@@ -152,19 +132,6 @@ class StateHooks(ForwardHooks):
         return forward
 
 
-@dataclass(frozen=True)
-class _Call:
-    block: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: Outputs
-
-    def argument(self, place: int | str) -> Any:
-        if isinstance(place, str):
-            return self.kwargs.get(place)
-        return self.args[place] if place < len(self.args) else None
-
-
 def layout_of(module: Any) -> Layout:
     """Run a few tokens and look how the blocks are called.
 
@@ -176,14 +143,14 @@ def layout_of(module: Any) -> Layout:
     """
     lists = _lists_of(module)
     every = [block for blocks in lists for block in blocks]
-    tokens = torch.tensor([[1 + (i + j) % 6 for j in range(POSITIONS)] for i in range(ROWS)], device=module.device)
+    tokens = torch.tensor(TOKENS, device=module.device)
     with _watched(every) as single:
         alone = module(input_ids=tokens[:1], use_cache=True, return_dict=True)
     with _watched([*every, module.base_model]) as calls:
         outputs = module(input_ids=tokens, use_cache=True, return_dict=True)
     body = module.base_model if any(call.block is module.base_model for call in calls) else module
     blocks, calls = _chain(lists, calls)
-    place = _place_of_state(calls)
+    place = place_of_state(calls, _is_floating)
     state, logits = calls[0].argument(place), outputs.logits
     axes = state.shape.index(ROWS), state.shape.index(POSITIONS)
     parameters = inspect.signature(module.forward).parameters
@@ -206,7 +173,7 @@ def layout_of(module: Any) -> Layout:
     )
 
 
-def _with_rows(single: _Call, call: _Call) -> frozenset[Path]:
+def _with_rows(single: SeenCall, call: SeenCall) -> frozenset[Path]:
     """The arguments whose first axis is `ROWS` times what it is in a call of one sequence."""
     before, after = first_axes([single.args, single.kwargs]), first_axes([call.args, call.kwargs])
     return frozenset(path for path, size in before.items() if after.get(path) == ROWS * size)
@@ -222,7 +189,7 @@ def _lists_of(module: nn.Module) -> list[list[nn.Module]]:
     return sorted(outermost, key=len, reverse=True)
 
 
-def _chain(lists: Sequence[list[nn.Module]], calls: Sequence[_Call]) -> tuple[list[nn.Module], list[_Call]]:
+def _chain(lists: Sequence[list[nn.Module]], calls: Sequence[SeenCall]) -> tuple[list[nn.Module], list[SeenCall]]:
     """The longest list of blocks that text goes through, and their calls."""
     for blocks in lists:
         numbers = {id(block): k for k, block in enumerate(blocks)}
@@ -239,36 +206,17 @@ def _chain(lists: Sequence[list[nn.Module]], calls: Sequence[_Call]) -> tuple[li
     raise NoChainError("it has no list of blocks that text goes through")
 
 
-def _place_of_state(calls: Sequence[_Call]) -> int | str:
-    """Where every block has a tensor like the one that it returns; of several, the one that the block before made."""
-    for call in calls:
-        outputs = call.outputs
-        first = outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
-        if not isinstance(first, torch.Tensor) or not {ROWS, POSITIONS} <= set(first.shape):
-            raise NoChainError("its blocks do not return one state")
-    places: list[int | str] = [*range(len(calls[0].args)), *calls[0].kwargs]
-    alike = [place for place in places if all(_is_like(call.argument(place), state_in(call.outputs)) for call in calls)]
-    if not alike:
-        raise NoChainError("its blocks do not take one state of the shape that they return")
-    handed_on = [
-        place
-        for place in alike
-        if any(call.argument(place) is state_in(before.outputs) for before, call in pairwise(calls))
-    ]
-    return (handed_on or alike)[0]
-
-
-def _is_like(argument: Any, state: torch.Tensor) -> bool:
-    return isinstance(argument, torch.Tensor) and argument.shape == state.shape and argument.is_floating_point()
+def _is_floating(thing: Any) -> bool:
+    return isinstance(thing, torch.Tensor) and thing.is_floating_point()
 
 
 @contextmanager
-def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[_Call]]:
+def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[SeenCall]]:
     """Inside this context, the list gets every call of one of the blocks."""
-    calls: list[_Call] = []
+    calls: list[SeenCall] = []
 
     def watch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Outputs) -> None:
-        calls.append(_Call(block, args, kwargs, outputs))
+        calls.append(SeenCall(block, args, kwargs, outputs))
 
     handles = [block.register_forward_hook(watch, with_kwargs=True) for block in blocks]
     try:
