@@ -60,11 +60,15 @@ def _rows(found: Check) -> list[tuple[str, str]]:
 
 
 def _speed(speed: Speed) -> list[tuple[str, str]]:
-    rows = [("speed", f"reads {1 / speed.reading:.3g} tokens a second, writes {1 / speed.writing:.3g}")]
+    rows = [("speed", f"reads {_rate(speed.reading)} tokens a second, writes {_rate(speed.writing)}")]
     if speed.feature_cost is not None and speed.state_cost is not None:
         seconds = f"{speed.feature_cost:.2g} s with the feature cost, {speed.state_cost:.2g} s with the state cost"
         rows.append(("fitting", f"{seconds}, for each prompt whose Jacobians are taken"))
     return rows
+
+
+def _rate(seconds: float) -> str:
+    return f"{1 / seconds:.0f}" if seconds < 0.01 else f"{1 / seconds:.3g}"
 
 
 def _count(number: int) -> str:
