@@ -20,7 +20,8 @@ from mlx_lqr import InputError
 from mlx_lqr.analysis.certificate import certify
 from mlx_lqr.analysis.linearity import linearity
 from mlx_lqr.backends.measurement import EXACT
-from mlx_lqr.backends.mlx.frozen import copied, in_float32
+from mlx_lqr.backends.mlx.copying import copied
+from mlx_lqr.backends.mlx.frozen import in_float32
 from mlx_lqr.backends.mlx.measured_decoder import FrozenTrace
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
 from mlx_lqr.backends.mlx.shared import Call, shared_by

@@ -14,8 +14,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_lqr.backends.mlx.blocks import FrozenCache, differentiable
+from mlx_lqr.backends.mlx.copying import copied
 from mlx_lqr.backends.mlx.expansion import block_jacobian
-from mlx_lqr.backends.mlx.frozen import FrozenBlock, copied
+from mlx_lqr.backends.mlx.frozen import FrozenBlock
 from mlx_lqr.backends.mlx.library import can_roll, in_order
 from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.backends.state_place import state_in

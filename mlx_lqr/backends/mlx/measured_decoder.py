@@ -16,9 +16,10 @@ import mlx.nn as nn
 
 from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS
 from mlx_lqr.backends.hooks import BlockHooks, LawHooks
+from mlx_lqr.backends.mlx.copying import arrays_in, copied
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.mlx.framework import MLXFramework
-from mlx_lqr.backends.mlx.frozen import FrozenBlock, arrays_in, copied, frozen_at
+from mlx_lqr.backends.mlx.frozen import FrozenBlock, frozen_at
 from mlx_lqr.backends.mlx.layout import Layout
 from mlx_lqr.backends.mlx.library import can_rewind, can_roll, decoding_caches, merged_caches, new_caches
 from mlx_lqr.backends.mlx.measurement import Measurement

@@ -26,8 +26,9 @@ from mlx.utils import tree_flatten
 from mlx_lqr.backends import measurement
 from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.measurement import EXACT, relative_error
+from mlx_lqr.backends.mlx.copying import copied
 from mlx_lqr.backends.mlx.device import on_gpu
-from mlx_lqr.backends.mlx.frozen import FrozenBlock, copied, frozen_at, in_full
+from mlx_lqr.backends.mlx.frozen import FrozenBlock, frozen_at, in_full
 from mlx_lqr.backends.mlx.layout import Layout, StateHooks
 from mlx_lqr.backends.mlx.library import can_merge, merged_caches, new_caches, settings_of
 from mlx_lqr.backends.protocol import Differentiable, Float32
