@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_lqr.convert.architectures.layouts import keys_out, same
-from mlx_lqr.convert.architectures.mixtures import ROUTED, after_deepseek
+from mlx_lqr.convert.architectures.mixtures import ROUTED, after_deepseek, experts_of_deepseek
 from mlx_lqr.convert.architectures.row import (
     SIGMOID,
     SOFTMAX,
@@ -11,8 +11,6 @@ from mlx_lqr.convert.architectures.row import (
     Config,
     Stated,
     Stored,
-    experts,
-    groups,
     routed_by,
 )
 from mlx_lqr.convert.rope import rope_scaling
@@ -51,16 +49,8 @@ def _scaling(stated: Stated, config: Config, turning: int) -> Config | None:
 
 
 def _by_softmax(stated: Stated) -> Config:
-    count, used = experts(stated)
     routed_by(stated, SOFTMAX, absent=SOFTMAX)
-    return groups(stated) | {
-        "n_routed_experts": count,
-        "num_experts_per_tok": used,
-        "n_shared_experts": stated.whole("expert_shared_count"),
-        "moe_intermediate_size": stated.whole("expert_feed_forward_length"),
-        "first_k_dense_replace": stated.whole("leading_dense_block_count"),
-        "routed_scaling_factor": stated.real("expert_weights_scale", 1.0),
-    }
+    return experts_of_deepseek(stated)
 
 
 def _deepseek2(stated: Stated, config: Config) -> Config:

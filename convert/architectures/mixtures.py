@@ -54,10 +54,9 @@ def _granitemoe(stated: Stated, config: Config) -> Config:
     }
 
 
-def after_deepseek(stated: Stated, config: Config, *, bias_means: int = SIGMOID) -> Config:
-    """Routing by sigmoid with a correction, in groups, with shared experts and dense layers first."""
+def experts_of_deepseek(stated: Stated) -> Config:
+    """Experts in groups, with shared ones and dense layers first, however they are routed to."""
     count, used = experts(stated)
-    routed_by(stated, SIGMOID, absent=bias_means)
     return groups(stated) | {
         "n_routed_experts": count,
         "num_experts_per_tok": used,
@@ -65,6 +64,13 @@ def after_deepseek(stated: Stated, config: Config, *, bias_means: int = SIGMOID)
         "moe_intermediate_size": stated.whole("expert_feed_forward_length"),
         "first_k_dense_replace": stated.whole("leading_dense_block_count"),
         "routed_scaling_factor": stated.real("expert_weights_scale", 1.0),
+    }
+
+
+def after_deepseek(stated: Stated, config: Config, *, bias_means: int = SIGMOID) -> Config:
+    """Routing by sigmoid with a correction, in groups, with shared experts and dense layers first."""
+    routed_by(stated, SIGMOID, absent=bias_means)
+    return experts_of_deepseek(stated) | {
         "norm_topk_prob": stated.flag("expert_weights_norm", False),
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
