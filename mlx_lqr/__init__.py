@@ -24,6 +24,7 @@ from mlx_lqr.lqr.fit import fit  # noqa: E402
 from mlx_lqr.lqr.layers import choose_layers  # noqa: E402
 from mlx_lqr.lqr.linearize import Jacobians, linearize  # noqa: E402
 from mlx_lqr.lqr.riccati import Gains, solve  # noqa: E402
+from mlx_lqr.lqr.strength import BUDGETS, Calibration  # noqa: E402
 from mlx_lqr.methods.baseline import Baseline  # noqa: E402
 from mlx_lqr.methods.fitting import fit_baseline  # noqa: E402
 from mlx_lqr.methods.recording import Recording  # noqa: E402
@@ -34,8 +35,10 @@ from mlx_lqr.runtime import Options, Piece, batch_generate, batch_stream, genera
 __version__ = metadata.version("mlx-lqr")
 
 __all__ = [
+    "BUDGETS",
     "METHODS",
     "Baseline",
+    "Calibration",
     "Contrast",
     "Controller",
     "Gains",

@@ -21,14 +21,18 @@ from typing import Any, NoReturn, get_args
 
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
+from mlx_lqr.lqr.strength import Budget
 from mlx_lqr.runtime import Options, stream
 from mlx_lqr.runtime.arguments import (
     ADAPTER_HELP,
+    BUDGET_HELP,
     DECODING_HELP,
     DTYPE_DEFAULT,
+    STRENGTH_HELP,
     given_or_piped,
     load_controllers,
     parse_controller,
+    with_budget,
 )
 from mlx_lqr.runtime.decode import Overflow
 from mlx_lqr.runtime.streams import (
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _generate(given: argparse.Namespace) -> None:
     text = given_or_piped(given.prompt)
-    choices = [parse_controller(text) for text in given.controllers]
+    choices = with_budget([parse_controller(text) for text in given.controllers], given.budget)
     controller, strengths = load_controllers(choices, given.model)
     model = load(given.model, dtype=given.dtype, adapter=given.adapter)
     options: Options = {name: getattr(given, name) for name in Options.__annotations__ if hasattr(given, name)}  # type: ignore[assignment]
@@ -98,8 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE[:STRENGTH]",
         help="Steer with the controller in FILE at STRENGTH; without one, at the strength that the file recommends, "
-        "or 1. Repeat it for several at once.",
+        f"or 1. {STRENGTH_HELP} Repeat it for several at once.",
     )
+    add("--budget", choices=get_args(Budget), default=None, help=BUDGET_HELP)
 
     def decoding(*names: str, **kind: Any) -> None:
         add(*names, help=DECODING_HELP[names[-1].strip("-").replace("-", "_")], **kind)

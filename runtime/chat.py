@@ -97,15 +97,22 @@ class Chat:
         Raises:
             InputError: the strength is not finite, the concept is not loaded, or there is no controller.
         """
-        if not self._strengths:
-            raise InputError("no controller is loaded: /add FILE first")
-        if concept is not None:
-            self._check_loaded(concept)
+        names = self._named(concept)
         (strength,) = check_strength(strength, 1)
-        self._strengths.update(dict.fromkeys([concept] if concept else self._strengths, strength))
+        self._strengths.update(dict.fromkeys(names, strength))
         law = self._turn.decoder.law if self._turn is not None else None
         if self._turn is not None and self._turn.controllers is self._controllers and isinstance(law, AdjustableLaw):
             law.strength = tuple(self._strengths.values())
+
+    def steerings(self, concept: str | None = None) -> dict[str, Steering]:
+        """What steers towards one concept, or towards each, alone.
+
+        Raises:
+            InputError: the concept is not loaded, or there is no controller.
+        """
+        names = self._named(concept)
+        alone = {one.concepts[0]: one for controller in self._controllers for one in controller.split()}
+        return {name: alone[name] for name in names}
 
     def answer(self, text: str) -> Iterator[Piece]:
         """The model's answer, piece by piece. If it is interrupted, the part so far stays in the conversation.
@@ -232,6 +239,15 @@ class Chat:
         names = [name for controller in controllers for name in controller.concepts]
         self._controllers = controllers
         self._strengths = {name: strengths.get(name, self._strengths.get(name, 1.0)) for name in names}
+
+    def _named(self, concept: str | None) -> list[str]:
+        """This concept, or all."""
+        if not self._strengths:
+            raise InputError("no controller is loaded: /add FILE first")
+        if concept is None:
+            return list(self._strengths)
+        self._check_loaded(concept)
+        return [concept]
 
     def _check_loaded(self, concept: str) -> None:
         if concept not in self._strengths:

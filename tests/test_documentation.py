@@ -411,6 +411,11 @@ def test_the_page_of_methods_gets_its_table_and_no_reader_sees_a_mark() -> None:
         assert "<!--" not in HOOK.on_page_markdown(page.read_text("utf-8"))
 
 
+def test_the_budgets_are_those_of_the_page() -> None:
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \|$", (DOCS / "guide" / "fit.md").read_text("utf-8"), re.MULTILINE)
+    assert {name: float(nats) for name, nats in rows} == mlx_lqr.BUDGETS
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     modules = {module: importlib.import_module(module) for module in ("mlx_lqr", "mlx_lqr.tasks", "mlx_lqr.analysis")}
     public = {f"{module}.{name}" for module in modules for name in modules[module].__all__}

@@ -32,7 +32,7 @@ from mlx_lqr.commands.options import (
     strengths_option,
 )
 from mlx_lqr.commands.progress import NOTHING_WRITTEN, progress_bars, stopping
-from mlx_lqr.commands.sweep import strengths_of
+from mlx_lqr.commands.sweep import asked_or_default, refuse_unused
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
@@ -41,7 +41,7 @@ from mlx_lqr.files.results import write_json
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.methods.steering import load_steering, only_controller
-from mlx_lqr.runtime.arguments import ControllerChoice
+from mlx_lqr.runtime.arguments import Asked, ControllerChoice, asked_strength
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,7 +122,7 @@ def analysis_options(*, name: str, done: str, prompts: str, count: int, controll
             model: str,
             loading: Loading,
             controllers: tuple[ControllerChoice, ...],
-            strengths: list[float] | None,
+            strengths: list[Asked] | None,
             prompts: str | None,
             seed: int,
             output: str | None,
@@ -131,8 +131,8 @@ def analysis_options(*, name: str, done: str, prompts: str, count: int, controll
             **own: Any,
         ) -> Any:
             choice = _only(controllers)
-            chosen = _strengths(choice, strengths)
             steering = only_controller(load_steering(choice.file, model), done) if choice is not None else None
+            chosen = _strengths(choice, strengths, steering)
             folder = _folder(output, name, force=force)
             texts = _prompts(prompts, count, steering)
             file = choice.file if choice is not None else None
@@ -167,12 +167,16 @@ def _only(choices: tuple[ControllerChoice, ...]) -> ControllerChoice | None:
     return choices[0] if choices else None
 
 
-def _strengths(choice: ControllerChoice | None, strengths: list[float] | None) -> list[float]:
-    if choice is None:
+def _strengths(
+    choice: ControllerChoice | None, strengths: list[Asked] | None, controller: Controller | None
+) -> list[float]:
+    if choice is None or controller is None:
         return []
-    ((_, chosen),) = strengths_of([choice], strengths)
+    refuse_unused([choice], strengths)
+    asked = asked_or_default([controller], choice.strengths or strengths)
+    chosen = [asked_strength(controller, one)[0] for one in asked]
     check_strengths(chosen)
-    return list(chosen)
+    return chosen
 
 
 def _plots_or_refusal() -> Any:

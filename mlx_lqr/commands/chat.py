@@ -28,12 +28,19 @@ from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.loading import load
 from mlx_lqr.methods.steering import combine
 from mlx_lqr.runtime import Options
-from mlx_lqr.runtime.arguments import ControllerChoice, load_controller, parse_controller
+from mlx_lqr.runtime.arguments import (
+    ControllerChoice,
+    asked_strength,
+    load_controller,
+    parse_controller,
+    parse_strength,
+)
 from mlx_lqr.runtime.chat import Chat
 from mlx_lqr.runtime.streams import keys_unseen
 
 HELP = """\
 /strength 2         set the strength of every concept; /strength dog 2 sets one, /strength shows them
+/strength 1.5x      the same in multiples of the recommended strength; or gentle, normal, strong
 /add FILE[:2]       steer with one more controller
 /off                stop steering; /off dog drops one concept
 /compare            the last answer with and without steering, side by side
@@ -149,15 +156,13 @@ def _help(session: Chat, rest: str) -> None:
 
 
 def _strength(session: Chat, rest: str) -> None:
-    concept, _, number = rest.rpartition(" ")
     if rest:
-        try:
-            strength = float(number)
-        except ValueError:
-            raise InputError(
-                f"strength must be a number, not {number!r}: /strength 2, or /strength CONCEPT 2"
-            ) from None
-        session.set_strength(strength, concept.strip() or None)
+        concept, _, strength = rest.rpartition(" ")
+        asked = parse_strength(strength, "/strength 2, or /strength CONCEPT 2")
+        named = session.steerings(concept.strip() or None)
+        chosen = {name: asked_strength(steering, asked) for name, steering in named.items()}
+        for name, (number,) in chosen.items():
+            session.set_strength(number, name)
     click.echo(_state(session), err=True)
 
 

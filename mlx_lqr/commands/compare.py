@@ -11,14 +11,14 @@ import click
 from mlx_lqr.commands.help import Group
 from mlx_lqr.commands.options import controller_option, strengths_option, tradeoff_options
 from mlx_lqr.commands.progress import going_on_later, progress_bars
-from mlx_lqr.commands.sweep import strengths_of
+from mlx_lqr.commands.sweep import at_strengths, refuse_unused
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.launched import refuse_several
-from mlx_lqr.runtime.arguments import ControllerChoice
+from mlx_lqr.runtime.arguments import Asked, ControllerChoice
 from mlx_lqr.tasks import Task, named_steering
 from mlx_lqr.tasks.compare import Comparison, Contender, check_budgets
 from mlx_lqr.tasks.compare import compare as compare_methods
@@ -41,17 +41,19 @@ def compare_group() -> None:
     """
 
 
-def _methods(controllers: Sequence[ControllerChoice], strengths: list[float] | None) -> list[Contender]:
-    return [
-        Contender(named_steering([(choice.file, 1.0)]), chosen)
-        for choice, chosen in strengths_of(controllers, strengths)
-    ]
+def _methods(controllers: Sequence[ControllerChoice], strengths: list[Asked] | None) -> list[Contender]:
+    refuse_unused(controllers, strengths)
+    methods = []
+    for choice in controllers:
+        named = named_steering([(choice.file, 1.0)])
+        methods.append(Contender(*at_strengths(named, [named.controller], choice.strengths or strengths)))
+    return methods
 
 
 def _run(
     request: Callable[..., Request],
     controllers: tuple[ControllerChoice, ...],
-    strengths: list[float] | None,
+    strengths: list[Asked] | None,
     control: str | None,
     damage: str,
 ) -> None:

@@ -8,6 +8,7 @@ import click
 
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
+from mlx_lqr.commands.fit import to_try
 from mlx_lqr.commands.help import command
 from mlx_lqr.commands.options import Loading, concept_option, loading_options, max_tokens_option, prompt_option
 from mlx_lqr.commands.progress import progress_bars
@@ -47,7 +48,7 @@ def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
     _tracking_table(model, prompt, controller)
     file = _controller_file(model, concept)
     click.echo(f"\nThe controller: {file} ({file.stat().st_size / 1000:.0f} kB). Go on with it:")
-    click.echo(f"  mlx-lqr chat demo -c {file}:2")
+    click.echo(f"  mlx-lqr chat demo -c {to_try(str(file), controller)}")
 
 
 def _controller(model: Model, concept: str) -> Controller:

@@ -16,7 +16,7 @@ from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json, write_json
-from mlx_lqr.runtime.arguments import ControllerChoice
+from mlx_lqr.runtime.arguments import Asked, ControllerChoice
 from mlx_lqr.tasks import Evaluation, NamedSteering, evaluate
 from mlx_lqr.tasks.compare import output_name
 
@@ -40,7 +40,7 @@ def eval_group() -> None:
 def _run(
     request: Callable[..., Request],
     controllers: tuple[ControllerChoice, ...],
-    strengths: list[float] | None,
+    strengths: list[Asked] | None,
     shares: list[float] | None,
 ) -> None:
     steering, chosen = sweep(controllers, strengths, shares)

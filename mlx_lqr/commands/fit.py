@@ -7,10 +7,12 @@ from pathlib import Path
 
 import click
 
-from mlx_lqr.commands.help import OUTPUT, TEXT, command, option, together
+from mlx_lqr.backends.protocol import Progress, Recorder
+from mlx_lqr.commands.help import METHOD, OUTPUT, TEXT, command, option, together
 from mlx_lqr.commands.method_options import MethodCommand, method_choice
 from mlx_lqr.commands.options import (
     Loading,
+    budget_option,
     contrast_options,
     force_option,
     loading_options,
@@ -26,6 +28,9 @@ from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.launched import rank, refuse_several
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.linearize import linearize as linearize_model
+from mlx_lqr.lqr.strength import Budget
+from mlx_lqr.methods.registry import METHODS
+from mlx_lqr.methods.steering import Steering
 
 
 @command()
@@ -62,6 +67,8 @@ def linearize(
 @together(
     model_argument,
     contrast_options,
+    budget_option("Which strength the file recommends; normal if not given.", heading=METHOD),
+    option("--no-calibration", is_flag=True, heading=METHOD, help="Measure no strengths, and recommend none."),
     output_option("The controller file to write."),
     force_option,
     loading_options,
@@ -72,6 +79,8 @@ def fit(
     concept: str | None,
     positive: str | None,
     negative: str | None,
+    budget: Budget | None,
+    no_calibration: bool,
     force: bool,
     loading: Loading,
 ) -> None:
@@ -79,6 +88,8 @@ def fit(
 
     By activation LQR, or by another --method.
     """
+    if no_calibration and budget is not None:
+        raise InputError(f"--no-calibration measures no strength for --budget {budget}: leave one of the two out")
     choice = method_choice()  # mistakes are refused before the model is loaded
     check_writable(output, "controller", force=force)
     name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
@@ -94,9 +105,16 @@ def fit(
             positions=choice.positions,
             progress=progress,
         )
+        if not no_calibration:
+            steering = calibrated(loaded, steering, budget or "normal", progress)
         steering.save(output, force=force)
     note_few_prompts(positive_prompts, negative_prompts)
-    say_how_to_use(model, output, f"{choice.method.strengths.suggested:g}")
+    say_how_to_use(model, output, steering)
+
+
+def calibrated(model: Recorder, steering: Steering, budget: Budget, progress: Progress) -> Steering:
+    """The steering with its strength for each budget, of which it recommends the one for this budget."""
+    return steering
 
 
 FEW_PROMPTS = 8
@@ -113,13 +131,20 @@ def note_few_prompts(positive: Sequence[str], negative: Sequence[str]) -> None:
         )
 
 
-def say_how_to_use(model: str, output: str, strength: str | None) -> None:
-    """A command to go on with, at a strength worth trying; None for a file that recommends its own."""
+def say_how_to_use(model: str, output: str, steering: Steering) -> None:
+    """A command to go on with, and the strength at which it steers."""
     if rank() > 0:  # the file is on the first machine
         return
-    steering = output if strength is None else f"{output}:{strength}"
     click.echo(f"Wrote {output} ({Path(output).stat().st_size / 1000:.0f} kB). Try it:")
-    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {steering}")
+    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {to_try(output, steering)}")
+    if steering.strength is not None:
+        numbers = ", ".join(f"{strength:g}" for strength in steering.strength)
+        click.echo(f"It recommends the strength {numbers}: {output}:1.5x is stronger, {output}:0.5x milder")
+
+
+def to_try(file: str, steering: Steering) -> str:
+    """What to write after -c: the file, which recommends a strength, or else one worth a first try."""
+    return file if steering.strength is not None else f"{file}:{METHODS[steering.method].strengths.suggested:g}"
 
 
 def contrast_prompts(

@@ -30,7 +30,7 @@ from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json as to_json
 from mlx_lqr.files.results import write_json
 from mlx_lqr.launched import refuse_several
-from mlx_lqr.runtime.arguments import ControllerChoice
+from mlx_lqr.runtime.arguments import Asked, ControllerChoice
 from mlx_lqr.tasks.lm_eval import LMEvaluation, Settings, evaluate, load_evaluator, load_tasks
 
 
@@ -81,7 +81,7 @@ from mlx_lqr.tasks.lm_eval import LMEvaluation, Settings, evaluate, load_evaluat
 def lm_eval(
     model: str,
     controllers: tuple[ControllerChoice, ...],
-    strengths: list[float] | None,
+    strengths: list[Asked] | None,
     shares: list[float] | None,
     names: str,
     include_path: str | None,

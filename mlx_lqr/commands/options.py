@@ -27,7 +27,16 @@ from mlx_lqr.commands.help import (
 )
 from mlx_lqr.commands.values import ControllerType, LayersType, StrengthsType
 from mlx_lqr.loading import BackendName
-from mlx_lqr.runtime.arguments import ADAPTER_HELP, DECODING_HELP, DTYPE_DEFAULT
+from mlx_lqr.lqr.strength import Budget
+from mlx_lqr.runtime.arguments import (
+    ADAPTER_HELP,
+    BUDGET_HELP,
+    DECODING_HELP,
+    DTYPE_DEFAULT,
+    STRENGTH_HELP,
+    ControllerChoice,
+    with_budget,
+)
 from mlx_lqr.runtime.decode import Overflow
 
 model_argument = argument("model", help='An MLX or Hugging Face folder, a hub id, a .gguf file, or "demo".')
@@ -96,7 +105,7 @@ def controller_option(
     several_strengths: bool = False,
     repeat: str = "Repeat it for several at once.",
 ) -> Decorator:
-    """-c FILE[:STRENGTH], which a command gets as a tuple of `ControllerChoice`.
+    """-c FILE[:STRENGTH] and --budget, which a command gets as one tuple of `ControllerChoice`.
 
     Args:
         swept: the command runs at several strengths, those of `strengths_option`.
@@ -104,18 +113,43 @@ def controller_option(
         several_strengths: FILE:1,2,3 is fine too.
         repeat: what several of them are for.
     """
-    otherwise = "each of --strengths" if swept else "the strength that the file recommends (see `mlx-lqr tune`), or 1"
-    return option(
-        "-c",
-        "--controller",
-        "controllers",
-        type=ControllerType(several_strengths=several_strengths),
-        multiple=True,
-        required=required,
-        metavar="FILE[:STRENGTH]",
-        heading=STEERING,
-        help=f"Steer with the controller in FILE at STRENGTH; without one, at {otherwise}. {repeat}".strip(),
+    otherwise = "each of --strengths" if swept else "the strength that the file recommends, or 1"
+    what = f"Steer with the controller in FILE at STRENGTH; without one, at {otherwise}. {STRENGTH_HELP} {repeat}"
+    return together(
+        option(
+            "-c",
+            "--controller",
+            "controllers",
+            type=ControllerType(several_strengths=several_strengths),
+            multiple=True,
+            required=required,
+            metavar="FILE[:STRENGTH]",
+            heading=STEERING,
+            callback=_with_budget,
+            help=what.strip(),
+        ),
+        budget_option(BUDGET_HELP, heading=STEERING, is_eager=True, expose_value=False, callback=_remember_budget),
     )
+
+
+def budget_option(help: str, *, heading: str, **attributes: Any) -> Decorator:
+    return option(
+        "--budget", type=click.Choice(get_args(Budget)), metavar="BUDGET", heading=heading, help=help, **attributes
+    )
+
+
+_BUDGET = "mlx_lqr.budget"
+
+
+def _remember_budget(ctx: click.Context, parameter: click.Parameter, value: Budget | None) -> None:
+    """Keep it for -c, which click reads later since this option is eager."""
+    ctx.meta[_BUDGET] = value
+
+
+def _with_budget(
+    ctx: click.Context, parameter: click.Parameter, value: tuple[ControllerChoice, ...]
+) -> tuple[ControllerChoice, ...]:
+    return with_budget(value, ctx.meta.get(_BUDGET))
 
 
 strengths_option = option(
@@ -123,7 +157,8 @@ strengths_option = option(
     type=StrengthsType(),
     metavar="NUMBERS",
     heading=STEERING,
-    help="The strengths to run at, for each FILE without a STRENGTH of its own; 1,2,3 if not given.",
+    help="The strengths to run at, for each FILE without a STRENGTH of its own, such as 1,2,3, 0.5x,1x,2x or "
+    "gentle,strong. By default 0.5x,1x,2x for files that recommend a strength, and 1,2,3 for others.",
 )
 adaptive_option = option(
     "--adaptive/--stored",

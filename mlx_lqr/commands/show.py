@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import click
 
 from mlx_lqr.commands.help import argument, command
 from mlx_lqr.commands.options import json_option
+from mlx_lqr.files.results import as_json as to_json
+from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.method import Shown
 from mlx_lqr.methods.registry import METHODS
 from mlx_lqr.methods.steering import Steering, load_steering
@@ -43,6 +46,7 @@ def _fields(steering: Steering) -> dict[str, object]:
         "layers": steering.active_layers,
         "positions": steering.positions,
         "strength": steering.strength,
+        "calibration": to_json(steering.calibration or [None] * len(steering.concepts)),
         "prompt_counts": steering.prompt_counts,
         "library_version": steering.library_version,
     }
@@ -64,7 +68,17 @@ def _rows(steering: Steering, shown: Shown) -> dict[str, str]:
     }
     if steering.strength is not None:
         rows["strength"] = f"{', '.join(f'{strength:g}' for strength in steering.strength)} (recommended)"
+    if steering.calibration:
+        rows["budgets"] = "; ".join(_budgets(steering))
     return rows
+
+
+def _budgets(steering: Steering) -> Iterator[str]:
+    """Of each concept that is calibrated its strengths, and the divergence measured there."""
+    for concept, one in zip(steering.concepts, steering.calibration, strict=True):
+        if one is not None:
+            parts = ", ".join(f"{name} {one.strength[name]:g} ({one.divergence[name]:.2g} nats)" for name in BUDGETS)
+            yield f"{concept}: {parts}" if len(steering.concepts) > 1 else parts
 
 
 def _print_layers(steering: Steering, shown: Shown) -> None:

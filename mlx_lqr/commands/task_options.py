@@ -178,4 +178,4 @@ def _names(options: Sequence[Decorator]) -> list[str]:
     @together(*options)
     def nothing() -> None: ...
 
-    return [str(parameter.name) for parameter in click.command()(nothing).params]
+    return [str(parameter.name) for parameter in click.command()(nothing).params if parameter.expose_value]

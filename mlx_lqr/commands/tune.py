@@ -17,7 +17,7 @@ from mlx_lqr.commands.options import contrast_options, output_option, tradeoff_o
 from mlx_lqr.commands.progress import going_on_later, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
-from mlx_lqr.commands.values import parse_strengths
+from mlx_lqr.commands.values import parse_numbers
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json
@@ -111,7 +111,7 @@ def _with_jacobians(
 def _between(strengths: str | None) -> tuple[float, float] | None:
     if strengths is None:
         return None
-    ends = parse_strengths(strengths)
+    ends = parse_numbers(strengths, "strengths")
     if len(ends) != 2 or ends[0] == ends[1]:
         raise InputError(f"--strengths must be two different numbers such as 0,6, not {strengths!r}")
     return ends[0], ends[1]
@@ -139,9 +139,9 @@ def _report(tuned: Tuned, wanted: Request, folder: Path) -> None:
         f"bootstrap intervals; perplexity under {wanted.judge_name}"
     )
     click.echo(f"All evaluations are in {folder}")
-    if tuned.best is not None:
+    if tuned.best is not None and tuned.steering is not None:
         click.echo(f"Recommended: {tuned.best.candidate}, strength {tuned.best.strength:g}")
-        say_how_to_use(wanted.model, str(wanted.output), None)
+        say_how_to_use(wanted.model, str(wanted.output), tuned.steering)
 
 
 def _table(tuned: Tuned) -> None:

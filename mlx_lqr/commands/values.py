@@ -9,7 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mlx_lqr.errors import InputError
-from mlx_lqr.runtime.arguments import ControllerChoice, parse_controller
+from mlx_lqr.runtime.arguments import Asked, ControllerChoice, parse_controller, parse_strength
 
 MOST_LAYERS = 10_000
 """More than any model has, and few enough to list."""
@@ -38,8 +38,16 @@ def parse_layers(text: str | None) -> Layers | None:
     return layers
 
 
-def parse_strengths(text: str, name: str = "strengths") -> list[float]:
-    """Strengths such as "0,1.5,3".
+def parse_strengths(text: str) -> list[Asked]:
+    """Strengths such as "0,1.5,3", "0.5x,1x,2x" or "gentle,strong"."""
+    try:
+        return [parse_strength(part.strip(), "") for part in text.split(",")]
+    except InputError:
+        raise InputError(f"strengths must look like 1,2,3, 0.5x,1x,2x or gentle,strong, not {text!r}") from None
+
+
+def parse_numbers(text: str, name: str) -> list[float]:
+    """Numbers such as "0,1.5,3".
 
     Args:
         text: numbers with commas between them.
@@ -69,13 +77,22 @@ class ControllerType(click.ParamType[ControllerChoice]):
         return [CompletionItem(incomplete, type="file")]
 
 
-class StrengthsType(click.ParamType[list[float]]):
+class StrengthsType(click.ParamType[list[Asked]]):
+    """Strengths with commas between them."""
+
+    name = "strengths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Asked]:
+        return parse_strengths(value)
+
+
+class NumbersType(click.ParamType[list[float]]):
     """Numbers with commas between them."""
 
     name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
-        return parse_strengths(value, param.opts[-1].strip("-") if param is not None else "strengths")
+        return parse_numbers(value, param.opts[-1].strip("-") if param is not None else "numbers")
 
 
 class LayersType(click.ParamType[Layers | None]):

@@ -132,6 +132,20 @@ class Entries:
             self._wrong(name, values)
         return tuple((self._count(name, a), self._count(name, b)) for a, b in values)
 
+    def named_pairs(self, name: str, count: int) -> tuple[dict[str, tuple[float, float]] | None, ...]:
+        """As many objects of pairs of numbers, any of them null."""
+        values = self._list(name)
+        if len(values) != count:
+            self._wrong(name, values)
+        return tuple(None if value is None else self._pairs_of(name, value) for value in values)
+
+    def _pairs_of(self, name: str, value: Any) -> dict[str, tuple[float, float]]:
+        if not isinstance(value, dict):
+            self._wrong(name, value)
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in value.values()):
+            self._wrong(name, value)
+        return {key: (self._number(name, a), self._number(name, b)) for key, (a, b) in value.items()}
+
     def _list(self, name: str) -> list[Any]:
         value = parse_json(self.text(name))
         if not isinstance(value, list):

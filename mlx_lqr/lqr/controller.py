@@ -22,7 +22,19 @@ from mlx_lqr.files.json_text import LAYERS, WIDTH, Entries
 from mlx_lqr.files.tensors import check_finite, check_shape, read_tensors, write_tensors
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.riccati import Gains, Weights
-from mlx_lqr.lqr.strength import Strengths, combined_strength, read_strength, strength_metadata
+from mlx_lqr.lqr.strength import (
+    Budget,
+    Calibration,
+    Calibrations,
+    Strengths,
+    calibrated_strength,
+    combined_calibration,
+    combined_strength,
+    read_calibration,
+    read_strength,
+    strength_at,
+    strength_metadata,
+)
 
 FORMAT = "mlx-lqr controller 1"
 SMALLEST_ANGLE = 5.0
@@ -71,6 +83,8 @@ class Controller:
     """(T, m): the same for |u_k|, along each concept's own gain"""
     strength: Strengths | None = None
     """The strength recommended for each concept, which steers where no other is asked for; see `tasks.tune`"""
+    calibration: Calibrations = ()
+    """Of each concept, its strengths for the budgets; empty where none has any"""
 
     @property
     def method(self) -> str:
@@ -124,7 +138,7 @@ class Controller:
             "prompt_counts": json.dumps(self.prompt_counts),
             "jacobian_prompts": str(self.jacobian_prompts),
             "library_version": self.library_version,
-            **strength_metadata(self.strength),
+            **strength_metadata(self),
         }
         with writing(path, kind="controller", force=force) as temporary:
             write_tensors(temporary, tensors, metadata)
@@ -163,6 +177,7 @@ class Controller:
                 cost=next(known for known in get_args(Cost) if known == cost),
                 library_version=entries.text("library_version"),
                 strength=read_strength(entries, len(concepts)),
+                calibration=read_calibration(entries, len(concepts)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is a damaged controller file ({first_line(error)}): fit it again") from error
@@ -211,11 +226,24 @@ class Controller:
             checked_error=_checked([controller.checked_error for controller in controllers], controllers),
             checked_push=_checked([controller.checked_push for controller in controllers], controllers),
             strength=combined_strength(controllers),
+            calibration=combined_calibration(controllers),
         )
 
     def recommending(self, strength: Strengths) -> Controller:
         """The same with a recommended strength for each concept."""
         return replace(self, strength=strength)
+
+    def calibrated(self, calibration: Calibration, budget: Budget = "normal") -> Controller:
+        """The same, of one concept, with its strength for each budget, one of which it recommends."""
+        return replace(self, calibration=(calibration,), strength=calibrated_strength(self, calibration, budget))
+
+    def strength_at(self, budget: Budget | None = None, times: float = 1.0) -> Strengths:
+        """For each concept so many times the strength for a budget; without a budget, of the recommended strength.
+
+        Raises:
+            InputError: there is no recommended strength, or a concept was not calibrated.
+        """
+        return strength_at(self, budget, times)
 
     def split(self) -> list[Controller]:
         """A controller for each concept alone; `combine` undoes it."""
@@ -233,6 +261,7 @@ class Controller:
                 checked_error=self.checked_error[:, [i]] if self.checked_error is not None else None,
                 checked_push=self.checked_push[:, [i]] if self.checked_push is not None else None,
                 strength=self.strength[i : i + 1] if self.strength is not None else None,
+                calibration=self.calibration[i : i + 1],
             )
             for i, name in enumerate(self.concepts)
         ]

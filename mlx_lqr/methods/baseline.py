@@ -21,7 +21,19 @@ from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.json_text import LAYERS, WIDTH, Entries
 from mlx_lqr.files.tensors import check_finite, check_shape, read_tensors, write_tensors
 from mlx_lqr.lqr.controller import Positions, check_choice, check_fitted_on
-from mlx_lqr.lqr.strength import Strengths, combined_strength, read_strength, strength_metadata
+from mlx_lqr.lqr.strength import (
+    Budget,
+    Calibration,
+    Calibrations,
+    Strengths,
+    calibrated_strength,
+    combined_calibration,
+    combined_strength,
+    read_calibration,
+    read_strength,
+    strength_at,
+    strength_metadata,
+)
 from mlx_lqr.methods.law import AdjustableLaw
 from mlx_lqr.methods.method import Column, Method, Problem, Shown
 from mlx_lqr.methods.registry import METHODS
@@ -54,6 +66,8 @@ class Baseline:
     library_version: str = distribution.version("mlx-lqr")
     strength: Strengths | None = None
     """The strength recommended for each concept, which steers where no other is asked for."""
+    calibration: Calibrations = ()
+    """Of each concept, its strengths for the budgets; empty where none has any."""
 
     def __post_init__(self) -> None:
         method = METHODS[self.method]
@@ -94,7 +108,7 @@ class Baseline:
             "concepts": json.dumps(self.concepts),
             "prompt_counts": json.dumps(self.prompt_counts),
             "library_version": self.library_version,
-            **strength_metadata(self.strength),
+            **strength_metadata(self),
         }
         with writing(path, kind="controller", force=force) as temporary:
             write_tensors(temporary, self.tensors, metadata)
@@ -144,6 +158,7 @@ class Baseline:
                 prompt_counts=entries.pairs("prompt_counts", len(concepts)),
                 library_version=entries.text("library_version"),
                 strength=read_strength(entries, len(concepts)),
+                calibration=read_calibration(entries, len(concepts)),
             )
         except InputError:
             raise
@@ -160,6 +175,18 @@ class Baseline:
         """The same with a recommended strength."""
         return replace(self, strength=strength)
 
+    def calibrated(self, calibration: Calibration, budget: Budget = "normal") -> Baseline:
+        """The same, of one concept, with its strength for each budget, one of which it recommends."""
+        return replace(self, calibration=(calibration,), strength=calibrated_strength(self, calibration, budget))
+
+    def strength_at(self, budget: Budget | None = None, times: float = 1.0) -> Strengths:
+        """For each concept so many times the strength for a budget; without a budget, of the recommended strength.
+
+        Raises:
+            InputError: there is no recommended strength, or a concept was not calibrated.
+        """
+        return strength_at(self, budget, times)
+
     def split(self) -> list[Baseline]:
         """One for each concept alone; `combine` undoes it."""
         if len(self.concepts) == 1:
@@ -171,6 +198,7 @@ class Baseline:
                 concepts=(concept,),
                 prompt_counts=(self.prompt_counts[i],),
                 strength=self.strength[i : i + 1] if self.strength is not None else None,
+                calibration=self.calibration[i : i + 1],
             )
             for i, concept in enumerate(self.concepts)
         ]
@@ -246,6 +274,7 @@ class BaselineMethod(Method[Baseline]):
             concepts=concepts,
             prompt_counts=tuple(count for one in steerings for count in one.prompt_counts),
             strength=combined_strength(steerings),
+            calibration=combined_calibration(steerings),
         )
 
     def show(self, steering: Baseline) -> Shown:

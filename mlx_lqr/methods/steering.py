@@ -18,7 +18,7 @@ from mlx_lqr.concepts import bundled_concepts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.tensors import read_format
 from mlx_lqr.lqr.controller import Controller, Fitted, Positions
-from mlx_lqr.lqr.strength import Recommending, Strengths, default_strength
+from mlx_lqr.lqr.strength import Budget, Calibration, Recommending, Strengths, default_strength
 from mlx_lqr.methods.baseline import Baseline
 from mlx_lqr.methods.law import AdjustableLaw
 from mlx_lqr.methods.registry import METHODS
@@ -60,6 +60,12 @@ class Steering(Fitted, Recommending, Protocol):
 
     def recommending(self, strength: Strengths) -> Self:
         """The same with a recommended strength for each concept."""
+
+    def calibrated(self, calibration: Calibration, budget: Budget = "normal") -> Self:
+        """The same, of one concept, with its strength for each budget, one of which it recommends."""
+
+    def strength_at(self, budget: Budget | None = None, times: float = 1.0) -> Strengths:
+        """For each concept so many times the strength for a budget; without a budget, of the recommended strength."""
 
     def split(self) -> Sequence[Self]:
         """One for each concept alone; `combine` undoes it."""

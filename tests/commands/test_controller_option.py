@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
-from helpers.command_line import all_commands, refused, run, small
+from helpers.command_line import refused, run, small, steering_commands, written
 from helpers.controllers import controller_for
 from helpers.tiny_tokenizers import chatting
 
@@ -18,24 +17,6 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.runtime.__main__ import main as minimal
 from mlx_lqr.runtime.arguments import ControllerChoice, parse_controller
 from mlx_lqr.tasks.registry import TASKS
-
-LEAST = {"eval lm-eval": ["--tasks", "x"], "toxicity": ["--data", "x"], "truthfulness": ["--data", "x"]}
-LEAST |= {"refusal": ["--data", "x"]}
-
-
-def steering_commands() -> list[tuple[tuple[str, ...], click.Parameter]]:
-    """Every command with -c, and its parameter."""
-    return [
-        (path, parameter) for path, command in all_commands() for parameter in command.params if "-c" in parameter.opts
-    ]
-
-
-def written(path: tuple[str, ...], controller: str) -> list[str]:
-    """The least that the command takes, with this after -c."""
-    command = [*path, "no-such-model", "-c", controller]
-    if path[0] in ("eval", "compare"):
-        command += ["-o", "out", *LEAST.get(path[-1], LEAST.get(" ".join(path), []))]
-    return command
 
 
 def test_one_parser_serves_every_command() -> None:
@@ -51,7 +32,11 @@ def test_one_parser_serves_every_command() -> None:
 @pytest.mark.parametrize(
     ("controller", "says"),
     [
-        ("dog.safetensors:lots", "strength must be a number, not 'lots' (write -c FILE:STRENGTH)"),
+        (
+            "dog.safetensors:lots",
+            "strength must be a number, a multiple such as 1.5x, or gentle, normal, strong, not 'lots' (write -c "
+            "FILE:STRENGTH)",
+        ),
         ("dog.safetensors:nan", "strength must be a finite number, not 'nan' (write -c FILE:STRENGTH)"),
         ("dog.safetensors:1,2", "one strength here, not '1,2': write -c FILE:STRENGTH"),
     ],

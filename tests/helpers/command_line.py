@@ -17,6 +17,9 @@ from mlx_lqr.commands import main
 PROMPT = "Once upon a time,"
 Words = tuple[str, ...]
 """How a command is called: eval, concept."""
+LEAST = {"eval lm-eval": ["--tasks", "x"], "toxicity": ["--data", "x"], "truthfulness": ["--data", "x"]}
+LEAST |= {"refusal": ["--data", "x"]}
+"""What commands need that measure, besides a model and a folder."""
 PROMPTS = [PROMPT, "The", "A man walks into a bar and"]
 
 
@@ -51,7 +54,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Model:
 
     model = chatting()
     model._tokenizer.encode = lambda text, **_: [ord(letter) % 59 for letter in text][-8:]  # type: ignore[union-attr, method-assign]
-    for name in ("fit", "analysis"):
+    for name in ("fit", "analysis", "generate", "chat"):
         monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", lambda *_, **__: model)
     return model
 
@@ -64,6 +67,21 @@ def all_commands(group: click.Group = main, path: Words = ()) -> Iterator[tuple[
             yield from all_commands(command, (*path, name))
         else:
             yield (*path, name), command
+
+
+def steering_commands() -> list[tuple[tuple[str, ...], click.Parameter]]:
+    """Every command with -c, and its parameter."""
+    return [
+        (path, parameter) for path, command in all_commands() for parameter in command.params if "-c" in parameter.opts
+    ]
+
+
+def written(path: tuple[str, ...], controller: str) -> list[str]:
+    """The least that the command takes, with this after -c."""
+    command = [*path, "no-such-model", "-c", controller]
+    if path[0] in ("eval", "compare"):
+        command += ["-o", "out", *LEAST.get(path[-1], LEAST.get(" ".join(path), []))]
+    return command
 
 
 def scored(texts: Sequence[str]) -> list[float]:

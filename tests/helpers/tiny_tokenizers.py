@@ -20,6 +20,7 @@ class Letters:
     """A tokenizer of single letters with a chat template: a token for the role, then the text."""
 
     end_tokens: frozenset[int] = frozenset()
+    has_chat_template = True
     roles = ("system", "user", "assistant")
 
     def chat(self, messages: list[Message]) -> list[int]:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import mlx_lqr
-from mlx_lqr import Controller, InputError
+from mlx_lqr import BUDGETS, Calibration, Controller, InputError
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.methods.steering import Steering, combine, law_of, load_steering
@@ -97,6 +97,116 @@ def test_a_damaged_recommendation_is_refused(kind: str, entry: str, tmp_path: Pa
     with safe_open(file, framework="numpy") as opened:
         metadata = opened.metadata()
     save_file(load_file(file), file, metadata={**metadata, "strength": entry})
+    with pytest.raises(InputError, match="damaged"):
+        load_steering(file)
+
+
+CALIBRATION = Calibration(
+    {"gentle": 1.5, "normal": 2.0, "strong": 3.25}, {"gentle": 0.1, "normal": 0.21, "strong": 0.39}
+)
+
+
+@pytest.mark.parametrize("kind", ["alqr", "actadd"])
+def test_a_calibration_survives_files_combination_and_tuning(kind: str, tmp_path: Path) -> None:
+    model = tiny_on("mlx", "llama")
+    plain = made(model, kind)
+    assert plain.calibration == ()
+    known = plain.calibrated(CALIBRATION)
+    assert (known.strength, known.calibration) == ((2.0,), (CALIBRATION,))
+    assert plain.calibrated(CALIBRATION, "strong").strength == (3.25,)
+    other = made(model, kind, "other")
+    if isinstance(other, Controller):
+        other = replace(other, direction=other.direction[:, ::-1])
+    joint = combine([other, known])
+    for steering in (plain, known, known.recommending((4.0,)), joint):
+        steering.save(tmp_path / "file")
+        loaded = load_steering(tmp_path / "file")
+        assert (loaded.strength, loaded.calibration) == (steering.strength, steering.calibration)
+    assert known.recommending((4.0,)).calibration == (CALIBRATION,)
+    assert joint.calibration == (None, CALIBRATION)
+    assert [one.calibration for one in joint.split()] == [(None,), (CALIBRATION,)]
+    assert combine([plain, other]).calibration == ()
+    with pytest.raises(InputError, match="calibrate each alone"):
+        joint.calibrated(CALIBRATION)
+
+
+def test_strengths_at_budgets_and_in_multiples() -> None:
+    model = tiny_on("mlx", "llama")
+    plain: Any = made(model, "actadd")
+    known, other = plain.calibrated(CALIBRATION, "gentle"), made(model, "actadd", "other")
+    assert known.strength_at() == (1.5,)
+    assert known.strength_at(times=-2) == (-3.0,)
+    assert known.strength_at("strong") == (3.25,)
+    assert known.strength_at("strong", 2) == (6.5,)
+    assert combine([known, other.recommending((5.0,))]).strength_at(times=2) == (3.0, 10.0)
+    for refused, says in (
+        (lambda: plain.strength_at(), "one has no recommended strength"),
+        (lambda: plain.strength_at("gentle"), "one is not calibrated"),
+        (lambda: combine([known, other]).strength_at("gentle"), "other is not calibrated"),
+        (lambda: known.strength_at("wild"), "budget must be 'gentle' or 'normal' or 'strong', not 'wild'"),
+        (lambda: plain.calibrated(CALIBRATION, "wild"), "budget must be"),
+        (lambda: known.strength_at(times=float("nan")), "times must be a finite number"),
+    ):
+        with pytest.raises(InputError, match=says):
+            refused()
+
+
+def test_gains_for_one_prompt_keep_what_the_file_recommends() -> None:
+    model = tiny_on("mlx", "llama")
+    known: Any = made(model, "alqr").calibrated(CALIBRATION)
+    adapted = mlx_lqr.adapt(model, known, [1, 2])
+    assert (adapted.strength, adapted.calibration) == (known.strength, known.calibration)
+    assert mlx_lqr.adapt(model, mlx_lqr.contrast(model, *SETS), [1, 2]).calibration == ()
+
+
+@pytest.mark.parametrize(
+    ("strengths", "divergences"),
+    [
+        ((1.0, 2.0), (0.1, 0.2)),
+        ((1.0, 2.0, float("inf")), (0.1, 0.2, 0.4)),
+        ((0.0, 2.0, 3.0), (0.1, 0.2, 0.4)),
+        ((-1.0, 2.0, 3.0), (0.1, 0.2, 0.4)),
+        ((3.0, 2.0, 1.0), (0.1, 0.2, 0.4)),
+        ((1.0, 2.0, 3.0), (0.1, 0.2, -0.4)),
+        ((1.0, 2.0, 3.0), (0.1, 0.2, float("nan"))),
+    ],
+)
+def test_a_calibration_that_cannot_be_is_refused(strengths: Any, divergences: Any) -> None:
+    with pytest.raises(InputError):
+        Calibration(dict(zip(BUDGETS, strengths, strict=False)), dict(zip(BUDGETS, divergences, strict=False)))
+    ablating = Calibration(*(dict(zip(BUDGETS, numbers, strict=True)) for numbers in ((-1, -1, -2), (0, 0, 1))))
+    assert ablating.at("strong") == -2
+
+
+PAIRS = '"gentle": [1, 0.1], "normal": [2, 0.2]'
+
+
+@pytest.mark.parametrize("kind", ["alqr", "actadd"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "[]",
+        "[null, null]",
+        "2",
+        "[[1, 0.1]]",
+        "[{}]",
+        f"[{{{PAIRS}}}]",
+        f'[{{{PAIRS}, "strong": [1.5, 0.4]}}]',
+        f'[{{{PAIRS}, "strong": [3, -1]}}]',
+        f'[{{{PAIRS}, "strong": [NaN, 0.4]}}]',
+        f'[{{{PAIRS}, "strong": [3]}}]',
+        f'[{{{PAIRS}, "strong": [3, true]}}]',
+        f'[{{{PAIRS}, "strong": [3, 0.4], "wild": [9, 9]}}]',
+    ],
+)
+def test_a_damaged_calibration_is_refused(kind: str, entry: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    made(tiny_on("mlx", "llama"), kind).save(file)
+    with safe_open(file, framework="numpy") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file), file, metadata={**metadata, "calibration": f'[{{{PAIRS}, "strong": [3, 0.4]}}]'})
+    assert load_steering(file).calibration[0] is not None
+    save_file(load_file(file), file, metadata={**metadata, "calibration": entry})
     with pytest.raises(InputError, match="damaged"):
         load_steering(file)
 
