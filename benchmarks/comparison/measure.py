@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison.experiments import Experiment
-from benchmarks.comparison.methods import BUDGETS, METHODS, OURS, REMOVES, Calibrated, calibrated, safe
+from benchmarks.comparison.methods import METHODS, OURS, REMOVES, Chosen, choose, safe
 from benchmarks.comparison.setting import Setting
 from benchmarks.comparison.sources import Source
-from benchmarks.comparison.statistics import leads, pooled
+from benchmarks.comparison.statistics import Key, leads, pooled
 from mlx_lqr import tasks
 from mlx_lqr.analysis import write_json
 from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.lqr.strength import BUDGETS, Budget
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, estimate
 
 DAMAGE = ("perplexity", "distinct_2", "repetition", "kl", "capability")
@@ -36,34 +37,19 @@ def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = M
         setting: its model is the one that is steered.
         methods: those of `METHODS` to take; a method that only removes is left out where nothing is to be removed.
     """
-    folder = setting.folder / experiment.name
-    run = _Run(experiment, setting, folder)
+    run = _Run(experiment, setting, setting.folder / experiment.name)
     setting.say(f"{experiment.name}: unsteered")
-    unsteered = run.metrics("unsteered")
-    control = run.tasks[experiment.sources[0]].control
-    base = _estimates(unsteered)
-    methods = [row for row in methods if experiment.removes or row not in REMOVES]
-    if experiment.ceiling is not None and base[control].value >= experiment.ceiling:
-        methods = []
-    told, measured = [], {}
-    for row in methods:
-        reported, metrics = run.method(row)
-        told.append(reported)
-        measured[row] = metrics
-    ours = {budget: metrics[control] for budget, metrics in measured.get(OURS, {}).items()}
-    theirs = {
-        (row, budget): metrics[control]
-        for row, of_budget in measured.items()
-        if row != OURS
-        for budget, metrics in of_budget.items()
-    }
-    found = leads(ours, theirs) if ours else {}
-    for one in told:
-        for budget, reported in one["budgets"].items():
-            if (one["method"], budget) in found:
-                reported["lead"] = _interval(found[one["method"], budget])
-    task = run.tasks[experiment.sources[0]]
-    path = folder / RESULT
+    unsteered = _estimates(run.metrics("unsteered"))
+    wanted = [row for row in methods if experiment.removes or row not in REMOVES]
+    if experiment.ceiling is not None and unsteered[run.control].value >= experiment.ceiling:
+        wanted = []
+    told, measured = {}, {}
+    for row in wanted:
+        told[row], measured[row] = run.method(row)
+    compared = _leads({row: {at: one[run.control] for at, one in each.items()} for row, each in measured.items()})
+    for (row, budget), lead in compared.items():
+        told[row]["budgets"][budget]["lead"] = _interval(lead)
+    sets = [source.sets(setting) for source in experiment.sources]
     result = {
         "experiment": experiment.name,
         "model": setting.model.name,
@@ -71,16 +57,23 @@ def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = M
         "version": metadata.version("mlx-lqr"),
         "sizes": asdict(setting.sizes),
         "budgets": dict(BUDGETS),
-        "prompts": [max(map(len, column)) for column in zip(*map(run.sets, experiment.sources), strict=True)],
+        "prompts": [max(len(of_source[side]) for of_source in sets) for side in (0, 1)],
         "rows": run.rows,
-        "control": control,
-        "control_label": task.control_label,
-        "comparisons": len(found),
-        "unsteered": {name: _interval(one) for name, one in base.items()},
-        "methods": told,
+        "control": run.control,
+        "control_label": run.control_label,
+        "comparisons": len(compared),
+        "unsteered": {name: _interval(one) for name, one in unsteered.items()},
+        "methods": list(told.values()),
     }
+    path = run.folder / RESULT
     write_json(path, result)
     return path
+
+
+def _leads(control: Mapping[str, Mapping[Budget, Metric]]) -> dict[Key, Estimate]:
+    """What A-LQR leads each other method by, at each budget that both were measured at."""
+    ours = control.get(OURS, {})
+    return leads(ours, {(row, at): one for row, each in control.items() if row != OURS for at, one in each.items()})
 
 
 class _Run:
@@ -89,6 +82,8 @@ class _Run:
     def __init__(self, experiment: Experiment, setting: Setting, folder: Path) -> None:
         self.experiment, self.setting, self.folder = experiment, setting, folder
         self.tasks = {source: experiment.task(source, setting) for source in experiment.sources}
+        first = self.tasks[experiment.sources[0]]
+        self.control, self.control_label = first.control, first.control_label
 
     @property
     def rows(self) -> dict[str, int]:
@@ -99,18 +94,15 @@ class _Run:
                 rows[part.name] = rows.get(part.name, 0) + len(part)
         return rows
 
-    def sets(self, source: Source) -> tuple[Sequence[Any], Sequence[Any]]:
-        return source.sets(self.setting)
-
-    def method(self, row: str) -> tuple[dict[str, Any], dict[str, Metrics]]:
+    def method(self, row: str) -> tuple[dict[str, Any], dict[Budget, Metrics]]:
         """What is told of a method, and its metrics at each budget."""
         told: dict[str, Any] = {"method": row, "sources": {}, "budgets": {}}
         try:
-            fits = {source: calibrated(source, self.setting, row) for source in self.tasks}
+            fits = {source: choose(source, self.setting, row) for source in self.tasks}
         except InputError as error:
             return {**told, "failed": str(error)}, {}
         told["sources"] = {source.name: _told(fit) for source, fit in fits.items()}
-        measured: dict[str, Metrics] = {}
+        measured: dict[Budget, Metrics] = {}
         for budget in BUDGETS:
             self.setting.say(f"{self.experiment.name}: {row}, {budget}")
             try:
@@ -122,7 +114,7 @@ class _Run:
                 told["budgets"][budget] = {"metrics": {name: _interval(one) for name, one in estimates.items()}}
         return told, measured
 
-    def metrics(self, row: str, fits: Mapping[Source, Calibrated] | None = None, budget: str = "") -> Metrics:
+    def metrics(self, row: str, fits: Mapping[Source, Chosen] | None = None, budget: Budget = "normal") -> Metrics:
         """The metrics of all sources together, at a budget, or unsteered where nothing was fitted."""
         each: list[Metrics] = []
         for source, task in self.tasks.items():
@@ -131,22 +123,21 @@ class _Run:
                 self.setting.model,
                 task,
                 tasks.NamedSteering(row, fit.steering) if fit else None,
-                [fit.strength[budget] if fit else 0.0],
+                list(fit.steering.strength_at(budget)) if fit else [0.0],
                 output=self.folder / "rows" / source.name / f"{safe(row)}.jsonl",
                 loading=self.setting.loading,
             )
             (parts,) = run.rows.values()
             each.append({name: one for part in task.parts for name, one in part.metrics(parts[part.name]).items()})
-        control = next(iter(self.tasks.values())).control
-        kept = [name for name in each[0] if name in (control, *self.experiment.columns, *DAMAGE)]
+        kept = [name for name in each[0] if name in (self.control, *self.experiment.columns, *DAMAGE)]
         return {name: pooled([metrics[name] for metrics in each]) for name in kept}
 
 
-def _told(fit: Calibrated) -> dict[str, Any]:
+def _told(fit: Chosen) -> dict[str, Any]:
     return {
         "setting": fit.setting,
-        "strength": dict(fit.strength),
-        "divergence": dict(fit.divergence),
+        "strength": dict(fit.calibration.strength),
+        "divergence": dict(fit.calibration.divergence),
         "tried": dict(fit.tried),
     }
 

@@ -13,12 +13,13 @@ from typing import Literal
 
 import numpy as np
 
+from mlx_lqr.lqr.strength import Budget
 from mlx_lqr.tasks.bootstrap import LEVEL, Estimate, Metric, differences
 
 RESAMPLES = 20_000
 Verdict = Literal["+", "-", "="]
 """A-LQR is ahead, is behind, or cannot be told apart."""
-Key = tuple[str, str]
+Key = tuple[str, Budget]
 """A method and a budget"""
 
 
@@ -30,7 +31,7 @@ def pooled(metrics: Sequence[Metric]) -> Metric:
 
 
 def leads(
-    ours: Mapping[str, Metric], theirs: Mapping[Key, Metric], *, resamples: int = RESAMPLES
+    ours: Mapping[Budget, Metric], theirs: Mapping[Key, Metric], *, resamples: int = RESAMPLES
 ) -> dict[Key, Estimate]:
     """Our control minus that of each method at the same budget, with intervals that hold all at once.
 

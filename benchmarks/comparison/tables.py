@@ -200,7 +200,7 @@ def is_below(result: Result, one: Told, budget: str) -> bool:
 def sign_of(one: Told, budget: str) -> Verdict | None:
     """Whether A-LQR is ahead of a method at a budget; None where this was not measured."""
     lead = one["budgets"].get(budget, {}).get("lead")
-    return verdict(*lead[1:]) if lead else None
+    return verdict(*lead[1:]) if lead and None not in lead else None
 
 
 def number(interval: Sequence[float | None], *, sign: bool = False) -> str:
