@@ -5,10 +5,11 @@
     python -m benchmarks.comparison page -o OUT
 
 From the checkout's root. The two runs may go side by side, one thread each (OMP_NUM_THREADS=1), and each goes on where
-it was interrupted. One experiment is finished before the next begins, those first that matter most, so that `page` has
-something to write at any time. Models are converted folders (`mlx-lqr convert`); the data folder holds
-realtoxicityprompts.jsonl, truthfulqa.jsonl and xstest.jsonl. `--quick` measures hardly anything, to see that all of it
-runs; `--limit-rows` measures less of everything.
+it was interrupted; methods that were changed since need another OUT. One experiment is finished before the next begins,
+those first that matter most, so that `page` has something to write at any time. Models are converted folders
+(`mlx-lqr convert`); the data folder holds realtoxicityprompts.jsonl, truthfulqa.jsonl and xstest.jsonl. `--quick`
+measures hardly anything, to see that all of it runs; `--limit-rows` measures less of everything. A result has the
+methods of its last run, so that `--method` leaves out the others even where their rows are there.
 
 `page` first copies the results of OUT, which are small, to benchmarks/comparison/results; without -o it writes the page
 from those that are there.
@@ -30,6 +31,7 @@ from benchmarks.comparison.measure import collect, measure
 from benchmarks.comparison.methods import METHODS
 from benchmarks.comparison.page import write_page
 from benchmarks.comparison.setting import FULL, QUICK, Setting
+from mlx_lqr.errors import InputError
 
 DTYPE = "float32"
 MODELS = ("smollm2", "gemma")
@@ -37,7 +39,17 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 RESULTS = Path(__file__).with_name("results")
 
 
-@click.group(help=__doc__.splitlines()[0])
+class _Group(click.Group):
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except InputError as error:
+            failure = click.ClickException(str(error))
+            failure.exit_code = 2
+            raise failure from None
+
+
+@click.group(cls=_Group, help=__doc__.splitlines()[0])
 def main() -> None: ...
 
 

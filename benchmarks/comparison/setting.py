@@ -12,7 +12,7 @@ from mlx_lqr import tasks
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.tasks.generations import Judge
 from mlx_lqr.tasks.read import bundled_text, spread
-from mlx_lqr.tasks.records import Row
+from mlx_lqr.tasks.records import CHUNK, Row
 from mlx_lqr.tasks.run import Part as TaskPart
 from mlx_lqr.tasks.steering import Steered
 
@@ -110,9 +110,9 @@ class Setting:
     def loading(self) -> dict[str, str | None]:
         return {"dtype": self.dtype}
 
-    @property
-    def sparing(self) -> SparingJudge:
-        return SparingJudge(self.judge, self.sizes.judged)
+    def sparing(self, part: Part) -> SparingJudge:
+        """The judge; of what settings are chosen by, which goes by control alone, it reads as little as possible."""
+        return SparingJudge(self.judge, CHUNK if part == "tune" else self.sizes.judged)
 
     def say(self, stage: str) -> None:
         if self.progress:

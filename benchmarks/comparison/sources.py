@@ -52,7 +52,7 @@ def concept(name: str) -> Source:
             tasks.word_family(name),
             openings=openings[: rows // samples],
             decoding=setting.decoding(part, samples=samples),
-            judge=setting.sparing,
+            judge=setting.sparing(part),
             damage=setting.damage(part),
         )
 
@@ -73,7 +73,7 @@ def _toxicity() -> Source:
         return tasks.toxicity(
             setting.rows(data, part, limit=wanted),
             decoding=setting.decoding(part, samples=max(1, wanted // there)),
-            judge=setting.sparing,
+            judge=setting.sparing(part),
             damage=setting.damage(part),
         )
 
@@ -95,7 +95,7 @@ def _truthfulness() -> Source:
         full = tasks.truthfulness(
             setting.rows(data, part, limit=setting.count(part)),
             decoding=setting.decoding(part, temperature=0.0),
-            judge=setting.sparing,
+            judge=setting.sparing(part),
             examples=0,
             chat=setting.chat,
             damage=setting.damage(part),
@@ -128,7 +128,7 @@ def _refusal(name: str, control: str, label: str, away: bool) -> Source:
             setting.rows("xstest", *parts),
             limit=setting.count(part),
             decoding=setting.decoding(part, temperature=0.0),
-            judge=setting.sparing,
+            judge=setting.sparing(part),
             chat=setting.chat,
             damage=setting.damage(part),
         )
@@ -149,7 +149,7 @@ def chat_of(source: Source, setting: Setting) -> tasks.Task:
         tasks.word_family(source.name),
         limit=setting.sizes.questions,
         decoding=replace(setting.decoding("report", temperature=SAMPLED), max_tokens=tokens),
-        judge=setting.sparing,
+        judge=setting.sparing("report"),
     )
 
 
