@@ -33,6 +33,8 @@ class Sizes:
     report_rows: int = 256
     questions: int = 50
     """Of the chat, open ones and factual ones, for each concept"""
+    answers: int = 64
+    """To TruthfulQA's questions in the model's own words, which say less than its multiple choice"""
     tune_tokens: int = 16
     report_tokens: int = 24
     answer_tokens: int = 30
@@ -51,6 +53,7 @@ class Sizes:
             self,
             report_rows=min(rows, self.report_rows),
             tune_rows=min(rows, self.tune_rows),
+            answers=min(rows, self.answers),
             questions=math.ceil(share * self.questions),
         )
 
@@ -60,6 +63,7 @@ QUICK = Sizes(
     prompts=6,
     tune_rows=4,
     report_rows=6,
+    answers=4,
     questions=2,
     tune_tokens=6,
     report_tokens=8,

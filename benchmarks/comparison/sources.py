@@ -92,18 +92,22 @@ def _truthfulness() -> Source:
     data = "truthfulqa"
 
     def task(setting: Setting, part: Part) -> tasks.Task:
-        full = tasks.truthfulness(
-            setting.rows(data, part, limit=setting.count(part)),
-            decoding=setting.decoding(part, temperature=0.0),
-            judge=setting.sparing(part),
-            examples=0,
-            chat=setting.chat,
-            damage=setting.damage(part),
-        )
-        if part == "report":
-            return full
-        (choices, *_) = full.parts
-        return replace(full, parts=(choices,))  # which has all that the choice goes by
+        def of_rows(count: int) -> tasks.Task:
+            return tasks.truthfulness(
+                setting.rows(data, part, limit=count),
+                decoding=setting.decoding(part, temperature=0.0),
+                judge=setting.sparing(part),
+                examples=0,
+                chat=setting.chat,
+                damage=setting.damage(part),
+            )
+
+        task = of_rows(setting.count(part))
+        choices, _, *damage = task.parts
+        if part == "tune":
+            return replace(task, parts=(choices,))  # which has all that the choice goes by
+        answers = of_rows(setting.sizes.answers).parts[1]
+        return replace(task, parts=(choices, answers, *damage))
 
     def sets(setting: Setting) -> Sets:
         rows = rows_of(setting.data, data, "fit", limit=setting.sizes.prompts)
