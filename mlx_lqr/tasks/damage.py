@@ -17,9 +17,9 @@ import numpy as np
 
 from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.errors import InputError
+from mlx_lqr.lqr.divergence import kl_divergence
 from mlx_lqr.lqr.prompts import tokenise
 from mlx_lqr.tasks.bootstrap import Metric, mean
-from mlx_lqr.tasks.metrics import kl_divergence
 from mlx_lqr.tasks.read import bundled_lines, read_rows
 from mlx_lqr.tasks.records import Row, digest
 from mlx_lqr.tasks.steering import Steered

@@ -1,10 +1,9 @@
-"""Metrics of texts and of next-token distributions; NumPy only.
+"""Metrics of texts and of answers; NumPy only.
 
 distinct-n: the share of distinct n-grams of a text, |set| / count (Li et al. 2016; here of each text alone and then
     averaged, so that it does not depend on how many texts there are).
 repetition: the share of a text's 4-grams that repeat an earlier one, 1 - distinct-4.
 perplexity: exp of the mean negative log-likelihood of a text's tokens (generations.py says under which model).
-KL(p || q) = sum_x p(x) (log p(x) - log q(x)), in nats, of two next-token distributions given by their logits.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from mlx_lqr.lqr.divergence import log_softmax
 
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
 
@@ -32,22 +33,6 @@ def distinct(tokens: Sequence[str], n: int) -> float:
 def repetition(tokens: Sequence[str], n: int = 4) -> float:
     """The share of n-grams that repeat an earlier one; NaN if the text has no n-gram."""
     return 1 - distinct(tokens, n)
-
-
-def log_softmax(logits: ArrayLike) -> NDArray[np.float64]:
-    """log p over the last axis, in float64."""
-    values = np.asarray(logits, np.float64)
-    shifted = values - values.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
-
-
-def kl_divergence(logits: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
-    """KL(softmax(logits) || softmax(reference)) over the last axis, in nats: (..., V) -> (...)."""
-    log_p, log_q = log_softmax(logits), log_softmax(reference)
-    p = np.exp(log_p)
-    with np.errstate(invalid="ignore"):  # 0 times infinity, where both distributions are certain
-        terms = np.where(p > 0, p * (log_p - log_q), 0.0)
-    return np.asarray(terms.sum(axis=-1))
 
 
 def multiple_choice(true: ArrayLike, false: ArrayLike, best: float) -> tuple[float, float]:

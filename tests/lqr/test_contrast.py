@@ -13,6 +13,7 @@ from helpers.tiny import FAMILY, tiny
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.protocol import Model
+from mlx_lqr.lqr.contrast import contrast_of
 from mlx_lqr.lqr.layers import choose_layers
 
 
@@ -49,6 +50,43 @@ def test_separation_is_the_magnitude_over_the_std_within_the_sets() -> None:
         a, b = (residuals[:, k].astype(np.float64) @ v for residuals in sets)
         pooled = np.sqrt((2 * np.var(a, ddof=1) + 3 * np.var(b, ddof=1)) / 5)
         assert contrast.separation[k] == pytest.approx((a.mean() - b.mean()) / pooled, rel=1e-4)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 2), (4, 7), (12, 11)])  # one of each left out, and five folds
+def test_held_out_separation_is_that_of_directions_from_the_other_folds(n: int, m: int) -> None:
+    random = np.random.default_rng(n)
+    sets = random.normal(1, 1, (n, 4, 6)).astype(np.float32), random.normal(0, 1, (m, 4, 6)).astype(np.float32)
+    found = contrast_of(tiny("llama"), *sets).held_out
+    folds = 5 if min(n, m) >= 10 else min(n, m)
+    for k in range(4):
+        features: list[list[float]] = [[], []]
+        for fold in range(folds):
+            kept = [[row for i, row in enumerate(one[:, k]) if i % folds != fold] for one in sets]
+            means = [np.mean(rows, axis=0) for rows in kept]
+            v = (means[0] - means[1]) / np.linalg.norm(means[0] - means[1])
+            for feature, one in zip(features, sets, strict=True):
+                feature += [
+                    v @ (row - (means[0] + means[1]) / 2) for i, row in enumerate(one[:, k]) if i % folds == fold
+                ]
+        pooled = np.sqrt(((n - 1) * np.var(features[0], ddof=1) + (m - 1) * np.var(features[1], ddof=1)) / (n + m - 2))
+        assert found is not None
+        assert found[k] == pytest.approx((np.mean(features[0]) - np.mean(features[1])) / pooled, rel=1e-4)
+
+
+def test_held_out_separation_is_not_fooled_by_many_dimensions(random: np.random.Generator) -> None:
+    """Sets that differ by chance alone are told apart in sample, and not where the prompts are held out."""
+    positive, negative = (random.normal(0, 1, (20, 9, 500)).astype(np.float32) for _ in range(2))
+    chance = contrast_of(tiny("llama"), positive, negative)
+    assert chance.held_out is not None
+    assert chance.separation.min() > 4
+    assert abs(chance.held_out.mean()) < 0.5
+    positive[:, :, 0] += 8
+    real = contrast_of(tiny("llama"), positive, negative)
+    assert real.held_out is not None
+    assert real.held_out.min() > 2
+    positive[:, 0] = negative[:, 0] = 1  # both sets end in the same token
+    assert contrast_of(tiny("llama"), positive, negative).held_out[0] == 0  # type: ignore[index]
+    assert contrast_of(tiny("llama"), positive[:1], negative).held_out is None
 
 
 def test_auto_takes_the_layers_that_separate_about_as_well_as_the_best() -> None:

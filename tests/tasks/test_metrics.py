@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_lqr.tasks.bootstrap import Metric, difference, estimate, exponential_ratio, mean
-from mlx_lqr.tasks.metrics import distinct, kl_divergence, multiple_choice, repetition, unigram_f1, words
+from mlx_lqr.tasks.metrics import distinct, multiple_choice, repetition, unigram_f1, words
 
 
 def test_words_are_lower_case_and_punctuation_counts() -> None:
@@ -21,16 +21,6 @@ def test_distinct_and_repetition() -> None:
     assert repetition(text) == pytest.approx(1 / 3)
     assert math.isnan(distinct(["a"], 2))
     assert math.isnan(repetition(["a", "b", "c"]))
-
-
-def test_kl_divergence() -> None:
-    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.25, 0.5])
-    by_hand = 0.5 * math.log(2) - 0.25 * math.log(2)
-    shifted = np.stack([np.log(p) + 7, np.log(q) - 300])
-    assert kl_divergence(shifted[0], shifted[1]) == pytest.approx(by_hand, abs=1e-12)
-    assert kl_divergence(shifted, shifted) == pytest.approx([0, 0], abs=1e-12)
-    certain = kl_divergence([0.0, -np.inf], [0.0, 0.0])
-    assert certain == pytest.approx(math.log(2))
 
 
 def test_multiple_choice_by_its_definition() -> None:

@@ -15,13 +15,13 @@ import mlx_lqr
 from mlx_lqr import tasks
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError
+from mlx_lqr.lqr.divergence import kl_divergence
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.tasks import records
 from mlx_lqr.tasks.compare import Contender, compare
 from mlx_lqr.tasks.concept import WordFamily, word_pattern
 from mlx_lqr.tasks.damage import PREFIX, Question
 from mlx_lqr.tasks.generations import Generations
-from mlx_lqr.tasks.metrics import kl_divergence
 from mlx_lqr.tasks.read import read_rows
 from mlx_lqr.tasks.refusal import Refusal
 from mlx_lqr.tasks.scorers import load_scorer, mentions

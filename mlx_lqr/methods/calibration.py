@@ -1,0 +1,243 @@
+"""How hard a steering may push: the strengths at which the model's next-token distributions have moved by a budget.
+
+Steering is calibrated on texts that have nothing to do with its concept: plain sentences, and the unsteered model's own
+answers to plain questions (continuations of openings, for a model without a chat template). The divergence at a
+strength is KL(steered || unsteered) of the next token in nats, averaged over the positions of the sentences and over
+those of the answers, and then over both. It grows with the strength, by about its square at first, so that few passes
+find the strength for each budget. Strengths of different methods mean different things; at the same divergence methods
+can be compared (as steering-lite does).
+
+The response says whether that pushes towards the concept at all: how much likelier the positive prompts have become
+against the negative ones, in nats a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_lqr.backends.protocol import OVERFLOWED, Continued, Float32, Law, Progress, Recorder
+from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.lqr.divergence import kl_divergence
+from mlx_lqr.lqr.prompts import Prompt, tokenise
+from mlx_lqr.lqr.strength import BUDGETS, Budget, Calibration
+from mlx_lqr.methods.registry import METHODS
+from mlx_lqr.methods.running import law_on
+from mlx_lqr.methods.steering import Steering
+
+SENTENCES = (
+    "The meeting was moved to Thursday because the room had been booked twice.",
+    "She wrote the number on a small piece of paper and put it on the table.",
+    "Most of the houses in this street were built before the second world war.",
+    "To change the battery, open the cover on the back with a small screwdriver.",
+    "He asked whether the report would be ready before the end of the week.",
+    "The price of bread has risen by a third since the beginning of last year.",
+)
+QUESTIONS = (
+    "How do I write a short letter of thanks?",
+    "What is the capital of Portugal?",
+    "Can you give me an idea for dinner tonight?",
+    "How many days are there in a week?",
+    "Tell me something interesting.",
+    "Which language is spoken in Austria?",
+)
+OPENINGS = (
+    "When the door opened, everybody",
+    "The most important thing about",
+    "In the morning they decided to",
+    "According to the article, the city",
+    "My brother told me that he",
+    "It took three years to build the",
+)
+START = 4
+"""Tokens of a sentence before the first position that is measured."""
+LENGTH = 12
+"""Tokens of a sentence or an answer that are measured, at most."""
+TOLERANCE = 0.1
+"""Of a budget: strengths whose divergence is as near to it are taken."""
+PASSES = 6
+"""At how many strengths the divergence is measured for one budget, at most."""
+SAMPLE = 12
+"""Prompts of each kind that the response is measured on, at most."""
+
+
+def calibrate(
+    model: Recorder,
+    steering: Steering,
+    *,
+    budgets: Mapping[Budget, float] = BUDGETS,
+    progress: Progress | None = None,
+) -> Calibration:
+    """The strengths of one concept's steering that reach the budgets.
+
+    Takes as long as a few dozen tokens on each of a dozen texts. A controller that is adapted to each prompt is
+    measured with its stored gains.
+
+    Args:
+        model: what `load` returned.
+        steering: of one concept, fitted on this model.
+        budgets: the divergence for each name, in nats a token.
+        progress: called as progress("Calibration", done, total).
+
+    Raises:
+        InputError: steering of several concepts or of another model, a budget that is not above zero, or steering that
+            changes nothing at any strength.
+    """
+    if len(steering.concepts) != 1:
+        raise InputError("a calibration is of one concept: calibrate each alone, then combine them")
+    for name, budget in budgets.items():
+        if not (math.isfinite(budget) and budget > 0):
+            raise InputError(f"a budget must be above zero, not {name} = {budget!r}")
+    steering.check_model(model)
+    texts = Texts.of(model)
+
+    def divergence(strength: float) -> float:
+        try:
+            return texts.divergence(law_on(model, steering, strength), steer_all=steering.positions == "all")
+        except OverflowingError:
+            return math.inf
+
+    scale = METHODS[steering.method].strengths
+    search = _Search(divergence, *scale.span, first=scale.suggested)
+    strengths: dict[Budget, float] = {}
+    for done, (name, budget) in enumerate(sorted(budgets.items(), key=lambda item: item[1])):
+        strengths[name] = search.reach(budget)
+        if progress:
+            progress("Calibration", done + 1, len(budgets))
+    if not any(search.known[strength] for strength in strengths.values()):
+        raise InputError("steering changes nothing at any strength: there is nothing to calibrate")
+    return Calibration(strengths, {name: search.known[strength] for name, strength in strengths.items()})
+
+
+def response(
+    model: Recorder, steering: Steering, strength: float, positive: Sequence[Prompt], negative: Sequence[Prompt]
+) -> float:
+    """How much likelier a strength makes the positive prompts against the negative ones, in nats a token.
+
+    Measured on the second half of up to `SAMPLE` prompts of each kind, after the first half. About 0 where steering
+    does nothing for the concept, or where prompts have no second half.
+
+    Raises:
+        InputError: steering of another model.
+        OverflowingError: activations overflow at this strength.
+    """
+    law, steer_all = law_on(model, steering, strength), steering.positions == "all"
+    gained = []
+    for prompts in (positive, negative):
+        tokens = [tokenise(model, prompt) for prompt in prompts[:SAMPLE]]
+        pairs: list[Continued] = [(own[: len(own) // 2], own[len(own) // 2 :]) for own in tokens if len(own) > 1]
+        if not pairs:
+            return 0.0
+        steered = model.log_probabilities(pairs, law=law, steer_all=steer_all)
+        gained.append(np.concatenate(steered).mean() - np.concatenate(model.log_probabilities(pairs)).mean())
+    return float(gained[0] - gained[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """What divergences are measured on, and the unsteered model's logits there."""
+
+    model: Recorder
+    kinds: Sequence[Sequence[Continued]]
+    """Sentences, and answers"""
+    reference: Sequence[Sequence[Float32]]
+
+    @classmethod
+    def of(cls, model: Recorder) -> Texts:
+        """Sentences that are read, and answers that the model writes unsteered."""
+        read = [tokenise(model, sentence)[: START + LENGTH] for sentence in SENTENCES]
+        sentences = [(own[:START], own[START:]) for own in read if len(own) > START]
+        tokenizer = model.tokenizer
+        if tokenizer.has_chat_template:
+            asked = [tokenise(model, tokenizer.chat([{"role": "user", "content": text}])) for text in QUESTIONS]
+        else:
+            asked = [tokenise(model, text) for text in OPENINGS]
+        kinds = [kind for kind in (sentences, list(_answers(model, asked))) if kind]
+        return cls(model, kinds, [model.logits_along(kind) for kind in kinds])
+
+    def divergence(self, law: Law, *, steer_all: bool = False) -> float:
+        """Nats a token.
+
+        Raises:
+            OverflowingError: activations overflow under this law.
+        """
+        of_kinds = []
+        for kind, reference in zip(self.kinds, self.reference, strict=True):
+            steered = self.model.logits_along(kind, law=law, steer_all=steer_all)
+            of_texts = [kl_divergence(one, other) for one, other in zip(steered, reference, strict=True)]
+            of_kinds.append(np.concatenate(of_texts).mean())
+        return float(np.mean(of_kinds))
+
+
+def _answers(model: Recorder, prompts: Sequence[Sequence[int]]) -> Iterator[Continued]:
+    """Each prompt with the likeliest tokens after it, up to the end of the answer or `LENGTH`."""
+    decoder, end = model.decoder(), model.tokenizer.end_tokens
+    decoder.fill([prompt[:-1] for prompt in prompts], steered=False)
+    tokens, columns = decoder.sample(decoder.step([prompt[-1] for prompt in prompts])), []
+    for _ in range(LENGTH):
+        columns.append(tokens.tolist())
+        if OVERFLOWED in columns[-1]:
+            raise decoder.overflow(prompts[columns[-1].index(OVERFLOWED)], 0)
+        tokens = decoder.sample(decoder.step(tokens))
+    for prompt, answer in zip(prompts, zip(*columns, strict=True), strict=True):
+        length = next((i for i, token in enumerate(answer) if token in end), LENGTH)
+        yield prompt, answer[:length]
+
+
+class _Search:
+    """Looks for strengths between mild and strong; what is measured for one budget serves the next.
+
+    Args:
+        divergence: of a strength, infinite where activations overflow.
+        mild, strong: from no steering to the strongest strength that is sensible, in whichever direction that is.
+        first: a strength to begin with.
+    """
+
+    def __init__(self, divergence: Callable[[float], float], mild: float, strong: float, *, first: float) -> None:
+        self.known: dict[float, float] = {}
+        """Divergences by strength"""
+        self._divergence = divergence
+        self._mild, self._strong = mild, strong
+        self._first = (first - mild) / (strong - mild)
+        self._doses = {0.0: 0.0}
+        """Divergences by dose, the share of the way from mild to strong"""
+
+    def reach(self, budget: float) -> float:
+        """The strength whose divergence is nearest to the budget of those that do not exceed it beyond `TOLERANCE`.
+
+        Where the smallest dose tried is beyond the budget already, it is the smallest; where the strongest strength
+        stays below it, it is that one.
+        """
+        for _ in range(PASSES):
+            within = max(dose for dose, divergence in self._doses.items() if divergence <= budget * (1 + TOLERANCE))
+            if within == 1 or self._doses[within] >= budget * (1 - TOLERANCE):
+                break
+            beyond = [dose for dose, divergence in self._doses.items() if divergence > budget and dose > within]
+            self._measure(self._between(within, min(beyond), budget) if beyond else self._further(within, budget))
+        within = max(dose for dose, divergence in self._doses.items() if divergence <= budget * (1 + TOLERANCE))
+        return self._strength(within or min(dose for dose in self._doses if dose > 0))
+
+    def _between(self, low: float, high: float, budget: float) -> float:
+        """Where the root of the divergence, taken to be a line from `low` to `high`, meets that of the budget."""
+        roots = [math.sqrt(self._doses[dose]) for dose in (low, high)]
+        share = (math.sqrt(budget) - roots[0]) / (roots[1] - roots[0]) if math.isfinite(roots[1]) else 0.5
+        return low + min(max(share, 0.1), 0.9) * (high - low)
+
+    def _further(self, dose: float, budget: float) -> float:
+        """Beyond every dose tried, as far as the divergence so far says, and not more than three times as far."""
+        if dose == 0:
+            return self._first
+        ratio = budget / self._doses[dose] if self._doses[dose] > 0 else math.inf
+        return min(1.0, dose * min(3.0, max(1.1, math.sqrt(ratio))))
+
+    def _measure(self, dose: float) -> None:
+        strength = self._strength(dose)
+        if strength not in self.known:
+            self.known[strength] = self._divergence(strength)
+        self._doses[dose] = self.known[strength]
+
+    def _strength(self, dose: float) -> float:
+        return float(f"{self._mild + dose * (self._strong - self._mild):.3g}")
