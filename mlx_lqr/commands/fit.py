@@ -135,11 +135,13 @@ def say_how_to_use(model: str, output: str, steering: Steering) -> None:
     """A command to go on with, and the strength at which it steers."""
     if rank() > 0:  # the file is on the first machine
         return
-    click.echo(f"Wrote {output} ({Path(output).stat().st_size / 1000:.0f} kB). Try it:")
-    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {to_try(output, steering)}")
+    size = f"{Path(output).stat().st_size / 1000:.0f} kB"
+    recommends = ""
     if steering.strength is not None:
         numbers = ", ".join(f"{strength:g}" for strength in steering.strength)
-        click.echo(f"It recommends the strength {numbers}: {output}:1.5x is stronger, {output}:0.5x milder")
+        recommends = f" It recommends strength {numbers}; {output}:1.5x is stronger, {output}:0.5x milder."
+    click.echo(f"Wrote {output} ({size}).{recommends} Try it:")
+    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {to_try(output, steering)}")
 
 
 def to_try(file: str, steering: Steering) -> str:
