@@ -210,8 +210,8 @@ class _Search:
     def reach(self, budget: float) -> float:
         """The strength whose divergence is nearest to the budget of those that do not exceed it beyond `TOLERANCE`.
 
-        Feedback on a feature may go beyond the budget however small the strength is, since it holds the feature: then it
-        is the least one that is tried. Where the strongest strength stays below the budget, it is that one.
+        Feedback on a feature may go beyond the budget however small the strength is, since it holds the feature: then
+        it is the least one that is tried. Where the strongest strength stays below the budget, it is that one.
         """
         least = LEAST * self._first
         for _ in range(PASSES):
