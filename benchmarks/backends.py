@@ -21,7 +21,7 @@ from report import ratio, say
 
 import mlx_lqr  # first, so that MLX gets its BLAS
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.lqr.linearize import stream_jacobians
+from mlx_lqr.lqr.linearize import stream_jacobians, traces
 from mlx_lqr.lqr.riccati import Weights, sweep
 
 # isort: split
@@ -173,7 +173,7 @@ def linearising(models: dict[str, Any], prompt: list[int], rounds: int) -> None:
     for _ in range(rounds):
         for name, model in models.items():
             start = time.perf_counter()
-            for _layer in stream_jacobians(model, [prompt]):
+            for _layer in stream_jacobians(model, traces(model, [prompt])):
                 pass
             seconds[name].append(time.perf_counter() - start)
     for name, taken in seconds.items():

@@ -26,6 +26,7 @@ from mlx_lqr.lqr.linearize import Jacobians, linearize  # noqa: E402
 from mlx_lqr.lqr.riccati import Gains, solve  # noqa: E402
 from mlx_lqr.lqr.strength import BUDGETS, Calibration  # noqa: E402
 from mlx_lqr.methods.baseline import Baseline  # noqa: E402
+from mlx_lqr.methods.calibration import calibrate  # noqa: E402
 from mlx_lqr.methods.fitting import fit_baseline  # noqa: E402
 from mlx_lqr.methods.recording import Recording  # noqa: E402
 from mlx_lqr.methods.registry import METHODS  # noqa: E402
@@ -52,6 +53,7 @@ __all__ = [
     "batch_stream",
     "bundled_concepts",
     "bundled_prompts",
+    "calibrate",
     "choose_layers",
     "compile",
     "contrast",

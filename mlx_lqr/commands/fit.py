@@ -29,6 +29,7 @@ from mlx_lqr.launched import rank, refuse_several
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.linearize import linearize as linearize_model
 from mlx_lqr.lqr.strength import Budget
+from mlx_lqr.methods.calibration import calibrate, response
 from mlx_lqr.methods.registry import METHODS
 from mlx_lqr.methods.steering import Steering
 
@@ -106,15 +107,38 @@ def fit(
             progress=progress,
         )
         if not no_calibration:
-            steering = calibrated(loaded, steering, budget or "normal", progress)
+            sets = positive_prompts, negative_prompts
+            steering = calibrated(loaded, steering, budget or "normal", sets, progress)
         steering.save(output, force=force)
     note_few_prompts(positive_prompts, negative_prompts)
     say_how_to_use(model, output, steering)
 
 
-def calibrated(model: Recorder, steering: Steering, budget: Budget, progress: Progress) -> Steering:
-    """The steering with its strength for each budget, of which it recommends the one for this budget."""
-    return steering
+NO_RESPONSE = 0.01
+"""Nats a token: steering that changes the prompts' likelihoods by less does nothing for the concept."""
+
+
+def calibrated(
+    model: Recorder, steering: Steering, budget: Budget, sets: tuple[list[str], list[str]], progress: Progress
+) -> Steering:
+    """The steering with its strength for each budget, of which it recommends the one for this budget.
+
+    What was fitted is not lost where no strength can be found: it is told, and nothing is recommended.
+    """
+    try:
+        found = calibrate(model, steering, progress=progress)
+        felt = response(model, steering, found.at("strong"), *sets)
+    except InputError as error:
+        click.echo(f"Note: no strength is recommended: {error}", err=True)
+        return steering
+    if abs(felt) < NO_RESPONSE:
+        click.echo(
+            f"Note: even at strength {found.at('strong'):g}, the strong budget, the positive prompts become likelier "
+            f"than the negative ones by {felt:.3f} nats a token only: steering hardly does anything for "
+            f"{steering.concepts[0]}; give other prompts, or other --layers",
+            err=True,
+        )
+    return steering.calibrated(found, budget)
 
 
 FEW_PROMPTS = 8
@@ -135,11 +159,13 @@ def say_how_to_use(model: str, output: str, steering: Steering) -> None:
     """A command to go on with, and the strength at which it steers."""
     if rank() > 0:  # the file is on the first machine
         return
-    click.echo(f"Wrote {output} ({Path(output).stat().st_size / 1000:.0f} kB). Try it:")
-    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {to_try(output, steering)}")
+    size = f"{Path(output).stat().st_size / 1000:.0f} kB"
+    recommends = ""
     if steering.strength is not None:
         numbers = ", ".join(f"{strength:g}" for strength in steering.strength)
-        click.echo(f"It recommends the strength {numbers}: {output}:1.5x is stronger, {output}:0.5x milder")
+        recommends = f" It recommends strength {numbers}; {output}:1.5x is stronger, {output}:0.5x milder."
+    click.echo(f"Wrote {output} ({size}).{recommends} Try it:")
+    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {to_try(output, steering)}")
 
 
 def to_try(file: str, steering: Steering) -> str:

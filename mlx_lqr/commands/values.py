@@ -40,10 +40,7 @@ def parse_layers(text: str | None) -> Layers | None:
 
 def parse_strengths(text: str) -> list[Asked]:
     """Strengths such as "0,1.5,3", "0.5x,1x,2x" or "gentle,strong"."""
-    try:
-        return [parse_strength(part.strip(), "") for part in text.split(",")]
-    except InputError:
-        raise InputError(f"strengths must look like 1,2,3, 0.5x,1x,2x or gentle,strong, not {text!r}") from None
+    return [parse_strength(part.strip(), "write --strengths 1,2,3 or 0.5x,1x,2x") for part in text.split(",")]
 
 
 def parse_numbers(text: str, name: str) -> list[float]:

@@ -31,7 +31,7 @@ class Calibration:
     goes.
 
     Raises:
-        InputError: not one number for each budget; strengths of 0, of two signs, or that do not grow with the budget;
+        InputError: not one number for each budget; strengths of 0, of two signs, or that go up and down;
             or a divergence below 0.
     """
 
@@ -45,9 +45,9 @@ class Calibration:
             if {*numbers} != {*BUDGETS} or not all(math.isfinite(number) for number in numbers.values()):
                 raise InputError(f"a calibration needs a finite {name} for each of {', '.join(BUDGETS)}")
         strengths = [self.strength[budget] for budget in BUDGETS]
-        sizes = [abs(strength) for strength in strengths]
-        if 0 in strengths or len({strength > 0 for strength in strengths}) > 1 or sizes != sorted(sizes):
-            raise InputError(f"strengths must have one sign and grow with the budget, not {strengths}")
+        one_way = sorted(strengths) in (strengths, strengths[::-1])  # an angle falls
+        if 0 in strengths or len({strength > 0 for strength in strengths}) > 1 or not one_way:
+            raise InputError(f"strengths must have one sign and go one way with the budget, not {strengths}")
         if min(self.divergence.values()) < 0:
             raise InputError(f"a divergence cannot be below 0, as in {dict(self.divergence)}")
 

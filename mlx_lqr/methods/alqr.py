@@ -68,10 +68,10 @@ class ALQR(Method[Controller]):
         Option(
             "cost",
             get_args(Cost),
-            "state",
-            "Penalise any error of the state, or that of the concept's feature alone, which is much cheaper to fit; "
-            "adaptive: the same, recomputed for each prompt.",
-            tries=("state", "feature", "adaptive"),
+            "feature",
+            "Penalise the error of the concept's feature, or any error of the state, which takes far longer to fit; "
+            "adaptive: the feature's, recomputed for each prompt.",
+            tries=("feature", "state", "adaptive"),
         ),
         Option("jacobians", Jacobians.load, None, "Jacobians stored by `mlx-lqr linearize`."),
         Option("jacobian_prompts", int, 8, "How many positive prompts to linearise at, without --jacobians.", least=1),
@@ -210,7 +210,7 @@ def prepared(
         "contrast": difference.direction.tolist(),
         "jacobians": [jacobians.prompt_count, np.asarray(jacobians[len(jacobians) - 1])[0].tolist()],
     }
-    auto = choose_layers("auto", difference) if difference.std is not None else None
+    auto = choose_layers("auto", difference, jacobians)
     return Prepared(solve, positions, auto, origins, fixed)
 
 

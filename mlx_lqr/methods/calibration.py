@@ -60,6 +60,8 @@ TOLERANCE = 0.1
 """Of a budget: strengths whose divergence is as near to it are taken."""
 PASSES = 6
 """At how many strengths the divergence is measured for one budget, at most."""
+LEAST = 0.02
+"""Of the first strength that is tried: where this is beyond a budget, none is within it."""
 SAMPLE = 12
 """Prompts of each kind that the response is measured on, at most."""
 
@@ -208,17 +210,23 @@ class _Search:
     def reach(self, budget: float) -> float:
         """The strength whose divergence is nearest to the budget of those that do not exceed it beyond `TOLERANCE`.
 
-        Where the smallest dose tried is beyond the budget already, it is the smallest; where the strongest strength
-        stays below it, it is that one.
+        Feedback on a feature may go beyond the budget however small the strength is, since it holds the feature: then
+        it is the least one that is tried. Where the strongest strength stays below the budget, it is that one.
         """
+        least = LEAST * self._first
         for _ in range(PASSES):
-            within = max(dose for dose, divergence in self._doses.items() if divergence <= budget * (1 + TOLERANCE))
-            if within == 1 or self._doses[within] >= budget * (1 - TOLERANCE):
+            within = self._within(budget)
+            beyond = min((dose for dose in self._doses if dose > within), default=None)
+            if within == 1 or self._doses[within] >= budget * (1 - TOLERANCE) or beyond == least:
                 break
-            beyond = [dose for dose, divergence in self._doses.items() if divergence > budget and dose > within]
-            self._measure(self._between(within, min(beyond), budget) if beyond else self._further(within, budget))
-        within = max(dose for dose, divergence in self._doses.items() if divergence <= budget * (1 + TOLERANCE))
-        return self._strength(within or min(dose for dose in self._doses if dose > 0))
+            dose = self._further(within, budget) if beyond is None else self._between(within, beyond, budget)
+            self._measure(max(dose, least))
+        return self._strength(self._within(budget) or min(dose for dose in self._doses if dose > 0))
+
+    def _within(self, budget: float) -> float:
+        """The largest dose from which on down every divergence is within the budget."""
+        beyond = [dose for dose, divergence in self._doses.items() if divergence > budget * (1 + TOLERANCE)]
+        return max(dose for dose in self._doses if dose < min(beyond, default=math.inf))
 
     def _between(self, low: float, high: float, budget: float) -> float:
         """Where the root of the divergence, taken to be a line from `low` to `high`, meets that of the budget."""
@@ -231,7 +239,7 @@ class _Search:
         if dose == 0:
             return self._first
         ratio = budget / self._doses[dose] if self._doses[dose] > 0 else math.inf
-        return min(1.0, dose * min(3.0, max(1.1, math.sqrt(ratio))))
+        return min(1.0, dose * min(3.0, max(1.5, math.sqrt(ratio))))
 
     def _measure(self, dose: float) -> None:
         strength = self._strength(dose)
@@ -240,4 +248,4 @@ class _Search:
         self._doses[dose] = self.known[strength]
 
     def _strength(self, dose: float) -> float:
-        return float(f"{self._mild + dose * (self._strong - self._mild):.3g}")
+        return float(f"{self._mild + dose * (self._strong - self._mild):.4g}")

@@ -123,7 +123,7 @@ def test_ctrl_c_says_that_nothing_is_lost(data: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["eval", "concept", "-c", "{dog}", "--strengths", "lots"], "strengths must look like"),
+        (["eval", "concept", "-c", "{dog}", "--strengths", "lots"], "write --strengths 1,2,3"),
         (["eval", "concept", "-c", "{dog}:lots"], "strength must be a number"),
         (["eval", "concept", "-c", "missing.safetensors"], "no file missing"),
         (["eval", "concept"], "--words"),

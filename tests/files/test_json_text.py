@@ -73,6 +73,19 @@ WRONG: dict[str, tuple[Callable[[Entries], Any], list[str]]] = {
     "texts": (lambda e: e.texts("x"), ["[]", '[""]', '["a", "a"]', "[1]", '["\\ud800"]', '{"a": 1}', DEEP]),
     "pairs": (lambda e: e.pairs("x", 1), ["[]", "{}", "[[1]]", "[[1, -1]]", "[[1e999, 1]]", "[[1, 2], [3, 4]]", "[1]"]),
     "named": (lambda e: e.named_numbers("x"), ["[]", '{"a": "b"}', '{"a": null}', '{"a": 1e999}']),
+    "named pairs": (
+        lambda e: e.named_pairs("x", 1),
+        [
+            "[]",
+            "{}",
+            "[null, null]",
+            "[[1, 2]]",
+            '[{"a": 1}]',
+            '[{"a": [1]}]',
+            '[{"a": [1, true]}]',
+            '[{"a": [1e999, 1]}]',
+        ],
+    ),
 }
 
 

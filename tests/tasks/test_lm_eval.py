@@ -382,7 +382,7 @@ def test_the_command_reports_writes_and_goes_on(dog: Path, here: Path, monkeypat
         (["--tasks", "broken"], "cannot load the task broken"),
         (["--tasks", "our_choice", "--include-path", "missing"], "missing is not a folder"),
         (["--tasks", "our_choice", "--backend", "torch"], "torch"),
-        (["--tasks", "our_choice", "--strengths", "lots"], "strengths must look like"),
+        (["--tasks", "our_choice", "--strengths", "lots"], "write --strengths 1,2,3"),
         (["--tasks", "our_choice", "-c", "missing.safetensors"], "no file missing"),
         (["--tasks", "our_choice", "--num-shots", "-1"], "num-shots"),
         ([], "--tasks"),
