@@ -72,7 +72,7 @@ def _toxicity() -> Source:
         wanted, there = setting.count(part), len(rows_of(setting.data, data, part))
         return tasks.toxicity(
             setting.rows(data, part, limit=wanted),
-            decoding=setting.decoding(part, samples=max(1, wanted // there)),
+            decoding=setting.decoding(part, samples=max(1, wanted // max(1, there))),
             judge=setting.sparing(part),
             damage=setting.damage(part),
         )

@@ -25,9 +25,9 @@ NAMES = {
     "distinct_2": "distinct-2",
     "kl": "KL, neutral text",
 }
-SHORT_OF = 0.8
-"""A method that reaches less than this share of a budget is said to stay below it."""
-BELOW = "\\*"
+NEAR = (0.8, 1.25)
+"""A divergence outside these shares of its budget is marked."""
+BELOW, BEYOND = "\\*", "†"
 LESS_CAPABLE = 0.1
 WORDS: Mapping[Verdict, str] = {"+": "is ahead of", "-": "is behind", "=": "cannot be told apart from"}
 Result = dict[str, Any]
@@ -91,9 +91,13 @@ def _remarks(result: Result) -> Iterator[str]:
     if not result["methods"]:
         without = result["unsteered"][result["control"]][0]
         yield f"Control is {without:.2f} without steering: there is nothing to gain, and no method was measured."
-    below = [one["method"] for one in by_control(result) if any(is_below(result, one, b) for b in result["budgets"])]
-    if below:
-        yield f"{BELOW} Even at the strongest sensible strength less than the budget is reached: {listed(below)}."
+    for mark, words in (
+        (BELOW, "Even at the strongest sensible strength less than the budget is reached"),
+        (BEYOND, "Even at the mildest strength tried more than the budget is spent"),
+    ):
+        marked = [one["method"] for one in by_control(result) if mark in _marks(result, one)]
+        if marked:
+            yield f"{mark} {words}: {listed(marked)}."
     if "capability" in result["unsteered"]:
         least = result["unsteered"]["capability"][0] - LESS_CAPABLE
         less = [
@@ -193,8 +197,10 @@ def reached(one: Told, budget: str) -> float:
     return float(sum(each) / len(each))
 
 
-def is_below(result: Result, one: Told, budget: str) -> bool:
-    return reached(one, budget) < SHORT_OF * result["budgets"][budget]
+def mark_of(result: Result, one: Told, budget: str) -> str:
+    """What says that a method is not at its budget."""
+    share = reached(one, budget) / result["budgets"][budget]
+    return BELOW if share < NEAR[0] else BEYOND if share > NEAR[1] else ""
 
 
 def sign_of(one: Told, budget: str) -> Verdict | None:
@@ -235,7 +241,11 @@ def _control(result: Result, one: Told, budget: str) -> str:
     if not _measured(one, budget):
         return ""
     told = number(one["budgets"][budget]["metrics"][result["control"]])
-    return told + BELOW * is_below(result, one, budget)
+    return told + mark_of(result, one, budget)
+
+
+def _marks(result: Result, one: Told) -> list[str]:
+    return [mark_of(result, one, budget) for budget in result["budgets"] if _measured(one, budget)]
 
 
 def _lead(one: Told, budget: str) -> str:

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.comparison import statistics
 from benchmarks.comparison.page import write_page
 from benchmarks.comparison.setting import FULL, SparingJudge
+from benchmarks.comparison.tables import Told
 from mlx_lqr.analysis import write_json
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.tasks.bootstrap import difference, estimate, mean
@@ -75,7 +76,7 @@ def test_one_text_in_a_few_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured == [(1.0, 1), (0.0, 0), (3.0, 1), (0.0, 0), (5.0, 1)]
 
 
-def synthetic(experiment: str, control: str, unsteered: dict[str, list[float]], told: list[dict]) -> dict:
+def synthetic(experiment: str, control: str, unsteered: dict[str, list[float]], told: list[Told]) -> Told:
     sizes = asdict(FULL)
     compared = sum("lead" in at for one in told for at in one["budgets"].values())
     return {"experiment": experiment, "version": "1", "sizes": sizes, "budgets": dict(BUDGETS), "prompts": [70, 70],
@@ -83,9 +84,9 @@ def synthetic(experiment: str, control: str, unsteered: dict[str, list[float]], 
             "unsteered": unsteered, "methods": told}  # fmt: skip
 
 
-def told(method: str, values: Sequence[float], leads: Sequence[list[float]] = (), kl: float = 1.0) -> dict:
+def told(method: str, values: Sequence[float], leads: Sequence[list[float]] = (), kl: float = 1.0) -> Told:
     """A method with this prevalence at each budget, and with 0.7, 0.6 and 0.4 of the facts right."""
-    budgets: dict = {}
+    budgets: Told = {}
     for i, (budget, value) in enumerate(zip(BUDGETS, values, strict=True)):
         right = [0.7, 0.6, 0.4][i]
         metrics = {
@@ -107,6 +108,7 @@ def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
         told("alqr", (0.2, 0.4, 0.6)),
         told("spid", (0.1, 0.3, 0.5), [[0.1, 0.02, 0.2], [0.1, 0.01, 0.2], [0.1, -0.01, 0.2]]),
         told("actadd", (0.3, 0.3, 0.3), [[-0.1, -0.2, -0.01], [0.1, -0.1, 0.3], [0.3, 0.2, 0.4]], kl=0.3),
+        told("angular", (0.1, 0.1, 0.1), [[0.1, -0.1, 0.2]] * 3, kl=1.5),
         {"method": "iti", "sources": {}, "budgets": {}, "failed": "there is no head"},
     ]
     start = {"prevalence": [0.05, 0.0, 0.1], "accuracy": [0.8, 0.7, 0.9], "perplexity": [18.0, 17.0, 19.0]}
@@ -124,9 +126,11 @@ def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
     text = write_page(results, docs).read_text()
 
     of_chat = text.split("## Chat: ")[1].split("\n## ")[0]
-    assert "- **gentle**: A-LQR is ahead of spid; it is behind actadd." in of_chat
-    assert "- **strong**: A-LQR is ahead of actadd; it cannot be told apart from spid." in of_chat
-    assert "less than the budget is reached: actadd." in of_chat
+    assert "- **gentle**: A-LQR is ahead of spid; it is behind actadd; it cannot be told apart from angular." in of_chat
+    assert "- **strong**: A-LQR is ahead of actadd; it cannot be told apart from spid and angular." in of_chat
+    assert "\\* Even at the strongest sensible strength less than the budget is reached: actadd." in of_chat
+    assert "† Even at the mildest strength tried more than the budget is spent: angular." in of_chat
+    assert "| angular | 0.10 (0.10 to 0.10)† |" in of_chat
     assert "iti was not measured: there is no head." in of_chat
     assert "| **alqr** | 0.20 (0.20 to 0.20) | 0.40 (0.40 to 0.40) | 0.60 (0.60 to 0.60) |" in of_chat
     assert "| actadd | 0.30 (0.30 to 0.30)\\* |" in of_chat
@@ -139,7 +143,8 @@ def test_the_page_says_what_the_results_say(tmp_path: Path) -> None:
     assert "| A-LQR against | chat |" in summary
     assert "| spid | + + = |" in summary
     assert "| actadd | - = + |" in summary
-    assert "Of 6 comparisons A-LQR is ahead in 3 and behind in 1; 2 cannot be told apart." in summary
+    assert "| angular | = = = |" in summary
+    assert "Of 9 comparisons A-LQR is ahead in 3 and behind in 1; 5 cannot be told apart." in summary
     assert "Capability falls by more than 0.1 under alqr (strong) and spid (strong)." in text
     assert "| cost | feature | 0.41 (0.30 to 0.50) | 12 |" in text
     assert "there is nothing to gain, and no method was measured" in text.split("## Fewer refusals")[1]
