@@ -37,8 +37,8 @@ class Chat:
     model: Runner
     messages: list[Message] = field(default_factory=list)
     options: Options = field(default_factory=Options)
-    """How answers are decoded. Controller and strength come from the chat; `max_tokens` is cut to what fits. Every answer
-    is drawn with `seed`; without one, each with another."""
+    """How answers are decoded. Controller and strength come from the chat; `max_tokens` is cut to what fits. Every
+    answer is drawn with `seed`; without one, each with another."""
     _controllers: list[Steering] = field(default_factory=list, init=False, repr=False)
     """Replaced, never changed in place: the same list object means the same controllers."""
     _strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
