@@ -43,7 +43,7 @@ class Options(TypedDict, total=False):
     max_tokens: int
     """How many tokens at most (256)."""
     temperature: float
-    """Higher is more random (0.8); 0 takes the most likely token each time, whatever the other options are."""
+    """Higher is more random (0.8); 0 takes the most likely token each time, whatever top_p, top_k and min_p are."""
     top_p: float
     """Sample from the likeliest tokens with this total probability (0.9; 1: all)."""
     top_k: int
