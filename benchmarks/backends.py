@@ -75,7 +75,7 @@ class Clock(transformers.generation.BaseStreamer):
 
 def our_pace(model: Model, prompt: list[int], tokens: int, **options: Any) -> float:
     """Seconds a token between the first and the last."""
-    pieces: Iterable[Any] = mlx_lqr.stream(model, prompt, max_tokens=tokens, **options)
+    pieces: Iterable[Any] = mlx_lqr.stream(model, prompt, max_tokens=tokens, temperature=0, **options)
     times = [time.perf_counter() for _ in pieces]
     return (times[-1] - times[0]) / (len(times) - 1)
 

@@ -75,7 +75,8 @@ def _sample(
     title: str, model: Model, prompt: str, controller: Controller | None, strength: float, max_tokens: int
 ) -> None:
     click.echo(click.style(f"[{title}]", bold=True) + f" {prompt}", nl=False)
-    for piece in stream(model, prompt, controller=controller, strength=strength, max_tokens=max_tokens):
+    # The likeliest tokens, so that everyone sees the texts that the documentation shows.
+    for piece in stream(model, prompt, controller=controller, strength=strength, max_tokens=max_tokens, temperature=0):
         click.echo(piece.text, nl=False)
     click.echo("\n")
 

@@ -71,7 +71,9 @@ def test_counts_what_the_same_model_answers_in_a_chat() -> None:
     metrics = evaluation.results()[0].metrics
 
     def answer(question: str) -> str:
-        return "".join(piece.text for piece in Chat(model, options={"max_tokens": 12}).answer(question))
+        return "".join(
+            piece.text for piece in Chat(model, options={"max_tokens": 12, "temperature": 0}).answer(question)
+        )
 
     pattern = word_pattern(["weekend*", "autumn*"])
     assert metrics["prevalence"].value == np.mean([bool(pattern.search(answer(text))) for text in OPEN])
