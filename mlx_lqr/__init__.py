@@ -24,6 +24,7 @@ from mlx_lqr.lqr.fit import fit  # noqa: E402
 from mlx_lqr.lqr.layers import choose_layers  # noqa: E402
 from mlx_lqr.lqr.linearize import Jacobians, linearize  # noqa: E402
 from mlx_lqr.lqr.riccati import Gains, solve  # noqa: E402
+from mlx_lqr.lqr.sets import review_prompts, review_separation  # noqa: E402
 from mlx_lqr.methods.baseline import Baseline  # noqa: E402
 from mlx_lqr.methods.fitting import fit_baseline  # noqa: E402
 from mlx_lqr.methods.recording import Recording  # noqa: E402
@@ -59,6 +60,8 @@ __all__ = [
     "load",
     "load_steering",
     "read_prompts",
+    "review_prompts",
+    "review_separation",
     "solve",
     "steer",
     "stream",

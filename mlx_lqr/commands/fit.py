@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.commands.help import OUTPUT, TEXT, command, option, together
 from mlx_lqr.commands.method_options import MethodCommand, method_choice
 from mlx_lqr.commands.options import (
@@ -25,7 +26,10 @@ from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.launched import rank, refuse_several
 from mlx_lqr.loading import load
+from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.linearize import linearize as linearize_model
+from mlx_lqr.lqr.prompts import Prompt
+from mlx_lqr.lqr.sets import review_prompts, review_separation
 
 
 @command()
@@ -82,6 +86,7 @@ def fit(
     choice = method_choice()  # mistakes are refused before the model is loaded
     check_writable(output, "controller", force=force)
     name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
+    contrasts: list[Contrast] = []
     with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         steering = choice.method.fit_prompts(
@@ -93,24 +98,26 @@ def fit(
             layers=choice.layers,
             positions=choice.positions,
             progress=progress,
+            on_contrast=contrasts.append,
         )
         steering.save(output, force=force)
-    note_few_prompts(positive_prompts, negative_prompts)
+    note_prompts(loaded, positive_prompts, negative_prompts)
+    note_separation(contrasts, steering.active_layers)
     say_how_to_use(model, output, f"{choice.method.strengths.suggested:g}")
 
 
-FEW_PROMPTS = 8
-"""Below it a direction is more that of the very sentences than that of what they have in common."""
+def note_prompts(model: Runner, positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:
+    """Say what the sets differ in besides the concept."""
+    if rank() == 0:
+        for finding in review_prompts(model, positive, negative):
+            click.echo(f"Note: {finding}", err=True)
 
 
-def note_few_prompts(positive: Sequence[str], negative: Sequence[str]) -> None:
-    """Say so where a concept was to be found in hardly any prompts."""
-    if min(len(positive), len(negative)) < FEW_PROMPTS:
-        click.echo(
-            f"Note: {len(positive)} positive and {len(negative)} negative prompts are few: the direction will be more "
-            "about these sentences than about the concept; give 20 or more of each",
-            err=True,
-        )
+def note_separation(contrasts: Sequence[Contrast], layers: Sequence[int]) -> None:
+    """Say so where the direction tells held-out prompts apart at none of the layers."""
+    for contrast in contrasts if rank() == 0 else ():
+        if (finding := review_separation(contrast, layers)) is not None:
+            click.echo(f"Note: {finding}", err=True)
 
 
 def say_how_to_use(model: str, output: str, strength: str | None) -> None:

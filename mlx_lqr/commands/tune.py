@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mlx_lqr.backends.protocol import Model, Progress
-from mlx_lqr.commands.fit import contrast_prompts, note_few_prompts, say_how_to_use
+from mlx_lqr.commands.fit import contrast_prompts, note_prompts, say_how_to_use
 from mlx_lqr.commands.help import MEASURING, SEARCH, Decorator, Group, option
 from mlx_lqr.commands.method_options import MethodChoice, MethodCommand, method_choice
 from mlx_lqr.commands.options import contrast_options, output_option, tradeoff_options
@@ -88,7 +88,7 @@ def _run(
         )
     if tuned.steering is not None:
         tuned.steering.save(wanted.output, force=wanted.force)
-    note_few_prompts(positive_prompts, negative_prompts)
+    note_prompts(model, positive_prompts, negative_prompts)
     _report(tuned, wanted, folder)
     if tuned.best is None:
         raise InputError(_nothing_found(tuned, folder))

@@ -11,8 +11,10 @@ import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.tasks.concept import word_family, word_pattern
 
-TOPICS = ("cat", "church", "cloud", "dog", "fantasy", "food", "football", "love", "money", "music", "ocean")
-TOPICS += ("space", "winter")
+TOPICS = (
+    *("cat", "church", "cloud", "dog", "fantasy", "food", "football", "love", "money", "music", "ocean"),
+    *("space", "winter"),
+)
 FEELINGS = ("anger", "joy", "sadness")
 STYLES = ("archaic", "childlike", "formal", "pirate", "poetic", "polite")
 OTHERS = ("refusal", "truth")
