@@ -18,6 +18,7 @@ from mlx_lqr.errors import InputError  # noqa: E402
 from mlx_lqr.files.prompts import read_prompts  # noqa: E402
 from mlx_lqr.loading import load  # noqa: E402
 from mlx_lqr.lqr.adapt import adapt  # noqa: E402
+from mlx_lqr.lqr.concept_prompts import chat_prompts, concept_prompts, style_prompts  # noqa: E402
 from mlx_lqr.lqr.contrast import Contrast, contrast  # noqa: E402
 from mlx_lqr.lqr.controller import Controller, compile  # noqa: E402
 from mlx_lqr.lqr.fit import fit  # noqa: E402
@@ -50,8 +51,10 @@ __all__ = [
     "batch_stream",
     "bundled_concepts",
     "bundled_prompts",
+    "chat_prompts",
     "choose_layers",
     "compile",
+    "concept_prompts",
     "contrast",
     "fit",
     "fit_baseline",
@@ -65,4 +68,5 @@ __all__ = [
     "solve",
     "steer",
     "stream",
+    "style_prompts",
 ]

@@ -9,6 +9,7 @@ import click
 
 from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.commands.help import OUTPUT, TEXT, command, option, together
+from mlx_lqr.commands.made_prompts import made_prompts, made_prompts_options
 from mlx_lqr.commands.method_options import MethodCommand, method_choice
 from mlx_lqr.commands.options import (
     Loading,
@@ -26,6 +27,7 @@ from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.launched import rank, refuse_several
 from mlx_lqr.loading import load
+from mlx_lqr.lqr.concept_prompts import chat_prompts as answers_of
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.linearize import linearize as linearize_model
 from mlx_lqr.lqr.prompts import Prompt
@@ -66,6 +68,7 @@ def linearize(
 @together(
     model_argument,
     contrast_options,
+    made_prompts_options,
     output_option("The controller file to write."),
     force_option,
     loading_options,
@@ -76,6 +79,10 @@ def fit(
     concept: str | None,
     positive: str | None,
     negative: str | None,
+    concept_word: str | None,
+    concept_style: str | None,
+    save_prompts: str | None,
+    chat_prompts: bool,
     force: bool,
     loading: Loading,
 ) -> None:
@@ -85,10 +92,19 @@ def fit(
     """
     choice = method_choice()  # mistakes are refused before the model is loaded
     check_writable(output, "controller", force=force)
-    name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
+    others = bool(concept or positive or negative)
+    made = made_prompts(
+        concept_word, concept_style, save_prompts, output, others=others, chat=chat_prompts, force=force
+    )
+    if made is None:
+        name, *given = contrast_prompts(concept, positive, negative)
+    else:
+        name, given = made.concept, []
     contrasts: list[Contrast] = []
     with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
+        texts = given if made is None else made.make(loaded)
+        positive_prompts, negative_prompts = ((answers_of(loaded, one) if chat_prompts else one) for one in texts)
         steering = choice.method.fit_prompts(
             loaded,
             positive_prompts,
@@ -101,6 +117,8 @@ def fit(
             on_contrast=contrasts.append,
         )
         steering.save(output, force=force)
+    if made is not None:
+        made.save(texts)
     note_prompts(loaded, positive_prompts, negative_prompts)
     note_separation(contrasts, steering.active_layers)
     say_how_to_use(model, output, f"{choice.method.strengths.suggested:g}")
