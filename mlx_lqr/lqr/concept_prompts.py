@@ -11,13 +11,9 @@ manner and to one who asks for a plain one. All else is the same, the beginnings
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.errors import InputError
-
-if TYPE_CHECKING:
-    from mlx_lqr.backends.text.tokenizer import Message
 
 MOST_LETTERS = 80
 """Of a word or a manner: what is longer is no word but a text."""
@@ -137,8 +133,8 @@ def chat_prompts(model: Runner, prompts: Sequence[str]) -> list[list[int]]:
     """
     answered = []
     for i, prompt in enumerate(prompts):
-        question: list[Message] = [{"role": "user", "content": QUESTIONS[i % len(QUESTIONS)]}]
-        before, (answer,) = model.tokenizer.chat_continuations(question, [prompt])
+        question = QUESTIONS[i % len(QUESTIONS)]
+        before, (answer,) = model.tokenizer.chat_continuations([{"role": "user", "content": question}], [prompt])
         answered.append([*before, *answer])
     return answered
 

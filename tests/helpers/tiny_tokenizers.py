@@ -20,6 +20,7 @@ class Letters:
     """A tokenizer of single letters with a chat template: a token for the role, then the text."""
 
     end_tokens: frozenset[int] = frozenset()
+    has_chat_template = True
     roles = ("system", "user", "assistant")
 
     def chat(self, messages: list[Message]) -> list[int]:
@@ -27,6 +28,12 @@ class Letters:
         for message in messages:
             tokens += [60 + self.roles.index(message["role"]), *(ord(letter) % 59 for letter in message["content"])]
         return [*tokens, 62]
+
+    def chat_text(self, messages: list[Message]) -> str:
+        return "".join(f"<{message['role']}> {message['content']}" for message in messages)
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(self.add(token) for token in tokens)
 
     def stream(self, prompt: Sequence[int] = ()) -> Letters:
         return self
