@@ -18,9 +18,11 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.loading import load
+from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.fit import fit
 from mlx_lqr.lqr.tracking import as_strength
+from mlx_lqr.methods.calibration import calibrate
 from mlx_lqr.runtime import stream
 
 STRENGTHS = (1.0, 2.0, 4.0)
@@ -60,9 +62,10 @@ def _controller(model: Model, concept: str) -> Controller:
         return controller
     except InputError:
         pass
-    positive, negative = bundled_prompts(concept)
+    prompts = framed(model, bundled_prompts(concept))
     with progress_bars() as progress:
-        controller = fit(model, positive, negative, concept=concept, progress=progress)
+        controller = fit(model, *prompts, concept=concept, progress=progress)
+        controller = controller.calibrated(calibrate(model, controller, progress=progress))
     controller.save(file, force=True)  # even over a damaged one
     return controller
 

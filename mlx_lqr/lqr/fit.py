@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
 from mlx_lqr.backends.protocol import Differentiable, LinearAlgebra, Progress, Trace
@@ -33,6 +33,7 @@ def fit(
     jacobian_prompts: int = 8,
     jacobians: Jacobians | None = None,
     progress: Progress | None = None,
+    on_contrast: Callable[[Contrast], None] | None = None,
 ) -> Controller:
     """Fit a controller: contrast the prompts, linearise the model, solve for the gains, keep what steering needs.
 
@@ -56,6 +57,7 @@ def fit(
         jacobian_prompts: how many of the positive prompts to linearise at.
         jacobians: Jacobians of this model from `linearize`; then `jacobian_prompts` is not used.
         progress: called as progress(stage, done, total).
+        on_contrast: called with the prompts' `Contrast`, from which the controller is made.
 
     Raises:
         InputError: unusable prompts or options; the message says what to do.
@@ -68,6 +70,8 @@ def fit(
     if jacobian_prompts < 1:
         raise InputError("jacobian_prompts must be at least 1")
     prompt_contrast = contrast(model, positive, negative, progress=progress)
+    if on_contrast is not None:
+        on_contrast(prompt_contrast)
     if jacobians is not None:
         return solve_controller(
             prompt_contrast,

@@ -96,6 +96,7 @@ class ALQR(Method[Controller]):
             layers=problem.layers,
             positions=problem.positions,
             progress=problem.progress,
+            on_contrast=problem.on_contrast,
             **options,
         )
 

@@ -239,19 +239,6 @@ def test_prompt_files(tmp_path: Path) -> None:
         mlx_lqr.read_prompts(tmp_path / "missing.txt")
 
 
-def test_bundled_sets_are_large_and_end_alike() -> None:
-    names = {"dog", "ocean", "football", "church", "cloud", "love", "joy", "formal", "polite", "truth", "refusal"}
-    assert set(mlx_lqr.bundled_concepts()) == names
-    for name in names:
-        positive, negative = mlx_lqr.bundled_prompts(name)
-        assert min(len(positive), len(negative)) >= 60
-        assert len({text.lower() for text in positive + negative}) == len(positive) + len(negative)
-        assert sorted(text[-1] for text in positive) == sorted(text[-1] for text in negative)
-        assert all(text == text.strip() and text.isascii() and text[-1] in ".!?" for text in positive + negative)
-    with pytest.raises(InputError, match="choose one of"):
-        mlx_lqr.bundled_prompts("../dog")
-
-
 def test_bundled_sets_tell_themselves_apart_on_smollm2(smollm2: Model) -> None:
     """Held-out sentences fall on their own side of the direction that the others give, in the last third of layers."""
     for name in ("ocean", "refusal"):
