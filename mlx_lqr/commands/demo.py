@@ -95,8 +95,8 @@ def _samples(
     for title, strength in {"not steered": 0.0, **titles}.items():
         click.echo(click.style(f"[{title}]", bold=True) + f" {shown}", nl=False)
         # The likeliest tokens, so that everyone sees the texts that the documentation shows.
-        options: Options = {"strength": strength, "max_tokens": max_tokens, "temperature": 0}
-        for piece in stream(model, prompt, controller=controller, **options):
+        options: Options = {"controller": controller, "strength": strength, "max_tokens": max_tokens, "temperature": 0}
+        for piece in stream(model, prompt, **options):
             click.echo(piece.text, nl=False)
         click.echo("\n")
 
