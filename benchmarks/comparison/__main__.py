@@ -26,10 +26,11 @@ import click
 import mlx_lqr  # first, so that MLX gets its BLAS
 
 # isort: split
+from benchmarks.comparison.ablation import ablate
 from benchmarks.comparison.experiments import EXPERIMENTS
 from benchmarks.comparison.measure import collect, measure
 from benchmarks.comparison.methods import METHODS
-from benchmarks.comparison.page import write_page
+from benchmarks.comparison.page import ABLATION, write_page
 from benchmarks.comparison.setting import FULL, QUICK, Setting
 from mlx_lqr.errors import InputError
 
@@ -91,6 +92,16 @@ def run(
         if (only and experiment.name not in only) or (experiment.chat and not setting.chat):
             continue
         measure(experiment, setting, methods or METHODS)
+
+
+@main.command()
+@click.option("--smollm2", required=True, metavar="PATH", help="SmolLM2-135M-Instruct.")
+@click.option("--gemma", required=True, metavar="PATH", help="Gemma 3 270M, the base model.")
+@click.option("-o", "--output", default=RESULTS / ABLATION, type=click.Path(path_type=Path), help="The result.")
+def ablation(smollm2: str, gemma: str, output: Path) -> None:
+    """Measure what each part of A-LQR's recipe is worth."""
+    models = {"SmolLM2": mlx_lqr.load(smollm2, dtype=DTYPE), "Gemma": mlx_lqr.load(gemma, dtype=DTYPE)}
+    print(f"Wrote {ablate(models, output, lambda stage: print(stage, file=sys.stderr, flush=True))}")
 
 
 @main.command()

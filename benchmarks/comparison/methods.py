@@ -17,6 +17,7 @@ from benchmarks.comparison.setting import Setting
 from benchmarks.comparison.sources import Sets, Source
 from mlx_lqr import tasks
 from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.strength import Budget, Calibration
 from mlx_lqr.methods.calibration import calibrate
 from mlx_lqr.methods.method import Method
@@ -65,7 +66,7 @@ def choose(source: Source, setting: Setting, row: str) -> Chosen:
         InputError: no setting of the method can be fitted on these prompts.
     """
     method, folder = ROWS[row], setting.folder / "fits" / source.name
-    sets = source.sets(setting)
+    sets = framed(setting.model, source.sets(setting))
     fitted: dict[str, Steering] = {}
     refused: list[InputError] = []
     for name, options in method.compared(setting.model.num_layers)[row].items():

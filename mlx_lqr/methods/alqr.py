@@ -164,17 +164,19 @@ class ALQR(Method[Controller]):
         )
 
     def compared(self, num_layers: int) -> Compared:
-        """Also the paper's own defaults, and the setpoint that counts from the negative prompts."""
-        auto: dict[str, Any] = {"layers": "auto", "q": 3.0, "qf": 3.0}
+        """What `fit` takes where nothing is said, and the paper's own defaults."""
         return {
-            self.name: {
-                "layers auto, q/r 3": {**auto, "setpoint": "paper"},
-                "layers auto, q/r 3, feature cost": {**auto, "setpoint": "paper", "cost": "feature"},
-            },
+            self.name: {"defaults": {}},
             "alqr (paper's defaults)": {
-                "all layers, q/r 0.1": {"layers": "all", "q": 0.1, "qf": 0.1, "setpoint": "paper"}
+                "all layers, q/r 0.1": {
+                    "layers": "all",
+                    "q": 0.1,
+                    "qf": 0.1,
+                    "cost": "state",
+                    "setpoint": "paper",
+                    "readout": "direction",
+                }
             },
-            "alqr (centred setpoint)": {"layers auto, q/r 3": {**auto, "setpoint": "centred"}},
         }
 
 

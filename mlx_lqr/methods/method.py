@@ -192,8 +192,6 @@ class Method(ABC, Generic[Fitted]):
     strengths: StrengthScale
     removes_only: bool = False
     """Whether it can take a concept away, and not bring it in."""
-    compared_strengths: tuple[float, float] | None = None
-    """The span searched in benchmarks/comparison, where it is not that of `strengths`."""
 
     @abstractmethod
     def fit(self, problem: Problem, options: Mapping[str, Any]) -> Fitted:
