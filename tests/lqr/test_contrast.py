@@ -258,17 +258,20 @@ def test_the_discriminant_is_that_of_the_shrunk_covariance() -> None:
         scale = random.uniform(0.1, 3, 16)
         positive = (random.standard_normal((n, 4, 16)) * scale + 0.7).astype(np.float32)
         negative = (random.standard_normal((m, 4, 16)) * scale).astype(np.float32)
-        contrast = contrast_of(model, positive, negative)
+        elsewhere = (random.standard_normal((n // 2, 4, 16)) + 5).astype(np.float32)
+        assert contrast_of(model, positive, negative).discriminant is None
+        contrast = contrast_of(model, positive, negative, elsewhere)
         assert contrast.discriminant is not None
         for k, w in enumerate(contrast.discriminant):
-            within = np.vstack([one[:, k] - one[:, k].mean(0) for one in (positive, negative)]).astype(np.float64)
-            S = within.T @ within / (n + m - 2)
+            groups = [one[:, k].astype(np.float64) for one in (positive, negative, elsewhere)]
+            within = np.vstack([one - one.mean(0) for one in groups])
+            S = within.T @ within / (n + m + n // 2 - 3)
             solved = np.linalg.solve(0.7 * S + 0.3 * np.trace(S) / 16 * np.eye(16), contrast.unit_direction[k])
             assert w == pytest.approx(solved / (contrast.unit_direction[k] @ solved), rel=1e-4, abs=1e-5)
     same = np.ones((3, 4, 16), np.float32)
-    alike = contrast_of(model, same, np.concatenate([same[:, :, :8], -same[:, :, 8:]], axis=2))
+    alike = contrast_of(model, same, np.concatenate([same[:, :, :8], -same[:, :, 8:]], axis=2), same[:0])
     assert alike.discriminant == pytest.approx(alike.unit_direction)  # nothing varies within the sets
-    assert contrast_of(model, positive[:1], negative[:1]).discriminant is None
+    assert contrast_of(model, positive[:1], negative[:1], elsewhere).discriminant is None
 
 
 def test_the_discriminant_tells_held_out_prompts_apart_better() -> None:
@@ -281,7 +284,7 @@ def test_the_discriminant_tells_held_out_prompts_apart_better() -> None:
         values[:, :, 60:] += shift
         return values.astype(np.float32)
 
-    contrast = contrast_of(model, draw(40, 0.5), draw(40, 0.0))
+    contrast = contrast_of(model, draw(40, 0.5), draw(40, 0.0), draw(40, 0.25))
     assert contrast.discriminant is not None
     new = draw(400, 0.5)[:, 0], draw(400, 0.0)[:, 0]
     separations = []
