@@ -9,7 +9,7 @@ from helpers.command_line import refused, run
 
 import mlx_lqr
 
-QUICK = "--cost", "feature", "--layers", "28-29", "--jacobian-prompts", 1
+QUICK = "--cost", "feature", "--layers", "28-29", "--jacobian-prompts", 1, "--no-calibration"
 
 
 def test_a_word_leaves_two_files_to_edit_and_to_fit_from_again(tmp_path: Path) -> None:
