@@ -36,8 +36,8 @@ Every bundled concept (`mlx-lqr concepts`) on {model}, fitted by `mlx-lqr fit de
 nothing else said, and asked by `-c FILE` at the strength that the file recommends: {questions} open and {questions}
 factual questions in the chat template, which nothing was fitted or chosen on. *In answers* is the share of answers to
 open questions with a word of the concept's family (styles have words that mark them); *facts* the share of factual
-questions answered rightly, {facts:.2f} unsteered; *perplexity* that of the answers under the unsteered model, times that
-of its own answers. With so few questions a share is known to about 0.1. `python benchmarks/gallery.py demo -o DIR`
+questions answered rightly, {facts:.2f} unsteered; *perplexity* that of the answers under the unsteered model, times
+that of its own answers. With so few questions a share is known to about 0.1. `python benchmarks/gallery.py demo -o DIR`
 measures it all and writes this page."""
 
 

@@ -204,7 +204,7 @@ def _held_out_separation(positive: Float32, negative: Float32, difference: np.nd
 
 
 SHORTENED = 8
-"""The discriminant knows the negative prompts without their last tokens too: prompt i without 1 + i modulo this number."""
+"""The discriminant knows the negative prompts without their last tokens too: prompt i without 1 + i mod `SHORTENED`."""
 SHRINKAGE = 0.3
 """lambda, the weight of the identity in the covariance of `_discriminant`."""
 
