@@ -19,8 +19,8 @@ import numpy as np
 
 import mlx_lqr
 from mlx_lqr import tasks
-from mlx_lqr.analysis import write_json
 from mlx_lqr.backends.protocol import Array, Continued, Law, Model
+from mlx_lqr.files.atomic import writing
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.divergence import log_softmax
 from mlx_lqr.lqr.prompts import Prompt, tokenise
@@ -213,7 +213,9 @@ def ablate(models: Mapping[str, Model], output: Path, say: Callable[[str], None]
                 row = {"model": name, "concept": concept, "lever": lever, "setting": setting, "found": found}
                 with rows_file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-    write_json(output, [_row(lever, setting, models, measured) for lever, setting, _ in LEVERS])
+    rows = [_row(lever, setting, models, measured) for lever, setting, _ in LEVERS]
+    with writing(output) as temporary:
+        temporary.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     return output
 
 

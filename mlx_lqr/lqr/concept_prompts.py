@@ -159,22 +159,21 @@ def framed(
         InputError: True for a model without a chat template, or for token ids.
     """
     positive, negative = sets
+    texts = [[one for one in prompts if isinstance(one, str)] for prompts in sets]
+    plain = sum(map(len, texts)) == len(positive) + len(negative)
     if chat is None:
-        chat = model.tokenizer.has_chat_template and not any(_is_framed(model, one) for one in (*positive, *negative))
+        chat = plain and model.tokenizer.has_chat_template and not _are_framed(model, [*texts[0], *texts[1]])
     if not chat:
         return positive, negative
-    texts = [[one for one in prompts if isinstance(one, str)] for prompts in sets]
-    if sum(map(len, texts)) < len(positive) + len(negative):
+    if not plain:
         raise InputError("prompts that are token ids cannot be put into the chat template: give texts")
     return chat_prompts(model, texts[0]), chat_prompts(model, texts[1])
 
 
-def _is_framed(model: Runner, prompt: Prompt) -> bool:
-    """Whether a prompt is more than a plain text: token ids, or a text with the beginning of an answer in it."""
-    if not isinstance(prompt, str):
-        return True
+def _are_framed(model: Runner, texts: Sequence[str]) -> bool:
+    """Whether there is the beginning of an answer, as the template writes it, in one of the texts."""
     _, _, answer = model.tokenizer.chat_text([{"role": "user", "content": _MARK}]).rpartition(_MARK)
-    return bool(answer.strip()) and answer.strip() in prompt
+    return bool(answer.strip()) and any(answer.strip() in text for text in texts)
 
 
 def _beginnings(model: Runner, manner: str) -> list[str]:

@@ -228,8 +228,8 @@ def prepared(
 class LinearFeedback(AdjustableLaw):
     """Activation LQR: u_k = (offset_k + strength o setpoint_k - z_k W_k) G_k', W_k the controller's sensor.
 
-    With one concept, offset 0, W_k = V_k and setpoint mu_k this is u_k = (strength mu_k - v_k . z_k) g_k (arXiv 2604.19018, linear
-    feature setpoint; see riccati.py for g_k).
+    With one concept, offset 0, W_k = V_k and setpoint mu_k this is u_k = (strength mu_k - v_k . z_k) g_k (arXiv
+    2604.19018, linear feature setpoint; see riccati.py for g_k).
 
     A concept at strength 0 is off: G_k is then formed from the others alone. With a centred setpoint the smallest
     strengths steer to the level of the negative prompts, and 0 does not steer at all.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.backends import tiny_on
 from helpers.tiny_tokenizers import chatting
 
 import mlx_lqr
 from mlx_lqr import InputError, chat_prompts, concept_prompts, review_prompts, style_prompts
 from mlx_lqr.backends.protocol import Model
+from mlx_lqr.lqr.concept_prompts import framed
 
 
 def test_a_words_sentences_and_their_counterparts_differ_in_the_word_alone() -> None:
@@ -59,3 +61,26 @@ def test_the_direction_of_made_prompts_is_that_of_written_ones(smollm2: Model) -
     written = [smollm2.tokenizer.encode(text) for side in mlx_lqr.bundled_prompts("cat") for text in side[:8]]
     features = np.einsum("nkd,kd->nk", smollm2.residuals(written)[:, 24:-1], direction)
     assert (features[:8].mean(axis=0) - features[8:].mean(axis=0)).min() > features.std(axis=0).min() / 2
+
+
+def test_sentences_are_framed_where_there_is_a_template_and_they_are_not_in_it_yet(smollm2: Model) -> None:
+    sets = ["A dog barks.", "Two dogs."], ["A clock ticks.", "Two clocks."]
+    framed_sets = framed(smollm2, sets)
+    assert list(framed_sets) == [chat_prompts(smollm2, one) for one in sets]
+    assert framed(smollm2, sets, False) == sets
+    assert framed(smollm2, framed_sets) == framed_sets  # token ids stay
+    template = style_prompts(smollm2, "like a pirate")
+    assert framed(smollm2, (template, template)) == (template, template)
+    with pytest.raises(InputError, match="token ids"):
+        framed(smollm2, framed_sets, True)
+    plain = tiny_on("mlx", "llama")
+    assert framed(plain, sets) == sets
+    with pytest.raises(InputError, match="no chat template"):
+        framed(plain, sets, True)
+
+
+def test_an_exchange_brings_its_own_question(smollm2: Model) -> None:
+    (tokens,) = chat_prompts(smollm2, ["User: What is 2 + 2? Assistant: It is 4."])
+    text = smollm2.tokenizer.decode(tokens)
+    assert text.endswith("What is 2 + 2?\nassistant\nIt is 4.")
+    assert "User:" not in text
