@@ -32,7 +32,7 @@ from mlx_lqr.tasks.chat import bundled_questions
 from mlx_lqr.tasks.concept import bundled_openings, word_pattern
 from mlx_lqr.tasks.generations import chat_prompt
 
-CONCEPTS = ("dog", "ocean", "church", "football")
+CONCEPTS = ("dog", "ocean")
 BUDGET = BUDGETS["normal"]
 TOKENS = 16
 JACOBIAN_PROMPTS = 4
