@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -16,6 +17,7 @@ from mlx_lqr.commands.tables import show_table
 from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
+from mlx_lqr.files.locks import locked
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.controller import Controller
@@ -54,16 +56,24 @@ def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
 def _controller(model: Model, concept: str) -> Controller:
     """The demonstration's controller, fitted once and kept in the cache folder."""
     file = _controller_file(model, concept)
+    if (kept := _kept(file, model)) is not None:
+        return kept
+    with progress_bars() as progress, locked(file, patience=math.inf):  # whoever else makes it
+        if (kept := _kept(file, model)) is not None:
+            return kept
+        positive, negative = bundled_prompts(concept)
+        controller = fit(model, positive, negative, concept=concept, progress=progress)
+        controller.save(file, force=True)  # even over a damaged one
+        return controller
+
+
+def _kept(file: Path, model: Model) -> Controller | None:
+    """The controller in a file, if it is whole and the model's."""
     try:
         controller = Controller.load(file)
         controller.check_model(model)
-        return controller
     except InputError:
-        pass
-    positive, negative = bundled_prompts(concept)
-    with progress_bars() as progress:
-        controller = fit(model, positive, negative, concept=concept, progress=progress)
-    controller.save(file, force=True)  # even over a damaged one
+        return None
     return controller
 
 

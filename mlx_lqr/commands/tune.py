@@ -19,7 +19,8 @@ from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.commands.values import parse_numbers
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.atomic import reserved
+from mlx_lqr.files.locks import locked
 from mlx_lqr.files.results import as_json
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.lqr.linearize import Jacobians, linearize
@@ -58,9 +59,13 @@ def _run(
     unjudged = wanted.check()
     limit = check_limit(unjudged, control or unjudged.control, damage, at_most)
     between = _between(strengths)
-    check_writable(wanted.output, "controller", force=wanted.force)
     folder = wanted.output.with_name(f"{wanted.output.stem}-tuning")
-    with going_on_later(), progress_bars() as progress:
+    with (
+        reserved(wanted.output, "controller", force=wanted.force),
+        locked(folder),
+        going_on_later(),
+        progress_bars() as progress,
+    ):
         model, task = wanted.load(progress)
         space = baseline_space(
             model,
@@ -86,8 +91,8 @@ def _run(
             loading=wanted.recorded_loading,
             progress=progress,
         )
-    if tuned.steering is not None:
-        tuned.steering.save(wanted.output, force=wanted.force)
+        if tuned.steering is not None:
+            tuned.steering.save(wanted.output, force=wanted.force)
     note_few_prompts(positive_prompts, negative_prompts)
     _report(tuned, wanted, folder)
     if tuned.best is None:

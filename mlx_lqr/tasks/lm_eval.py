@@ -26,7 +26,7 @@ from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.loading import named_adapter, resolve
 from mlx_lqr.runtime import steer
-from mlx_lqr.tasks.records import Records, Row, digest
+from mlx_lqr.tasks.records import Row, digest, kept
 from mlx_lqr.tasks.steering import NamedSteering, check_strengths
 
 if TYPE_CHECKING:
@@ -91,20 +91,20 @@ def evaluate(
 
     Raises:
         InputError: a controller of another model or that `steer` refuses, a strength other than 0 without steering, a
-            task that lm-eval refuses, or an output made with other settings.
+            task that lm-eval refuses, or an output that was made with other settings or that another mlx-lqr writes.
         OverflowingError: activations overflow at a strength.
     """
     settings = settings or Settings()
     wanted = check_strengths(evaluator.model, steering, strengths)
-    records = Records(_describe(evaluator, tasks, steering, settings), output)
     runs = [(strength, name) for strength in wanted for name in tasks.loaded]
-    for done, (strength, name) in enumerate(runs):
-        if progress:
-            progress(f"Strength {strength:g}: {name}", done, len(runs))
-        if not records.of(strength, name):
-            with _steered(evaluator, steering, strength):
-                results = _run(evaluator, tasks, name, settings)
-            records.append(strength, name, [{"results": results}])
+    with kept(_describe(evaluator, tasks, steering, settings), output) as records:
+        for done, (strength, name) in enumerate(runs):
+            if progress:
+                progress(f"Strength {strength:g}: {name}", done, len(runs))
+            if not records.of(strength, name):
+                with _steered(evaluator, steering, strength):
+                    results = _run(evaluator, tasks, name, settings)
+                records.append(strength, name, [{"results": results}])
     by_strength: dict[float, dict[str, Row]] = {strength: {} for strength in wanted}
     for strength, name in runs:
         by_strength[strength].update(records.of(strength, name)[0]["results"])
