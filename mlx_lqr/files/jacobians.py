@@ -122,8 +122,8 @@ class JacobianWriter:
         """How many layers stand in the file, each with its own number after it."""
         for place in range(self._layers):
             self._file.seek(start + (place + 1) * self._size - 2 * _STAMP.itemsize)
-            stamp = np.frombuffer(self._file.read(2 * _STAMP.itemsize).ljust(2 * _STAMP.itemsize, b"\xff"), _STAMP)
-            if stamp[0] != self._layers - 1 - place:
+            stamp = self._file.read(2 * _STAMP.itemsize)
+            if len(stamp) < 2 * _STAMP.itemsize or np.frombuffer(stamp, _STAMP)[0] != self._layers - 1 - place:
                 return place
         return self._layers
 
