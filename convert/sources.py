@@ -117,7 +117,8 @@ def _download(folder: Path) -> Path:
         "--dest",
         str(folder),
     ]
-    done = subprocess.run([*pip, requirement], capture_output=True, text=True, check=False)
+    # In a folder of our own: `python -m` takes a pip.py of the current one for pip.
+    done = subprocess.run([*pip, requirement], capture_output=True, text=True, check=False, cwd=folder)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise InputError(
