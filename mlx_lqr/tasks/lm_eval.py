@@ -13,8 +13,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from os import PathLike
@@ -132,7 +132,8 @@ def load_tasks(names: Sequence[str], include_path: str | PathLike[str] | None = 
         if name not in manager.task_index:
             raise InputError(f"lm-eval has no task {name}: `lm_eval ls tasks` lists them, --include-path adds your own")
         try:
-            loaded[name] = manager.load([name])
+            with _no_metric_from_here():
+                loaded[name] = manager.load([name])
         except Exception as error:  # from the hub, a file, or a task's own code
             raise InputError(f"lm-eval cannot load the task {name}: {first_line(error)}") from error
     return Tasks(manager, loaded)
@@ -202,7 +203,7 @@ def _run(evaluator: Evaluator, tasks: Tasks, name: str, settings: Settings) -> R
 
     loaded = tasks.loaded[name]
     try:
-        with redirect_stdout(sys.stderr):  # mlx-lm prints its progress
+        with redirect_stdout(sys.stderr), _no_metric_from_here():  # mlx-lm prints its progress
             results = simple_evaluate(
                 evaluator,
                 tasks=[loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values()),
@@ -222,6 +223,28 @@ def _run(evaluator: Evaluator, tasks: Tasks, name: str, settings: Settings) -> R
         raise InputError(f"lm-eval refuses the task {name}: {first_line(error)}") from error
     entries = {**results["results"], **results.get("groups", {})}
     return json.loads(json.dumps(entries, default=handle_non_serializable), parse_constant=lambda _: None)
+
+
+@contextmanager
+def _no_metric_from_here() -> Iterator[None]:
+    """Tasks that call `evaluate.load("rouge")` would run a ./rouge/rouge.py: a name alone means the hub's."""
+    scripts = any((folder / f"{folder.name}.py").is_file() for folder in Path.cwd().iterdir())
+    if not scripts or importlib.util.find_spec("evaluate") is None:
+        yield
+        return
+    library = importlib.import_module("evaluate")
+    load = library.load
+
+    def elsewhere(path: str, *arguments: Any, **options: Any) -> Any:
+        if "/" not in path and Path(path).exists():
+            raise InputError(f"the current folder has a {path}, which would be run as a metric: use another folder")
+        return load(path, *arguments, **options)
+
+    library.load = elsewhere
+    try:
+        yield
+    finally:
+        library.load = load
 
 
 def _describe(evaluator: Evaluator, tasks: Tasks, steering: NamedSteering | None, settings: Settings) -> Row:
