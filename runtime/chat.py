@@ -8,7 +8,7 @@ from os import PathLike
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Decoder, Law, Runner
+from mlx_lqr.backends.protocol import Decoder, Law, Runner, fresh_seed
 from mlx_lqr.backends.text.detokenizer import common_length
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
@@ -37,13 +37,16 @@ class Chat:
     model: Runner
     messages: list[Message] = field(default_factory=list)
     options: Options = field(default_factory=Options)
-    """How answers are decoded. Controller and strength come from the chat; `max_tokens` is cut to what fits."""
+    """How answers are decoded. Controller and strength come from the chat; `max_tokens` is cut to what fits. Every
+    answer is drawn with `seed`; without one, each with another."""
     _controllers: list[Steering] = field(default_factory=list, init=False, repr=False)
     """Replaced, never changed in place: the same list object means the same controllers."""
     _strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _turn: _Turn | None = field(default=None, init=False, repr=False)
     _given: list[Given] = field(default_factory=list, init=False, repr=False)
     """How each answer of the conversation was steered."""
+    _seed: int | None = field(default_factory=fresh_seed, init=False, repr=False)
+    """The last answer was drawn with it where `options` has none, and so is what it is compared with."""
 
     def __post_init__(self) -> None:
         stream(self.model, [0], **self._decoding(None, 1))  # refuses wrong options without decoding anything
@@ -136,7 +139,8 @@ class Chat:
     def steered(self) -> Iterator[Piece]:
         """The answer to the last message with the present steering. The conversation stays as it is.
 
-        If the answer in the conversation was steered in this way, it is that one; otherwise it is decoded again.
+        If the answer in the conversation was steered in this way, it is that one; otherwise it is decoded again, with
+        the same random numbers.
 
         Raises:
             InputError: there is no answer yet, or nothing steers.
@@ -157,7 +161,8 @@ class Chat:
         return stream(self.model, prompt, **self._decoding(controller, len(prompt)))
 
     def unsteered(self) -> Iterator[Piece]:
-        """The answer to the last message without steering. The conversation stays as it is.
+        """The answer to the last message without steering, drawn with the same random numbers. The conversation stays
+        as it is.
 
         Raises:
             InputError: there is no answer yet.
@@ -264,6 +269,8 @@ class Chat:
         options: Options = {**self.options, "controller": controller}
         if controller is not None:
             options["strength"] = [self._strengths[name] for name in controller.concepts]
+        if options.get("seed") is None:
+            options["seed"] = self._seed
         if not self._rolling:
             room = room_after(self.model, prompt_length)
             if room < 1:
@@ -275,7 +282,7 @@ class Chat:
         return options
 
     def _begin(self, prompt: list[int], reply: Message) -> tuple[_Turn, Iterator[Piece]]:
-        controller = self.controller
+        controller, self._seed = self.controller, fresh_seed()
         options = self._decoding(controller, len(prompt))
         decoder = self._decoder_for(prompt, controller)
         if controller is not None and controller.checked:

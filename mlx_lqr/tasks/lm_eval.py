@@ -10,6 +10,7 @@ The last token of a context and everything after it is steered, so that log-like
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -232,7 +233,7 @@ def _no_metric_from_here() -> Iterator[None]:
     if not scripts or importlib.util.find_spec("evaluate") is None:
         yield
         return
-    library = importlib.import_module("evaluate")
+    library: Any = importlib.import_module("evaluate")
     load = library.load
 
     def elsewhere(path: str, *arguments: Any, **options: Any) -> Any:

@@ -17,9 +17,11 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.tasks.scorers import DEFAULT, load_scorer
 
 ROOT = Path(__file__).parents[2]
-PLANTED = ("click", "filelock", "gguf", "huggingface_hub", "jinja2", "json", "mlx", "mlx_lm", "numpy", "pip", "rich")
-PLANTED += ("safetensors", "scipy", "signal", "threadpoolctl", "tokenizers", "torch", "transformers", "typing")
-PLANTED += ("profanity_check", "prompt_toolkit", "matplotlib", "lm_eval", "argparse", "subprocess", "tempfile")
+PLANTED = (
+    *("click", "filelock", "gguf", "huggingface_hub", "jinja2", "lm_eval", "matplotlib", "mlx", "mlx_lm", "numpy"),
+    *("pip", "profanity_check", "prompt_toolkit", "rich", "safetensors", "scipy", "threadpoolctl", "tokenizers"),
+    *("torch", "transformers", "argparse", "json", "signal", "subprocess", "tempfile", "typing"),
+)
 LAUNCHERS = {
     "package": ("-m", "mlx_lqr", "generate"),
     "one word": ("-Bmmlx_lqr", "generate"),

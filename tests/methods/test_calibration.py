@@ -99,7 +99,9 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         calibrate(model, steering, budgets={**BUDGETS, "gentle": 0.0})
     with pytest.raises(InputError, match="fitted on"):
         calibrate(tiny_on("mlx", "gemma"), steering)
-    idle = replace(fitted(model, "actadd"), tensors={"shift": np.zeros((model.num_layers, model.hidden_size, 1), "f4")})
+    added = fitted(model, "actadd")
+    assert isinstance(added, mlx_lqr.Baseline)
+    idle = replace(added, tensors={"shift": np.zeros((model.num_layers, model.hidden_size, 1), np.float32)})
     with pytest.raises(InputError, match="changes nothing"):
         calibrate(model, idle)
 
