@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Mapping, Sequence
@@ -112,10 +113,10 @@ class JacobianWriter:
             os.replace(self._partial, self._target)
         except OSError as error:
             raise InputError(f"cannot write {self._target}: {error.strerror or error}") from error
-        for left in self._target.parent.iterdir():
-            middle = left.name.removeprefix(f".{self._target.name}.").removesuffix(".partial")
-            if left.name == f".{self._target.name}.{middle}.partial" and len(middle) == 12:
-                with suppress(OSError):
+        unfinished = re.compile(re.escape(f".{self._target.name}.") + r"[0-9a-f]{12}\.partial")
+        with suppress(OSError):
+            for left in self._target.parent.iterdir():
+                if unfinished.fullmatch(left.name):
                     left.unlink()
 
     def _whole(self, start: int) -> int:

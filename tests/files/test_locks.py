@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import mlx_lqr
 from mlx_lqr import InputError, tasks
+from mlx_lqr.convert import sources
 from mlx_lqr.files.atomic import reserved, writing
 from mlx_lqr.files.jacobians import JacobianWriter
 from mlx_lqr.files.locks import locked
@@ -100,6 +101,30 @@ def test_locks_and_unfinished_files_follow_no_link(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="remove it"):
             JacobianWriter(tmp_path / "j", 2, 3, "float32", {})
         assert mine.read_text() == "years of work"
+
+
+def test_one_model_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, waits, converted = threading.Event(), threading.Event(), []
+
+    def convert(file: Path, folder: Path, **_: object) -> None:
+        begun.set()
+        assert waits.wait(60)
+        with writing(folder, folder=True) as place:
+            (place / "config.json").write_text("{}")
+        converted.append(folder)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        assert stage == "Waiting for another mlx-lqr"
+        waits.set()
+
+    monkeypatch.setattr("mlx_lqr.convert.folder.convert", convert)
+    first = threading.Thread(target=lambda: sources._converted(tmp_path / "a.gguf", tmp_path / "out", None))
+    first.start()
+    assert begun.wait(60)
+    assert sources._converted(tmp_path / "a.gguf", tmp_path / "out", progress) == tmp_path / "out"
+    first.join(60)
+    assert converted == [tmp_path / "out"]
+    assert os.listdir(tmp_path) == ["out"]
 
 
 KILLED = """
