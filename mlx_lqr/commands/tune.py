@@ -19,7 +19,7 @@ from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.commands.values import parse_numbers
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.atomic import reserved
+from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.locks import locked
 from mlx_lqr.files.results import as_json
 from mlx_lqr.launched import refuse_several
@@ -62,13 +62,9 @@ def _run(
     unjudged = wanted.check()
     limit = check_limit(unjudged, control or unjudged.control, damage, at_most)
     between = _between(strengths)
+    check_writable(wanted.output, "controller", force=wanted.force)
     folder = wanted.output.with_name(f"{wanted.output.stem}-tuning")
-    with (
-        reserved(wanted.output, "controller", force=wanted.force),
-        locked(folder),
-        going_on_later(),
-        progress_bars() as progress,
-    ):
+    with locked(wanted.output), locked(folder), going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
         prompts = framed(model, (positive_prompts, negative_prompts), chat_prompts)
         space = baseline_space(
