@@ -41,27 +41,54 @@ def _leave_folder() -> bool:
 
 _program = _leave_folder()
 
-import signal  # noqa: E402 - no other module before this
+import atexit  # noqa: E402 - no other module before this
+import signal  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
+from contextlib import contextmanager, suppress  # noqa: E402
+
+_stopped = False
 
 
 def _end(*_: object) -> None:
     os._exit(STOPPED)
 
 
+def _finish() -> None:
+    """Runs last. Python itself would, after some interruptions, end as if it had not caught them."""
+    if _stopped:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+        _end()
+
+
 if _program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _end)
+    atexit.register(_finish)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Around the work of a command: Ctrl-C is a KeyboardInterrupt."""
+    """Around the work of a command: Ctrl-C is a KeyboardInterrupt, whatever a library makes of it."""
+    global _stopped
     if signal.getsignal(signal.SIGINT) is not _end:
         yield
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
+    except BaseException as error:
+        interruption = _interruption(error)
+        _stopped = interruption is not None
+        if interruption is None or interruption is error:
+            raise
+        raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGINT, _end)
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interruption that an error comes from: compiled modules that are being imported make it an ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error

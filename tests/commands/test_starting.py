@@ -102,6 +102,13 @@ import mlx_lqr.concepts
 def interrupted():
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
+def exec_interrupted():  # as namedtuple does, after which Python has its own idea of an exit status
+    exec("interrupted()", globals())
+def import_interrupted():  # as a compiled module does
+    try:
+        interrupted()
+    except KeyboardInterrupt as stop:
+        raise ImportError("while initializing the extension") from stop
 {when}
 from mlx_lqr.commands import main
 main(["concepts"])
@@ -111,7 +118,12 @@ main(["concepts"])
 @posix
 @pytest.mark.parametrize(
     ("when", "says"),
-    [("mlx_lqr.concepts.bundled_concepts = interrupted", "Stopped.\n"), ("atexit.register(interrupted)", "")],
+    [
+        ("mlx_lqr.concepts.bundled_concepts = interrupted", "Stopped.\n"),
+        ("mlx_lqr.concepts.bundled_concepts = exec_interrupted", "Stopped.\n"),
+        ("mlx_lqr.concepts.bundled_concepts = import_interrupted", "Stopped.\n"),
+        ("atexit.register(interrupted)", ""),
+    ],
 )
 def test_ctrl_c_in_the_work_is_a_line_and_at_the_end_none(when: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "mlx-lqr").write_text(PROGRAM.format(when=when))
