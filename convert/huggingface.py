@@ -92,7 +92,8 @@ def _checked_config(source: Path) -> dict[str, Any]:
         raise InputError(f"{source} has the model_type {model_type!r}, which mlx-lm does not know: use another model")
     config.pop("auto_map", None)  # the code that it names is not copied
     config.pop("_name_or_path", None)
-    return config
+    named = ("attn_implementation", "experts_implementation")  # packages, or code of the hub
+    return {key: value for key, value in config.items() if not key.lstrip("_").startswith(named)}
 
 
 def _is_known(config: dict[str, Any]) -> bool:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 
 from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
+from mlx_lqr.files.locks import locked
 
 from .parts import part_paths
 
@@ -47,6 +49,13 @@ def demo_model(*, progress: Progress | None = None) -> Path:
     folder = cache_folder() / "demo" / DEMO_NAME
     if (folder / "config.json").is_file():
         return folder
+    with _alone(folder, progress):
+        if (folder / "config.json").is_file():  # another process has been faster
+            return folder
+        return _demo_converted(folder, progress)
+
+
+def _demo_converted(folder: Path, progress: Progress | None) -> Path:
     with demo_gguf(progress=progress) as file:
         if hashlib.sha256(file.read_bytes()).hexdigest() != _DEMO_SHA256:
             raise InputError(f"the demonstration model in {file} is damaged: remove it and try again")
@@ -54,15 +63,24 @@ def demo_model(*, progress: Progress | None = None) -> Path:
 
 
 def _converted(file: Path, folder: Path, progress: Progress | None) -> Path:
-    if not (folder / "config.json").is_file():
-        from mlx_lqr.convert.folder import convert
+    if (folder / "config.json").is_file():
+        return folder
+    from mlx_lqr.convert.folder import convert
 
-        try:
+    with _alone(folder, progress):
+        if not (folder / "config.json").is_file():  # else another process has been faster
             convert(file, folder, progress=progress)
-        except InputError:
-            if not (folder / "config.json").is_file():  # else another process was faster
-                raise
     return folder
+
+
+def _alone(folder: Path, progress: Progress | None) -> AbstractContextManager[None]:
+    """The lock of a folder in the cache: whoever else wants the same model waits for it."""
+
+    def waiting() -> None:
+        if progress:
+            progress("Waiting for another mlx-lqr", 0, 1)
+
+    return locked(folder, patience=math.inf, waiting=waiting)
 
 
 @contextmanager
@@ -99,7 +117,8 @@ def _download(folder: Path) -> Path:
         "--dest",
         str(folder),
     ]
-    done = subprocess.run([*pip, requirement], capture_output=True, text=True, check=False)
+    # In a folder of our own: `python -m` takes a pip.py of the current one for pip.
+    done = subprocess.run([*pip, requirement], capture_output=True, text=True, check=False, cwd=folder)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise InputError(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = "reference/commands"
-FROM_ROOT = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
+FROM_ROOT = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md"}
 """Pages that are files at the top of the repository."""
 MARK = re.compile(r"^<!-- ((not run|measured|continues): .*|fails) -->\n", re.MULTILINE)
 """What the tests read beside a block of a page."""

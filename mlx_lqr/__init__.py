@@ -7,6 +7,10 @@
 The README has more examples, docstrings say what every function takes and raises.
 """
 
+# ruff: isort: off
+from mlx_lqr import starting as _starting  # noqa: F401 - first: it says from where everything else is imported
+# ruff: isort: on
+
 from importlib import metadata
 
 from mlx_lqr.backends import blas

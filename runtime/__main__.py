@@ -37,13 +37,13 @@ from mlx_lqr.runtime.arguments import (
 )
 from mlx_lqr.runtime.decode import Overflow
 from mlx_lqr.runtime.streams import (
-    STOPPED,
     accept_any_text,
     describe,
     drop_output,
     first_process_speaks,
     reader_has_gone,
 )
+from mlx_lqr.starting import STOPPED, interruptible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     accept_any_text()
     try:
-        with first_process_speaks():
+        with interruptible(), first_process_speaks():
             _generate(_parser().parse_args(arguments))
     except InputError as error:
         return _refuse(str(error))

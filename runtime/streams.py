@@ -11,9 +11,6 @@ from contextlib import contextmanager, suppress
 
 from mlx_lqr.launched import rank
 
-STOPPED = 128 + 2
-"""Exit status after Ctrl-C, the one that a shell reports for a program ended by SIGINT."""
-
 
 def accept_any_text() -> None:
     """Write characters that the output's encoding lacks as escapes, instead of failing."""

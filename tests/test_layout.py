@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 
 LAYERS = [
-    {"errors"},
+    {"errors", "starting"},
     {"launched"},
     {"files", "backends.mlx.device"},
     {"concepts", "backends.blas", "backends.text", "backends.checkpoint"},

@@ -28,13 +28,13 @@ from mlx_lqr.commands.show import show
 from mlx_lqr.commands.tune import tuning
 from mlx_lqr.errors import InputError
 from mlx_lqr.runtime.streams import (
-    STOPPED,
     accept_any_text,
     describe,
     drop_output,
     first_process_speaks,
     reader_has_gone,
 )
+from mlx_lqr.starting import STOPPED, interruptible
 
 
 class _Main(Group):
@@ -48,7 +48,8 @@ class _Main(Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with interruptible():
+                return super().invoke(ctx)
         except InputError as error:
             _say(f"Error: {error}")
             ctx.exit(2)

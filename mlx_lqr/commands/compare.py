@@ -15,7 +15,7 @@ from mlx_lqr.commands.sweep import at_strengths, refuse_unused
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.atomic import reserved
 from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.runtime.arguments import Asked, ControllerChoice
@@ -65,15 +65,15 @@ def _run(
     if control is not None and control not in names:
         raise InputError(f"{wanted.task_name} does not measure {control}: choose one of {', '.join(names)}")
     name = f"{wanted.task_name}-comparison"
-    check_writable(wanted.output / f"{name}.json", "results", force=wanted.force)
-    with going_on_later(), progress_bars() as progress:
+    file = wanted.output / f"{name}.json"
+    with reserved(file, "results", force=wanted.force), going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
         comparison = compare_methods(
             model, task, methods, folder=wanted.output, loading=wanted.recorded_loading, progress=progress
         )
+        numbers = {**as_json(comparison), "budget": comparison.budget, "judge": wanted.judge_name}
+        write_json(file, numbers, force=wanted.force)
     control = control or task.control
-    numbers = {**as_json(comparison), "budget": comparison.budget, "judge": wanted.judge_name}
-    write_json(wanted.output / f"{name}.json", numbers, force=wanted.force)
     if importlib.util.find_spec("matplotlib") is None:
         click.echo("Note: the plot needs matplotlib: pip install 'mlx-lqr[plots]', then run this again", err=True)
     else:

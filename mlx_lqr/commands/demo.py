@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mlx_lqr.commands.tables import show_table
 from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
+from mlx_lqr.files.locks import locked
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.concept_prompts import framed
@@ -62,19 +64,26 @@ def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
 def _controller(model: Model, concept: str) -> Controller:
     """The demonstration's controller, fitted once and kept in the cache folder."""
     file = _controller_file(model, concept)
+    if (kept := _kept(file, model)) is not None:
+        return kept
+    with progress_bars() as progress, locked(file, patience=math.inf):  # whoever else makes it
+        if (kept := _kept(file, model)) is not None:
+            return kept
+        prompts = framed(model, bundled_prompts(concept))
+        controller = fit(model, *prompts, concept=concept, progress=progress)
+        controller = controller.calibrated(calibrate(model, controller, progress=progress))
+        controller.save(file, force=True)  # even over a damaged one
+        return controller
+
+
+def _kept(file: Path, model: Model) -> Controller | None:
+    """The controller in a file, if it is whole, calibrated and the model's."""
     try:
         controller = Controller.load(file)
         controller.check_model(model)
-        if any(controller.calibration):
-            return controller
     except InputError:
-        pass
-    prompts = framed(model, bundled_prompts(concept))
-    with progress_bars() as progress:
-        controller = fit(model, *prompts, concept=concept, progress=progress)
-        controller = controller.calibrated(calibrate(model, controller, progress=progress))
-    controller.save(file, force=True)  # even over a damaged one
-    return controller
+        return None
+    return controller if any(controller.calibration) else None
 
 
 def _controller_file(model: Model, concept: str) -> Path:

@@ -14,7 +14,8 @@ from mlx_lqr.commands.progress import going_on_later, progress_bars
 from mlx_lqr.commands.sweep import shares_option, sweep
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
-from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.atomic import reserved
+from mlx_lqr.files.locks import locked
 from mlx_lqr.files.results import as_json, write_json
 from mlx_lqr.runtime.arguments import Asked, ControllerChoice
 from mlx_lqr.tasks import Evaluation, NamedSteering, evaluate
@@ -47,8 +48,12 @@ def _run(
     wanted: Request = request(concepts=steering.controller.concepts if steering is not None else ())
     file = wanted.output / output_name(wanted.check(), steering)
     summary_file = file.with_suffix(".summary.json")
-    check_writable(summary_file, "results", force=wanted.force)
-    with going_on_later(), progress_bars() as progress:
+    with (
+        reserved(summary_file, "results", force=wanted.force),
+        locked(file),
+        going_on_later(),
+        progress_bars() as progress,
+    ):
         model, task = wanted.load(progress)
         evaluation = evaluate(
             model,
@@ -59,8 +64,8 @@ def _run(
             loading=wanted.recorded_loading,
             progress=progress,
         )
-    summary = _summary(evaluation)
-    write_json(summary_file, summary, force=wanted.force)
+        summary = _summary(evaluation)
+        write_json(summary_file, summary, force=wanted.force)
     if wanted.as_json:
         click.echo(json.dumps(as_json(summary)))
         return

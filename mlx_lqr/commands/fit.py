@@ -24,7 +24,7 @@ from mlx_lqr.commands.options import (
 from mlx_lqr.commands.progress import NOTHING_WRITTEN, going_on_later, progress_bars, stopping
 from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.atomic import reserved
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.launched import rank, refuse_several
 from mlx_lqr.loading import load
@@ -57,13 +57,12 @@ def linearize(
     They serve (fit --jacobians) for any concept and any weights. If it is interrupted, the same command goes on.
     """
     refuse_several("Jacobians are stored")
-    check_writable(output, "Jacobians", force=force)
     if prompts is not None and nominal is not None:
         raise InputError("give --prompts FILE or --nominal TEXT, not both")
     chosen = bundled_prompts("dog")[1][:8] if nominal is None else [nominal]
     if prompts is not None:
         chosen = read_prompts(prompts)
-    with going_on_later(), progress_bars() as progress:
+    with reserved(output, "Jacobians", force=force), going_on_later(), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         jacobians = linearize_model(loaded, chosen, store=output, dtype=store, force=force, progress=progress)
     click.echo(f"Wrote {output}: {len(jacobians)} Jacobians averaged over {jacobians.prompt_count} prompts")
@@ -102,7 +101,6 @@ def fit(
     if no_calibration and budget is not None:
         raise InputError(f"--no-calibration measures no strength for --budget {budget}: leave one of the two out")
     choice = method_choice()  # mistakes are refused before the model is loaded
-    check_writable(output, "controller", force=force)
     others = bool(concept or positive or negative)
     made = made_prompts(
         concept_word, concept_style, save_prompts, output, others=others, chat=chat_prompts, force=force
@@ -112,7 +110,7 @@ def fit(
     else:
         name, given = made.concept, []
     contrasts: list[Contrast] = []
-    with stopping(NOTHING_WRITTEN), progress_bars() as progress:
+    with reserved(output, "controller", force=force), stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         texts = given if made is None else made.make(loaded)
         prompts = framed(loaded, texts, chat_prompts)
@@ -129,8 +127,8 @@ def fit(
         if not no_calibration:
             steering = calibrated(loaded, steering, budget or "normal", prompts, progress)
         steering.save(output, force=force)
-    if made is not None:
-        made.save(texts)
+        if made is not None:
+            made.save(texts)
     note_prompts(loaded, *texts)
     note_separation(contrasts, steering.active_layers)
     say_how_to_use(model, output, steering)

@@ -26,7 +26,8 @@ from mlx_lqr.commands.progress import going_on_later, progress_bars
 from mlx_lqr.commands.sweep import sweep
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.atomic import reserved
+from mlx_lqr.files.locks import locked
 from mlx_lqr.files.results import as_json as to_json
 from mlx_lqr.files.results import write_json
 from mlx_lqr.launched import refuse_several
@@ -105,29 +106,30 @@ def lm_eval(
     steering, chosen = sweep(controllers, strengths, shares)
     file = Path(output) / f"lm-eval-{steering.name if steering is not None else 'unsteered'}.jsonl"
     tasks = load_tasks([name.strip() for name in names.split(",") if name.strip()], include_path)
-    check_writable(file.with_suffix(".summary.json"), "results", force=force)
-    with progress_bars() as progress:
-        evaluator = load_evaluator(
-            model,
-            dtype=loading["dtype"],
-            adapter=loading["adapter"],
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            apply_chat_template=apply_chat_template,
-            progress=progress,
-        )
-    with going_on_later():
-        evaluation = evaluate(
-            evaluator,
-            tasks,
-            steering,
-            [0.0, *chosen],
-            settings=Settings(**settings),
-            output=file,
-            progress=_announce,
-        )
-    summary = _summary(evaluation)
-    write_json(file.with_suffix(".summary.json"), summary, force=force)
+    summary_file = file.with_suffix(".summary.json")
+    with reserved(summary_file, "results", force=force), locked(file):
+        with progress_bars() as progress:
+            evaluator = load_evaluator(
+                model,
+                dtype=loading["dtype"],
+                adapter=loading["adapter"],
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                apply_chat_template=apply_chat_template,
+                progress=progress,
+            )
+        with going_on_later():
+            evaluation = evaluate(
+                evaluator,
+                tasks,
+                steering,
+                [0.0, *chosen],
+                settings=Settings(**settings),
+                output=file,
+                progress=_announce,
+            )
+        summary = _summary(evaluation)
+        write_json(summary_file, summary, force=force)
     if as_json:
         click.echo(json.dumps(to_json(summary)))
         return
@@ -135,7 +137,7 @@ def lm_eval(
     show_table(["lm-eval", *head], list(_rows(evaluation)))
     click.echo("with the standard errors that lm-eval gives")
     say_shares(steering)
-    click.echo(f"Wrote {file} and {file.with_suffix('.summary.json').name}")
+    click.echo(f"Wrote {file} and {summary_file.name}")
 
 
 def _announce(stage: str, done: int, total: int) -> None:

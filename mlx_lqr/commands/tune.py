@@ -20,6 +20,7 @@ from mlx_lqr.commands.task_options import Request, add_tasks
 from mlx_lqr.commands.values import parse_numbers
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
+from mlx_lqr.files.locks import locked
 from mlx_lqr.files.results import as_json
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.lqr.concept_prompts import framed
@@ -63,7 +64,7 @@ def _run(
     between = _between(strengths)
     check_writable(wanted.output, "controller", force=wanted.force)
     folder = wanted.output.with_name(f"{wanted.output.stem}-tuning")
-    with going_on_later(), progress_bars() as progress:
+    with locked(wanted.output), locked(folder), going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
         prompts = framed(model, (positive_prompts, negative_prompts), chat_prompts)
         space = baseline_space(
@@ -89,8 +90,8 @@ def _run(
             loading=wanted.recorded_loading,
             progress=progress,
         )
-    if tuned.steering is not None:
-        tuned.steering.save(wanted.output, force=wanted.force)
+        if tuned.steering is not None:
+            tuned.steering.save(wanted.output, force=wanted.force)
     note_prompts(model, positive_prompts, negative_prompts)
     _report(tuned, wanted, folder)
     if tuned.best is None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.json_text import parse_json
+from mlx_lqr.files.locks import followed, locked
 from mlx_lqr.files.tensors import read_format
 from mlx_lqr.launched import rank
 
@@ -33,7 +35,8 @@ def writing(
 ) -> Iterator[Path]:
     """Yield a temporary path beside `target`; on a clean exit it takes the name of `target`.
 
-    On any exception, also Ctrl-C, the temporary path is removed and `target` is untouched.
+    On any exception, also Ctrl-C, the temporary path is removed and `target` is untouched. What a process left that was
+    killed is removed by the next one that writes there.
 
     Of several processes under `mlx.launch` the first writes its user's files; what the others write goes nowhere.
 
@@ -45,7 +48,7 @@ def writing(
         force: also replace a file of another kind, or a folder that holds a model.
 
     Raises:
-        InputError: `target` may not be replaced or cannot be written, or the disk is full.
+        InputError: `target` may not be replaced or cannot be written, another mlx-lqr writes it, or the disk is full.
     """
     if kind is not None and rank() > 0:
         with tempfile.TemporaryDirectory() as place:
@@ -53,7 +56,18 @@ def writing(
         return
     target = followed(target)
     _check_replaceable(target, folder, kind, force)
-    holder = _place_beside(target)
+    with ExitStack() as stack:
+        alone = folder or kind is not None
+        if alone:
+            stack.enter_context(locked(target, patience=0 if folder else _PATIENCE))
+            _remove_left(target.parent)
+            _check_replaceable(target, folder, kind, force)
+        yield from _written(_place_beside(target, _OURS if alone else ""), target, folder)
+
+
+def _written(holder: Path, target: Path, folder: bool) -> Iterator[Path]:
+    """Yield a path in `holder`, and move it to `target` afterwards."""
+    _in_use.add(os.path.abspath(holder))
     temporary = holder / target.name
     try:
         if folder:
@@ -68,6 +82,7 @@ def writing(
         raise InputError(f"cannot write {target}: {error.strerror or error}; nothing was changed") from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+        _in_use.discard(os.path.abspath(holder))
 
 
 def _exchange(new: Path, target: Path, old: Path) -> None:
@@ -78,6 +93,18 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
     except BaseException:
         os.replace(old, target)
         raise
+
+
+@contextmanager
+def reserved(target: str | os.PathLike[str], kind: Kind, *, force: bool = False) -> Iterator[None]:
+    """Around long work that ends with writing `target`: that it can be written is known before, and nobody else does.
+
+    Raises:
+        InputError: see `writing`.
+    """
+    check_writable(target, kind, force=force)
+    with locked(target):
+        yield
 
 
 def check_writable(target: str | os.PathLike[str], kind: Kind | None = None, *, force: bool = False) -> None:
@@ -143,16 +170,32 @@ _NAMES: dict[Kind, str] = {
 }
 
 
-def followed(target: str | os.PathLike[str]) -> Path:
-    """The file that a link points to, so that the file is replaced and not the link."""
-    return Path(os.path.realpath(target)) if os.path.islink(target) else Path(target)
+_PATIENCE = 10.0
+"""Seconds to wait for another one who writes the same file, which takes a moment"""
+_OURS = "mlx-lqr-"
+_LEFT = re.compile(r"\.(.+)\.mlx-lqr-[a-z0-9_]{8}", re.DOTALL)
+"""A folder in which something is written under its target's lock"""
+_in_use: set[str] = set()
+"""Those of this process"""
 
 
-def _place_beside(target: Path) -> Path:
+def _remove_left(place: Path) -> None:
+    """Remove what killed processes left in `place`. A living one has the lock of its target."""
+    with suppress(OSError):
+        for entry in list(os.scandir(place)):
+            name = _LEFT.fullmatch(entry.name)
+            if name is None or not entry.is_dir(follow_symlinks=False) or os.path.islink(place / name[1]):
+                continue
+            with suppress(InputError), locked(place / name[1]):
+                if os.path.abspath(entry.path) not in _in_use:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _place_beside(target: Path, mark: str = "") -> Path:
     """A new empty folder beside `target`, on the same file system."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}.{mark}", dir=target.parent))
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -15,9 +16,20 @@ from mlx_lqr.errors import InputError
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write float32 tensors and metadata strings to `path` (use inside `atomic.writing`)."""
+    """Write float32 tensors and metadata strings to `path` (use inside `atomic.writing`).
+
+    The same ones give the same bytes.
+    """
     contiguous = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
-    path.write_bytes(save(contiguous, metadata=dict(metadata)))
+    path.write_bytes(_in_order(save(contiguous, metadata=dict(metadata))))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its header sorted: the library writes metadata in another order in every process."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)  # the format wants the data aligned to 8 bytes
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def read_tensors(

@@ -18,12 +18,11 @@ import numpy as np
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
 from mlx_lqr.backends.protocol import Differentiable, Float32, Matrix, Progress, Trace
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.atomic import reserved, writing
 from mlx_lqr.files.jacobians import JacobianWriter, StoredJacobians
 from mlx_lqr.files.json_text import WIDTH, Entries
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 
-FORMAT = "mlx-lqr jacobians 1"
 MAX_TOKENS = 32
 """Nominal prompts are cut to this many tokens: the Jacobian at a token depends little on a longer past."""
 
@@ -60,7 +59,7 @@ class Jacobians(Sequence[Float32]):
         with writing(path, kind="Jacobians", force=force) as temporary:
             writer = JacobianWriter(temporary, len(self), len(self[0]), dtype, metadata)
             for k in reversed(range(len(self))):
-                writer.append(self[k])
+                writer.append(k, self[k])
             writer.close()
 
     @property
@@ -75,7 +74,7 @@ class Jacobians(Sequence[Float32]):
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Jacobians:
         """Open a file of Jacobians; each matrix is read when it is used (the file is memory-mapped)."""
-        stored = StoredJacobians(path, FORMAT)
+        stored = StoredJacobians(path)
         entries = Entries(stored.metadata)
         try:
             width = entries.count("width", 1, WIDTH) if "width" in entries else None
@@ -108,7 +107,7 @@ def linearize(
         progress: called as progress(stage, done, total).
 
     Raises:
-        InputError: unusable prompts, or a place that cannot be written.
+        InputError: unusable prompts, or a place that cannot be written or that another mlx-lqr writes.
     """
     require(model, DIFFERENTIABLE, "compute Jacobians")
     width = model.hidden_size if model.state_size > model.hidden_size else None
@@ -116,16 +115,17 @@ def linearize(
         jacobians = dict(stream_jacobians(model, traces(model, prompts), progress=progress))
         matrices = [jacobians[k] for k in range(len(jacobians))]
         return Jacobians(matrices, model.fingerprint, model.name, len(prompts), width)
-    points = traces(model, prompts)
-    digest = hashlib.sha256(b"".join(trace.residual.tobytes() for trace in points)).hexdigest()[:16]
-    metadata = _metadata(model.fingerprint, model.name, len(prompts), digest, width)
-    writer = JacobianWriter(store, model.num_layers, model.state_size, dtype, metadata, force=force)
-    try:
-        for _, A in _stream(model, points, model.num_layers - 1 - writer.finished, 0, progress):
-            writer.append(A)
-    finally:
-        writer.close()
-    return Jacobians.load(store)
+    with reserved(store, "Jacobians", force=force):
+        points = traces(model, prompts)
+        digest = hashlib.sha256(b"".join(trace.residual.tobytes() for trace in points)).hexdigest()[:16]
+        metadata = _metadata(model.fingerprint, model.name, len(prompts), digest, width)
+        writer = JacobianWriter(store, model.num_layers, model.state_size, dtype, metadata, force=force)
+        try:
+            for k, A in _stream(model, points, model.num_layers - 1 - writer.finished, 0, progress):
+                writer.append(k, A)
+        finally:
+            writer.close()
+        return Jacobians.load(store)
 
 
 def traces(model: Differentiable, prompts: Sequence[Prompt]) -> list[Trace]:
@@ -170,7 +170,6 @@ def _stream(
 
 def _metadata(fingerprint: str, model_name: str, prompts: int, digest: str, width: int | None) -> dict[str, str]:
     metadata = {
-        "format": FORMAT,
         "fingerprint": fingerprint,
         "model": model_name,
         "prompts": str(prompts),

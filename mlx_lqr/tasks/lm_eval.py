@@ -10,11 +10,12 @@ The last token of a context and everything after it is steered, so that log-like
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from os import PathLike
@@ -26,7 +27,7 @@ from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.loading import named_adapter, resolve
 from mlx_lqr.runtime import steer
-from mlx_lqr.tasks.records import Records, Row, digest
+from mlx_lqr.tasks.records import Row, digest, kept
 from mlx_lqr.tasks.steering import NamedSteering, check_strengths
 
 if TYPE_CHECKING:
@@ -91,20 +92,20 @@ def evaluate(
 
     Raises:
         InputError: a controller of another model or that `steer` refuses, a strength other than 0 without steering, a
-            task that lm-eval refuses, or an output made with other settings.
+            task that lm-eval refuses, or an output that was made with other settings or that another mlx-lqr writes.
         OverflowingError: activations overflow at a strength.
     """
     settings = settings or Settings()
     wanted = check_strengths(evaluator.model, steering, strengths)
-    records = Records(_describe(evaluator, tasks, steering, settings), output)
     runs = [(strength, name) for strength in wanted for name in tasks.loaded]
-    for done, (strength, name) in enumerate(runs):
-        if progress:
-            progress(f"Strength {strength:g}: {name}", done, len(runs))
-        if not records.of(strength, name):
-            with _steered(evaluator, steering, strength):
-                results = _run(evaluator, tasks, name, settings)
-            records.append(strength, name, [{"results": results}])
+    with kept(_describe(evaluator, tasks, steering, settings), output) as records:
+        for done, (strength, name) in enumerate(runs):
+            if progress:
+                progress(f"Strength {strength:g}: {name}", done, len(runs))
+            if not records.of(strength, name):
+                with _steered(evaluator, steering, strength):
+                    results = _run(evaluator, tasks, name, settings)
+                records.append(strength, name, [{"results": results}])
     by_strength: dict[float, dict[str, Row]] = {strength: {} for strength in wanted}
     for strength, name in runs:
         by_strength[strength].update(records.of(strength, name)[0]["results"])
@@ -132,7 +133,8 @@ def load_tasks(names: Sequence[str], include_path: str | PathLike[str] | None = 
         if name not in manager.task_index:
             raise InputError(f"lm-eval has no task {name}: `lm_eval ls tasks` lists them, --include-path adds your own")
         try:
-            loaded[name] = manager.load([name])
+            with _no_metric_from_here():
+                loaded[name] = manager.load([name])
         except Exception as error:  # from the hub, a file, or a task's own code
             raise InputError(f"lm-eval cannot load the task {name}: {first_line(error)}") from error
     return Tasks(manager, loaded)
@@ -202,7 +204,7 @@ def _run(evaluator: Evaluator, tasks: Tasks, name: str, settings: Settings) -> R
 
     loaded = tasks.loaded[name]
     try:
-        with redirect_stdout(sys.stderr):  # mlx-lm prints its progress
+        with redirect_stdout(sys.stderr), _no_metric_from_here():  # mlx-lm prints its progress
             results = simple_evaluate(
                 evaluator,
                 tasks=[loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values()),
@@ -222,6 +224,28 @@ def _run(evaluator: Evaluator, tasks: Tasks, name: str, settings: Settings) -> R
         raise InputError(f"lm-eval refuses the task {name}: {first_line(error)}") from error
     entries = {**results["results"], **results.get("groups", {})}
     return json.loads(json.dumps(entries, default=handle_non_serializable), parse_constant=lambda _: None)
+
+
+@contextmanager
+def _no_metric_from_here() -> Iterator[None]:
+    """Tasks that call `evaluate.load("rouge")` would run a ./rouge/rouge.py: a name alone means the hub's."""
+    scripts = any((folder / f"{folder.name}.py").is_file() for folder in Path.cwd().iterdir())
+    if not scripts or importlib.util.find_spec("evaluate") is None:
+        yield
+        return
+    library: Any = importlib.import_module("evaluate")
+    load = library.load
+
+    def elsewhere(path: str, *arguments: Any, **options: Any) -> Any:
+        if "/" not in path and Path(path).exists():
+            raise InputError(f"the current folder has a {path}, which would be run as a metric: use another folder")
+        return load(path, *arguments, **options)
+
+    library.load = elsewhere
+    try:
+        yield
+    finally:
+        library.load = load
 
 
 def _describe(evaluator: Evaluator, tasks: Tasks, steering: NamedSteering | None, settings: Settings) -> Row:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.json_text import parse_json
+from mlx_lqr.files.locks import locked
 from mlx_lqr.launched import rank, refuse_several
 
 FORMAT = "mlx-lqr evaluation 1"
@@ -27,6 +29,17 @@ CHUNK = 16
 Row = dict[str, Any]
 Key = tuple[float, str]
 """(strength, part)"""
+
+
+@contextmanager
+def kept(header: Row, path: str | PathLike[str] | None) -> Iterator[Records]:
+    """The rows in the file at `path`, which nobody else adds to inside this context; in memory alone without one.
+
+    Raises:
+        InputError: another mlx-lqr writes the file, or see `Records`.
+    """
+    with locked(path) if path is not None else nullcontext():
+        yield Records(header, path)
 
 
 class Records:

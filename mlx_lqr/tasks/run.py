@@ -15,7 +15,7 @@ from typing import Protocol
 
 from mlx_lqr.backends.protocol import Progress, Recorder, Runner
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, difference, estimate
-from mlx_lqr.tasks.records import CHUNK, Records, Row
+from mlx_lqr.tasks.records import CHUNK, Row, kept
 from mlx_lqr.tasks.steering import NamedSteering, Steered, check_strengths
 
 
@@ -118,26 +118,26 @@ def evaluate(
         progress: called as progress(f"Strength {s:g}", rows done, all rows).
 
     Raises:
-        InputError: a controller of another model, a strength other than 0 without steering, or an output made with
-            other settings.
+        InputError: a controller of another model, a strength other than 0 without steering, or an output that was made
+            with other settings or that another mlx-lqr writes.
         OverflowingError: activations overflow at a strength; the rows measured before are kept.
     """
     wanted = check_strengths(model, steering, strengths)
-    records = Records(describe(model, task, steering, loading), output)
-    total = sum(len(part) for part in task.parts)
-    for strength in wanted:
-        steered = Steered(model, steering, strength)
-        done = 0
-        for part in task.parts:
-            known = len(records.of(strength, part.name))
-            for start in range(known, len(part), CHUNK):
-                if progress:
-                    progress(f"Strength {strength:g}", done + start, total)
-                indices = range(start, min(start + CHUNK, len(part)))
-                records.append(strength, part.name, part.rows(steered, indices))
-            done += len(part)
-        if progress:
-            progress(f"Strength {strength:g}", done, total)
+    with kept(describe(model, task, steering, loading), output) as records:
+        total = sum(len(part) for part in task.parts)
+        for strength in wanted:
+            steered = Steered(model, steering, strength)
+            done = 0
+            for part in task.parts:
+                known = len(records.of(strength, part.name))
+                for start in range(known, len(part), CHUNK):
+                    if progress:
+                        progress(f"Strength {strength:g}", done + start, total)
+                    indices = range(start, min(start + CHUNK, len(part)))
+                    records.append(strength, part.name, part.rows(steered, indices))
+                done += len(part)
+            if progress:
+                progress(f"Strength {strength:g}", done, total)
     rows = {strength: {part.name: records.of(strength, part.name) for part in task.parts} for strength in wanted}
     return Evaluation(task, steering.name if steering is not None else "unsteered", records.header, rows)
 

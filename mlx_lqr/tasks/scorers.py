@@ -28,7 +28,9 @@ DEFAULT = "profanity_check:predict_prob"
 
 
 def load_scorer(name: str = DEFAULT) -> Scorer:
-    """The scorer `module:function`, with its scores checked at every call. The module may be in the current folder.
+    """The scorer `module:function`, with its scores checked at every call.
+
+    The module may be in the current folder, unless it is the default one's.
 
     Raises:
         InputError: the name is not of this form or cannot be imported; at a call, the scorer does not return one number
@@ -37,7 +39,8 @@ def load_scorer(name: str = DEFAULT) -> Scorer:
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise InputError(f"a scorer is written module:function, not {name!r}")
-    sys.path.append(os.getcwd())  # at the end, so that a file there hides no installed package
+    here = [] if name == DEFAULT else [os.getcwd()]
+    sys.path.extend(here)  # at the end, so that a file there hides no installed package
     try:
         scorer: Any = getattr(importlib.import_module(module), function)
     except ImportError as error:
@@ -50,7 +53,8 @@ def load_scorer(name: str = DEFAULT) -> Scorer:
     except AttributeError:
         raise InputError(f"the scorer's module {module} has no {function}") from None
     finally:
-        sys.path.remove(os.getcwd())
+        for folder in here:
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
     return partial(_checked, name, scorer)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 from mlx_lqr.backends.protocol import Differentiable, Progress
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.locks import locked
 from mlx_lqr.files.results import as_json
 from mlx_lqr.methods.steering import Steering, load_steering
 from mlx_lqr.tasks.bootstrap import Estimate
@@ -150,16 +152,18 @@ def tune(
         progress: called as progress(f"Trial {i} of {n}", rows done, rows in all).
 
     Raises:
-        InputError: metrics that the task does not have, a limit that nothing could be within, or see `evaluate`.
+        InputError: metrics that the task does not have, a limit that nothing could be within, a folder that another
+            mlx-lqr writes, or see `evaluate`.
     """
     control = control or task.control
     limit = check_limit(task, control, damage, limit)
     if evaluations < 1:
         raise InputError(f"evaluations must be at least 1, not {evaluations}")
     place = Path(folder) if folder is not None else None
-    run = _Run(model, task, space, control, damage, limit, evaluations, place, loading, progress)
-    Search(space.factors, run.measure, evaluations, DAMAGE[damage].excess(limit)).run()
-    return run.tuned()
+    with locked(place) if place is not None else nullcontext():
+        run = _Run(model, task, space, control, damage, limit, evaluations, place, loading, progress)
+        Search(space.factors, run.measure, evaluations, DAMAGE[damage].excess(limit)).run()
+        return run.tuned()
 
 
 def check_limit(task: Task, control: str, damage: str, limit: float | None) -> float:

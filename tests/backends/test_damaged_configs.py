@@ -89,3 +89,22 @@ def test_a_model_that_is_only_measured_has_sizes_too(backend: str, tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2**31}))
     with pytest.raises(InputError, match="n_layer 2147483648, which no model has"):
         load(tmp_path, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"attn_implementation": "evil/kernel"},
+        {"_attn_implementation": "paged|evil/kernel@main:attend"},
+        {"_attn_implementation_internal": "evil/kernel"},
+        {"experts_implementation": {"": "eager", "text_config": "evil/kernel"}},
+        {"text_config": {"attn_implementation": "evil/kernel"}},
+        {"model_file": "evil.py"},
+    ],
+)
+def test_code_that_a_config_names_is_refused(backend: str, named: dict[str, Any], folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | named))
+    with pytest.raises(InputError, match=r"wants to run code of .*evil.*: refused"):
+        load(folder, backend)

@@ -63,7 +63,7 @@ def test_a_concept_in_place_of_a_file_names_the_command(
 @pytest.mark.parametrize("command", ["linearity", "certify"])
 def test_a_file_of_another_kind_is_named(command: str, place: Path) -> None:
     assert "method angular" in refused(command, MODEL, "-c", "angular.safetensors")
-    assert "'mlx-lqr jacobians 1'" in refused(command, MODEL, "-c", "jacobians.safetensors")
+    assert "'mlx-lqr jacobians 2'" in refused(command, MODEL, "-c", "jacobians.safetensors")
     assert "folder is a folder" in refused(command, MODEL, "-c", "folder")
 
 

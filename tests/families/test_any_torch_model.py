@@ -333,6 +333,21 @@ def test_norms_that_mlx_keeps_otherwise_are_known() -> None:
     assert theirs.fingerprint == model.fingerprint
 
 
+def test_no_config_chooses_the_code_that_computes(tmp_path: Path) -> None:
+    folder, expected = folder_of("glm4", tmp_path), model_of("glm4")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "evil/model"}')
+    for changes in (
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "flash_attention_2"},
+        {"_attn_implementation_internal": "flash_attention_2", "_experts_implementation": "none such"},
+        {"auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}},
+    ):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        model = mlx_lqr.load(folder, backend="torch", device="cpu")
+        assert np.array_equal(model.logits(PROMPT), expected.logits(PROMPT)), changes
+
+
 def test_a_folder_that_is_damaged_or_of_another_kind_is_refused(tmp_path: Path) -> None:
     folder = folder_of("glm4", tmp_path)
     model = mlx_lqr.load(folder, backend="torch", device="cpu")

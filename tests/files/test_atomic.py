@@ -39,11 +39,11 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_jacobians_on_a_full_disk_keep_the_finished_layers(tmp_path: Path) -> None:
     writer = JacobianWriter(tmp_path / "jacobians.safetensors", 2, 1000, "float32", {})
-    writer.append(np.eye(1000))
+    writer.append(1, np.eye(1000))
     with open("/dev/full", "wb", buffering=0) as full:
         kept, writer._file = writer._file, full  # type: ignore[assignment]
         with pytest.raises(InputError, match=r"No space left on device; the 1 layers finished so far are kept"):
-            writer.append(np.eye(1000))
+            writer.append(0, np.eye(1000))
     writer._file = kept
     writer.close()
     assert JacobianWriter(tmp_path / "jacobians.safetensors", 2, 1000, "float32", {}).finished == 1

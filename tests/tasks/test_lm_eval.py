@@ -441,3 +441,13 @@ def test_weights_have_the_dtype_they_have_elsewhere(demo: Evaluator) -> None:
     assert demo.model.module.model.norm.weight.dtype == mx.float32
     half = lm_eval.load_evaluator(demo_model(), dtype="bfloat16")
     assert half.model.module.model.norm.weight.dtype == mx.bfloat16
+
+
+def test_no_metric_comes_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = pytest.importorskip("evaluate")
+    (tmp_path / "rouge").mkdir()
+    (tmp_path / "rouge" / "rouge.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    with lm_eval._no_metric_from_here(), pytest.raises(InputError, match="has a rouge"):
+        evaluate.load("rouge")
+    assert not (tmp_path / "ran").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,25 @@ def read_config(folder: Path) -> dict[str, Any]:
         _check_sizes(part if isinstance(part, dict) else {})
     if "model_file" in config:
         raise InputError(f"{folder} wants to run code of its own ({config['model_file']}): refused")
+    for key, name in _implementations(config):
+        if "/" in name:
+            raise InputError(f"{folder} wants to run code of the hub ({key} {name!r}): refused")
     return config
+
+
+def _implementations(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, name) of everything in config.json that names code to compute with, such as attn_implementation.
+
+    transformers takes a name with a slash for a repository, of whose code it runs a part.
+    """
+    if isinstance(content, dict):
+        for name, part in content.items():
+            yield from _implementations(part, name if "implementation" in name else key)
+    elif isinstance(content, list):
+        for part in content:
+            yield from _implementations(part, key)
+    elif key and isinstance(content, str):
+        yield key, content
 
 
 _LARGEST = {

@@ -72,8 +72,15 @@ def config_of(family: str, settings: dict[str, Any]) -> Any:
 
 
 def config_from(folder: Path, family: str) -> Any:
-    """transformers' config of a family, as it reads the folder's config.json; no code of the folder is run."""
-    return CONFIG_MAPPING[family].from_pretrained(str(folder), local_files_only=True)
+    """transformers' config of a family, as it reads the folder's config.json; no code of the folder is run.
+
+    What computes attention and experts is transformers' own choice: other implementations that a config may name are
+    packages or come from the hub.
+    """
+    config = CONFIG_MAPPING[family].from_pretrained(str(folder), local_files_only=True)
+    config._attn_implementation = "eager" if config.output_attentions else None
+    config._experts_implementation = None
+    return config
 
 
 def model_class(config: Any) -> Any:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from mlx_lqr.backends.borrowed import changed
 from mlx_lqr.backends.checkpoint import model_folder
 from mlx_lqr.backends.checkpoint.adapter import Adapter
+from mlx_lqr.backends.checkpoint.adapter_folder import CONFIG as ADAPTER
 from mlx_lqr.backends.checkpoint.config import ModelConfig
 from mlx_lqr.backends.checkpoint.families import SETTINGS
 from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, check_dtype
@@ -139,7 +140,8 @@ def load_any(folder: Path, config: dict[str, Any], dtype: str | None, device: to
 
 
 def _refuse_packed(folder: Path, config: dict[str, Any]) -> None:
-    if "quantization" in config or "quantization_config" in config:
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    if any("quantization" in part or "quantization_config" in part for part in parts):
         whose = "for MLX" if "quantization" in config else "in a format of its own"
         raise InputError(
             f"{folder} is quantised {whose}, which the torch backend cannot run: give the unquantised checkpoint (or "
@@ -217,6 +219,7 @@ _KEPT = ("architectures", "dtype", "torch_dtype", "bos_token_id", "eos_token_id"
 def _from_pretrained(folder: Path, config: PretrainedConfig, files: Weights, dtype: Any) -> Any:
     usual = [folder / SINGLE] if (folder / SINGLE).is_file() else []  # what transformers takes before it looks for more
     by_name = files.unnamed is None and (files.paths == usual or (not usual and (folder / INDEX).is_file()))
+    by_name = by_name and not (folder / ADAPTER).exists()  # which transformers would load too
     kind = AutoModelForCausalLM if by_name else model_class(config)
     module, report = kind.from_pretrained(
         str(folder) if by_name else None,
