@@ -90,9 +90,9 @@ class MLXDecoder(HookedDecoder):
     def _sampler_of(self, sampling: Sampling) -> MLXSampler:
         return MLXSampler(sampling)
 
-    def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
+    def _fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         self._steps = 0
-        super().fill(prompts, steered=steered)
+        super()._fill(prompts, steered=steered)
 
     def _step(self, tokens: mx.array) -> mx.array:
         self._steps += 1
@@ -127,22 +127,22 @@ class MLXDecoder(HookedDecoder):
         self._length = position
         return True
 
-    def trace(self, token: int) -> MLXTrace:
+    def _trace(self, token: int) -> MLXTrace:
         self._settle()
         frozen = [_frozen(layer) for layer in self._cache]
         residual: list[mx.array] = []
         calls = self._calls(token, frozen, residual)
         return _traced(residual, calls, frozen)
 
-    def trace_prompt(self, prompt: Sequence[int]) -> MLXTrace:
+    def _trace_prompt(self, prompt: Sequence[int]) -> MLXTrace:
         """In a single pass, where its last token can be taken back."""
         residual: list[mx.array] = []
         with hooked(self._blocks, _recording(residual, len(self._blocks)), range(len(self._blocks))):
-            self.fill([prompt], steered=False)
+            self._fill([prompt], steered=False)
         if not self.rewind(len(prompt) - 1):  # a window has lost what the last token would have seen
             self._cache, self._length = [], 0
-            self.fill([prompt[:-1]], steered=False)
-            return self.trace(prompt[-1])
+            self._fill([prompt[:-1]], steered=False)
+            return self._trace(prompt[-1])
         frozen = [_frozen(layer) for layer in self._cache]
         return _traced(residual, self._calls(prompt[-1], frozen, []), frozen)
 

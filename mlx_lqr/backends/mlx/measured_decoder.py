@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS
+from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS, HookedDecoder
 from mlx_lqr.backends.hooks import BlockHooks, LawHooks
 from mlx_lqr.backends.mlx.copying import arrays_in, copied
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
@@ -153,9 +153,9 @@ class MeasuredDecoder(MLXDecoder):
         finally:
             self._is_examined = False
 
-    def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
+    def _fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         if len(prompts) == 1:
-            super().fill(prompts, steered=steered)
+            super()._fill(prompts, steered=steered)
             return
         self._settle()
         restart(self._law)
@@ -230,7 +230,7 @@ class MeasuredDecoder(MLXDecoder):
     def _rewind(self, position: int) -> bool:
         return not self._apart and can_rewind(self._cache) and super()._rewind(position)
 
-    def trace(self, token: int) -> FrozenTrace:  # type: ignore[override]
+    def _trace(self, token: int) -> FrozenTrace:  # type: ignore[override]
         self._settle()
         cache = self._cache or new_caches(self._module)
         differences = self._measurement.differences
@@ -243,10 +243,8 @@ class MeasuredDecoder(MLXDecoder):
             )
         return FrozenTrace(state, blocks, self._layout.width)
 
-    def trace_prompt(self, prompt: Sequence[int]) -> FrozenTrace:  # type: ignore[override]
-        if len(prompt) > 1:
-            self.fill([prompt[:-1]], steered=False)
-        return self.trace(prompt[-1])
+    def _trace_prompt(self, prompt: Sequence[int]) -> FrozenTrace:  # type: ignore[override]
+        return HookedDecoder._trace_prompt(self, prompt)
 
     def _new_cache(self, padding: list[int]) -> list[Any]:
         self._apart = len(padding) > 1
