@@ -94,7 +94,7 @@ class Framework(ABC):
         """Compute now what a framework may have left for later, so that less is held in memory."""
 
     @abstractmethod
-    def start(self, array: Array) -> None:
+    def start(self, arrays: Iterable[Array]) -> None:
         """Start to compute, without waiting for it."""
 
     @abstractmethod

@@ -6,7 +6,7 @@ A backend adds its caches, how a token is run through the model, and the trace o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,6 +91,11 @@ class HookedDecoder(ABC):
     @abstractmethod
     def _trace(self, token: int) -> Any:
         """`trace`, inside `_computing`."""
+
+    def _left_over(self) -> Iterable[Array]:
+        """What the next step needs and the token does not wait for; the next step may be another thread's."""
+        arrays = [self._seen, self._energy, *self._sampler.state]
+        return [array for array in arrays if array is not None]
 
     @abstractmethod
     def _settle(self) -> None:
@@ -184,7 +189,7 @@ class HookedDecoder(ABC):
             if self._seen is not None:
                 logits = penalised(logits, self._seen, self.sampling.repetition_penalty, framework.where)
             tokens = framework.where(spoiled == 0, self._sampler.draw(logits), OVERFLOWED)
-            framework.start(tokens)
+            framework.start([tokens, *self._left_over()])
         return tokens
 
     def keep(self, rows: Sequence[int], tokens: Array) -> Array:

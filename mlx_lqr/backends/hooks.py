@@ -114,7 +114,7 @@ class BlockHooks(ABC):
         """
         before = [(module, self._call_of(module)) for _, module, _ in self._hooked]
         try:
-            for k, module, hook in self._hooked:
+            for _, module, _ in self._hooked:
                 self.refuse(module)
             self._thread = None if for_all else threading.get_ident()
             for k, module, hook in self._hooked:

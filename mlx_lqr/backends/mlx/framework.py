@@ -96,8 +96,8 @@ class MLXFramework(Framework):
     def compute(self, arrays: Iterable[mx.array]) -> None:
         mx.eval(list(arrays))
 
-    def start(self, array: mx.array) -> None:
-        mx.async_eval(array)
+    def start(self, arrays: Iterable[mx.array]) -> None:
+        mx.async_eval(list(arrays))
 
     def computing(self, what: str) -> AbstractContextManager[None]:
         return self.turn

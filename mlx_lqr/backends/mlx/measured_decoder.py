@@ -6,7 +6,7 @@ then merged, by mlx-lm's own code, where that was measured to agree; else each s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -197,8 +197,12 @@ class MeasuredDecoder(MLXDecoder):
         tokens = super().sample(logits)
         if self._layout.spread is not None:
             tokens = self._layout.spread.agreed(tokens)
-            self._framework.start(tokens)
+            self._framework.start([tokens])
         return tokens
+
+    def _left_over(self) -> Iterable[mx.array]:
+        # Several processes have to come to what they exchange in one order: only for the token, which all have.
+        return () if self._layout.spread is not None else super()._left_over()
 
     def _hooks_of_row(self, row: int) -> BlockHooks | None:
         if not isinstance(self._law, CarryingLaw):

@@ -67,7 +67,8 @@ class Torch(Backend):
     ) -> Model:
         from mlx_lqr.backends.torch import model
 
-        return model.load(folder, name, dtype, device, adapter)
+        with model.TorchFramework.turn:  # building a model sets torch's default dtype
+            return model.load(folder, name, dtype, device, adapter)
 
     def adopt(self, model: Any) -> Model | None:
         transformers = sys.modules.get("transformers")
@@ -75,7 +76,8 @@ class Torch(Backend):
             return None
         from mlx_lqr.backends.torch import model as models
 
-        return models.adopt(model)
+        with models.TorchFramework.turn:
+            return models.adopt(model)
 
 
 def nvidia_driver() -> bool:

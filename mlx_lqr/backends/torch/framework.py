@@ -118,7 +118,7 @@ class TorchFramework(Framework):
     def compute(self, arrays: Iterable[torch.Tensor]) -> None:
         """Nothing: torch computes at once."""
 
-    def start(self, array: torch.Tensor) -> None:
+    def start(self, arrays: Iterable[torch.Tensor]) -> None:
         """Nothing: torch has started."""
 
     @contextmanager
