@@ -24,6 +24,11 @@ from mlx_lqr.runtime.tracking import TrackedAnswer, track_answer
 from mlx_lqr.runtime.transcript import Given, read_transcript, write_transcript
 
 NO_ANSWER = "there is no answer yet: say something first"
+ROOM = 4
+"""In a rolling chat one part in so many of the context is left for an answer, or what the answer may take at most."""
+KEPT = 2
+"""Where that is not left, the oldest turns are forgotten until the rest takes one part in so many of the context. So it
+is read again from its beginning once in a while, and not at every turn."""
 
 
 @dataclass
@@ -44,6 +49,8 @@ class Chat:
     _turn: _Turn | None = field(default=None, init=False, repr=False)
     _given: list[Given] = field(default_factory=list, init=False, repr=False)
     """How each answer of the conversation was steered."""
+    _forgotten: int = field(default=0, init=False, repr=False)
+    """How many of the oldest messages after the system prompt the model no longer reads, whole turns of two."""
 
     def __post_init__(self) -> None:
         stream(self.model, [0], **self._decoding(None, 1))  # refuses wrong options without decoding anything
@@ -124,7 +131,7 @@ class Chat:
         reply = {"role": "assistant", "content": ""}
         self.messages += [{"role": "user", "content": text}, reply]
         try:
-            turn, pieces = self._begin(self.model.tokenizer.chat(self.messages[:-1]), reply)
+            turn, pieces = self._begin(self._prompt(), reply)
             for piece in turn.recorded(pieces):
                 reply["content"] += piece.text
                 yield piece
@@ -201,7 +208,7 @@ class Chat:
     def restart(self) -> None:
         """Forget the conversation, except for the system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
-        self._given = []
+        self._given, self._forgotten = [], 0
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Write the transcript as JSON: the model, the present strengths, and every message, each answer with the
@@ -225,6 +232,7 @@ class Chat:
             InputError: the file was not written by `save`. The conversation then stays as it is.
         """
         name, strengths, self.messages, self._given = read_transcript(path)
+        self._forgotten = 0
         for concept in self._strengths.keys() & strengths.keys():
             self.set_strength(strengths[concept], concept)
         notes = []
@@ -258,7 +266,28 @@ class Chat:
         """The prompt of the conversation's last answer."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise InputError(NO_ANSWER)
-        return self.model.tokenizer.chat(self.messages[:-1])
+        return self._prompt()
+
+    def _prompt(self) -> list[int]:
+        """All that the model reads before the last answer: in a rolling chat, of what fits the context."""
+        before = self.messages[:-1]
+        first = int(before[0]["role"] == "system")
+
+        def read() -> list[int]:
+            return self.model.tokenizer.chat([*before[:first], *before[first + self._forgotten :]])
+
+        if not self._rolling:
+            self._forgotten = 0
+            return read()
+        self._forgotten = min(self._forgotten, len(before) - first - 1)
+        prompt, context = read(), self.model.context_length
+        answer = self.options.get("max_tokens", MAX_TOKENS)
+        limit = context - min(answer, context // ROOM)
+        while len(prompt) > limit and len(before) - first - self._forgotten > 1:
+            limit = context // KEPT
+            self._forgotten += 2
+            prompt = read()
+        return prompt
 
     def _decoding(self, controller: Steering | None, prompt_length: int) -> Options:
         options: Options = {**self.options, "controller": controller}
