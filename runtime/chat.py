@@ -212,7 +212,7 @@ class Chat:
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Write the transcript as JSON: the model, the present strengths, and every message, each answer with the
-        strengths it was steered with.
+        strengths it was steered with. The file is its owner's alone to read, and becomes so where it was not.
 
         Args:
             force: overwrite a file of any kind, not only a transcript.

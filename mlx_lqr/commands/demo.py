@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.fit import to_try
 from mlx_lqr.commands.help import command
 from mlx_lqr.commands.options import Loading, concept_option, loading_options, max_tokens_option, prompt_option
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.concepts import bundled_prompts
@@ -41,14 +40,14 @@ def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
     with progress_bars() as progress:
         model = load("demo", **loading, progress=progress)
     controller = _controller(model, concept)
-    click.echo(f'\n{model.name} continues "{prompt}"\n')
+    say(f'\n{model.name} continues "{prompt}"\n')
     _sample("not steered", model, prompt, None, 0.0, max_tokens)
     for strength in STRENGTHS:
         _sample(f"{concept}, strength {strength:g}", model, prompt, controller, strength, max_tokens)
     _tracking_table(model, prompt, controller)
     file = _controller_file(model, concept)
-    click.echo(f"\nThe controller: {file} ({file.stat().st_size / 1000:.0f} kB). Go on with it:")
-    click.echo(f"  mlx-lqr chat demo -c {to_try(str(file), controller)}")
+    say(f"\nThe controller: {file} ({file.stat().st_size / 1000:.0f} kB). Go on with it:")
+    say(f"  mlx-lqr chat demo -c {to_try(str(file), controller)}")
 
 
 def _controller(model: Model, concept: str) -> Controller:
@@ -74,15 +73,16 @@ def _controller_file(model: Model, concept: str) -> Path:
 def _sample(
     title: str, model: Model, prompt: str, controller: Controller | None, strength: float, max_tokens: int
 ) -> None:
-    click.echo(click.style(f"[{title}]", bold=True) + f" {prompt}", nl=False)
+    say(f"[{title}]", nl=False, bold=True)
+    say(f" {prompt}", nl=False)
     for piece in stream(model, prompt, controller=controller, strength=strength, max_tokens=max_tokens):
-        click.echo(piece.text, nl=False)
-    click.echo("\n")
+        say(piece.text, nl=False)
+    say("\n")
 
 
 def _tracking_table(model: Model, prompt: str, controller: Controller) -> None:
     """Feature against setpoint at the prompt's last token, as strengths."""
-    click.echo("Tracking at the prompt's last token: the strength that the feature v_k.z_k of layer k amounts to")
+    say("Tracking at the prompt's last token: the strength that the feature v_k.z_k of layer k amounts to")
     unsteered = track(model, prompt, controller, 0.0, steered=False).feature
     features = [unsteered, *(track(model, prompt, controller, strength).feature for strength in STRENGTHS)]
     reached = [as_strength(controller, feature[:, 0]) for feature in features]

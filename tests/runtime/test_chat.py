@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.by_hand import last_features
 from helpers.backends import tiny_on
+from helpers.by_hand import last_features
 from helpers.command_line import refused, run
 from helpers.controllers import controller_for
 from helpers.decoding import tokens
