@@ -98,7 +98,7 @@ class Framework(ABC):
         """Start to compute, without waiting for it."""
 
     @abstractmethod
-    def computing(self, what: str) -> AbstractContextManager[None]:
+    def computing(self, what: str) -> AbstractContextManager[object]:
         """Around all that is computed: no other thread computes (`turn`), and nothing takes derivatives; running out of
         memory for `what` is an `InputError`."""
 

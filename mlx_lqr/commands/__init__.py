@@ -79,7 +79,7 @@ def _printable_refusals() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
-        error.message = printable(error.message, sys.stderr)
+        error.message = printable(error.message, sys.stderr)  # type: ignore[misc]
         raise
 
 

@@ -46,9 +46,10 @@ class MLX(Backend):
         pipeline: bool,
     ) -> Model:
         from mlx_lqr.backends.mlx import model
+        from mlx_lqr.backends.mlx.framework import MLXFramework
 
         assert device is None
-        with model.MLXFramework.turn:
+        with MLXFramework.turn:
             return model.load(folder, name, dtype, adapter, pipeline)
 
     def said(self, text: str | None) -> str | None:

@@ -99,7 +99,7 @@ class MLXFramework(Framework):
     def start(self, arrays: Iterable[mx.array]) -> None:
         mx.async_eval(list(arrays))
 
-    def computing(self, what: str) -> AbstractContextManager[None]:
+    def computing(self, what: str) -> AbstractContextManager[object]:
         return self.turn
 
 

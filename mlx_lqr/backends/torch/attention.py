@@ -156,7 +156,7 @@ def _by_products(
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
+def _no_mask(*args: Any, **kwargs: Any) -> None:
     """transformers' mask for `attend`: a pass of ours brings one, so that it is another thread that asks."""
     _ = _passes.layout
 

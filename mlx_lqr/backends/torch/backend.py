@@ -66,8 +66,9 @@ class Torch(Backend):
         pipeline: bool,
     ) -> Model:
         from mlx_lqr.backends.torch import model
+        from mlx_lqr.backends.torch.framework import TorchFramework
 
-        with model.TorchFramework.turn:  # building a model sets torch's default dtype
+        with TorchFramework.turn:  # building a model sets torch's default dtype
             return model.load(folder, name, dtype, device, adapter)
 
     def adopt(self, model: Any) -> Model | None:
@@ -75,8 +76,9 @@ class Torch(Backend):
         if transformers is None or not isinstance(model, transformers.PreTrainedModel):
             return None
         from mlx_lqr.backends.torch import model as models
+        from mlx_lqr.backends.torch.framework import TorchFramework
 
-        with models.TorchFramework.turn:
+        with TorchFramework.turn:
             return models.adopt(model)
 
 
