@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from os import PathLike
 
@@ -18,17 +20,13 @@ from mlx_lqr.methods.law import AdjustableLaw, check_strength
 from mlx_lqr.methods.recording import RecordedFeedback, Recording
 from mlx_lqr.methods.steering import Steering, combine, only_controller
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
+from mlx_lqr.runtime.forgetting import remembered
 from mlx_lqr.runtime.generate import Options, Piece, Strength, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
 from mlx_lqr.runtime.tracking import TrackedAnswer, track_answer
 from mlx_lqr.runtime.transcript import Given, read_transcript, write_transcript
 
 NO_ANSWER = "there is no answer yet: say something first"
-ROOM = 4
-"""In a rolling chat one part in so many of the context is left for an answer, or what the answer may take at most."""
-KEPT = 2
-"""Where that is not left, the oldest turns are forgotten until the rest takes one part in so many of the context. So it
-is read again from its beginning once in a while, and not at every turn."""
 
 
 @dataclass
@@ -49,6 +47,8 @@ class Chat:
     _turn: _Turn | None = field(default=None, init=False, repr=False)
     _given: list[Given] = field(default_factory=list, init=False, repr=False)
     """How each answer of the conversation was steered."""
+    _alone: AbstractContextManager[object] = field(default_factory=threading.Lock, init=False, repr=False)
+    """Held while the decoder of an answer works, or is taken over by the next one."""
     _forgotten: int = field(default=0, init=False, repr=False)
     """How many of the oldest messages after the system prompt the model no longer reads, whole turns of two."""
 
@@ -125,18 +125,20 @@ class Chat:
         """The model's answer, piece by piece. If it is interrupted, the part so far stays in the conversation.
 
         Raises:
-            InputError: at the first piece, the conversation cannot be answered; it stays as it was.
+            InputError: at the first piece, the conversation cannot be answered; it stays as it was. Later, the next
+                answer has begun, here or in another thread.
             OverflowingError: later, activations overflow.
         """
         reply = {"role": "assistant", "content": ""}
-        self.messages += [{"role": "user", "content": text}, reply]
         try:
-            turn, pieces = self._begin(self._prompt(), reply)
-            for piece in turn.recorded(pieces):
+            with self._alone:
+                self.messages += [{"role": "user", "content": text}, reply]
+                turn, pieces = self._begin(self._prompt(), reply)
+            for piece in turn.recorded(pieces, self._alone):
                 reply["content"] += piece.text
                 yield piece
         except InputError:
-            if not reply["content"]:
+            if not reply["content"] and self.messages[-1] is reply:
                 del self.messages[-2:]
             raise
 
@@ -270,23 +272,12 @@ class Chat:
 
     def _prompt(self) -> list[int]:
         """All that the model reads before the last answer: in a rolling chat, of what fits the context."""
-        before = self.messages[:-1]
-        first = int(before[0]["role"] == "system")
-
-        def read() -> list[int]:
-            return self.model.tokenizer.chat([*before[:first], *before[first + self._forgotten :]])
-
+        before, read = self.messages[:-1], self.model.tokenizer.chat
         if not self._rolling:
             self._forgotten = 0
-            return read()
-        self._forgotten = min(self._forgotten, len(before) - first - 1)
-        prompt, context = read(), self.model.context_length
+            return read(before)
         answer = self.options.get("max_tokens", MAX_TOKENS)
-        limit = context - min(answer, context // ROOM)
-        while len(prompt) > limit and len(before) - first - self._forgotten > 1:
-            limit = context // KEPT
-            self._forgotten += 2
-            prompt = read()
+        prompt, self._forgotten = remembered(before, self._forgotten, read, self.model.context_length, answer)
         return prompt
 
     def _decoding(self, controller: Steering | None, prompt_length: int) -> Options:
@@ -310,6 +301,8 @@ class Chat:
         if controller is not None and controller.checked:
             options["record"] = Recording()
         pieces = stream(self.model, prompt, decoder=decoder, **options)
+        if self._turn is not None:
+            self._turn.is_over = True
         self._turn = _Turn(prompt, reply, self._controllers, controller, decoder, self._rolling, options.get("record"))
         self._given.append(Given(reply, tuple(self._strengths), self._turn.strengths))
         return self._turn, pieces
@@ -348,24 +341,36 @@ class _Turn:
     """The strengths at the prompt's last token and then at each token of the answer."""
     law: Law | None = None
     """The law that steered; with adaptive gains, the one with this prompt's gains."""
+    is_over: bool = False
+    """Whether the next answer has begun."""
     intact: bool = False
     """False while the decoder works: an exception then, also Ctrl-C, leaves an incomplete cache."""
 
-    def recorded(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Pass the pieces on, and note tokens, strengths and law."""
-        strength = self._strength()
-        self.strengths.append(strength)
-        for piece in pieces:
+    def recorded(self, pieces: Iterator[Piece], alone: AbstractContextManager[object]) -> Iterator[Piece]:
+        """Pass the pieces on, and note tokens, strengths and law.
+
+        Args:
+            alone: held while the decoder works.
+
+        Raises:
+            InputError: the next answer has begun, maybe with this decoder.
+        """
+        self.strengths.append(self._strength())
+        while True:
+            strength = self._strength()
+            with alone:
+                if self.is_over:
+                    raise InputError("the next answer of this conversation has begun: this one ends here")
+                self.intact = False
+                piece = next(pieces, None)
+                self.law = self.decoder.law
+                self.intact = True
+            if piece is None:
+                return
             if piece.token is not None:
                 self.tokens.append(piece.token)
                 self.strengths.append(strength)  # of the step that began before this piece: see `decode`
-            self.law = self.decoder.law
-            self.intact = True
             yield piece
-            self.intact = False
-            strength = self._strength()
-        self.law = self.decoder.law
-        self.intact = True
 
     def measured(self) -> tuple[np.ndarray, np.ndarray]:
         """alpha_k (n, T, m) and |u_k| (n, T) at the prompt's last token and at every token of the answer run so far."""

@@ -21,7 +21,9 @@ from tokenizers import Tokenizer, decoders, models
 
 import mlx_lqr
 from mlx_lqr.commands import main
+from mlx_lqr.commands.chat_view import draw_comparison
 from mlx_lqr.commands.tables import show_table
+from mlx_lqr.files.private import keep_private
 from mlx_lqr.runtime import __main__ as edge
 from mlx_lqr.runtime.streams import printable
 
@@ -165,3 +167,21 @@ def test_what_was_said_is_for_its_owner_alone(model: Path, tmp_path: Path) -> No
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     finally:
         os.umask(before)
+
+
+def test_a_history_that_others_could_open_is_closed_to_them(tmp_path: Path) -> None:
+    history = tmp_path / "chat_history"
+    assert not keep_private(history)
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    history.write_text("said")
+    history.chmod(0o664)
+    assert keep_private(history)
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert history.read_text() == "said"
+
+
+def test_a_comparison_shows_what_a_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch) as shown:
+        draw_comparison([(HARMFUL, iter([mlx_lqr.Piece(HARMFUL, 1)]))])
+    assert r"\x1b]0;title" in shown[0]
+    assert not {"\x1b]", "\x07", "\x9b", "\x08", "\u202e"} & {*shown[0], *re.findall("\x1b.", shown[0])}

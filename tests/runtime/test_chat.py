@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,29 @@ def test_an_answer_cut_short_stays_and_the_chat_goes_on(monkeypatch: pytest.Monk
     monkeypatch.undo()
     assert chat.messages[-1]["role"] == "assistant"
     assert tokens(chat.answer("and again")) == fresh(chat)
+
+
+def test_an_answer_ends_where_the_next_one_begins() -> None:
+    chat = Chat(chatting(), options={"max_tokens": 9})
+    first, second = chat.answer("hello"), chat.answer("more")
+    said = "".join(piece.text for piece in islice(first, 3))
+    answer = [next(second).token]
+    with pytest.raises(InputError, match="has begun"):
+        next(first)
+    answer += tokens(second)
+    assert [message["content"] for message in chat.messages[:3]] == ["hello", said, "more"]
+    assert answer == fresh(chat)
+
+    def ask(question: str) -> str:
+        try:
+            return "".join(piece.text for piece in chat.answer(question))
+        except InputError as refusal:
+            return str(refusal)
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = list(pool.map(ask, ["one", "two", "three", "four"]))
+    assert all("has begun" in one or len(one) <= 9 for one in asked)
+    assert tokens(chat.answer("and now")) == fresh(chat)
 
 
 def test_an_answer_gets_the_room_that_the_context_leaves() -> None:
