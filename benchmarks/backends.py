@@ -21,7 +21,7 @@ from report import ratio, say
 
 import mlx_lqr  # first, so that MLX gets its BLAS
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.lqr.linearize import stream_jacobians
+from mlx_lqr.lqr.linearize import stream_jacobians, traces
 from mlx_lqr.lqr.riccati import Weights, sweep
 
 # isort: split
@@ -75,7 +75,7 @@ class Clock(transformers.generation.BaseStreamer):
 
 def our_pace(model: Model, prompt: list[int], tokens: int, **options: Any) -> float:
     """Seconds a token between the first and the last."""
-    pieces: Iterable[Any] = mlx_lqr.stream(model, prompt, max_tokens=tokens, **options)
+    pieces: Iterable[Any] = mlx_lqr.stream(model, prompt, max_tokens=tokens, temperature=0, **options)
     times = [time.perf_counter() for _ in pieces]
     return (times[-1] - times[0]) / (len(times) - 1)
 
@@ -101,7 +101,7 @@ def plain_hooks(model: TorchModel, controller: mlx_lqr.Controller, strength: flo
     handles = []
     for k in controller.active_layers:
         parts = [
-            controller.direction[k],
+            controller.sensor[k],
             controller.gain[k].T,
             controller.offset[k] + strength * controller.setpoint[k],
         ]
@@ -173,7 +173,7 @@ def linearising(models: dict[str, Any], prompt: list[int], rounds: int) -> None:
     for _ in range(rounds):
         for name, model in models.items():
             start = time.perf_counter()
-            for _layer in stream_jacobians(model, [prompt]):
+            for _layer in stream_jacobians(model, traces(model, [prompt])):
                 pass
             seconds[name].append(time.perf_counter() - start)
     for name, taken in seconds.items():

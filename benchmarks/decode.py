@@ -59,7 +59,7 @@ def contenders(model: MLXModel, tokens: int) -> dict[str, Stream]:
     model.tokenizer.end_tokens = frozenset()
 
     def ours(**options: Any) -> Stream:
-        return lambda: mlx_lqr.stream(model, prompt, max_tokens=tokens, **options)
+        return lambda: mlx_lqr.stream(model, prompt, max_tokens=tokens, temperature=0, **options)
 
     streams: dict[str, Stream] = {
         "mlx_lm.stream_generate, not steered": lambda: mlx_lm.stream_generate(
@@ -97,11 +97,11 @@ def batch_gain(model: MLXModel, size: int, tokens: int, rounds: int) -> list[flo
 
     def batch() -> Iterable[int]:
         """One element a step of the whole batch."""
-        return (i for i, _ in mlx_lqr.batch_stream(model, prompts, max_tokens=tokens) if i == 0)
+        return (i for i, _ in mlx_lqr.batch_stream(model, prompts, max_tokens=tokens, temperature=0) if i == 0)
 
     gains = []
     for _ in range(rounds):
-        one = pace(mlx_lqr.stream(model, prompts[0], max_tokens=tokens))
+        one = pace(mlx_lqr.stream(model, prompts[0], max_tokens=tokens, temperature=0))
         gains.append(size * one / pace(batch()))
     return gains
 

@@ -81,7 +81,7 @@ def exchange(model: Model, controller: mlx_lqr.Controller, question: str) -> Exc
     """Both answers to a question, in the model's chat template."""
     prompt = model.tokenizer.chat([{"role": "user", "content": question}])
     answers = [
-        mlx_lqr.generate(model, prompt, controller=controller, strength=strength, max_tokens=TOKENS)
+        mlx_lqr.generate(model, prompt, controller=controller, strength=strength, max_tokens=TOKENS, temperature=0)
         for strength in (0.0, STRENGTH)
     ]
     return Exchange(question, *answers)

@@ -64,7 +64,8 @@ def seconds_to_first_text(command: list[str], header: bytes) -> float:
 def programs(folder: Path, gguf: Path | None, controllers: tuple[str, ...]) -> dict[str, list[str]]:
     """The commands that print one token after the prompt."""
     python = sys.executable
-    ours = [str(folder), "-p", PROMPT, "-n", "1", *(part for text in controllers for part in ("-c", text))]
+    steered = [part for text in controllers for part in ("-c", text)]
+    ours = [str(folder), "-p", PROMPT, "-n", "1", "--temperature", "0", *steered]
     mlx_lm = ["--model", str(folder), "--prompt", PROMPT, "--max-tokens", "1", "--ignore-chat-template"]
     commands = {
         OURS: [python, "-m", "mlx_lqr.runtime", *ours],

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, get_args
 
+from mlx_lqr.backends.protocol import Sampling
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.lqr.strength import Budget
@@ -108,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget", choices=get_args(Budget), default=None, help=BUDGET_HELP)
 
     def decoding(*names: str, **kind: Any) -> None:
-        add(*names, help=DECODING_HELP[names[-1].strip("-").replace("-", "_")], **kind)
+        name = names[-1].strip("-").replace("-", "_")
+        default = getattr(Sampling, name, None)
+        add(*names, help=DECODING_HELP[name] + (f" [default: {default}]" if default is not None else ""), **kind)
 
     decoding("-n", "--max-tokens", type=int)
     decoding("--temperature", type=float)

@@ -22,7 +22,7 @@ DECODING_HELP: Mapping[str, str] = {
     "top_k": "Sample from this many likeliest tokens; 0: from all.",
     "min_p": "Sample from tokens that have at least this share of the likeliest one's probability.",
     "repetition_penalty": "Above 1, tokens that have occurred become less likely.",
-    "seed": "Makes sampling repeatable.",
+    "seed": "The same number gives the same text; without one, each call gives another.",
     "stop": "End the answer before this text; may be repeated.",
     "overflow": "When the context is full: stop with an error, or roll on without the oldest tokens.",
 }

@@ -10,7 +10,7 @@ from os import PathLike
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Decoder, Law, Runner
+from mlx_lqr.backends.protocol import Decoder, Law, Runner, fresh_seed
 from mlx_lqr.backends.text.detokenizer import common_length
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
@@ -40,7 +40,8 @@ class Chat:
     model: Runner
     messages: list[Message] = field(default_factory=list)
     options: Options = field(default_factory=Options)
-    """How answers are decoded. Controller and strength come from the chat; `max_tokens` is cut to what fits."""
+    """How answers are decoded. Controller and strength come from the chat; `max_tokens` is cut to what fits. Every
+    answer is drawn with `seed`; without one, each with another."""
     _controllers: list[Steering] = field(default_factory=list, init=False, repr=False)
     """Replaced, never changed in place: the same list object means the same controllers."""
     _strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
@@ -51,6 +52,8 @@ class Chat:
     """Held while the decoder of an answer works, or is taken over by the next one."""
     _forgotten: int = field(default=0, init=False, repr=False)
     """How many of the oldest messages after the system prompt the model no longer reads, whole turns of two."""
+    _seed: int | None = field(default_factory=fresh_seed, init=False, repr=False)
+    """The last answer was drawn with it where `options` has none, and so is what it is compared with."""
 
     def __post_init__(self) -> None:
         stream(self.model, [0], **self._decoding(None, 1))  # refuses wrong options without decoding anything
@@ -145,7 +148,8 @@ class Chat:
     def steered(self) -> Iterator[Piece]:
         """The answer to the last message with the present steering. The conversation stays as it is.
 
-        If the answer in the conversation was steered in this way, it is that one; otherwise it is decoded again.
+        If the answer in the conversation was steered in this way, it is that one; otherwise it is decoded again, with
+        the same random numbers.
 
         Raises:
             InputError: there is no answer yet, or nothing steers.
@@ -166,7 +170,8 @@ class Chat:
         return stream(self.model, prompt, **self._decoding(controller, len(prompt)))
 
     def unsteered(self) -> Iterator[Piece]:
-        """The answer to the last message without steering. The conversation stays as it is.
+        """The answer to the last message without steering, drawn with the same random numbers. The conversation stays
+        as it is.
 
         Raises:
             InputError: there is no answer yet.
@@ -284,6 +289,8 @@ class Chat:
         options: Options = {**self.options, "controller": controller}
         if controller is not None:
             options["strength"] = [self._strengths[name] for name in controller.concepts]
+        if options.get("seed") is None:
+            options["seed"] = self._seed
         if not self._rolling:
             room = room_after(self.model, prompt_length)
             if room < 1:
@@ -295,7 +302,7 @@ class Chat:
         return options
 
     def _begin(self, prompt: list[int], reply: Message) -> tuple[_Turn, Iterator[Piece]]:
-        controller = self.controller
+        controller, self._seed = self.controller, fresh_seed()
         options = self._decoding(controller, len(prompt))
         decoder = self._decoder_for(prompt, controller)
         if controller is not None and controller.checked:

@@ -43,9 +43,9 @@ class Options(TypedDict, total=False):
     max_tokens: int
     """How many tokens at most (256)."""
     temperature: float
-    """0, the default, takes the most likely token each time."""
+    """Higher is more random (0.8); 0 takes the most likely token each time, whatever top_p, top_k and min_p are."""
     top_p: float
-    """Sample from the likeliest tokens with this total probability (1)."""
+    """Sample from the likeliest tokens with this total probability (0.9; 1: all)."""
     top_k: int
     """Sample from this many tokens (0: all)."""
     min_p: float
@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
     repetition_penalty: float
     """Above 1, tokens seen before become less likely (1)."""
     seed: int | None
-    """The same seed gives the same text."""
+    """The same seed gives the same text. None, the default, draws another text each time."""
     stop: str | Sequence[str]
     """Texts that end the answer; they are not part of it."""
     overflow: Overflow

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.backends import BACKENDS, smollm2_on
+from helpers.chance import refuse_unseeded
 from helpers.command_line import PROMPTS
 from helpers.real_models import gemma3_folder, gemma3_gguf, smollm2_folder, smollm2_gguf  # noqa: F401 - fixtures
 from safetensors.numpy import load_file
@@ -53,6 +54,13 @@ def _demo_is_loaded_once() -> Iterator[None]:
         for name in BACKENDS if HAVE_MLX else BACKENDS[1:]:
             backend = importlib.import_module(f"mlx_lqr.backends.{name}.model")
             patch.setattr(backend, "load", _loading_once(backend.load))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_to_chance() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_unseeded(patch)
         yield
 
 

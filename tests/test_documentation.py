@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 import pytest
+from helpers.chance import allow_unseeded
 from helpers.documentation import (
     COMMANDS,
     DOCS,
@@ -122,6 +123,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             if vars(module).get("default_prompts") is half_sentences:
                 patch.setattr(module, "default_prompts", few_half_sentences)
         patch.setattr("mlx_lqr.tasks.damage.POSITIONS", 2)
+        allow_unseeded(patch, seed=0)
         patch.setattr(NeutralText, "_sentences", property(lambda self: sentences))
         patch.setattr(Capability, "bundled", classmethod(lambda cls: cls(questions.questions[:1])))
         yield

@@ -64,7 +64,9 @@ def test_logits_and_tokens_unsteered(smollm2: Model, golden: dict[str, Any]) -> 
     tokens = smollm2.tokenizer.encode(golden["prompt"])
     assert tokens == golden["tokens"]["prompt"]
     assert np.abs(smollm2.logits(tokens) - golden["logits_unsteered"]).max() < 2e-3
-    assert [piece.token for piece in mlx_lqr.stream(smollm2, tokens, max_tokens=40)] == golden["tokens"]["unsteered"]
+    assert [piece.token for piece in mlx_lqr.stream(smollm2, tokens, max_tokens=40, temperature=0)] == golden["tokens"][
+        "unsteered"
+    ]
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
@@ -78,7 +80,9 @@ def test_logits_and_tokens_steered(
     law = law_on(smollm2, steered, strength)
     logits = smollm2.logits(tokens, law=law, steer_all=positions == "all")
     assert np.abs(logits - golden[f"logits/{name}"]).max() < 2e-3
-    pieces = mlx_lqr.stream(smollm2, golden["prompt"], controller=steered, strength=strength, max_tokens=40)
+    pieces = mlx_lqr.stream(
+        smollm2, golden["prompt"], controller=steered, strength=strength, max_tokens=40, temperature=0
+    )
     agreed = 40 if positions == "last" else 10
     assert [piece.token for piece in pieces][:agreed] == golden["tokens"][name][:agreed]
 
@@ -90,5 +94,7 @@ def test_controller_file_is_small_and_steers_alike(
     controller.save(file)
     assert file.stat().st_size < 150_000
     loaded = mlx_lqr.Controller.load(file)
-    text = mlx_lqr.generate(smollm2, golden["prompt"], controller=loaded, strength=3.0, max_tokens=20)
-    assert text == mlx_lqr.generate(smollm2, golden["prompt"], controller=controller, strength=3.0, max_tokens=20)
+    text = mlx_lqr.generate(smollm2, golden["prompt"], controller=loaded, strength=3.0, max_tokens=20, temperature=0)
+    assert text == mlx_lqr.generate(
+        smollm2, golden["prompt"], controller=controller, strength=3.0, max_tokens=20, temperature=0
+    )

@@ -21,6 +21,7 @@ next; results meant for others are NumPy arrays in float32.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -107,16 +108,20 @@ def restart(law: Law | None) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the logits. Temperature 0 takes the most likely token."""
+    """How the next token is drawn from the logits.
 
-    temperature: float = 0.0
-    top_p: float = 1.0
+    These defaults are those of everything that writes text: commands, runtime, Python functions and tasks.
+    """
+
+    temperature: float = 0.8
+    """0 takes the most likely token, whatever the filters are."""
+    top_p: float = 0.9
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     """Divides the positive logits of every token that has been seen, in the prompt too, and multiplies the negative."""
     seed: int | None = None
-    """Sequence i of a batch is drawn with `seed` + i, as it would be alone."""
+    """Sequence i of a batch is drawn with `seed` + i, as it would be alone. None: with a new one each time."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -133,9 +138,14 @@ class Sampling:
             raise InputError(f"seed must be zero or above, not {self.seed!r}")
 
 
-GREEDY = Sampling()
+GREEDY = Sampling(temperature=0.0)
 LEAST_TEMPERATURE = 1e-30
 """Lower ones draw as this one does, the most likely token; float32 has no such small numbers."""
+
+
+def fresh_seed() -> int:
+    """A seed that no other call gives, for draws that need not be repeated."""
+    return secrets.randbits(32)
 
 
 class LinearAlgebra(Protocol):

@@ -5,12 +5,11 @@ A backend adds the filters of `Sampling` in its own operations, and random numbe
 
 from __future__ import annotations
 
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from mlx_lqr.backends.hooks import Where
-from mlx_lqr.backends.protocol import LEAST_TEMPERATURE, Array, Sampling
+from mlx_lqr.backends.protocol import LEAST_TEMPERATURE, Array, Sampling, fresh_seed
 
 
 class Sampler(ABC):
@@ -18,7 +17,7 @@ class Sampler(ABC):
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._seed = sampling.seed if sampling.seed is not None else secrets.randbits(32)
+        self._seed = sampling.seed if sampling.seed is not None else fresh_seed()
 
     @property
     def state(self) -> Sequence[Array]:

@@ -11,6 +11,7 @@ from typing import Any, TypedDict, get_args
 
 import click
 
+from mlx_lqr.backends.protocol import Sampling
 from mlx_lqr.commands.help import (
     CONCEPT,
     DECODING,
@@ -197,11 +198,11 @@ def decoding_options(max_tokens: int) -> Decorator:
     penalty, when_full = DECODING_HELP["repetition_penalty"], DECODING_HELP["overflow"]
     return together(
         max_tokens_option(max_tokens),
-        temperature_option(0.0),
-        top_p_option(1.0),
-        option("--top-k", default=0, heading=DECODING, help=DECODING_HELP["top_k"]),
-        option("--min-p", default=0.0, heading=DECODING, help=DECODING_HELP["min_p"]),
-        option("--repetition-penalty", default=1.0, heading=DECODING, help=penalty),
+        temperature_option(Sampling.temperature),
+        top_p_option(Sampling.top_p),
+        option("--top-k", default=Sampling.top_k, heading=DECODING, help=DECODING_HELP["top_k"]),
+        option("--min-p", default=Sampling.min_p, heading=DECODING, help=DECODING_HELP["min_p"]),
+        option("--repetition-penalty", default=Sampling.repetition_penalty, heading=DECODING, help=penalty),
         seed_option(DECODING_HELP["seed"], heading=DECODING),
         option("--stop", multiple=True, metavar="TEXT", heading=DECODING, help=DECODING_HELP["stop"]),
         option("--overflow", type=click.Choice(get_args(Overflow)), default="error", heading=DECODING, help=when_full),
@@ -222,6 +223,13 @@ contrast_options = together(
         help='Prompts that have the concept: one a line, or JSON lines with a "prompt" key.',
     ),
     option("--negative", type=click.Path(), metavar="FILE", heading=CONCEPT, help="Prompts that lack it."),
+    option(
+        "--chat-prompts/--plain-prompts",
+        default=None,
+        heading=CONCEPT,
+        help="Take each prompt as the beginning of an answer in the chat template, or as it is. By default the former "
+        "where the model has a template.",
+    ),
 )
 
 

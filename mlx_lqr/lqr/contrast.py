@@ -50,6 +50,9 @@ class Contrast:
 
     About 0 where the sets differ by chance alone, negative where prompts fall on the wrong side; zero where mu_k is
     zero; None where a set has fewer than two prompts."""
+    discriminant: Float32 | None = None
+    """(T, d): Fisher's linear discriminant w_k of the two sets, scaled to w_k . v_k = 1; zero where mu_k is zero; None
+    where it was not asked for, and for two single prompts. See `_discriminant`."""
 
     @property
     def magnitude(self) -> Float32:
@@ -98,7 +101,11 @@ def contrast(
         InputError: a set is empty, both sets are the same, a prompt has no tokens or does not fit the model's context,
             the activations overflow, or they are the same for both sets.
     """
-    return contrast_of(model, *activations(model, *tokenise_sets(model, positive, negative), progress))
+    sets = tokenise_sets(model, positive, negative)
+    shortened = [prompt[: -1 - i % SHORTENED] for i, prompt in enumerate(sets[1]) if len(prompt) > 1 + i % SHORTENED]
+    residuals = model.residuals([*sets[0], *sets[1], *shortened], progress=progress)
+    first, second = len(sets[0]), len(sets[0]) + len(sets[1])
+    return contrast_of(model, residuals[:first], residuals[first:second], residuals[second:])
 
 
 def activations(
@@ -116,8 +123,11 @@ def activations(
     return residuals[: len(positive)], residuals[len(positive) :]
 
 
-def contrast_of(model: Runner, positive: Float32, negative: Float32) -> Contrast:
+def contrast_of(model: Runner, positive: Float32, negative: Float32, elsewhere: Float32 | None = None) -> Contrast:
     """The contrast of two sets of prompts from their `activations`.
+
+    Args:
+        elsewhere: (l, T + 1, d), of other positions of ordinary text, for the discriminant; without them there is none.
 
     Raises:
         InputError: the activations of both sets are the same.
@@ -136,6 +146,7 @@ def contrast_of(model: Runner, positive: Float32, negative: Float32) -> Contrast
         model.name,
         _pooled_std(positive, negative, difference),
         _held_out_separation(positive, negative, difference),
+        None if elsewhere is None else _discriminant(positive, negative, elsewhere, difference),
     )
 
 
@@ -190,6 +201,39 @@ def _held_out_separation(positive: Float32, negative: Float32, difference: np.nd
     distance[~difference.any(axis=1)] = 0
     with np.errstate(divide="ignore"):
         return np.divide(distance, std, out=np.zeros_like(distance), where=distance != 0).astype(np.float32)
+
+
+SHORTENED = 8
+"""The discriminant knows the negative prompts without their last tokens too: prompt i without 1 + i mod `SHORTENED`."""
+SHRINKAGE = 0.3
+"""lambda, the weight of the identity in the covariance of `_discriminant`."""
+
+
+def _discriminant(positive: Float32, negative: Float32, elsewhere: Float32, difference: np.ndarray) -> Float32 | None:
+    """`Contrast.discriminant` of activations (n, T + 1, d), (m, T + 1, d) and (l, T + 1, d).
+
+    w_k = C_k^-1 v_k / (v_k . C_k^-1 v_k) with C = (1 - lambda) S + lambda (tr S / d) I, where S is the covariance
+    within the sets (Fisher 1936; shrinkage as in Ledoit and Wolf 2004, with a fixed weight) and at other positions.
+    Of all that read a displacement along v_k rightly, w_k answers least to what else varies. The law reads at every
+    token and the sets end where sentences do: without the other positions w_k may answer to any word within a
+    sentence. With N rows in d dimensions S has rank below N: C^-1 v comes from an N x N system (Woodbury).
+    """
+    if len(positive) + len(negative) == 2:
+        return None
+    groups = [one for one in (positive, negative, elsewhere) if len(one)]
+    freedom = sum(map(len, groups)) - len(groups)
+    v = unit(difference[:-1])
+    discriminant = np.zeros_like(v)
+    for k in np.flatnonzero(v.any(axis=1)):
+        X = np.vstack([one[:, k] - one[:, k].mean(axis=0, dtype=np.float64) for one in groups])
+        floor = SHRINKAGE * (X**2).sum() / (freedom * X.shape[1])
+        if not floor:  # all prompts of a set are the same here
+            discriminant[k] = v[k]
+            continue
+        X *= np.sqrt((1 - SHRINKAGE) / freedom)
+        solved = (v[k] - X.T @ np.linalg.solve(X @ X.T + floor * np.eye(len(X)), X @ v[k])) / floor
+        discriminant[k] = solved / (v[k] @ solved)
+    return discriminant.astype(np.float32)
 
 
 def _same_multiset(positive: Float32, negative: Float32) -> np.ndarray:

@@ -1,4 +1,13 @@
-"""Which layers are controlled: those that are named, or those that separate the positive from the negative prompts."""
+"""Which layers are controlled: those that are named, or those where a push for the concept works.
+
+Two things tell where it does. Separation: whether the feature v_k . z_k tells prompts of the two sets apart that the
+direction was not computed from (`Contrast.held_out`); in early layers it mostly tells apart only the prompts that it
+was computed from. Authority, as in control theory: how far a push at a layer moves what it is to move in the end. A
+push of e_{k+1} at the output of block k moves z_T, to first order, by A_{T-1} ... A_{k+1} e_{k+1}; its authority is
+that along v_T, as a share of mu_T. It is 1 at the last layer; where it is near 0, the rest of the model forgets the
+push, or makes something else of it. layers="auto" takes the layers where the product of both is at least `EFFECTIVE`
+times the best layer's. docs/comparison.md has what this rule does against others.
+"""
 
 from __future__ import annotations
 
@@ -12,37 +21,81 @@ from mlx_lqr.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lqr.lqr.contrast import Contrast
+    from mlx_lqr.lqr.linearize import Jacobians
+    from mlx_lqr.lqr.riccati import Product
 
 Layers = Iterable[int] | Literal["auto", "all"] | None
-"""Where to steer: these layers; "auto", the layers that separate the prompts (`choose_layers`); "all"; the default."""
+"""Where to steer: these layers; "auto", where a push for the concept works (`choose_layers`); "all"; the default."""
 
-SEPARATING = 0.8
-"""layers="auto" takes every layer whose separation is at least this fraction of the best layer's. SmolLM2: 24 to 29 of
-30 for "dog", 22 to 29 for "formal", 15 to 21 for "refusal"."""
+EFFECTIVE = 0.8
+"""layers="auto" takes every layer that is at least this fraction as good as the best one. SmolLM2: 27 to 29 of 30 for
+"dog", 23 to 29 for "formal", 16 to 28 for "refusal"."""
+FEW = 8
+"""Prompts of a set, below which their separation says nothing and authority alone decides."""
 
 
-def choose_layers(layers: Layers, contrast: Contrast) -> tuple[int, ...]:
+def choose_layers(layers: Layers, contrast: Contrast, jacobians: Jacobians | None = None) -> tuple[int, ...]:
     """The layers to control.
 
     Args:
-        layers: "auto" takes the layers whose separation is at least `SEPARATING` times that of the best layer. None is
-            "auto" too, except for two single prompts, which have no separation: then it is the last third of the
-            layers, where steering costs least.
+        layers: "auto" or None: where held-out separation times authority is at least `EFFECTIVE` times that of the best
+            layer. With fewer than `FEW` prompts of a kind authority alone decides.
+        jacobians: of the same model; without them separation alone decides.
 
     Raises:
-        InputError: no layers, layers that the model does not have, or sets too small for "auto".
+        InputError: no layers, layers that the model does not have, or "auto" without Jacobians for sets that are too
+            small to say anything.
     """
-    T = len(contrast.direction)
-    if layers is None and contrast.std is None:
-        layers = range(2 * T // 3, T)
-    if layers is None or (isinstance(layers, str) and layers == "auto"):
-        return separating(contrast.separation[:-1])
-    return check_layers(layers, T)
+    if not is_auto(layers):
+        return check_layers(layers, len(contrast.direction))
+    return effective(contrast, None if jacobians is None else authority(contrast, jacobians.pull_back, jacobians.side))
 
 
-def separating(separation: Float32) -> tuple[int, ...]:
-    """The indices whose separation is at least `SEPARATING` times the largest."""
-    return tuple(int(k) for k in np.flatnonzero(separation >= SEPARATING * separation.max()))
+def is_auto(layers: Layers) -> bool:
+    """Whether the layers are to be found."""
+    return layers is None or (isinstance(layers, str) and layers == "auto")
+
+
+def effective(contrast: Contrast, authority: Float32 | None) -> tuple[int, ...]:
+    """The layers of "auto", from the `authority` (T,) of each, or from separation alone.
+
+    Raises:
+        InputError: no authority, and fewer than two prompts in a set.
+    """
+    separation = contrast.held_out[:-1] if contrast.held_out is not None else None
+    if authority is None:
+        if separation is None:
+            raise InputError('layers "auto" compares the prompts of a set with one another: give more than one of each')
+        return best_of(separation)
+    if separation is None or min(contrast.prompt_counts) < FEW:
+        return best_of(authority)
+    both = np.maximum(separation, 0) * np.maximum(authority, 0)
+    return best_of(both if both.any() else authority)
+
+
+def best_of(values: Float32) -> tuple[int, ...]:
+    """The indices whose value is at least `EFFECTIVE` times the largest."""
+    return tuple(int(k) for k in np.flatnonzero(values >= EFFECTIVE * values.max()))
+
+
+def authority(contrast: Contrast, product: Product, side: int = 0) -> Float32:
+    """v_T . (A_{T-1} ... A_{k+1} e_{k+1}) / mu_T for every layer k: (T,). Zero where the outputs have no direction.
+
+    Args:
+        product: (k, X) -> A_k' X for X (d + m, n).
+        side: m, how many numbers blocks hand on beside the residual stream.
+    """
+    T, magnitude = len(contrast.direction), contrast.output_magnitude
+    reached = np.zeros(T, np.float32)
+    if not magnitude:
+        return reached
+    outputs = np.vstack([contrast.direction[1:], contrast.output_direction[None]]).astype(np.float64)
+    row = np.concatenate([outputs[-1] / magnitude, np.zeros(side)])
+    for k in reversed(range(T)):
+        reached[k] = row[: outputs.shape[1]] @ outputs[k] / magnitude
+        if k:
+            row = product(k, row[:, None])[:, 0]
+    return reached
 
 
 def check_layers(layers: Iterable[int] | str | None, T: int) -> tuple[int, ...]:

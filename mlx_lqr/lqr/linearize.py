@@ -16,7 +16,7 @@ from typing import overload
 import numpy as np
 
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
-from mlx_lqr.backends.protocol import Differentiable, Float32, Progress, Trace
+from mlx_lqr.backends.protocol import Differentiable, Float32, Matrix, Progress, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.jacobians import JacobianWriter, StoredJacobians
@@ -63,6 +63,15 @@ class Jacobians(Sequence[Float32]):
                 writer.append(self[k])
             writer.close()
 
+    @property
+    def side(self) -> int:
+        """m, how many numbers blocks hand on beside the residual stream."""
+        return 0 if self.width is None else len(self[0]) - self.width
+
+    def pull_back(self, layer: int, columns: Matrix) -> Matrix:
+        """A_k' X for columns X (d + m, n)."""
+        return self[layer].T @ columns
+
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Jacobians:
         """Open a file of Jacobians; each matrix is read when it is used (the file is memory-mapped)."""
@@ -104,7 +113,7 @@ def linearize(
     require(model, DIFFERENTIABLE, "compute Jacobians")
     width = model.hidden_size if model.state_size > model.hidden_size else None
     if store is None:
-        jacobians = dict(stream_jacobians(model, prompts, progress=progress))
+        jacobians = dict(stream_jacobians(model, traces(model, prompts), progress=progress))
         matrices = [jacobians[k] for k in range(len(jacobians))]
         return Jacobians(matrices, model.fingerprint, model.name, len(prompts), width)
     points = traces(model, prompts)
@@ -131,16 +140,16 @@ def traces(model: Differentiable, prompts: Sequence[Prompt]) -> list[Trace]:
 
 
 def stream_jacobians(
-    model: Differentiable, prompts: Sequence[Prompt], *, lowest: int = 0, progress: Progress | None = None
+    model: Differentiable, points: Sequence[Trace], *, lowest: int = 0, progress: Progress | None = None
 ) -> Iterator[tuple[int, Float32]]:
-    """Yield (k, A_k), averaged over prompts, from the last layer down to `lowest`.
+    """Yield (k, A_k), averaged over traces, from the last layer down to `lowest`.
 
     The gains of a layer depend on its own Jacobian and on those above it, so nothing below the lowest layer is needed.
 
     Raises:
-        InputError: no prompts, an unusable prompt, or a Jacobian that is not finite (the layer is named).
+        InputError: a Jacobian that is not finite (the layer is named).
     """
-    yield from _stream(model, traces(model, prompts), model.num_layers - 1, lowest, progress)
+    yield from _stream(model, points, model.num_layers - 1, lowest, progress)
 
 
 def _stream(

@@ -19,7 +19,7 @@ from mlx_lqr.files.json_text import Entries
 Strengths = tuple[float, ...]
 """One for each concept."""
 Budget = Literal["gentle", "normal", "strong"]
-BUDGETS: Mapping[Budget, float] = {"gentle": 0.1, "normal": 0.2, "strong": 0.4}
+BUDGETS: Mapping[Budget, float] = {"gentle": 0.2, "normal": 0.4, "strong": 0.8}
 """The divergence from the unsteered model that steering may cost, in nats a token."""
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, activations, contrast_of
-from mlx_lqr.lqr.layers import check_layers, separating
+from mlx_lqr.lqr.layers import best_of, check_layers
 from mlx_lqr.methods.method import DefaultLayers, Problem
 
 
@@ -58,6 +59,8 @@ def contrasted(problem: Problem, default: DefaultLayers, *, at_input: bool = Fal
     """
     positive, negative = activations(problem.model, problem.positive, problem.negative, problem.progress)
     contrast = contrast_of(problem.model, positive, negative)
+    if problem.on_contrast is not None:
+        problem.on_contrast(contrast)
     return Contrasted(positive, negative, contrast, _layers(problem, default, contrast, at_input))
 
 
@@ -68,5 +71,7 @@ def _layers(problem: Problem, default: DefaultLayers, contrast: Contrast, at_inp
         return problem.layers
     if problem.layers is None and default != "auto":
         return (T // 2,) if default == "middle" else check_layers("all", T)
-    separation = contrast.separation[:-1] if at_input else contrast.separation[1:]
-    return (int(np.argmax(separation)),) if default == "middle" else separating(separation)
+    if contrast.held_out is None:
+        raise InputError('layers "auto" compares the prompts of a set with one another: give more than one of each')
+    separation = contrast.held_out[:-1] if at_input else contrast.held_out[1:]
+    return (int(np.argmax(separation)),) if default == "middle" else best_of(separation)

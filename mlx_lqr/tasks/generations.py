@@ -28,8 +28,8 @@ class Decoding:
     """How texts are sampled."""
 
     max_tokens: int = 40
-    temperature: float = 0.8
-    top_p: float = 0.9
+    temperature: float = Sampling.temperature
+    top_p: float = Sampling.top_p
     samples: int = 1
     """Texts per prompt"""
     seed: int = 0

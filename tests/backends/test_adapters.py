@@ -396,7 +396,7 @@ def test_a_controller_belongs_to_the_model_with_its_adapter(backend: str, llama:
     prompts = np.random.default_rng(0).integers(1, 64, (8, 6)).tolist()
     for fitted, other in ((plain, adapted), (adapted, plain)):
         controller = mlx_lqr.fit(fitted, prompts[:4], prompts[4:], layers=[1], cost="feature")
-        assert mlx_lqr.generate(fitted, PROMPT, controller=controller, max_tokens=2) is not None
+        assert mlx_lqr.generate(fitted, PROMPT, controller=controller, max_tokens=2, temperature=0) is not None
         with pytest.raises(InputError, match=r"\+ adapter songs"):
             mlx_lqr.generate(other, PROMPT, controller=controller, max_tokens=2)
 
@@ -424,10 +424,10 @@ def test_smollm2_with_an_adapter(backend: str, smollm2_folder: Path, tmp_path: P
     adapter = of_mlx_lm(smollm2_folder, tmp_path / "mine", ["self_attn.q_proj", "mlp.down_proj"], num_layers=4)
     model = load(smollm2_folder, backend, adapter)
     assert relative(model.logits(PROMPT), logits_of_mlx_lm(smollm2_folder, adapter)) < 1e-4
-    options = ["--backend", backend, "--adapter", adapter, "-n", "4"]
+    options = ["--backend", backend, "--adapter", adapter, "-n", "4", "--temperature", "0"]
     chat = run("chat", smollm2_folder, *options, text="Hello!\n")
     message = model.tokenizer.chat([{"role": "user", "content": "Hello!"}])
-    assert mlx_lqr.generate(model, message, max_tokens=4) in chat.stdout
+    assert mlx_lqr.generate(model, message, max_tokens=4, temperature=0) in chat.stdout
 
 
 def test_commands_with_an_adapter(llama: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -442,7 +442,7 @@ def test_commands_with_an_adapter(llama: Made, tmp_path: Path, capsys: pytest.Ca
     fitted = run("fit", folder, *prompts, "-o", output, *with_adapter)
     assert fitted.exit_code == 0, fitted.output
     assert "+ adapter songs" in run("show", output).stdout
-    arguments = [str(folder), "-p", "w1", "-c", f"{output}:2", "-n", "4"]
+    arguments = [str(folder), "-p", "w1", "-c", f"{output}:2", "-n", "4", "--temperature", "0"]
     answer = run("generate", *arguments, *with_adapter)
     assert answer.exit_code == 0
     assert "+ adapter songs" in refused("generate", *arguments)

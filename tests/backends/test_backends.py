@@ -101,9 +101,9 @@ def test_a_controller_of_one_backend_is_that_of_another(backend: str, cost: Any,
     for fitted_on, used_on in ((0, 1), (1, 0)):
         controllers[fitted_on].save(tmp_path / "controller")
         loaded = mlx_lqr.Controller.load(tmp_path / "controller")
-        pieces = mlx_lqr.stream(models[used_on], PROMPT, controller=loaded, strength=2.0, max_tokens=8)
+        pieces = mlx_lqr.stream(models[used_on], PROMPT, controller=loaded, strength=2.0, max_tokens=8, temperature=0)
         expected = mlx_lqr.stream(
-            models[fitted_on], PROMPT, controller=controllers[fitted_on], strength=2.0, max_tokens=8
+            models[fitted_on], PROMPT, controller=controllers[fitted_on], strength=2.0, max_tokens=8, temperature=0
         )
         assert [piece.token for piece in pieces] == [piece.token for piece in expected]
 
@@ -197,11 +197,11 @@ def test_sampling_repeats_with_its_seed_and_keeps_to_its_limits(backend: str) ->
     model = tiny_on(backend, "llama")
 
     def sample(**options: Any) -> list[int]:
-        return decoded(model, PROMPT, sampling=Sampling(temperature=2.0, **options), max_tokens=20)
+        return decoded(model, PROMPT, sampling=Sampling(**{"temperature": 2.0, "top_p": 1.0, **options}), max_tokens=20)
 
     greedy = decoded(model, PROMPT, max_tokens=20)
     assert sample(seed=1) == sample(seed=1) != sample(seed=2)
-    assert sample(seed=1, top_k=1) == sample(seed=2, top_p=1e-6) == sample(min_p=0.999999) == greedy
+    assert sample(seed=1, top_k=1) == sample(seed=2, top_p=1e-6) == sample(seed=3, min_p=0.999999) == greedy
 
 
 @every_backend
@@ -210,7 +210,7 @@ def test_frequencies_follow_the_probabilities(backend: str) -> None:
     logits = model.logits(PROMPT).astype(np.float64)
     share = np.exp(logits - logits.max())
     share /= share.sum()
-    sampling = Sampling(temperature=1.0, seed=0)
+    sampling = Sampling(temperature=1.0, top_p=1.0, seed=0)
     draws = [row[0] for row in decoded_together(model, [PROMPT] * 300, sampling=sampling, max_tokens=1)]
     likeliest = int(share.argmax())
     spread = np.sqrt(share[likeliest] * (1 - share[likeliest]) / 300)
@@ -296,7 +296,7 @@ def test_a_suspended_stream_leaves_the_model_alone(backend: str) -> None:
 def test_the_repetition_penalty_is_that_of_its_definition(backend: str) -> None:
     model = tiny_on(backend, "llama")
     tokens = list(PROMPT)
-    penalised = decoded(model, PROMPT, sampling=Sampling(repetition_penalty=1.8), max_tokens=10)
+    penalised = decoded(model, PROMPT, sampling=Sampling(temperature=0, repetition_penalty=1.8), max_tokens=10)
     assert penalised != decoded(model, PROMPT, max_tokens=10)
     for token in penalised:
         logits = model.logits(tokens)
@@ -343,7 +343,7 @@ def test_our_own_functions_are_refused_while_the_model_is_steered(backend: str) 
     plain = model.logits(PROMPT)
     with mlx_lqr.steer(model, controller):
         for call in (
-            lambda: mlx_lqr.generate(model, PROMPT, max_tokens=3),
+            lambda: mlx_lqr.generate(model, PROMPT, max_tokens=3, temperature=0),
             lambda: model.residuals([PROMPT]),
             lambda: controller_for(model),
         ):
@@ -387,7 +387,12 @@ def test_the_real_model_agrees(backend: str, golden: dict[str, Any], controller:
             pair = [getattr(m, product)(t, k, probes[k]) for m, t in zip((other, expected), traces, strict=True)]
             assert np.linalg.norm(pair[0] - pair[1]) < 1e-4 * np.linalg.norm(pair[1])
     pieces = [
-        [p.token for p in mlx_lqr.stream(m, golden["prompt"], controller=controller, strength=3.0, max_tokens=40)]
+        [
+            p.token
+            for p in mlx_lqr.stream(
+                m, golden["prompt"], controller=controller, strength=3.0, max_tokens=40, temperature=0
+            )
+        ]
         for m in (other, expected)
     ]
     assert pieces[0] == pieces[1]

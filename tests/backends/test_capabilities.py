@@ -141,12 +141,15 @@ def test_contrast_generate_and_methods_without_jacobians_work(engine: Any) -> No
         mlx_lqr.contrast(engine, POSITIVE, NEGATIVE).direction, mlx_lqr.contrast(model, POSITIVE, NEGATIVE).direction
     )
     steered = [
-        [piece.token for piece in mlx_lqr.stream(one, PROMPT, controller=controller, strength=2.0, max_tokens=8)]
+        [
+            piece.token
+            for piece in mlx_lqr.stream(one, PROMPT, controller=controller, strength=2.0, max_tokens=8, temperature=0)
+        ]
         for one in (engine, model)
     ]
     assert steered[0] == steered[1]
     baseline = mlx_lqr.fit_baseline(engine, "actadd", POSITIVE, NEGATIVE)
-    assert mlx_lqr.generate(engine, PROMPT, controller=baseline, max_tokens=3)
+    assert mlx_lqr.generate(engine, PROMPT, controller=baseline, max_tokens=3, temperature=0)
     with mlx_lqr.steer(engine, controller):
         pass
 
@@ -157,10 +160,13 @@ NEEDS: dict[str, Callable[[Any, mlx_lqr.Controller], Any]] = {
     "adapt gains to a prompt": lambda model, controller: mlx_lqr.adapt(model, controller, PROMPT),
     "certify controllers": lambda model, controller: analysis.certify(model, controller, [PROMPT], [PROMPT[:3]]),
     "measure how linear": lambda model, _: analysis.linearity(model, [PROMPT, PROMPT[:3]]),
-    "adapt gains": lambda model, own: mlx_lqr.generate(model, PROMPT, controller=own, adaptive=True),
+    "adapt gains": lambda model, own: mlx_lqr.generate(model, PROMPT, controller=own, adaptive=True, temperature=0),
     "record attention heads": lambda model, _: mlx_lqr.fit_baseline(model, "iti", POSITIVE * 3, NEGATIVE * 3),
     "steer inside attention": lambda model, _: mlx_lqr.generate(
-        model, PROMPT, controller=mlx_lqr.fit_baseline(tiny_on(BACKENDS[0], "llama"), "iti", POSITIVE * 3, NEGATIVE * 3)
+        model,
+        PROMPT,
+        controller=mlx_lqr.fit_baseline(tiny_on(BACKENDS[0], "llama"), "iti", POSITIVE * 3, NEGATIVE * 3),
+        temperature=0,
     ),
 }
 
@@ -201,9 +207,9 @@ def test_commands_run_on_it_and_fit_says_the_line(
         return done.output if status else done.stdout
 
     options = ("--backend", BACKENDS[0])
-    told = run("generate", "demo", *options, "-p", "I saw", "-c", f"{dog}:2", "-n", "4", "--json")
+    told = run("generate", "demo", *options, "-p", "I saw", "-c", f"{dog}:2", "-n", "4", "--seed", "1", "--json")
     assert json.loads(told)
-    assert run("chat", "demo", *options, "-c", f"{dog}:2", "-n", "3", text="Hello\n")
+    assert run("chat", "demo", *options, "-c", f"{dog}:2", "-n", "3", "--seed", "1", text="Hello\n")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "openings.jsonl").write_text('{"prompt": "Once upon a time,"}\n')
     (tmp_path / "sums.jsonl").write_text('{"prompt": "2 + 3 =", "answer": "5", "others": ["4", "9"]}\n')

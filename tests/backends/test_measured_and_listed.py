@@ -52,6 +52,6 @@ def test_gains_and_steered_tokens(cost: str, measured: MeasuredModel, smollm2: M
     prompts = [texts[:2] for texts in mlx_lqr.bundled_prompts("ocean")]
     one, other = (mlx_lqr.fit(model, *prompts, layers=LAYERS, cost=cost) for model in (smollm2, measured))
     assert np.abs(other.gain - one.gain).max() < 1e-4 * np.abs(one.gain).max()
-    options = {"controller": one, "strength": 1.5, "max_tokens": 8}
+    options = {"controller": one, "strength": 1.5, "max_tokens": 8, "temperature": 0}
     expected = [tokens(mlx_lqr.stream(model, TEXT, **options)) for model in (smollm2, measured)]
     assert expected[0] == expected[1]

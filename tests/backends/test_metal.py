@@ -221,14 +221,14 @@ def test_a_recording_adaptive_gains_and_linearity() -> None:
     recordings = []
     for one in (model, reference):
         recordings.append(mlx_lqr.Recording())
-        list(mlx_lqr.stream(one, PROMPT, controller=controller, max_tokens=1, record=recordings[-1]))
+        list(mlx_lqr.stream(one, PROMPT, controller=controller, max_tokens=1, record=recordings[-1], temperature=0))
     errors, pushes = zip(*((one.feature_error(), one.push()) for one in recordings), strict=True)
     assert np.allclose(*errors, atol=0.1, equal_nan=True)
     assert np.allclose(*pushes, atol=0.1, equal_nan=True)
     adapted = [mlx_lqr.adapt(one, controller, PROMPT) for one in (model, reference)]
     assert relative(adapted[0].gain, adapted[1].gain) < 0.1
     law = LinearFeedback(adapted[1], 1.0)
-    pieces = list(mlx_lqr.stream(model, PROMPT, controller=controller, adaptive=True, max_tokens=4))
+    pieces = list(mlx_lqr.stream(model, PROMPT, controller=controller, adaptive=True, max_tokens=4, temperature=0))
     assert shortfall(reference, PROMPT, [piece.token for piece in pieces if piece.token is not None], law) < 0.2
     measured, expected = (linearity(one, [PROMPT, PROMPT[:4]], controller) for one in (model, reference))
     for name in ("norm", "singular_values", "similarity"):
@@ -327,7 +327,9 @@ def test_smollm2_is_steered_as_in_float32(pair: Pair) -> None:
     with mlx_lqr.steer(model.module, controller, 1.5):
         steps = generate_step(mx.array(prompts[0]), model.module, max_tokens=2)
         assert shortfall(reference, prompts[0], [int(token) for token, _ in steps], law) < pair.tolerance
-    pieces = mlx_lqr.stream(model, prompts[0], controller=controller, strength=1.5, adaptive=True, max_tokens=2)
+    pieces = mlx_lqr.stream(
+        model, prompts[0], controller=controller, strength=1.5, adaptive=True, max_tokens=2, temperature=0
+    )
     law = LinearFeedback(mlx_lqr.adapt(reference, controller, prompts[0]), 1.5)
     assert shortfall(reference, prompts[0], [piece.token or 0 for piece in pieces], law) < pair.tolerance
 
@@ -335,7 +337,7 @@ def test_smollm2_is_steered_as_in_float32(pair: Pair) -> None:
 def test_smollm2_chats(pair: Pair) -> None:
     """The second prompt goes on from what the first has left."""
     controller = fitted()
-    chat = Chat(pair.model, options={"max_tokens": 2})
+    chat = Chat(pair.model, options={"max_tokens": 2, "temperature": 0})
     chat.messages.append({"role": "system", "content": "Hi"})  # or the template writes a longer one
     chat.add(controller, 1.5)
     for question in ("Hi", "Why?"):

@@ -19,11 +19,13 @@ from mlx_lqr.errors import InputError
 
 def test_generate_says_what_the_library_says(dog: Path, smollm2: Model) -> None:
     controller = mlx_lqr.Controller.load(dog)
-    expected = mlx_lqr.generate(smollm2, PROMPT, controller=controller, strength=3.0, max_tokens=8)
-    plain = mlx_lqr.generate(smollm2, PROMPT, max_tokens=8)
+    expected = mlx_lqr.generate(smollm2, PROMPT, controller=controller, strength=3.0, max_tokens=8, temperature=0)
+    plain = mlx_lqr.generate(smollm2, PROMPT, max_tokens=8, temperature=0)
     assert expected != plain
-    assert run("generate", "demo", "-p", PROMPT, "-n", 8, "-c", f"{dog}:3").stdout == expected + "\n"
-    assert run("generate", "demo", "-n", 8, text=PROMPT).stdout == plain + "\n"
+    assert (
+        run("generate", "demo", "-p", PROMPT, "-n", 8, "-c", f"{dog}:3", "--temperature", 0).stdout == expected + "\n"
+    )
+    assert run("generate", "demo", "-n", 8, "--temperature", 0, text=PROMPT).stdout == plain + "\n"
     (answer,) = answers("-p", PROMPT, "-n", 8, "-c", f"{dog}:3")
     assert answer["text"] == expected == smollm2.tokenizer.decode(answer["tokens"])
     assert answer["concepts"] == {"dog": 3.0}
@@ -79,7 +81,7 @@ def test_answers_are_printed_as_soon_as_their_batch_is_done(prompt_file: Path, m
 
     monkeypatch.setattr(importlib.import_module("mlx_lqr.runtime.generate"), "BATCH", 2)
     monkeypatch.setattr(importlib.import_module("mlx_lqr.commands.generate"), "batch_stream", failing)
-    result = run("generate", "demo", "--prompts", prompt_file, "-n", 2, "--json")
+    result = run("generate", "demo", "--prompts", prompt_file, "-n", 2, "--temperature", 0, "--json")
     assert result.exit_code == 2
     assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == PROMPTS[:2]
 

@@ -46,7 +46,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
 
 
 def generated(*arguments: str) -> Any:
-    result = run("generate", "tiny", "-p", "Hi", "-n", "1", "--json", *arguments)
+    result = run("generate", "tiny", "-p", "Hi", "-n", "1", "--seed", "1", "--json", *arguments)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)["concepts"]
 
@@ -61,9 +61,8 @@ def test_every_form_comes_to_its_strength_in_every_command(form: str, capsys: py
     steering, numbers = sweep([parse_controller(form)], None, None)
     assert steering is not None
     assert [steering.strength(one) for one in numbers] == ([[1], [2], [4]] if form == "a" else [[number]])
-    assert minimal(["tiny", "-p", "Hi", "-n", "4", "-c", form]) == minimal(
-        ["tiny", "-p", "Hi", "-n", "4", "-c", f"plain:{number:g}"]
-    )
+    greedy = "tiny", "-p", "Hi", "-n", "4", "--temperature", "0"
+    assert minimal([*greedy, "-c", form]) == minimal([*greedy, "-c", f"plain:{number:g}"])
     texts = capsys.readouterr().out.split("\n")
     assert texts[0] == texts[1]
 
@@ -115,14 +114,14 @@ def test_a_budget_needs_something_to_steer_with(capsys: pytest.CaptureFixture[st
 @pytest.mark.usefixtures("model")
 def test_a_file_without_a_recommendation_is_noted_once(capsys: pytest.CaptureFixture[str]) -> None:
     note = "Note: plain recommends no strength, so 1 is used: fit it again, or write -c FILE:STRENGTH"
-    result = run("generate", "tiny", "-p", "Hi", "-n", "1", "-c", "plain", "--json")
+    result = run("generate", "tiny", "-p", "Hi", "-n", "1", "--seed", "1", "-c", "plain", "--json")
     assert json.loads(result.stdout)["concepts"] == {"a": 1.0}
     assert result.stderr.count("Note: ") == result.stderr.count(note) == 1
     assert run("chat", "tiny", "-c", "plain", text="/quit\n").stderr.count(note) == 1
-    assert minimal(["tiny", "-p", "Hi", "-n", "1", "-c", "another"]) == 0
+    assert minimal(["tiny", "-p", "Hi", "-n", "1", "--seed", "1", "-c", "another"]) == 0
     assert capsys.readouterr().err.count(note.replace("plain", "another")) == 1
-    assert "Note: " not in run("generate", "tiny", "-p", "Hi", "-n", "1", "-c", "plain:1").stderr
-    assert "Note: " not in run("generate", "tiny", "-p", "Hi", "-n", "1", "-c", "tuned").stderr
+    assert "Note: " not in run("generate", "tiny", "-p", "Hi", "-n", "1", "--seed", "1", "-c", "plain:1").stderr
+    assert "Note: " not in run("generate", "tiny", "-p", "Hi", "-n", "1", "--seed", "1", "-c", "tuned").stderr
 
 
 @pytest.mark.usefixtures("model")

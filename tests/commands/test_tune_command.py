@@ -72,7 +72,8 @@ def test_tune_writes_a_controller_with_its_strength_and_keeps_every_evaluation(
     assert sum(line.endswith("best") for line in table.splitlines()) == 1
     assert f"Recommended: {best['candidate']}, strength {best['strength']:g}" in table
     assert table.splitlines()[-1].endswith("-c out/one.safetensors")
-    text = run("generate", command[2], "-p", "w1 w2", "-n", 4, "-c", "out/one.safetensors", "--json").stdout
+    given = "-p", "w1 w2", "-n", 4, "--seed", 1, "-c", "out/one.safetensors"
+    text = run("generate", command[2], *given, "--json").stdout
     assert json.loads(text)["concepts"] == {"one": best["strength"]}
 
 

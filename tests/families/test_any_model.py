@@ -165,16 +165,18 @@ def test_what_a_law_carries_is_of_each_sequence(family: str) -> None:
 def test_chat_and_adaptive_gains(family: str) -> None:
     """What caches cannot take back is run again."""
     model = MeasuredModel(module_of(family), CONFIGS[family], family, Letters())  # type: ignore[arg-type]
-    chat = Chat(model, options={"max_tokens": 6})
+    chat = Chat(model, options={"max_tokens": 6, "temperature": 0})
     chat.add(controller_for(model), STRENGTH)
     for question in ("hello", "and then"):
         answer = tokens(chat.answer(question))
         prompt = model.tokenizer.chat(chat.messages[:-1])
-        assert answer == tokens(stream(model, prompt, max_tokens=6, controller=chat.controller, strength=STRENGTH))
+        assert answer == tokens(
+            stream(model, prompt, max_tokens=6, controller=chat.controller, strength=STRENGTH, temperature=0)
+        )
     adapted = mlx_lqr.adapt(model, controller_for(model, cost="feature"), PROMPT)
     expected = decoded(model, PROMPT, law=LinearFeedback(adapted, STRENGTH), max_tokens=5)
     adaptive = controller_for(model, cost="adaptive")
-    pieces = stream(model, PROMPT, controller=adaptive, strength=STRENGTH, max_tokens=5)
+    pieces = stream(model, PROMPT, controller=adaptive, strength=STRENGTH, max_tokens=5, temperature=0)
     assert tokens(pieces) == expected
 
 

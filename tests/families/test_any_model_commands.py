@@ -74,10 +74,12 @@ def test_all_commands_that_steer(folder: Path) -> None:
     if refusal is None:
         done("fit", folder, "--method", "iti", "--heads", 2, *SETS, "-o", folder / "iti.st")
     for method in (*METHODS, "adaptive"):
-        done("generate", folder, "-c", f"{folder}/{method}.st:2", "-p", "w1 w2 w3", "-n", 3)
+        done("generate", folder, "-c", f"{folder}/{method}.st:2", "-p", "w1 w2 w3", "-n", 3, "--seed", 1)
     done("linearize", folder, "--prompts", "prompts.jsonl", "-o", folder / "jacobians.st")
     done("fit", folder, "--jacobians", folder / "jacobians.st", *SETS, "-o", folder / "again.st")
-    tracked = done("generate", folder, "-c", f"{folder}/alqr.st:2", "-p", "w1", "-n", 3, "--json", "--track")
+    tracked = done(
+        "generate", folder, "-c", f"{folder}/alqr.st:2", "-p", "w1", "-n", 3, "--temperature", 0, "--json", "--track"
+    )
     assert json.loads(tracked)["tokens"]
 
 

@@ -91,7 +91,7 @@ def test_commands_speak_and_write_once(tmp_path: Path) -> None:
     assert run("fit", place, *prompts, "-o", alone).exit_code == 0
     controllers = [mlx_lqr.Controller.load(file) for file in (together, alone)]
     np.testing.assert_allclose(controllers[0].gain, controllers[1].gain, rtol=1e-3, atol=1e-5)
-    talk = ["chat", place, "-c", f"{together}:2", "-n", "5"]
+    talk = ["chat", place, "-c", f"{together}:2", "-n", "5", "--temperature", "0"]
     conversation = launched(2, [*COMMAND, *talk, "--pipeline"], "w5\n/strength 0\nw9\n/quit\n")
     assert conversation.stdout == run(*talk, text="w5\n/strength 0\nw9\n").stdout, conversation.stderr
     assert conversation.stderr.count("Not steered") == 1
@@ -134,4 +134,4 @@ def test_what_is_for_one_process_is_refused_in_several(tmp_path: Path, monkeypat
     assert "PyTorch runs a model in one process" in refused("generate", place, "-p", "w5", "--backend", "torch")
     assert "with -p TEXT" in refused("generate", place, text="w5")
     hosts.write_text("\n")  # as for one process
-    assert run("generate", place, "-p", "w5", "-n", "1", "--backend", "mlx").exit_code == 0
+    assert run("generate", place, "-p", "w5", "-n", "1", "--seed", "1", "--backend", "mlx").exit_code == 0

@@ -113,7 +113,7 @@ def test_rows_and_transcripts_take_a_byte_order_mark(tmp_path: Path) -> None:
     file.write_text('{"prompt": "a\u2028b", "answer": "a", "others": ["b"]}\r\n', "utf-8-sig", newline="")
     assert [row["prompt"] for row in read_rows(file, {"prompt": "text"})] == ["a\u2028b"]
     assert len(Capability.read(file).questions) == 1
-    chat = Chat(chatting(), options={"max_tokens": 2})
+    chat = Chat(chatting(), options={"max_tokens": 2, "temperature": 0})
     list(chat.answer("hello"))
     chat.save(tmp_path / "chat.json")
     file.write_text((tmp_path / "chat.json").read_text("utf-8"), "utf-8-sig")

@@ -39,7 +39,7 @@ def baseline(model: Model) -> Any:
 
 
 def talked(model: Any) -> Chat:
-    chat = Chat(model, options={"max_tokens": 2})
+    chat = Chat(model, options={"max_tokens": 2, "temperature": 0})
     list(chat.answer("hello"))
     return chat
 
@@ -182,7 +182,7 @@ def test_a_model_folder_is_replaced_by_force_alone(tmp_path: Path, monkeypatch: 
 
 def test_a_transcript_keeps_the_strengths_of_each_answer(tmp_path: Path) -> None:
     model = chatting()
-    chat, file = Chat(model, options={"max_tokens": 6}), tmp_path / "chat.json"
+    chat, file = Chat(model, options={"max_tokens": 6, "temperature": 0}), tmp_path / "chat.json"
     list(chat.answer("one"))
     chat.add(controller_for(model), 2.0)
     list(chat.answer("two"))
@@ -202,7 +202,7 @@ def test_a_transcript_keeps_the_strengths_of_each_answer(tmp_path: Path) -> None
     assert ["changes" in answer for answer in answers] == [False, False, True]
     ((changed,),) = [answer["changes"] for answer in answers if "changes" in answer]
     assert changed == {"token": 6 - rest + 1, "strengths": {"a": 0.0}}  # the step under way was begun before
-    again = Chat(model, options={"max_tokens": 2})
+    again = Chat(model, options={"max_tokens": 2, "temperature": 0})
     again.load(file)
     list(again.answer("four"))
     again.save(tmp_path / "again.json")

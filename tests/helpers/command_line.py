@@ -42,8 +42,8 @@ def refused(*arguments: object, text: str | None = None) -> str:
 
 
 def answers(*arguments: object) -> list[dict[str, Any]]:
-    """The JSON objects that `generate demo` prints."""
-    result = run("generate", "demo", *arguments, "--json")
+    """The JSON objects that `generate demo` prints; of the likeliest tokens, unless the arguments say otherwise."""
+    result = run("generate", "demo", "--temperature", 0, *arguments, "--json")
     assert result.exit_code == 0, result.output
     return [json.loads(line) for line in result.stdout.splitlines()]
 

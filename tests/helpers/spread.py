@@ -35,7 +35,7 @@ def numbers(model: Any, name: str, *, brief: bool) -> dict[str, np.ndarray]:
         "trace": trace.residual,
         "gain": controller.gain,
         "setpoint": controller.setpoint,
-        "tokens drawn": _of(mlx_lqr.stream(model, PROMPT, temperature=1.0, seed=3, **_steered(controller))),
+        "tokens drawn": _of(mlx_lqr.stream(model, PROMPT, **{**_steered(controller), "temperature": 1.0, "seed": 3})),
     }
     for k in (0, model.num_layers - 1):
         entries[f"vjp {k}"] = model.vjp(trace, k, rows)
@@ -49,7 +49,7 @@ def numbers(model: Any, name: str, *, brief: bool) -> dict[str, np.ndarray]:
 
 
 def _steered(controller: mlx_lqr.Controller) -> mlx_lqr.Options:
-    return {"controller": controller, "strength": 2.0, "max_tokens": 4}
+    return {"controller": controller, "strength": 2.0, "max_tokens": 4, "temperature": 0}
 
 
 def _answers(model: Model, controller: mlx_lqr.Controller) -> dict[str, list[int | None]]:
@@ -57,7 +57,7 @@ def _answers(model: Model, controller: mlx_lqr.Controller) -> dict[str, list[int
     steered = _steered(controller)
     together = mlx_lqr.batch_stream(model, PROMPTS, **steered)
     return {
-        "tokens": _of(mlx_lqr.stream(model, PROMPT, max_tokens=4)),
+        "tokens": _of(mlx_lqr.stream(model, PROMPT, max_tokens=4, temperature=0)),
         "tokens recorded": _of(mlx_lqr.stream(model, PROMPT, record=mlx_lqr.Recording(), **steered)),
         "tokens adapted": _of(mlx_lqr.stream(model, PROMPT, adaptive=True, **steered)),
         "tokens together": [number for i, piece in together for number in (i, piece.token)],

@@ -87,13 +87,13 @@ def tried(folder: Path) -> Trial:
 
 def steered(model: Model, prompt: list[int], controller: mlx_lqr.Controller) -> list[int | None]:
     """The tokens after a prompt."""
-    pieces = mlx_lqr.stream(model, prompt, controller=controller, strength=STRENGTH, max_tokens=TOKENS)
+    pieces = mlx_lqr.stream(model, prompt, controller=controller, strength=STRENGTH, max_tokens=TOKENS, temperature=0)
     return [piece.token for piece in pieces]
 
 
 def _batch_agrees(model: Model, controller: mlx_lqr.Controller, alone: list[list[int | None]]) -> None:
     answers: list[list[int | None]] = [[] for _ in PROMPTS]
-    options = {"controller": controller, "strength": STRENGTH, "max_tokens": TOKENS}
+    options = {"controller": controller, "strength": STRENGTH, "max_tokens": TOKENS, "temperature": 0}
     for i, piece in mlx_lqr.batch_stream(model, PROMPTS, **options):
         answers[i].append(piece.token)
     if answers != alone:
@@ -101,7 +101,7 @@ def _batch_agrees(model: Model, controller: mlx_lqr.Controller, alone: list[list
 
 
 def _chat_agrees(model: Model, controller: mlx_lqr.Controller) -> None:
-    chat = Chat(model, options={"max_tokens": TOKENS})
+    chat = Chat(model, options={"max_tokens": TOKENS, "temperature": 0})
     chat.add(controller, STRENGTH)
     for question in QUESTIONS:
         answer = [piece.token for piece in chat.answer(question)]

@@ -30,8 +30,9 @@ def adaptive(model: Model) -> Controller:
     return mlx_lqr.fit(model, POSITIVE, NEGATIVE, concept="one", cost="adaptive", q=3.0, qf=3.0, layers="all")
 
 
-def tokens(model: Model, prompt: list[int], controller: Controller, **options: bool) -> list[int | None]:
-    pieces = mlx_lqr.stream(model, prompt, controller=controller, strength=3.0, max_tokens=8, **options)  # type: ignore[arg-type]
+def tokens(model: Model, prompt: list[int], controller: Controller, **gains: bool) -> list[int | None]:
+    own: mlx_lqr.Options = {"controller": controller, "strength": 3.0, "max_tokens": 8, "temperature": 0}
+    pieces = mlx_lqr.stream(model, prompt, **own, **gains)  # type: ignore[misc]
     return [piece.token for piece in pieces]
 
 
@@ -88,7 +89,9 @@ def test_the_command_line_fits_and_decodes_adaptively(tmp_path: Path) -> None:
     base = ["fit", "demo", *sets, "-o", file, "--q", "3", "--qf", "3", "--layers", "20-29"]
     assert run(main, [*base, "--cost", "adaptive", "--jacobian-prompts", "1"]).exit_code == 0
     answers = [
-        run(main, ["generate", "demo", "-p", prompt, "-n", "16", "-c", f"{file}:3", *option]).output
+        run(
+            main, ["generate", "demo", "-p", prompt, "-n", "16", "--temperature", "0", "-c", f"{file}:3", *option]
+        ).output
         for option in ([], ["--adaptive"], ["--stored"])
     ]
     assert answers[0] == answers[1] != answers[2]

@@ -14,7 +14,7 @@ import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.lqr.contrast import contrast_of
-from mlx_lqr.lqr.layers import choose_layers
+from mlx_lqr.lqr.layers import authority, choose_layers
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY))
@@ -89,42 +89,80 @@ def test_held_out_separation_is_not_fooled_by_many_dimensions(random: np.random.
     assert contrast_of(tiny("llama"), positive[:1], negative).held_out is None
 
 
-def test_auto_takes_the_layers_that_separate_about_as_well_as_the_best() -> None:
-    magnitude = np.array([0, 2, 3, 8, 10, 9], np.float32)
-    direction = np.zeros((5, 4), np.float32)
-    direction[:, 0] = magnitude[:5]
-    output = np.array([9, 0, 0, 0], np.float32)
-    std = np.array([1, 4, 1, 2, 10, 0.1], np.float32)  # separations 0, 0.5, 3, 4, 1, and 90 at the output
-    contrast = mlx_lqr.Contrast(direction, direction * 0, direction, output, (5, 5), std=std)
-    assert contrast.separation == pytest.approx([0, 0.5, 3, 4, 1, 90])
+def contrast_with(held_out: list[float], counts: tuple[int, int] = (20, 20)) -> mlx_lqr.Contrast:
+    """Of a model with one layer less than there are numbers; e_k is the first unit vector everywhere."""
+    direction = np.eye(1, 4, dtype=np.float32).repeat(len(held_out) - 1, axis=0)
+    held = np.array(held_out, np.float32)
+    return mlx_lqr.Contrast(direction, direction * 0, direction, direction[0], counts, std=held, held_out=held)
+
+
+def jacobians_with(kept: list[float]) -> mlx_lqr.Jacobians:
+    """Block k keeps so much of what stands in the first component."""
+    return mlx_lqr.Jacobians([np.diag([share, 1, 1, 1]).astype(np.float32) for share in kept], "", "", 1)
+
+
+def test_auto_takes_the_layers_that_are_about_as_good_as_the_best() -> None:
+    contrast = contrast_with([0, 0.5, 3, 4, 1, 90])  # the last is of the output
     assert choose_layers("auto", contrast) == (3,)
-    closer = replace(contrast, std=std * np.array([1, 1, 0.9, 1, 0.29, 1], np.float32))
-    assert choose_layers("auto", closer) == (2, 3, 4)
+    assert choose_layers(None, contrast_with([0, 0.5, 3.3, 4, 3.4, 9])) == (2, 3, 4)
     assert choose_layers("all", contrast) == (0, 1, 2, 3, 4)
-    assert choose_layers(None, contrast) == (3,)
-    assert choose_layers(None, replace(contrast, std=None)) == (3, 4)  # two single prompts: the last third
     assert choose_layers(iter([-1, 0]), contrast) == (0, 4)
+
+
+def test_auto_weighs_separation_by_authority() -> None:
+    """A push at the output of block k passes the blocks above it."""
+    contrast, jacobians = contrast_with([2, 2, 2, 2, 2]), jacobians_with([1, 1, 0.5, 0.9])
+    assert authority(contrast, jacobians.pull_back) == pytest.approx([0.45, 0.45, 0.9, 1])
+    assert choose_layers("auto", contrast, jacobians) == (2, 3)
+    assert choose_layers("auto", contrast_with([9, 2, 2, 2, 2]), jacobians) == (0,)
+    assert choose_layers("auto", contrast_with([9, 2, 2, 2, 2], (20, 7)), jacobians) == (2, 3)  # too few to say
+    assert choose_layers("auto", contrast_with([-1, -1, -2, 0, 0]), jacobians) == (2, 3)  # nothing is told apart
+    single = replace(contrast, held_out=None, std=None, prompt_counts=(1, 1))
+    assert choose_layers(None, single, jacobians) == (2, 3)
+    with pytest.raises(InputError, match="more than one of each"):
+        choose_layers("auto", single)
+
+
+def test_authority_is_what_a_small_push_does_to_the_output() -> None:
+    """Against finite differences through the model's own blocks."""
+    model = tiny("llama")
+    sets = [[1, 2, 3], [4, 5], [7, 7]], [[6, 7, 8, 9], [10], [11, 12]]
+    contrast, prompt, step = mlx_lqr.contrast(model, *sets), [1, 2, 3], 1e-2
+    trace, T = model.trace(prompt), model.num_layers
+    directions = np.vstack([contrast.direction, contrast.output_direction[None]])
+    by_hand = []
+    for k in range(T):
+        ends = []
+        for sign in (1, -1):
+            state = (trace.residual[k + 1] + sign * step * directions[k + 1])[None]
+            for later in range(k + 1, T):
+                state = model.block(trace, later, state)
+            ends.append(state[0])
+        by_hand.append((ends[0] - ends[1]) @ directions[T] / (2 * step * contrast.output_magnitude**2))
+    jacobians = mlx_lqr.linearize(model, [prompt])
+    assert authority(contrast, jacobians.pull_back) == pytest.approx(by_hand, rel=2e-2, abs=2e-3)
 
 
 def test_auto_layers_everywhere_layers_are_named() -> None:
     model = tiny("llama")
     sets = [[1, 2, 3], [4, 5], [7, 7]], [[6, 7, 8, 9], [10], [11, 12]]
     contrast = mlx_lqr.contrast(model, *sets)
-    chosen = choose_layers("auto", contrast)
+    jacobians = mlx_lqr.linearize(model, sets[0][:2])
+    chosen = choose_layers("auto", contrast, jacobians)
     assert 0 < len(chosen) < 3
-    jacobians = mlx_lqr.linearize(model, sets[0])
     assert mlx_lqr.fit(model, *sets, layers="auto").active_layers == chosen
     assert mlx_lqr.fit(model, *sets, layers=np.array([0, 2])).active_layers == (0, 2)
     assert mlx_lqr.fit(model, *sets, layers="auto", cost="feature").active_layers == chosen
     assert mlx_lqr.fit(model, *sets, layers="auto", jacobians=jacobians).active_layers == chosen
     assert mlx_lqr.adapt(model, contrast, [1, 2], layers="auto").active_layers == chosen
-    outputs = contrast.separation[1:]
+    assert contrast.held_out is not None
+    outputs = contrast.held_out[1:]
     assert mlx_lqr.fit_baseline(model, "actadd", *sets, layers="auto").active_layers == (int(outputs.argmax()),)
     expected = tuple(np.flatnonzero(outputs >= 0.8 * outputs.max()))
     assert mlx_lqr.fit_baseline(model, "proportional", *sets, layers="auto").active_layers == expected
+    with pytest.raises(InputError, match="more than one of each"):
+        mlx_lqr.fit_baseline(model, "actadd", [[1]], [[2]], layers="auto")
     for fit in (mlx_lqr.fit, lambda *given, **options: mlx_lqr.fit_baseline(given[0], "actadd", *given[1:], **options)):
-        with pytest.raises(InputError, match="more than one of each"):
-            fit(model, [[1]], [[2]], layers="auto")
         with pytest.raises(InputError, match="not 'best'"):
             fit(model, *sets, layers="best")
 
@@ -133,12 +171,14 @@ def test_the_defaults_of_fit_are_those_measured_to_do_best() -> None:
     model = tiny("llama")
     sets = [[1, 2, 3], [4, 5], [7, 7]], [[6, 7, 8, 9], [10], [11, 12]]
     default = mlx_lqr.fit(model, *sets)
-    explicit = mlx_lqr.fit(model, *sets, layers="auto", q=3.0, r=1.0, qf=3.0, setpoint="centred", cost="state")
+    explicit = mlx_lqr.fit(model, *sets, layers="auto", q=3.0, r=1.0, qf=3.0, setpoint="centred", cost="feature")
     assert default.active_layers == explicit.active_layers
     for name in ("gain", "setpoint", "offset"):
         assert np.array_equal(getattr(default, name), getattr(explicit, name))
     contrast = mlx_lqr.contrast(model, *sets)
-    gains = mlx_lqr.solve(mlx_lqr.linearize(model, sets[0]), layers=mlx_lqr.choose_layers("auto", contrast))
+    jacobians = mlx_lqr.linearize(model, sets[0])
+    gains = mlx_lqr.solve(jacobians, layers=mlx_lqr.choose_layers("auto", contrast, jacobians))
+    default = mlx_lqr.fit(model, *sets, cost="state", layers=default.active_layers)
     step_by_step = mlx_lqr.compile(gains, contrast)
     assert np.allclose(step_by_step.gain, default.gain, atol=1e-6)
     assert np.allclose(step_by_step.offset, default.offset, atol=1e-6)
@@ -199,19 +239,6 @@ def test_prompt_files(tmp_path: Path) -> None:
         mlx_lqr.read_prompts(tmp_path / "missing.txt")
 
 
-def test_bundled_sets_are_large_and_end_alike() -> None:
-    names = {"dog", "ocean", "football", "church", "cloud", "love", "joy", "formal", "polite", "truth", "refusal"}
-    assert set(mlx_lqr.bundled_concepts()) == names
-    for name in names:
-        positive, negative = mlx_lqr.bundled_prompts(name)
-        assert min(len(positive), len(negative)) >= 60
-        assert len({text.lower() for text in positive + negative}) == len(positive) + len(negative)
-        assert sorted(text[-1] for text in positive) == sorted(text[-1] for text in negative)
-        assert all(text == text.strip() and text.isascii() and text[-1] in ".!?" for text in positive + negative)
-    with pytest.raises(InputError, match="choose one of"):
-        mlx_lqr.bundled_prompts("../dog")
-
-
 def test_bundled_sets_tell_themselves_apart_on_smollm2(smollm2: Model) -> None:
     """Held-out sentences fall on their own side of the direction that the others give, in the last third of layers."""
     for name in ("ocean", "refusal"):
@@ -222,3 +249,46 @@ def test_bundled_sets_tell_themselves_apart_on_smollm2(smollm2: Model) -> None:
         side = np.einsum("nkd,kd->nk", smollm2.residuals(held_out)[:, :-1] - middle, contrast.unit_direction)[:, 20:]
         right = np.concatenate([side[:10] > 0, side[10:] < 0]).mean()
         assert right > 0.8, (name, right)  # 0.5 is chance
+
+
+def test_the_discriminant_is_that_of_the_shrunk_covariance() -> None:
+    """Against the formula with the whole covariance matrix, for fewer prompts than dimensions and for more."""
+    model, random = tiny("llama"), np.random.default_rng(3)
+    for n, m in ((6, 5), (200, 150)):
+        scale = random.uniform(0.1, 3, 16)
+        positive = (random.standard_normal((n, 4, 16)) * scale + 0.7).astype(np.float32)
+        negative = (random.standard_normal((m, 4, 16)) * scale).astype(np.float32)
+        elsewhere = (random.standard_normal((n // 2, 4, 16)) + 5).astype(np.float32)
+        assert contrast_of(model, positive, negative).discriminant is None
+        contrast = contrast_of(model, positive, negative, elsewhere)
+        assert contrast.discriminant is not None
+        for k, w in enumerate(contrast.discriminant):
+            groups = [one[:, k].astype(np.float64) for one in (positive, negative, elsewhere)]
+            within = np.vstack([one - one.mean(0) for one in groups])
+            S = within.T @ within / (n + m + n // 2 - 3)
+            solved = np.linalg.solve(0.7 * S + 0.3 * np.trace(S) / 16 * np.eye(16), contrast.unit_direction[k])
+            assert w == pytest.approx(solved / (contrast.unit_direction[k] @ solved), rel=1e-4, abs=1e-5)
+    same = np.ones((3, 4, 16), np.float32)
+    alike = contrast_of(model, same, np.concatenate([same[:, :, :8], -same[:, :, 8:]], axis=2), same[:0])
+    assert alike.discriminant == pytest.approx(alike.unit_direction)  # nothing varies within the sets
+    assert contrast_of(model, positive[:1], negative[:1], elsewhere).discriminant is None
+
+
+def test_the_discriminant_tells_held_out_prompts_apart_better() -> None:
+    """Where prompts vary along what is no part of the concept, which the direction picks up by chance."""
+    model, random = tiny("llama"), np.random.default_rng(5)
+    scale = np.where(np.arange(64) < 8, 5, 0.3)
+
+    def draw(n: int, shift: float) -> np.ndarray:
+        values = random.standard_normal((n, 2, 64)) * scale
+        values[:, :, 60:] += shift
+        return values.astype(np.float32)
+
+    contrast = contrast_of(model, draw(40, 0.5), draw(40, 0.0), draw(40, 0.25))
+    assert contrast.discriminant is not None
+    new = draw(400, 0.5)[:, 0], draw(400, 0.0)[:, 0]
+    separations = []
+    for vector in (contrast.discriminant[0], contrast.unit_direction[0]):
+        one, other = (rows @ vector for rows in new)
+        separations.append((one.mean() - other.mean()) / np.sqrt((one.var() + other.var()) / 2))
+    assert separations[0] > 1.5 * separations[1]

@@ -218,14 +218,14 @@ def test_python_takes_the_recommended_strength_where_none_is_given(backend: str,
     plain = made(model, kind)
     tuned: Any = plain.recommending((4.0,))
     for steering, strength in ((plain, 1.0), (tuned, 4.0)):
-        options: mlx_lqr.Options = {"controller": steering, "max_tokens": 12}
+        options: mlx_lqr.Options = {"controller": steering, "max_tokens": 12, "temperature": 0}
         expected = [piece.token for piece in mlx_lqr.stream(model, [1, 2], strength=strength, **options)]
         assert [piece.token for piece in mlx_lqr.stream(model, [1, 2], **options)] == expected
         assert law_of(steering).strength == (strength,)
     if isinstance(tuned, Controller):
         record, given = mlx_lqr.Recording(), mlx_lqr.Recording()
-        mlx_lqr.generate(model, [1, 2], controller=tuned, max_tokens=3, record=record)
-        mlx_lqr.generate(model, [1, 2], controller=tuned, strength=4.0, max_tokens=3, record=given)
+        mlx_lqr.generate(model, [1, 2], controller=tuned, max_tokens=3, record=record, temperature=0)
+        mlx_lqr.generate(model, [1, 2], controller=tuned, strength=4.0, max_tokens=3, record=given, temperature=0)
         assert np.array_equal(record.feature_error(), given.feature_error(), equal_nan=True)
 
 
@@ -262,10 +262,11 @@ def tuned(dog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_commands_take_it(tuned: Path, dog: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    explicit = json.loads(run("generate", "demo", "-p", PROMPT, "-n", 8, "-c", f"{dog}:3.5", "--json").stdout)
-    assert json.loads(run("generate", "demo", "-p", PROMPT, "-n", 8, "-c", tuned, "--json").stdout) == explicit
+    greedy = "-p", PROMPT, "-n", "8", "--temperature", "0"
+    explicit = json.loads(run("generate", "demo", *greedy, "-c", f"{dog}:3.5", "--json").stdout)
+    assert json.loads(run("generate", "demo", *greedy, "-c", tuned, "--json").stdout) == explicit
     assert explicit["concepts"] == {"dog": 3.5}
-    assert edge(["demo", "-p", PROMPT, "-n", "8", "-c", str(tuned)]) == 0
+    assert edge(["demo", *greedy, "-c", str(tuned)]) == 0
     assert capsys.readouterr().out == explicit["text"] + "\n"
     said = run("chat", "demo", "-c", tuned, text=f"/strength\n/add {dog}\n/add {tuned}\n/add {tuned}:2\n").stderr
     assert [line for line in said.splitlines() if line.startswith("Steered")] == [

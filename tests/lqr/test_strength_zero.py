@@ -21,7 +21,7 @@ from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.chat import _state
 from mlx_lqr.methods.registry import METHODS
 from mlx_lqr.methods.steering import Steering, combine, law_of
-from mlx_lqr.runtime import Chat, batch_stream
+from mlx_lqr.runtime import Chat, Options, batch_stream
 from mlx_lqr.runtime.monitor import largest_excess
 from mlx_lqr.runtime.tracking import track_answer
 from mlx_lqr.tasks.steering import NamedSteering, Steered, check_strengths
@@ -53,7 +53,7 @@ def made(model: Model, kind: str) -> Steering:
 
 
 def answer(model: Model, **options: Any) -> list[int | None]:
-    return [piece.token for piece in mlx_lqr.stream(model, PROMPT, max_tokens=8, **options)]
+    return [piece.token for piece in mlx_lqr.stream(model, PROMPT, max_tokens=8, temperature=0, **options)]
 
 
 @pytest.mark.parametrize("kind", [*ALQR, *METHODS])
@@ -80,14 +80,15 @@ def test_batches_and_tasks(backend: str) -> None:
     controller = alqr(model)
     prompts = [PROMPT, [4], [7, 8]]
     runs = [
-        [(i, piece.token) for i, piece in batch_stream(model, prompts, max_tokens=6, **options)]
+        [(i, piece.token) for i, piece in batch_stream(model, prompts, max_tokens=6, temperature=0, **options)]
         for options in ({}, {"controller": controller, "strength": 0.0})
     ]
     assert runs[0] == runs[1]
     for strength, shares in ((-0.0, (1.0,)), (2.0, (0.0,))):
         steered = Steered(model, NamedSteering("a", controller, shares), strength)
         assert np.array_equal(steered.logits_along([(PROMPT, [1])])[0], model.logits_along([(PROMPT, [1])])[0])
-        assert steered.texts(prompts, {"max_tokens": 6}) == Steered(model).texts(prompts, {"max_tokens": 6})
+        greedy: Options = {"max_tokens": 6, "temperature": 0}
+        assert steered.texts(prompts, greedy) == Steered(model).texts(prompts, greedy)
     assert str(check_strengths(model, NamedSteering("a", controller), [-0.0, 0.0, 1.0])) == "[0.0, 1.0]"
 
 
@@ -200,7 +201,7 @@ def test_the_state_of_spid_begins_anew_after_a_pause(kd: float) -> None:
 
 def test_a_chat_at_strength_0_and_back() -> None:
     model = chatting()
-    chat = Chat(model, options={"max_tokens": 10})
+    chat = Chat(model, options={"max_tokens": 10, "temperature": 0})
     controller = mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], layers="all", concept="a")
     unsteered = [piece.token for piece in chat.answer("hello")]
     chat.restart()

@@ -142,7 +142,8 @@ def test_the_commands_know_it_too(install: Installer, tmp_path: Path, monkeypatc
     assert "[ramp: 0.1]" in run("tune", "concept", "--help")
     fitted = run("fit", folder, *sets, "--slope", 0.7, "-o", "ramp.safetensors")
     assert "-c ramp.safetensors:3" in fitted  # the strength that it suggests
-    answer = json.loads(run("generate", folder, "-p", "w1 w2", "-c", "ramp.safetensors:3", "-n", 4, "--json"))
+    given = "-p", "w1 w2", "-c", "ramp.safetensors:3", "-n", 4, "--seed", 1
+    answer = json.loads(run("generate", folder, *given, "--json"))
     assert answer["concepts"] == {"one": 3.0}
     shown = run("show", "ramp.safetensors")
     assert "method     a ramp of mean differences" in shown

@@ -45,7 +45,7 @@ def fresh(chat: Chat) -> list[int | None]:
 def test_every_answer_is_that_of_a_fresh_decode(family: str, positions: str | None) -> None:
     # The second question still fits the sliding window, so that the cache can be wound back; the third does not.
     model = chatting(family, **({"sliding_window": 24} if family == "gemma3_text" else {}))
-    chat = Chat(model, options={"max_tokens": 8})
+    chat = Chat(model, options={"max_tokens": 8, "temperature": 0})
     if positions is not None:
         chat.add(controller_for(model, positions=positions), 2.0)
     decoders = []
@@ -61,7 +61,7 @@ def test_every_answer_is_that_of_a_fresh_decode(family: str, positions: str | No
 
 def test_every_answer_is_that_of_a_fresh_decode_while_steering_changes() -> None:
     model = chatting()
-    chat = Chat(model, options={"max_tokens": 6})
+    chat = Chat(model, options={"max_tokens": 6, "temperature": 0})
     answers = [tokens(chat.answer("hello"))]
     for change in (
         # what was run without steering is of no use to this one
@@ -80,7 +80,7 @@ def test_every_answer_is_that_of_a_fresh_decode_while_steering_changes() -> None
 
 
 def test_answers_of_the_real_model_are_those_of_fresh_decodes(smollm2: Model, dog: Path) -> None:
-    chat = Chat(smollm2, options={"max_tokens": 6})
+    chat = Chat(smollm2, options={"max_tokens": 6, "temperature": 0})
     chat.add(Controller.load(dog), 2.0)
     for question, change in zip(QUESTIONS, (lambda: chat.set_strength(3.5), chat.off, chat.off), strict=True):
         assert tokens(chat.answer(question)) == fresh(chat)
@@ -100,7 +100,7 @@ def by_hand(model: Model, law: LinearFeedback, prompt: list[int], strengths: lis
 
 def test_a_strength_changed_during_an_answer_acts_from_the_next_step_on() -> None:
     model = chatting()
-    chat = Chat(model, options={"max_tokens": 12})
+    chat = Chat(model, options={"max_tokens": 12, "temperature": 0})
     controller = controller_for(model)
     chat.add(controller, 1.0)
     pieces = chat.answer("hello")
@@ -118,7 +118,7 @@ def test_a_strength_changed_during_an_answer_acts_from_the_next_step_on() -> Non
 @pytest.mark.parametrize(("positions", "adaptive"), [("last", False), ("all", False), ("last", True)])
 def test_tracking_shows_the_answer_as_it_was_steered(positions: Any, adaptive: bool) -> None:
     model = chatting("gemma3_text")  # its window of 6 has long moved on
-    chat = Chat(model, options={"max_tokens": 9, "adaptive": adaptive})
+    chat = Chat(model, options={"max_tokens": 9, "adaptive": adaptive, "temperature": 0})
     controller = controller_for(model, positions=positions)
     chat.add(controller, 1.0)
     pieces = chat.answer("hello")
@@ -144,7 +144,7 @@ def test_tracking_shows_the_answer_as_it_was_steered(positions: Any, adaptive: b
 
 def test_tracking_is_drawn_where_the_numbers_are(capsys: pytest.CaptureFixture[str]) -> None:
     model = chatting()
-    chat = Chat(model, options={"max_tokens": 4})
+    chat = Chat(model, options={"max_tokens": 4, "temperature": 0})
     chat.add(controller_for(model, layers=[1, 2]), 2.0)
     chat.add(controller_for(model, "b"), 1.0)
     list(chat.answer("hello"))
@@ -162,7 +162,7 @@ def test_tracking_is_drawn_where_the_numbers_are(capsys: pytest.CaptureFixture[s
 
 def test_what_cannot_be_compared_or_tracked_is_refused() -> None:
     model = chatting()
-    chat = Chat(model, options={"max_tokens": 4})
+    chat = Chat(model, options={"max_tokens": 4, "temperature": 0})
     for refusal in (chat.steered, chat.unsteered, chat.track):
         with pytest.raises(InputError, match="no answer"):
             refusal()
@@ -178,12 +178,12 @@ def test_what_cannot_be_compared_or_tracked_is_refused() -> None:
 
 def test_comparing_leaves_the_conversation_alone() -> None:
     model = chatting()
-    chat = Chat(model, options={"max_tokens": 6})
+    chat = Chat(model, options={"max_tokens": 6, "temperature": 0})
     chat.add(controller_for(model), 3.0)
     given = "".join(piece.text for piece in chat.answer("hello"))
     before = json.dumps(chat.messages)
     assert "".join(piece.text for piece in chat.steered()) == given
-    plain = Chat(model, options={"max_tokens": 6})
+    plain = Chat(model, options={"max_tokens": 6, "temperature": 0})
     assert tokens(plain.answer("hello")) == tokens(chat.unsteered())
     chat.set_strength(8.0)
     assert tokens(chat.steered()) == fresh(chat)  # steered otherwise than the answer given
@@ -193,7 +193,7 @@ def test_comparing_leaves_the_conversation_alone() -> None:
 
 def test_an_answer_cut_short_stays_and_the_chat_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model = chatting()
-    chat = Chat(model, options={"max_tokens": 9})
+    chat = Chat(model, options={"max_tokens": 9, "temperature": 0})
     chat.add(controller_for(model), 1.0)
     pieces = chat.answer("hello")
     said: list[str] = [piece.text for piece in islice(pieces, 3)]
@@ -250,14 +250,14 @@ def test_an_answer_ends_where_the_next_one_begins() -> None:
 
 def test_an_answer_gets_the_room_that_the_context_leaves() -> None:
     model = chatting(max_position_embeddings=24)
-    chat = Chat(model, options={"max_tokens": 16})
+    chat = Chat(model, options={"max_tokens": 16, "temperature": 0})
     assert len(tokens(chat.answer("ten letter"))) == 25 - 12
     with pytest.raises(InputError, match="/new"):
         list(chat.answer("no room"))
     assert len(chat.messages) == 2
     chat.options["overflow"] = "roll"  # which the decoder of the first answer cannot
     assert tokens(chat.answer("room now")) == fresh(chat)
-    rolling = Chat(model, options={"max_tokens": 16, "overflow": "roll"})
+    rolling = Chat(model, options={"max_tokens": 16, "overflow": "roll", "temperature": 0})
     rolling.add(controller_for(model), 2.0)
     for question in QUESTIONS:
         assert tokens(rolling.answer(question)) == fresh(rolling)
@@ -328,12 +328,12 @@ def test_wrong_options_are_refused_before_anything_is_said(options: Options) -> 
 
 def test_a_transcript_brings_the_conversation_back(tmp_path: Path) -> None:
     model = chatting()
-    chat = Chat(model, [{"role": "system", "content": "Be brief.\nVery."}], options={"max_tokens": 6})
+    chat = Chat(model, [{"role": "system", "content": "Be brief.\nVery."}], options={"max_tokens": 6, "temperature": 0})
     chat.add(controller_for(model), 3.0)
     chat.add(controller_for(model, "b"), 0.5)
     list(chat.answer("hello"))
     chat.save(tmp_path / "chat.json")
-    other = Chat(model, options={"max_tokens": 6})
+    other = Chat(model, options={"max_tokens": 6, "temperature": 0})
     other.add(controller_for(model), 1.0)
     (note,) = other.load(tmp_path / "chat.json")
     assert "steered by b" in note
@@ -382,7 +382,7 @@ SOUND: dict[str, Any] = {
 )
 def test_a_damaged_transcript_is_refused_and_changes_nothing(content: Any, says: str, tmp_path: Path) -> None:
     model = chatting()
-    chat = Chat(model, options={"max_tokens": 4})
+    chat = Chat(model, options={"max_tokens": 4, "temperature": 0})
     list(chat.answer("hello"))
     before = list(chat.messages)
     file = tmp_path / "chat.json"
@@ -398,7 +398,7 @@ def test_a_chat_in_a_pipe(dog: Path, tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
     lines = ["What animal\\", "barks?", "/strength 0", "/strength dog 3.5", "/strength", "And now?", f"/save {saved}"]
     lines += ["/new", f"/load {saved}", "/off dog", f"/add {dog}:2", "/off", "/new", "/help", "/quit", "not read"]
-    result = run("chat", "demo", "-c", f"{dog}:2", "-n", 6, "--system", "Be brief.", text="\n".join(lines))
+    result = run("chat", "demo", "-c", f"{dog}:2", "-n", 6, "--seed", 1, "--system", "Be brief.", text="\n".join(lines))
     assert result.exit_code == 0, result.output
     transcript = json.loads(saved.read_text())
     roles = [message["role"] for message in transcript["messages"]]
@@ -433,7 +433,9 @@ def test_the_options_and_the_strength_arrive_in_chat(smollm2: Model, dog: Path) 
 
 
 def test_compare_and_track_are_drawn_in_a_pipe(dog: Path) -> None:
-    result = run("chat", "demo", "-c", f"{dog}:4", "-n", 6, text="What barks?\n/compare\n/track\n/compare\n")
+    result = run(
+        "chat", "demo", "-c", f"{dog}:4", "-n", 6, "--temperature", 0, text="What barks?\n/compare\n/track\n/compare\n"
+    )
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     headings = [i for i, line in enumerate(lines) if line.split() == ["Steered:", "dog", "4.", "Not", "steered."]]
@@ -469,7 +471,7 @@ def test_mistakes_in_chat(line: str, says: str, dog: Path) -> None:
 
 
 def test_an_overflow_ends_a_pipe_with_one_line(dog: Path) -> None:
-    assert "lower the strength" in refused("chat", "demo", "-c", f"{dog}:1e30", text="hello\n")
+    assert "lower the strength" in refused("chat", "demo", "-c", f"{dog}:1e30", "--seed", 1, text="hello\n")
 
 
 def test_mistakes_in_the_options_of_chat() -> None:

@@ -57,8 +57,8 @@ def test_the_light_runtime_says_what_the_library_says(sea: Path, smollm2: Model)
 def test_the_chat_template_is_applied_when_asked_for(smollm2: Model) -> None:
     question = "What lives in the sea?"
     tokens = smollm2.tokenizer.chat([{"role": "user", "content": question}])
-    expected = mlx_lqr.generate(smollm2, tokens, max_tokens=8)
-    assert run("demo", "--chat", "-n", 8, text=question).stdout == expected + "\n"
+    expected = mlx_lqr.generate(smollm2, tokens, max_tokens=8, temperature=0)
+    assert run("demo", "--chat", "-n", 8, "--temperature", 0, text=question).stdout == expected + "\n"
 
 
 @pytest.mark.parametrize(

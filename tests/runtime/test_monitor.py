@@ -38,7 +38,7 @@ def test_what_is_recorded_is_what_happened(family: str, positions: Any) -> None:
         controller_for(model, positions=positions, layers=[0, 1]), controller_for(model, "b", positions=positions)
     )
     recording, prompt, strength = Recording(), [5, 17, 3, 42], [2.0, -1.0]
-    options: mlx_lqr.Options = {"controller": controller, "strength": strength, "max_tokens": 5}
+    options: mlx_lqr.Options = {"controller": controller, "strength": strength, "max_tokens": 5, "temperature": 0}
     recorded = tokens(stream(model, prompt, record=recording, **options))
     assert recorded == tokens(stream(model, prompt, **options))  # recording changes nothing
     run_tokens = [*prompt, *(token for token in recorded if token is not None)][:-1]  # the last one is never run
@@ -65,7 +65,11 @@ def test_what_is_recorded_is_what_happened(family: str, positions: Any) -> None:
 def test_layers_without_control_are_not_recorded() -> None:
     model = chatting()
     recording = Recording()
-    list(stream(model, [1, 2], controller=controller_for(model, layers=[1]), max_tokens=3, record=recording))
+    list(
+        stream(
+            model, [1, 2], controller=controller_for(model, layers=[1]), max_tokens=3, record=recording, temperature=0
+        )
+    )
     assert recording.push().shape == (3, 3)
     assert np.isnan(recording.push()[:, [0, 2]]).all()
     assert not np.isnan(recording.push()[:, 1]).any()
@@ -106,7 +110,7 @@ def test_the_answer_is_cut_out_of_what_was_run() -> None:
     for positions, first in (("last", 0), ("all", 2)):
         controller = controller_for(model, positions=positions)
         recording = Recording()
-        list(stream(model, [1, 2, 3], controller=controller, max_tokens=4, record=recording))
+        list(stream(model, [1, 2, 3], controller=controller, max_tokens=4, record=recording, temperature=0))
         error, push = recording.answer(controller, 3, 2)
         assert np.array_equal(error, recording.feature_error()[first : first + 3])
         assert np.array_equal(push, recording.push()[first : first + 3])
@@ -142,7 +146,7 @@ def with_region(controller: Controller, size: float) -> Controller:
 @pytest.mark.parametrize(("positions", "adaptive"), [("last", False), ("all", False), ("last", True)])
 def test_a_chat_knows_how_far_it_went(positions: Any, adaptive: bool, capsys: pytest.CaptureFixture[str]) -> None:
     model = chatting()
-    chat = Chat(model, options={"max_tokens": 5, "adaptive": adaptive})
+    chat = Chat(model, options={"max_tokens": 5, "adaptive": adaptive, "temperature": 0})
     assert chat.excess() is None
     controller = controller_for(model, positions=positions)
     chat.add(controller, 2.0)
@@ -179,7 +183,7 @@ def test_a_chat_knows_how_far_it_went(positions: Any, adaptive: bool, capsys: py
 def test_the_last_token_that_was_run_is_recorded_as_it_was() -> None:
     model = chatting()
     controller = with_region(controller_for(model), 1.0)
-    chat = Chat(model, options={"max_tokens": 4})
+    chat = Chat(model, options={"max_tokens": 4, "temperature": 0})
     chat.add(controller, 1.5)
     answer = tokens(chat.answer("hello"))
     assert chat._turn is not None
@@ -194,14 +198,14 @@ def test_the_last_token_that_was_run_is_recorded_as_it_was() -> None:
 def test_chat_warns_once_an_answer(dog: Path, tmp_path: Path) -> None:
     file = tmp_path / "dog.safetensors"
     with_region(Controller.load(dog), 0.1).save(file)
-    result = run("chat", "demo", "-c", f"{file}:2", "-n", 3, text="Hello\nAnd more\n/track\n")
+    result = run("chat", "demo", "-c", f"{file}:2", "-n", 3, "--temperature", 0, text="Hello\nAnd more\n/track\n")
     assert result.exit_code == 0, result.output
     notes = [line for line in result.stderr.splitlines() if line.startswith("Note: ")]
     assert len(notes) == 2
     assert all("times what was checked" in note and "dog at layer 2" in note for note in notes)
     assert "Over the whole answer" in result.stdout
     with_region(Controller.load(dog), 1e6).save(file)
-    assert "Note" not in run("chat", "demo", "-c", f"{file}:2", "-n", 2, text="Hello\n").stderr
+    assert "Note" not in run("chat", "demo", "-c", f"{file}:2", "-n", 2, "--temperature", 0, text="Hello\n").stderr
 
 
 def test_generate_shows_the_control_of_every_token(dog: Path, prompt_file: Path, smollm2: Model) -> None:

@@ -162,14 +162,14 @@ def test_the_steered_text_on_the_real_model(smollm2: Any, controller: mlx_lqr.Co
     from mlx_lqr.convert.sources import demo_model
 
     prompt = "Once upon a time,"
-    expected = mlx_lqr.generate(smollm2, prompt, controller=controller, strength=3.0, max_tokens=20)
+    expected = mlx_lqr.generate(smollm2, prompt, controller=controller, strength=3.0, max_tokens=20, temperature=0)
     tokenizer = load_tokenizer(demo_model())
     with mlx_lqr.steer(smollm2.module, controller, strength=3.0):
         steered = mlx_lm.generate(smollm2.module, tokenizer, prompt, max_tokens=20)
     plain = mlx_lm.generate(smollm2.module, tokenizer, prompt, max_tokens=20)
     # mlx_lm's detokenizer drops a leading space
     assert steered == expected.lstrip()
-    assert plain == mlx_lqr.generate(smollm2, prompt, max_tokens=20).lstrip()
+    assert plain == mlx_lqr.generate(smollm2, prompt, max_tokens=20, temperature=0).lstrip()
 
 
 def test_a_direct_call_is_steered_at_its_last_position() -> None:
@@ -317,7 +317,7 @@ def test_our_own_functions_are_refused_inside_the_block() -> None:
     controller = controller_for(model)
     with mlx_lqr.steer(model, controller):
         for call in (
-            lambda: mlx_lqr.generate(model, PROMPT, max_tokens=3),
+            lambda: mlx_lqr.generate(model, PROMPT, max_tokens=3, temperature=0),
             lambda: model.residuals([PROMPT]),
             lambda: controller_for(model),
         ):

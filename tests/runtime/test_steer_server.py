@@ -71,7 +71,7 @@ def test_the_server_of_mlx_lm_answers_as_our_loop_does(
     prompt: str, options: Any, smollm2: Model, controller: mlx_lqr.Controller, provider: Any, address: str
 ) -> None:
     def ours(**steering: Any) -> str:
-        return mlx_lqr.generate(smollm2, prompt, max_tokens=LENGTH, **steering).lstrip()
+        return mlx_lqr.generate(smollm2, prompt, max_tokens=LENGTH, temperature=0, **steering).lstrip()
 
     with mlx_lqr.steer(provider.model, controller, strength=3.0):
         answers = [ask(address, prompt, **options) for _ in range(2)]

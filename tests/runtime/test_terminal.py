@@ -44,7 +44,8 @@ def read_until(source: int, wanted: bytes, seconds: float = 60) -> bytes:
 
 
 def test_ctrl_c_stops_an_answer_in_a_pipe(tmp_path: Path, smollm2: Model) -> None:
-    command = [sys.executable, "-c", "from mlx_lqr.commands import main; main()", "chat", "demo", "-n", "4000"]
+    command = [sys.executable, "-c", "from mlx_lqr.commands import main; main()", "chat", "demo"]
+    command += ["-n", "4000", "--temperature", "0"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -84,7 +85,7 @@ def test_a_chat_on_a_terminal(tmp_path: Path, smollm2: Model) -> None:
     """Several lines in one message, Ctrl-C at the prompt and during an answer, a mistake, and Ctrl-D."""
     (tmp_path / "demo").symlink_to(demo_model().parent)
     saved = tmp_path / "chat.json"
-    with on_a_terminal("-n", "4000", cache=tmp_path) as (process, terminal):
+    with on_a_terminal("-n", "4000", "--temperature", "0", cache=tmp_path) as (process, terminal):
         assert process.stdout is not None
         read_until(terminal, EDITING)
         os.write(terminal, b"never sent\x03")

@@ -31,7 +31,23 @@ def test_no_question_serves_two_purposes() -> None:
     assert all(text == text.strip() and text.isascii() for text in seen)
 
 
-@pytest.mark.parametrize("concept", ["church", "cloud", "dog", "football", "joy", "love", "ocean"])
+NOT_ASKED_FOR = [
+    "anger",
+    "cat",
+    "church",
+    "cloud",
+    "dog",
+    "fantasy",
+    "football",
+    "joy",
+    "love",
+    "ocean",
+    "pirate",
+    "space",
+]
+
+
+@pytest.mark.parametrize("concept", NOT_ASKED_FOR)
 def test_no_open_question_asks_for_a_bundled_concept(concept: str) -> None:
     """Or an answer that takes up the question would count."""
     pattern = word_pattern(word_family(concept))
@@ -71,7 +87,9 @@ def test_counts_what_the_same_model_answers_in_a_chat() -> None:
     metrics = evaluation.results()[0].metrics
 
     def answer(question: str) -> str:
-        return "".join(piece.text for piece in Chat(model, options={"max_tokens": 12}).answer(question))
+        return "".join(
+            piece.text for piece in Chat(model, options={"max_tokens": 12, "temperature": 0}).answer(question)
+        )
 
     pattern = word_pattern(["weekend*", "autumn*"])
     assert metrics["prevalence"].value == np.mean([bool(pattern.search(answer(text))) for text in OPEN])

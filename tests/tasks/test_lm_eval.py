@@ -199,7 +199,7 @@ def test_log_likelihoods_are_steered_as_ours_in_any_steps(
     assert [score for score, _ in scores] == pytest.approx(expected, abs=1e-4)
     assert np.abs(np.subtract(expected, [score for score, _ in plain])).min() > 1e-2
     assert whole == pytest.approx(scores_of(steered, [("w9", " w8 w7 w6"), ("w4", " w3 w2 w1")]), abs=1e-4)
-    greedy = mlx_lqr.generate(model, "w1", controller=controller, strength=2.0, max_tokens=3)
+    greedy = mlx_lqr.generate(model, "w1", controller=controller, strength=2.0, max_tokens=3, temperature=0)
     with mlx_lqr.steer(evaluator.model, controller, 2.0):
         (_, likely), (_, unlikely) = evaluator.loglikelihood(
             requests("loglikelihood", ("w1", greedy), ("w1", " w2 w3 w4"))
@@ -313,7 +313,7 @@ def test_written_texts_are_steered_as_ours(demo: Evaluator, dog: Path, smollm2: 
     arguments = [(prompt, {"until": ["."]}) for prompt in prompts]
     with mlx_lqr.steer(demo.model, steering.controller, 3.0):
         texts = demo.generate_until(requests("generate_until", *arguments))
-    expected = tasks.Steered(smollm2, steering, 3.0).texts(prompts, {"max_tokens": 12})
+    expected = tasks.Steered(smollm2, steering, 3.0).texts(prompts, {"max_tokens": 12, "temperature": 0})
     # some of mlx-lm's detokenizers drop a leading space
     assert [text.strip() for text in texts] == [text.split(".")[0].strip() for text, _ in expected]
     assert texts != demo.generate_until(requests("generate_until", *arguments))
