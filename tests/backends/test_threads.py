@@ -68,14 +68,14 @@ def test_threads_get_the_tokens_that_each_gets_alone(backend: str, family: str) 
     models = [model_on(backend, family), model_on(backend, family, seed=1)]
     steered: list[Options] = [{"controller": controller_for(model), "strength": 2.0} for model in models]
     settings: list[Options] = [
-        {**steered[0], "max_tokens": 9},
-        {**steered[1], "max_tokens": LONG},
+        {**steered[0], "max_tokens": 9, "temperature": 0},
+        {**steered[1], "max_tokens": LONG, "temperature": 0},
         {"max_tokens": 9, "temperature": 1.0, "seed": 3},
-        {**steered[1], "max_tokens": 9},
+        {**steered[1], "max_tokens": 9, "temperature": 0},
     ]
     for chosen in ([0, 0, 0, 0], [0, 1, 0, 1]):
         if chosen[1] == 0:
-            settings[1], settings[3] = {**settings[1], **steered[0]}, {"max_tokens": 12}
+            settings[1], settings[3] = {**settings[1], **steered[0]}, {"max_tokens": 12, "temperature": 0}
         else:
             settings[1], settings[3] = {**settings[1], **steered[1]}, {**settings[3], **steered[1]}
 
@@ -104,7 +104,7 @@ def test_an_answer_goes_on_in_another_thread(backend: str) -> None:
 @backends
 def test_one_thread_may_take_from_two_answers_in_turn_while_another_decodes(backend: str) -> None:
     model = model_on(backend)
-    options: Options = {"controller": controller_for(model), "max_tokens": 9}
+    options: Options = {"controller": controller_for(model), "max_tokens": 9, "temperature": 0}
     alone = [tokens(mlx_lqr.stream(model, prompt, **options)) for prompt in PROMPTS]
 
     def in_turn() -> list[list[int | None]]:
@@ -120,7 +120,7 @@ def test_one_thread_may_take_from_two_answers_in_turn_while_another_decodes(back
 def test_a_model_is_recorded_and_fitted_while_it_decodes(backend: str) -> None:
     model = model_on(backend)
     controller = controller_for(model)
-    options: Options = {"controller": controller, "max_tokens": 20}
+    options: Options = {"controller": controller, "max_tokens": 20, "temperature": 0}
     expected = tokens(mlx_lqr.stream(model, PROMPTS[0], **options))
     contrast = mlx_lqr.contrast(model, POSITIVE, NEGATIVE)
     answer, fitted, recorded, scores = together(
@@ -140,27 +140,29 @@ def test_steering_in_place_refuses_what_other_threads_decode(backend: str) -> No
     """And what this thread began before. No token comes that another controller steered."""
     model = model_on(backend)
     controller = controller_for(model)
-    expected = tokens(mlx_lqr.stream(model, PROMPTS[0], max_tokens=LONG))
-    pieces: Iterator[mlx_lqr.Piece] = mlx_lqr.stream(model, PROMPTS[0], max_tokens=LONG)
+    expected = tokens(mlx_lqr.stream(model, PROMPTS[0], max_tokens=LONG, temperature=0))
+    pieces: Iterator[mlx_lqr.Piece] = mlx_lqr.stream(model, PROMPTS[0], max_tokens=LONG, temperature=0)
     answer = tokens(islice(pieces, 2))
     with mlx_lqr.steer(model, controller, 5.0), ThreadPoolExecutor(1) as pool:
         for refused in (
             lambda: next(pieces),
-            lambda: mlx_lqr.stream(model, PROMPTS[0], max_tokens=9),
+            lambda: mlx_lqr.stream(model, PROMPTS[0], max_tokens=9, temperature=0),
             lambda: model.log_probabilities([(PROMPTS[1], PROMPTS[2])]),
             lambda: model.residuals(PROMPTS),
         ):
             with pytest.raises(InputError, match="being steered"):
                 pool.submit(refused).result()
     assert answer == expected[:2]
-    assert tokens(mlx_lqr.stream(model, PROMPTS[0], max_tokens=LONG)) == expected
+    assert tokens(mlx_lqr.stream(model, PROMPTS[0], max_tokens=LONG, temperature=0)) == expected
 
     def steer() -> None:
         for _ in range(5):
             with mlx_lqr.steer(model, controller, 5.0):
                 pass
 
-    decoded, steered = together(lambda: tokens(mlx_lqr.stream(model, PROMPTS[0], max_tokens=LONG)), steer)
+    decoded, steered = together(
+        lambda: tokens(mlx_lqr.stream(model, PROMPTS[0], max_tokens=LONG, temperature=0)), steer
+    )
     assert steered is None
     assert decoded == expected or (isinstance(decoded, InputError) and "being steered" in str(decoded))
 

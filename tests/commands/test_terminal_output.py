@@ -97,23 +97,23 @@ def test_what_commands_a_terminal_is_escaped_there_and_nothing_else() -> None:
 
 
 def test_generate_shows_what_a_model_says(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ["generate", model, "-p", "w", "-n", 2]
+    given = ["generate", model, "-p", "w", "-n", 2, "--temperature", 0]
     shown = on_terminal(monkeypatch, *given)
     assert COMMANDS.search(shown) is None
     assert shown.count(ESCAPED) == 2
     assert run(*given).stdout.count(HARMFUL) == 2
     with terminal(monkeypatch) as direct:
-        assert edge.main([str(model), "-p", "w", "-n", "2"]) == 0
+        assert edge.main([str(argument) for argument in given[1:]]) == 0
     assert direct[0] == shown
 
 
 def test_generate_shows_prompts_of_a_file(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"prompt": HARMFUL}) + "\n")
-    shown = without_style(on_terminal(monkeypatch, "generate", model, "--prompts", file, "-n", 1))
+    shown = without_style(on_terminal(monkeypatch, "generate", model, "--prompts", file, "-n", 1, "--temperature", 0))
     assert COMMANDS.search(shown) is None
     assert shown.count(ESCAPED) == 2
-    assert run("generate", model, "--prompts", file, "-n", 1).stdout.count(HARMFUL) == 2
+    assert run("generate", model, "--prompts", file, "-n", 1, "--temperature", 0).stdout.count(HARMFUL) == 2
 
 
 def test_chat_shows_what_a_model_says(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_chat_shows_what_a_model_says(model: Path, tmp_path: Path, monkeypatch: 
     lines.write_text("w\n")
     with lines.open() as stdin, monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", stdin)
-        shown = on_terminal(monkeypatch, "chat", model, "-n", 2)
+        shown = on_terminal(monkeypatch, "chat", model, "-n", 2, "--temperature", 0)
     assert COMMANDS.search(shown) is None
     assert shown.count(ESCAPED) == 2
 
@@ -158,11 +158,11 @@ def test_what_was_said_is_for_its_owner_alone(model: Path, tmp_path: Path) -> No
     file = tmp_path / "chat.json"
     before = os.umask(0)
     try:
-        result = run("chat", model, "-n", 1, text=f"w\n/save {file}\n")
+        result = run("chat", model, "-n", 1, "--temperature", 0, text=f"w\n/save {file}\n")
         assert "others" not in result.stderr
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         file.chmod(0o644)
-        result = run("chat", model, "-n", 1, text=f"w\n/save {file}\n")
+        result = run("chat", model, "-n", 1, "--temperature", 0, text=f"w\n/save {file}\n")
         assert f"Note: others could open {file}: now its owner alone can" in result.stderr
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     finally:

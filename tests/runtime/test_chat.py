@@ -226,7 +226,7 @@ def test_an_answer_cut_short_stays_and_the_chat_goes_on(monkeypatch: pytest.Monk
 
 
 def test_an_answer_ends_where_the_next_one_begins() -> None:
-    chat = Chat(chatting(), options={"max_tokens": 9})
+    chat = Chat(chatting(), options={"max_tokens": 9, "temperature": 0.0})
     first, second = chat.answer("hello"), chat.answer("more")
     said = "".join(piece.text for piece in islice(first, 3))
     answer = [next(second).token]
@@ -271,7 +271,7 @@ def test_a_rolling_chat_runs_each_token_a_few_times_at_most(
 ) -> None:
     model = tiny_on(backend, "llama", tie_word_embeddings=False)
     model._tokenizer = Letters()
-    chat = Chat(model, options={"max_tokens": 8, "overflow": "roll"})
+    chat = Chat(model, options={"max_tokens": 8, "overflow": "roll", "temperature": 0.0})
     if steered:
         chat.add(controller_for(model), 2.0)
     run = 0
@@ -301,7 +301,9 @@ def test_a_rolling_chat_runs_each_token_a_few_times_at_most(
 
 def test_a_rolling_chat_forgets_whole_turns_and_no_system_prompt() -> None:
     model = chatting(max_position_embeddings=64)
-    chat = Chat(model, [{"role": "system", "content": "be brief"}], {"max_tokens": 8, "overflow": "roll"})
+    chat = Chat(
+        model, [{"role": "system", "content": "be brief"}], {"max_tokens": 8, "overflow": "roll", "temperature": 0.0}
+    )
     prompts = []
     for question in ("one", "two", "three", "four", "five"):
         list(chat.answer(question))
