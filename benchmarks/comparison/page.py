@@ -39,19 +39,19 @@ def write_page(results: Path, docs: Path) -> Path:
     Raises:
         InputError: no results in the folder.
     """
-    measured = load_results(results)
-    if not measured:
+    measured, ablation = load_results(results), results / ABLATION
+    if not measured and not ablation.is_file():
         raise InputError(f"there are no results in {results}: measure first (python -m benchmarks.comparison run)")
     path = docs / PAGE
-    sections = [_head(measured), _summary(measured), _text("findings.md")]
+    sections = [_head(measured), _summary(measured), _text("findings.md")] if measured else ["# Methods compared"]
     for experiment in EXPERIMENTS:
         own = [result for result in measured if result["experiment"] == experiment.name]
         if own:
             sections.append(_experiment(experiment, own, docs))
-    ablation = results / ABLATION
     if ablation.is_file():
-        rows = json.loads(ablation.read_text("utf-8"))
-        sections.append(f"## What each part of A-LQR is worth\n\n{ablation_table(rows)}")
+        sections += [_text("ablation.md"), ablation_table(json.loads(ablation.read_text("utf-8")))]
+    if not measured:
+        sections.append(_text("earlier.md"))
     with writing(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", "utf-8")
     return path

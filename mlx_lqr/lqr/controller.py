@@ -423,7 +423,8 @@ def _couple(direction: Float32, sensor: Float32, uncoupled: Float32, concepts: S
         gram, read = V.T @ V, W.T @ V
         for i in range(len(active)):
             for j in range(i):
-                angle = float(np.degrees(np.arccos(min(1.0, abs(gram[i, j])))))
+                told_apart = 1 - read[i, j] * read[j, i]  # det W'V of the two, sin^2 of their angle where W = V
+                angle = float(np.degrees(np.arcsin(np.sqrt(min(max(min(told_apart, 1 - gram[i, j] ** 2), 0.0), 1.0)))))
                 if angle < SMALLEST_ANGLE:
                     too_close.setdefault((int(active[j]), int(active[i])), []).append((k, angle))
         if not too_close:

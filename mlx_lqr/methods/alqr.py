@@ -1,8 +1,9 @@
 """Activation LQR (Skifstad et al. 2026, arXiv 2604.19018): feedback on a feature, with gains from the linearised model.
 
-u_k = (offset_k + s mu_k - v_k . z_k) g_k is added to the output of block k. v_k and mu_k are the direction and the
-length of the mean difference at its input; g_k = K_k v_k comes from the Riccati recursion over the Jacobians of the
-blocks (lqr/riccati.py), which weighs the error of the feature, or of the whole state, against the size of the push.
+u_k = (offset_k + s mu_k - w_k . z_k) g_k is added to the output of block k. v_k and mu_k are the direction and the
+length of the mean difference at its input; w_k reads the feature, which is v_k in the paper and the linear discriminant
+here (lqr/contrast.py); g_k = K_k v_k comes from the Riccati recursion over the Jacobians of the blocks
+(lqr/riccati.py), which weighs the error of the feature, or of the whole state, against the size of the push.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class ALQR(Method[Controller]):
     name = "alqr"
     title = "A-LQR, activation LQR"
     papers = (Paper("Skifstad et al.", 2026, "2604.19018"),)
-    formula = "`y + (offset_k + s mu_k - v_k . z_k) g_k`"
+    formula = "`y + (offset_k + s mu_k - w_k . z_k) g_k`"
     options = (
         Option(
             "q",
@@ -225,9 +226,9 @@ def prepared(
 
 
 class LinearFeedback(AdjustableLaw):
-    """Activation LQR: u_k = (offset_k + strength o setpoint_k - z_k V_k) G_k'.
+    """Activation LQR: u_k = (offset_k + strength o setpoint_k - z_k W_k) G_k', W_k the controller's sensor.
 
-    With one concept, offset 0 and setpoint mu_k this is u_k = (strength mu_k - v_k . z_k) g_k (arXiv 2604.19018, linear
+    With one concept, offset 0, W_k = V_k and setpoint mu_k this is u_k = (strength mu_k - v_k . z_k) g_k (arXiv 2604.19018, linear
     feature setpoint; see riccati.py for g_k).
 
     A concept at strength 0 is off: G_k is then formed from the others alone. With a centred setpoint the smallest

@@ -40,7 +40,7 @@ def test_the_prediction_is_the_linear_loop(family: str, setpoint: str, linearise
     model = tiny(family, num_hidden_layers=4)
     controller = controller_for(model, layers=[1, 2, 3], setpoint=setpoint)
     certificate = certified(model, controller, strengths=(1.0, 2.5), linearised=linearised)
-    v, g = controller.direction[:, :, 0].astype(np.float64), controller.gain[:, :, 0].astype(np.float64)
+    v, g = controller.sensor[:, :, 0].astype(np.float64), controller.gain[:, :, 0].astype(np.float64)
     for n, prompt in enumerate(HELD_OUT):
         A = mlx_lqr.linearize(model, [prompt] if linearised == "prompt" else CALIBRATION)
         z0 = model.residuals([prompt])[0].astype(np.float64)
@@ -152,7 +152,7 @@ def test_a_controller_of_all_positions_is_certified_in_its_own_prefix() -> None:
     controller = controller_for(model, positions="all")
     average = certified(model, controller, linearised="average", strengths=(2.0, 1.0))
     run_alone = roll_out(model, HELD_OUT[0], controller, (2.0,))
-    assert average.feature[0, 0, 1] == pytest.approx(controller.direction[1, :, 0] @ run_alone.steered[0, 1], abs=1e-4)
+    assert average.feature[0, 0, 1] == pytest.approx(controller.sensor[1, :, 0] @ run_alone.steered[0, 1], abs=1e-4)
     assert not np.allclose(average.unsteered[:, 0, 2], average.unsteered[:, 1, 2])  # another strength, another prefix
     with pytest.raises(InputError, match="one strength"):
         certified(model, controller)

@@ -138,7 +138,7 @@ def test_a_rollout_is_the_model_steered(positions: Positions) -> None:
         alpha = (
             controller.offset
             + strength * controller.setpoint
-            - np.einsum("kdm,kd->km", controller.direction, expected[:-1])
+            - np.einsum("kdm,kd->km", controller.sensor, expected[:-1])
         )
         assert np.allclose(run.feature_error[s], alpha[:, 0], atol=1e-4)
         pushed = [law(k, expected[k], np.zeros(32, np.float32)) if k in law.layers else np.zeros(32) for k in range(3)]

@@ -120,7 +120,7 @@ def steered_by_hand(family: str, controller: mlx_lqr.Controller, prompt: list[in
     def steer(k: int, z: mx.array, output: mx.array) -> mx.array:
         values, x = np.array(output), np.array(z)
         for i in range(len(prompt) - 1, len(run)):
-            error = controller.offset[k] + STRENGTH * controller.setpoint[k] - x[0, i] @ controller.direction[k]
+            error = controller.offset[k] + STRENGTH * controller.setpoint[k] - x[0, i] @ controller.sensor[k]
             values[0, i] += controller.gain[k] @ error
         return mx.array(values)
 

@@ -118,7 +118,7 @@ def generated_by_hand(family: str, controller: mlx_lqr.Controller, prompt: list[
     module = model_of(family).module
 
     def steer(k: int, z: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        error = controller.offset[k] + STRENGTH * controller.setpoint[k] - z[0, -1].numpy() @ controller.direction[k]
+        error = controller.offset[k] + STRENGTH * controller.setpoint[k] - z[0, -1].numpy() @ controller.sensor[k]
         steered = output.clone()
         steered[0, -1] += torch.tensor(controller.gain[k] @ error)
         return steered

@@ -144,7 +144,7 @@ class ByHand:
 
         def steer(k: int, z: mx.array, output: mx.array) -> mx.array:
             goal = controller.offset[k] + STRENGTH * controller.setpoint[k]
-            return self.added(output, (goal - self.state(z) @ controller.direction[k]) @ controller.gain[k].T)
+            return self.added(output, (goal - self.state(z) @ controller.sensor[k]) @ controller.gain[k].T)
 
         module(mx.array([prompt[:-1]]), cache=caches)
         while len(answer) < TOKENS:

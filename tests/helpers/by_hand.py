@@ -54,10 +54,10 @@ def last_features(model: MLXModel, controller: Controller, run: list[int], stren
 
     def hook(k: int, z: mx.array, call: BlockCall) -> mx.array:
         output, x = np.array(call(z)), np.array(z)
-        features.append(x[0, -1] @ controller.direction[k])
+        features.append(x[0, -1] @ controller.sensor[k])
         for i, strength in enumerate(strengths):
             if strength is not None:
-                error = controller.offset[k] + strength * controller.setpoint[k] - x[0, i] @ controller.direction[k]
+                error = controller.offset[k] + strength * controller.setpoint[k] - x[0, i] @ controller.sensor[k]
                 output[0, i] += controller.gain[k] @ error
         return mx.array(output)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers.backends import BACKENDS, tiny_on
+from helpers.controllers import mirrored
 
 import mlx_lqr
 from mlx_lqr import Controller, InputError, tasks
@@ -41,7 +42,7 @@ def test_the_stored_gains_are_those_of_the_feature_cost(model: Model, adaptive: 
     assert np.array_equal(adaptive.gain, feature.gain)
     adaptive.save(tmp_path / "one")
     assert Controller.load(tmp_path / "one").cost == "adaptive"
-    other = replace(feature, concepts=("two",), direction=feature.direction[:, ::-1], gain=feature.gain[:, ::-1])
+    other = replace(mirrored(feature), concepts=("two",), gain=feature.gain[:, ::-1])
     assert Controller.combine(adaptive, replace(other, cost="adaptive")).cost == "adaptive"
     assert Controller.combine(adaptive, other).cost == "feature"
 
@@ -86,7 +87,23 @@ def test_the_command_line_fits_and_decodes_adaptively(tmp_path: Path) -> None:
     for kind, texts in zip(("positive", "negative"), mlx_lqr.bundled_prompts("ocean"), strict=True):
         (tmp_path / kind).write_text("\n".join(texts[:24]))
     sets = ["--concept", "ocean", "--positive", str(tmp_path / "positive"), "--negative", str(tmp_path / "negative")]
-    base = ["fit", "demo", *sets, "-o", file, "--q", "3", "--qf", "3", "--layers", "20-29"]
+    base = [
+        "fit",
+        "demo",
+        *sets,
+        "-o",
+        file,
+        "--q",
+        "3",
+        "--qf",
+        "3",
+        "--layers",
+        "20-29",
+        "--plain-prompts",
+        "--no-calibration",
+        "--readout",
+        "direction",
+    ]
     assert run(main, [*base, "--cost", "adaptive", "--jacobian-prompts", "1"]).exit_code == 0
     answers = [
         run(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from helpers.backends import BACKENDS, tiny_on
 from helpers.command_line import run
+from helpers.controllers import mirrored
 from helpers.tiny_tokenizers import chatting
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -56,15 +57,18 @@ def test_centred_everywhere_a_setpoint_is_chosen() -> None:
     expected = np.einsum("kd,kd->k", contrast.unit_direction, contrast.mean_negative)[:, None]
     gains = mlx_lqr.solve(jacobians)
     for controller in (
-        mlx_lqr.fit(model, *SETS, setpoint="centred", cost="feature", layers="all"),
-        mlx_lqr.fit(model, *SETS, setpoint="centred", jacobians=jacobians, layers="all"),
-        mlx_lqr.compile(gains, contrast, setpoint="centred"),
-        mlx_lqr.adapt(model, contrast, [1, 2], setpoint="centred"),
-        mlx_lqr.adapt(model, mlx_lqr.compile(gains, contrast, setpoint="centred"), [1, 2]),
+        mlx_lqr.fit(model, *SETS, setpoint="centred", readout="direction", cost="feature", layers="all"),
+        mlx_lqr.fit(model, *SETS, setpoint="centred", readout="direction", jacobians=jacobians, layers="all"),
+        mlx_lqr.compile(gains, contrast, setpoint="centred", readout="direction"),
+        mlx_lqr.adapt(model, contrast, [1, 2], setpoint="centred", readout="direction"),
+        mlx_lqr.adapt(model, mlx_lqr.compile(gains, contrast, setpoint="centred", readout="direction"), [1, 2]),
     ):
         assert np.allclose(controller.offset, expected, atol=1e-5)
-    paper = mlx_lqr.fit(model, *SETS, concept="one", layers="all", setpoint="paper")
-    joint = Controller.combine(controller, replace(paper, direction=controller.direction[:, ::-1]))
+    paper = mlx_lqr.fit(model, *SETS, concept="one", layers="all", setpoint="paper", readout="direction")
+    read = mlx_lqr.fit(model, *SETS, layers="all")
+    by_discriminant = np.einsum("kdm,kd->km", read.sensor, contrast.mean_negative)
+    assert np.allclose(read.offset, by_discriminant, atol=1e-5)
+    joint = Controller.combine(controller, mirrored(replace(paper, direction=controller.direction)))
     assert np.allclose(joint.offset[:, :1], expected, atol=1e-5)
     assert not joint.offset[:, 1].any()
     with pytest.raises(InputError, match="setpoint must be 'paper' or 'centred', not 'middle'"):
@@ -78,7 +82,7 @@ def test_a_recommended_strength_survives_files_and_combination(kind: str, tmp_pa
     assert plain.strength is None
     other = made(model, kind, "other")
     if isinstance(other, Controller):
-        other = replace(other, direction=other.direction[:, ::-1])
+        other = mirrored(other)
     tuned: Any = plain.recommending((2.5,))
     for steering in (plain, tuned, combine([tuned, other])):
         steering.save(tmp_path / "file")
@@ -116,7 +120,7 @@ def test_a_calibration_survives_files_combination_and_tuning(kind: str, tmp_path
     assert plain.calibrated(CALIBRATION, "strong").strength == (3.25,)
     other = made(model, kind, "other")
     if isinstance(other, Controller):
-        other = replace(other, direction=other.direction[:, ::-1])
+        other = mirrored(other)
     joint = combine([other, known])
     for steering in (plain, known, known.recommending((4.0,)), joint):
         steering.save(tmp_path / "file")
@@ -166,7 +170,7 @@ def test_gains_for_one_prompt_keep_what_the_file_recommends() -> None:
         ((1.0, 2.0, float("inf")), (0.1, 0.2, 0.4)),
         ((0.0, 2.0, 3.0), (0.1, 0.2, 0.4)),
         ((-1.0, 2.0, 3.0), (0.1, 0.2, 0.4)),
-        ((3.0, 2.0, 1.0), (0.1, 0.2, 0.4)),
+        ((1.0, 3.0, 2.0), (0.1, 0.2, 0.4)),
         ((1.0, 2.0, 3.0), (0.1, 0.2, -0.4)),
         ((1.0, 2.0, 3.0), (0.1, 0.2, float("nan"))),
     ],

@@ -141,7 +141,7 @@ def test_the_commands_know_it_too(install: Installer, tmp_path: Path, monkeypatc
     assert "--slope FLOAT" in run("fit", "--help")
     assert "[ramp: 0.1]" in run("tune", "concept", "--help")
     fitted = run("fit", folder, *sets, "--slope", 0.7, "-o", "ramp.safetensors")
-    assert "-c ramp.safetensors:3" in fitted  # the strength that it suggests
+    assert "-c ramp.safetensors\n" in fitted  # which recommends a strength
     given = "-p", "w1 w2", "-c", "ramp.safetensors:3", "-n", 4, "--seed", 1
     answer = json.loads(run("generate", folder, *given, "--json"))
     assert answer["concepts"] == {"one": 3.0}

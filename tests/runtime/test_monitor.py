@@ -59,7 +59,7 @@ def test_what_is_recorded_is_what_happened(family: str, positions: Any) -> None:
     assert np.allclose(push, np.linalg.norm(np.einsum("kdm,nkm->nkd", controller.gain, error), axis=2), atol=1e-5)
     if positions == "all":  # the first token stands alone: its residual stream is that of a prompt of one token
         z = model.residuals([prompt[:1]], law=LinearFeedback(controller, strength), steer_all=True)[0, :-1]
-        assert np.allclose(error[0], target - np.einsum("kdm,kd->km", controller.direction, z), atol=1e-4)
+        assert np.allclose(error[0], target - np.einsum("kdm,kd->km", controller.sensor, z), atol=1e-4)
 
 
 def test_layers_without_control_are_not_recorded() -> None:

@@ -183,7 +183,9 @@ def test_log_likelihoods_are_steered_as_ours_in_any_steps(
     family: str, positions: Any, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluator, model = tiny_evaluator(family)
-    controller = mlx_lqr.fit(model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, positions=positions, layers="all")
+    controller = mlx_lqr.fit(
+        model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, positions=positions, layers="all", cost="state"
+    )
     steered = tasks.Steered(model, tasks.NamedSteering("one", controller), 2.0)
     pairs = [
         ("w5 w17 w3 w42 w8 w29 w11 w60 w2", " w33 w21 w40 w7 w9"),

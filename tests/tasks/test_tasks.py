@@ -148,7 +148,7 @@ def test_every_text_is_what_its_prompt_and_seed_make_alone(
     evaluation = tasks.evaluate(model, task, steering, [0.0, 2.0])
     assert len(evaluation.rows[0.0]["generations"]) == 20 > records.CHUNK
     for strength, parts in evaluation.rows.items():
-        options: mlx_lqr.Options = {"max_tokens": 5, "temperature": 1.0}
+        options: mlx_lqr.Options = {"max_tokens": 5, "temperature": 1.0, "top_p": 1.0}
         if strength:
             options |= {"controller": steering.controller, "strength": strength}
         for row in parts["generations"]:
