@@ -41,6 +41,7 @@ from mlx_lqr.runtime.streams import (
     describe,
     drop_output,
     first_process_speaks,
+    printable,
     reader_has_gone,
 )
 from mlx_lqr.starting import STOPPED, interruptible
@@ -76,7 +77,7 @@ def _generate(given: argparse.Namespace) -> None:
         options |= {"controller": controller, "strength": strengths}
     prompt = model.tokenizer.chat([{"role": "user", "content": text}]) if given.chat else text
     for piece in stream(model, prompt, **options):
-        print(piece.text, end="", flush=True)
+        print(printable(piece.text, sys.stdout), end="", flush=True)
     print(flush=True)
 
 
@@ -128,12 +129,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _refuse(reason: str) -> int:
     with suppress(OSError):
-        print(f"Error: {reason}", file=sys.stderr)
+        print(printable(f"Error: {reason}", sys.stderr), file=sys.stderr)
     return 2
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"Note: {message}", file=sys.stderr)
+    print(printable(f"Note: {message}", sys.stderr), file=sys.stderr)
 
 
 if __name__ == "__main__":

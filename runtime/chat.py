@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from os import PathLike
 
@@ -18,6 +20,7 @@ from mlx_lqr.methods.law import AdjustableLaw, check_strength
 from mlx_lqr.methods.recording import RecordedFeedback, Recording
 from mlx_lqr.methods.steering import Steering, combine, only_controller
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
+from mlx_lqr.runtime.forgetting import remembered
 from mlx_lqr.runtime.generate import Options, Piece, Strength, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
 from mlx_lqr.runtime.tracking import TrackedAnswer, track_answer
@@ -45,6 +48,10 @@ class Chat:
     _turn: _Turn | None = field(default=None, init=False, repr=False)
     _given: list[Given] = field(default_factory=list, init=False, repr=False)
     """How each answer of the conversation was steered."""
+    _alone: AbstractContextManager[object] = field(default_factory=threading.Lock, init=False, repr=False)
+    """Held while the decoder of an answer works, or is taken over by the next one."""
+    _forgotten: int = field(default=0, init=False, repr=False)
+    """How many of the oldest messages after the system prompt the model no longer reads, whole turns of two."""
     _seed: int | None = field(default_factory=fresh_seed, init=False, repr=False)
     """The last answer was drawn with it where `options` has none, and so is what it is compared with."""
 
@@ -121,18 +128,20 @@ class Chat:
         """The model's answer, piece by piece. If it is interrupted, the part so far stays in the conversation.
 
         Raises:
-            InputError: at the first piece, the conversation cannot be answered; it stays as it was.
+            InputError: at the first piece, the conversation cannot be answered; it stays as it was. Later, the next
+                answer has begun, here or in another thread.
             OverflowingError: later, activations overflow.
         """
         reply = {"role": "assistant", "content": ""}
-        self.messages += [{"role": "user", "content": text}, reply]
         try:
-            turn, pieces = self._begin(self.model.tokenizer.chat(self.messages[:-1]), reply)
-            for piece in turn.recorded(pieces):
+            with self._alone:
+                self.messages += [{"role": "user", "content": text}, reply]
+                turn, pieces = self._begin(self._prompt(), reply)
+            for piece in turn.recorded(pieces, self._alone):
                 reply["content"] += piece.text
                 yield piece
         except InputError:
-            if not reply["content"]:
+            if not reply["content"] and self.messages[-1] is reply:
                 del self.messages[-2:]
             raise
 
@@ -206,11 +215,11 @@ class Chat:
     def restart(self) -> None:
         """Forget the conversation, except for the system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
-        self._given = []
+        self._given, self._forgotten = [], 0
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Write the transcript as JSON: the model, the present strengths, and every message, each answer with the
-        strengths it was steered with.
+        strengths it was steered with. The file is its owner's alone to read, and becomes so where it was not.
 
         Args:
             force: overwrite a file of any kind, not only a transcript.
@@ -230,6 +239,7 @@ class Chat:
             InputError: the file was not written by `save`. The conversation then stays as it is.
         """
         name, strengths, self.messages, self._given = read_transcript(path)
+        self._forgotten = 0
         for concept in self._strengths.keys() & strengths.keys():
             self.set_strength(strengths[concept], concept)
         notes = []
@@ -263,7 +273,17 @@ class Chat:
         """The prompt of the conversation's last answer."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise InputError(NO_ANSWER)
-        return self.model.tokenizer.chat(self.messages[:-1])
+        return self._prompt()
+
+    def _prompt(self) -> list[int]:
+        """All that the model reads before the last answer: in a rolling chat, of what fits the context."""
+        before, read = self.messages[:-1], self.model.tokenizer.chat
+        if not self._rolling:
+            self._forgotten = 0
+            return read(before)
+        answer = self.options.get("max_tokens", MAX_TOKENS)
+        prompt, self._forgotten = remembered(before, self._forgotten, read, self.model.context_length, answer)
+        return prompt
 
     def _decoding(self, controller: Steering | None, prompt_length: int) -> Options:
         options: Options = {**self.options, "controller": controller}
@@ -288,6 +308,8 @@ class Chat:
         if controller is not None and controller.checked:
             options["record"] = Recording()
         pieces = stream(self.model, prompt, decoder=decoder, **options)
+        if self._turn is not None:
+            self._turn.is_over = True
         self._turn = _Turn(prompt, reply, self._controllers, controller, decoder, self._rolling, options.get("record"))
         self._given.append(Given(reply, tuple(self._strengths), self._turn.strengths))
         return self._turn, pieces
@@ -326,24 +348,36 @@ class _Turn:
     """The strengths at the prompt's last token and then at each token of the answer."""
     law: Law | None = None
     """The law that steered; with adaptive gains, the one with this prompt's gains."""
+    is_over: bool = False
+    """Whether the next answer has begun."""
     intact: bool = False
     """False while the decoder works: an exception then, also Ctrl-C, leaves an incomplete cache."""
 
-    def recorded(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Pass the pieces on, and note tokens, strengths and law."""
-        strength = self._strength()
-        self.strengths.append(strength)
-        for piece in pieces:
+    def recorded(self, pieces: Iterator[Piece], alone: AbstractContextManager[object]) -> Iterator[Piece]:
+        """Pass the pieces on, and note tokens, strengths and law.
+
+        Args:
+            alone: held while the decoder works.
+
+        Raises:
+            InputError: the next answer has begun, maybe with this decoder.
+        """
+        self.strengths.append(self._strength())
+        while True:
+            strength = self._strength()
+            with alone:
+                if self.is_over:
+                    raise InputError("the next answer of this conversation has begun: this one ends here")
+                self.intact = False
+                piece = next(pieces, None)
+                self.law = self.decoder.law
+                self.intact = True
+            if piece is None:
+                return
             if piece.token is not None:
                 self.tokens.append(piece.token)
                 self.strengths.append(strength)  # of the step that began before this piece: see `decode`
-            self.law = self.decoder.law
-            self.intact = True
             yield piece
-            self.intact = False
-            strength = self._strength()
-        self.law = self.decoder.law
-        self.intact = True
 
     def measured(self) -> tuple[np.ndarray, np.ndarray]:
         """alpha_k (n, T, m) and |u_k| (n, T) at the prompt's last token and at every token of the answer run so far."""

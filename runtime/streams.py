@@ -1,15 +1,37 @@
-"""The standard streams of a command: any text can be written, and a broken stream is one line, not a traceback."""
+"""The standard streams of a command: any text can be written and none commands a terminal; a broken stream is one line,
+not a traceback."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from mlx_lqr.launched import rank
+
+_COMMANDING = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
+"""Control characters of C0 and C1 but for tabs and ends of lines, and those that turn the direction of what follows"""
+
+
+def is_terminal(stream: Any) -> bool:
+    return bool(getattr(stream, "isatty", bool)())  # None where there is no such stream
+
+
+def printable(text: str, stream: Any) -> str:
+    """A text as it may go to a stream: on a terminal, characters that would command it stand there as escapes.
+
+    Models, files and tokenizers may hold any: ESC and CSI, which move, hide and colour, set titles and answer as if
+    somebody typed; BEL; a lone carriage return, which writes over its line; overrides of direction. Anything but a
+    terminal gets the text as it is.
+    """
+    if not is_terminal(stream):
+        return text
+    return _COMMANDING.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def accept_any_text() -> None:

@@ -17,6 +17,7 @@ from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.json_text import parse_json
+from mlx_lqr.files.private import only_mine
 from mlx_lqr.files.text import read_text
 from mlx_lqr.methods.law import check_strength
 
@@ -73,7 +74,7 @@ def write_transcript(
     *,
     force: bool = False,
 ) -> None:
-    """Write a conversation to a file, atomically.
+    """Write a conversation to a file, atomically. Its owner alone may read it, whoever could read the one it replaces.
 
     Args:
         given: how its answers were steered, as far as that is known.
@@ -94,7 +95,8 @@ def write_transcript(
     }
     with writing(path, kind="transcript", force=force) as temporary:
         text = json.dumps(transcript, indent=2, ensure_ascii=False) + "\n"
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        with open(temporary, "xb", opener=only_mine) as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], list[Message], list[Given]]:

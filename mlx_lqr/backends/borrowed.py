@@ -127,6 +127,8 @@ BORROWED: tuple[Borrowed, ...] = (
     Borrowed("transformers", "transformers:PreTrainedModel.from_pretrained", _LOAD, "torch", parameters=("config",)),
     Borrowed("transformers", "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS",
              _ATTENTION, "torch", attributes=("register",)),
+    Borrowed("transformers", "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS",
+             _ATTENTION, "torch", attributes=("register",)),
     Borrowed("transformers", "transformers:GenerationMixin.generate", _GENERATE,
              "torch steer", parameters=("inputs",)),
     Borrowed("transformers", "transformers:GenerationConfig", _GENERATE,

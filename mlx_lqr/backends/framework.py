@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,6 +22,9 @@ class Framework(ABC):
 
     hooks: type[BlockHooks]
     """How hooks are placed on this framework's modules."""
+    turn: ClassVar[AbstractContextManager[object]]
+    """Held by the one thread that computes, and entered again by it at will. For the time of a pass, hooks stand in
+    modules that threads share, and settings that the framework has for the whole process are others."""
 
     @property
     @abstractmethod
@@ -91,12 +94,13 @@ class Framework(ABC):
         """Compute now what a framework may have left for later, so that less is held in memory."""
 
     @abstractmethod
-    def start(self, array: Array) -> None:
+    def start(self, arrays: Iterable[Array]) -> None:
         """Start to compute, without waiting for it."""
 
     @abstractmethod
-    def computing(self, what: str) -> AbstractContextManager[None]:
-        """Around all that is computed: no derivatives; running out of memory for `what` is an `InputError`."""
+    def computing(self, what: str) -> AbstractContextManager[object]:
+        """Around all that is computed: no other thread computes (`turn`), and nothing takes derivatives; running out of
+        memory for `what` is an `InputError`."""
 
     def hooked(
         self, blocks: Sequence[Any], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED

@@ -6,7 +6,8 @@ A backend adds its caches, how a token is run through the model, and the trace o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from mlx_lqr.backends.batching import padded_left
@@ -88,8 +89,13 @@ class HookedDecoder(ABC):
         """Let the cache forget what lies beyond; False where it cannot."""
 
     @abstractmethod
-    def trace(self, token: int) -> Any:
-        """See `TracingDecoder`."""
+    def _trace(self, token: int) -> Any:
+        """`trace`, inside `_computing`."""
+
+    def _left_over(self) -> Iterable[Array]:
+        """What the next step needs and the token does not wait for; the next step may be another thread's."""
+        arrays = [self._seen, self._energy, *self._sampler.state]
+        return [array for array in arrays if array is not None]
 
     @abstractmethod
     def _settle(self) -> None:
@@ -101,8 +107,20 @@ class HookedDecoder(ABC):
 
     @law.setter
     def law(self, law: Law | None) -> None:
-        self._law = self._place(law)
-        self._hooks = self._hooks_of(self._law)
+        with self._framework.computing("the next token"):
+            self._law = self._place(law)
+            self._hooks = self._hooks_of(self._law)
+
+    @contextmanager
+    def _computing(self, what: str) -> Iterator[None]:
+        """Around all that is computed: see `Framework.computing`.
+
+        Raises:
+            InputError: the model is being steered in place.
+        """
+        with self._framework.computing(what):
+            self._framework.hooks.refuse(self._blocks[0])
+            yield
 
     def _hooks_of(self, placed: Law | None) -> BlockHooks | None:
         """What steers with a placed law, and leaves in `_energy` what came of it."""
@@ -133,23 +151,27 @@ class HookedDecoder(ABC):
 
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         """See `Decoder`."""
-        with self._framework.computing("the prompts"):
-            self._settle()
-            restart(self._law)
-            width = max(len(prompt) for prompt in prompts)
-            if not self._cache:
-                self._start([width - len(prompt) for prompt in prompts])
-            if self._seen is not None:
-                for row, prompt in enumerate(prompts):
-                    self._seen[row, self._framework.integers(list(prompt))] = True
-            tokens = self._framework.integers(padded_left(prompts))
-            chunk = max(1, PREFILL_CHUNK // len(prompts))
-            for start in range(0, width, chunk):
-                self._append(tokens[:, start : start + chunk], steered=steered, head=False)
+        with self._computing("the prompts"):
+            self._fill(prompts, steered=steered)
+
+    def _fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
+        """`fill`, inside `_computing`."""
+        self._settle()
+        restart(self._law)
+        width = max(len(prompt) for prompt in prompts)
+        if not self._cache:
+            self._start([width - len(prompt) for prompt in prompts])
+        if self._seen is not None:
+            for row, prompt in enumerate(prompts):
+                self._seen[row, self._framework.integers(list(prompt))] = True
+        tokens = self._framework.integers(padded_left(prompts))
+        chunk = max(1, PREFILL_CHUNK // len(prompts))
+        for start in range(0, width, chunk):
+            self._append(tokens[:, start : start + chunk], steered=steered, head=False)
 
     def step(self, tokens: Array | Sequence[int]) -> Array:
         """See `Decoder`."""
-        with self._framework.computing("the next token"):
+        with self._computing("the next token"):
             if not self._cache:
                 self._start([0] * len(tokens))
             tokens = self._framework.tokens(tokens)
@@ -167,7 +189,7 @@ class HookedDecoder(ABC):
             if self._seen is not None:
                 logits = penalised(logits, self._seen, self.sampling.repetition_penalty, framework.where)
             tokens = framework.where(spoiled == 0, self._sampler.draw(logits), OVERFLOWED)
-            framework.start(tokens)
+            framework.start([tokens, *self._left_over()])
         return tokens
 
     def keep(self, rows: Sequence[int], tokens: Array) -> Array:
@@ -185,17 +207,28 @@ class HookedDecoder(ABC):
 
     def rewind(self, position: int) -> bool:
         """See `Decoder`."""
-        self._settle()
-        return bool(self._cache) and self._seen is None and self._rewind(position)
+        with self._framework.computing("the next token"):
+            self._settle()
+            return bool(self._cache) and self._seen is None and self._rewind(position)
+
+    def trace(self, token: int) -> Any:
+        """See `TracingDecoder`."""
+        with self._computing("the trace"):
+            return self._trace(token)
 
     def trace_prompt(self, prompt: Sequence[int]) -> Any:
         """`fill` of all but the last token, not steered, and `trace` of that one, for a new decoder."""
-        self.fill([prompt[:-1]], steered=False)
-        return self.trace(prompt[-1])
+        with self._computing("the trace"):
+            return self._trace_prompt(prompt)
+
+    def _trace_prompt(self, prompt: Sequence[int]) -> Any:
+        if len(prompt) > 1:
+            self._fill([prompt[:-1]], steered=False)
+        return self._trace(prompt[-1])
 
     def overflow(self, tokens: Sequence[int], first: int) -> OverflowingError:
         """See `Decoder`."""
-        with self._framework.computing("the prompts"):
+        with self._computing("the prompts"):
             self._start([0])
             restart(self._law)
             return located(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -107,6 +107,17 @@ class HookedModel(ABC):
     def _others_calls(self, *, steer_all: bool) -> AbstractContextManager[OthersCalls]:
         """Inside this context, calls that are not ours tell which of their positions are steered."""
 
+    @contextmanager
+    def _computing(self, what: str) -> Iterator[None]:
+        """Around all that is computed: see `Framework.computing`.
+
+        Raises:
+            InputError: the model is being steered in place.
+        """
+        with self._framework.computing(what):
+            self._framework.hooks.refuse(self.blocks[0])
+            yield
+
     @property
     def state_size(self) -> int:
         """See `Differentiable`."""
@@ -158,7 +169,7 @@ class HookedModel(ABC):
         """(B, T + 1, d)"""
         framework = self._framework
         restart(law)
-        with framework.computing("the activations"):
+        with self._computing("the activations"):
             tokens, rows, last = self._padded(prompts)
             steering = self._from_positions(law, 0 if steer_all else last[:, None], tokens)
             recorded: list[Array] = []
@@ -185,7 +196,7 @@ class HookedModel(ABC):
     def _head_outputs_of_batch(self, prompts: list[Sequence[int]]) -> Float32:
         """(B, T, heads, head_dim)"""
         framework = self._framework
-        with framework.computing("the activations"):
+        with self._computing("the activations"):
             tokens, rows, last = self._padded(prompts)
             recorded: list[Array] = []
 
@@ -206,7 +217,7 @@ class HookedModel(ABC):
     def projected(self, layer: int, heads: Float32) -> Float32:
         """See `HeadRecorder`."""
         projection = output_projection(self.blocks[layer])
-        with self._framework.computing("the activations"):
+        with self._computing("the activations"):
             rows = np.vstack([heads, np.zeros_like(heads[:1])])  # zero gives the bias, whatever the module
             outputs = self._framework.numpy(projection(self._framework.floats(rows)))
         return outputs[:-1] - outputs[-1]
@@ -225,7 +236,7 @@ class HookedModel(ABC):
     ) -> list[Float32]:
         """See `Recorder`."""
         scores = [np.empty(0, np.float32)] * len(pairs)
-        with self._framework.computing("the log-probabilities"):
+        with self._computing("the log-probabilities"):
             for i, logits in self._along([(prompt, tokens[:-1]) for prompt, tokens in pairs], law, steer_all):
                 scores[i] = self._framework.log_probabilities(logits, pairs[i][1])
         return scores
@@ -234,7 +245,7 @@ class HookedModel(ABC):
         self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
     ) -> list[Float32]:
         """See `Recorder`."""
-        with self._framework.computing("the logits"):
+        with self._computing("the logits"):
             by_pair = {i: self._framework.numpy(logits) for i, logits in self._along(pairs, law, steer_all)}
         return [by_pair[i] for i in range(len(pairs))]
 
@@ -285,14 +296,25 @@ class HookedModel(ABC):
 
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> HookedDecoder:
         """See `Runner`."""
-        self._framework.hooks.refuse(self.blocks[0])
         check_rolling(self.rolls, rolling)
-        decoder: HookedDecoder = self._new_decoder(law, sampling, self.context_length if rolling else None)
+        with self._computing("the next token"):
+            decoder: HookedDecoder = self._new_decoder(law, sampling, self.context_length if rolling else None)
         return decoder
 
     @contextmanager
     def steer(self, law: Law, *, steer_all: bool) -> Iterator[None]:
         """See `Runner`."""
+        with ExitStack() as steered:
+            with self._framework.turn:  # the passes of other threads end before, and are refused from now on
+                steered.enter_context(self._steered(law, steer_all=steer_all))
+            try:
+                yield
+            finally:
+                with self._framework.turn:
+                    steered.close()
+
+    @contextmanager
+    def _steered(self, law: Law, *, steer_all: bool) -> Iterator[None]:
         framework, placed = self._framework, self._placed_for_others(law)
         with self._others_calls(steer_all=steer_all) as calls:
             steering = LawHooks.beyond(placed, lambda: calls.first, framework.concatenate, framework.where)
@@ -306,7 +328,7 @@ class HookedModel(ABC):
                 return output
 
             layers = sorted({0, self.num_layers - 1, *placed.layers})
-            with framework.hooked(self.blocks, hook, layers, steering):
+            with framework.hooks(self.blocks, hook, layers, steering).placed(for_all=True):
                 yield
 
     def _placed_for_others(self, law: Law) -> Law:

@@ -6,6 +6,7 @@ So one mechanism records, linearises and steers, and works for every family.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,19 +103,30 @@ class BlockHooks(ABC):
     def __init__(self, blocks: Sequence[Any], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED) -> None:
         self._hooked = [(k, blocks[k], hook) for k in layers]
         self._hooked += [(k, output_projection(blocks[k]), law.projection) for k in law.projections]
+        self._thread: int | None = None
 
     @contextmanager
-    def placed(self) -> Iterator[None]:
-        """Inside this context every call of the blocks goes through the hook."""
+    def placed(self, *, for_all: bool = False) -> Iterator[None]:
+        """Inside this context every call of the blocks goes through the hook.
+
+        Args:
+            for_all: calls of all threads, and not those of this one alone.
+        """
         before = [(module, self._call_of(module)) for _, module, _ in self._hooked]
         try:
-            for k, module, hook in self._hooked:
+            for _, module, _ in self._hooked:
                 self.refuse(module)
+            self._thread = None if for_all else threading.get_ident()
+            for k, module, hook in self._hooked:
                 self._place(k, module, hook)
             yield
         finally:
             for module, call in before:
                 self._put_back(module, call)
+
+    def _is_mine(self) -> bool:
+        """Whether the hook is for calls of the thread that asks."""
+        return self._thread is None or self._thread == threading.get_ident()
 
     @classmethod
     def refuse(cls, module: Any) -> None:

@@ -19,6 +19,11 @@ class Sampler(ABC):
         self.sampling = sampling
         self._seed = sampling.seed if sampling.seed is not None else fresh_seed()
 
+    @property
+    def state(self) -> Sequence[Array]:
+        """The arrays that go from one draw to the next."""
+        return ()
+
     def draw(self, logits: Array) -> Array:
         """A token (B,) from each row of logits (B, V)."""
         if self.sampling.temperature == 0:

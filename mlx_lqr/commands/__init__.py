@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -24,6 +25,7 @@ from mlx_lqr.commands.generate import generate
 from mlx_lqr.commands.help import Group
 from mlx_lqr.commands.linearity import linearity
 from mlx_lqr.commands.lm_eval import lm_eval
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.show import show
 from mlx_lqr.commands.tune import tuning
 from mlx_lqr.errors import InputError
@@ -32,6 +34,7 @@ from mlx_lqr.runtime.streams import (
     describe,
     drop_output,
     first_process_speaks,
+    printable,
     reader_has_gone,
 )
 from mlx_lqr.starting import STOPPED, interruptible
@@ -46,9 +49,13 @@ class _Main(Group):
         except OSError as error:  # of what click itself writes, such as --help
             sys.exit(_broken(error))
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _printable_refusals():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> object:
         try:
-            with interruptible():
+            with interruptible(), _printable_refusals():
                 return super().invoke(ctx)
         except InputError as error:
             _say(f"Error: {error}")
@@ -66,6 +73,16 @@ class _Main(Group):
             ctx.exit(_broken(error))
 
 
+@contextmanager
+def _printable_refusals() -> Iterator[None]:
+    """What click refuses, it prints itself."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = printable(error.message, sys.stderr)  # type: ignore[misc]
+        raise
+
+
 def _broken(error: OSError) -> int:
     """Say what is wrong if anybody still reads it, and return the exit status."""
     if not reader_has_gone(error):
@@ -79,9 +96,9 @@ def _say(line: str) -> None:
     with suppress(OSError):
         if launched.rank() > 0:
             threading.Event().wait(FIRST_ENDS)
-            click.echo(f"{line} (on rank {launched.rank()})", file=sys.__stderr__)
+            say(f"{line} (on rank {launched.rank()})", file=sys.__stderr__)
         else:
-            click.echo(line, err=True)
+            say(line, err=True)
 
 
 FIRST_ENDS = 5.0
@@ -99,7 +116,7 @@ def main() -> None:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    click.echo(f"Note: {message}", err=True)
+    say(f"Note: {message}", err=True)
 
 
 main.add_section("Start here", [demo, check, concepts])

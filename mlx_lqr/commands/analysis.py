@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import click
-
 from mlx_lqr.analysis.inputs import check_strengths, default_prompts
 from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.commands.help import Decorator, together
@@ -31,6 +29,7 @@ from mlx_lqr.commands.options import (
     seed_option,
     strengths_option,
 )
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import NOTHING_WRITTEN, progress_bars, stopping
 from mlx_lqr.commands.sweep import asked_or_default, refuse_unused
 from mlx_lqr.errors import InputError
@@ -85,11 +84,11 @@ class Analysis:
             write_json(self.output / f"{self.name}.json", numbers, force=self.force)
             plots.save_all(figures(plots), self.output, force=self.force)
         if self.as_json:
-            click.echo(json.dumps(to_json(numbers)))
+            say(json.dumps(to_json(numbers)))
             return
         show()
         if self.output is not None:
-            click.echo(f"Wrote plots and numbers to {self.output}")
+            say(f"Wrote plots and numbers to {self.output}")
 
 
 def analysis_options(*, name: str, done: str, prompts: str, count: int, controller: str) -> Decorator:

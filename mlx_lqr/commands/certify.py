@@ -13,6 +13,7 @@ from mlx_lqr.analysis.certificate import certify as bound
 from mlx_lqr.commands.analysis import Analysis, analysis_options
 from mlx_lqr.commands.help import MEASURING, command, option
 from mlx_lqr.commands.options import jacobians_option
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.results import as_json
@@ -69,7 +70,7 @@ def certify(analysis: Analysis, linearised: Linearised, jacobians: str | None, q
         )
     )
     if certificate.held_out_prompts < FEW_PROMPTS:
-        click.echo(
+        say(
             f"Note: {certificate.calibration_prompts} prompts calibrated and {certificate.held_out_prompts} checked, "
             f"which is few for quantiles and shares: give {2 * FEW_PROMPTS} or more with --prompts",
             err=True,
@@ -86,20 +87,20 @@ def _numbers(certificate: Certificate) -> dict[str, Any]:
 
 def _show(certificate: Certificate) -> None:
     """A table for each strength, and one of what holds for all of them."""
-    click.echo(
+    say(
         f"{certificate.model_name}, {certificate.concept}: {certificate.held_out_prompts} held-out prompts, constants "
         f"estimated as the {certificate.quantile:.0%} quantile of samples at {certificate.calibration_prompts} others "
         "(an estimate, not a proof)"
     )
     for s, strength in enumerate(certificate.strengths):
-        click.echo()
+        say()
         show_table(
             ["layer", "mu_k", "setpoint", "unsteered", "predicted", "feature", "off", "bound", "prior bound"],
             [_at_strength(certificate, s, k) for k in _layers(certificate)],
             left=(),
             title=f"strength {strength:g}: medians over prompts, in multiples of mu_k",
         )
-    click.echo()
+    say()
     show_table(
         [
             "layer",
@@ -117,7 +118,7 @@ def _show(certificate: Certificate) -> None:
         left=(),
         title="for all strengths together",
     )
-    click.echo(
+    say(
         "off: |feature - predicted|. bound: at most this far off, given the errors of the layers before; prior bound: "
         "at most this far off, before anything is steered. band: strengths at which that is within "
         f"{TOLERANCE:g} mu_k for 95 % of the prompts (none: it says nothing); measured: those tried at which the "

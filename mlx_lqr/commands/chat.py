@@ -22,9 +22,11 @@ from mlx_lqr.commands.options import (
     loading_options,
     model_argument,
 )
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
+from mlx_lqr.files.private import keep_private, others_may_open
 from mlx_lqr.loading import load
 from mlx_lqr.methods.steering import combine
 from mlx_lqr.runtime import Options
@@ -96,7 +98,7 @@ def chat(
     interactive = alone and sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
     read = _line_editor() if interactive else _piped_lines if alone else _of_the_first_process(loaded.backend)
     if interactive or not alone:
-        click.echo(f"{loaded.name}. {_state(session)} /help lists the commands.", err=True)
+        say(f"{loaded.name}. {_state(session)} /help lists the commands.", err=True)
     _converse(session, read, interactive)
 
 
@@ -113,15 +115,15 @@ def _converse(session: Chat, read: Callable[[], str | None], interactive: bool) 
         except KeyboardInterrupt:
             if launched.count() > 1:  # not all of them have stopped at the same token
                 raise
-            click.echo("[stopped]", err=True)
+            say("[stopped]", err=True)
         except InputError as error:
-            click.echo(f"Error: {error}", err=True)
+            say(f"Error: {error}", err=True)
             if not interactive:
                 raise click.exceptions.Exit(2) from error
         except (RuntimeError, MemoryError) as error:  # out of memory: the transcript can still be saved
             if not interactive:
                 raise
-            click.echo(f"Error: {error}", err=True)
+            say(f"Error: {error}", err=True)
 
 
 def _answer(session: Chat, text: str) -> None:
@@ -130,14 +132,14 @@ def _answer(session: Chat, text: str) -> None:
     try:
         for piece in pieces:
             begun = True
-            click.echo(piece.text, nl=False)
+            say(piece.text, nl=False)
         begun = True
     finally:
         if begun:
-            click.echo()
+            say()
     excess = session.excess()
     if excess is not None and excess.ratio > 1:
-        click.echo(f"Note: {excess}", err=True)
+        say(f"Note: {excess}", err=True)
 
 
 def _command(session: Chat, line: str) -> bool:
@@ -152,7 +154,7 @@ def _command(session: Chat, line: str) -> bool:
 
 
 def _help(session: Chat, rest: str) -> None:
-    click.echo(HELP, err=True)
+    say(HELP, err=True)
 
 
 def _strength(session: Chat, rest: str) -> None:
@@ -163,17 +165,17 @@ def _strength(session: Chat, rest: str) -> None:
         chosen = {name: asked_strength(steering, asked) for name, steering in named.items()}
         for name, (number,) in chosen.items():
             session.set_strength(number, name)
-    click.echo(_state(session), err=True)
+    say(_state(session), err=True)
 
 
 def _add(session: Chat, rest: str) -> None:
     session.add(*load_controller(parse_controller(_file(rest, "/add dog.safetensors:2"))))
-    click.echo(_state(session), err=True)
+    say(_state(session), err=True)
 
 
 def _off(session: Chat, rest: str) -> None:
     session.off(rest or None)
-    click.echo(_state(session), err=True)
+    say(_state(session), err=True)
 
 
 def _compare(session: Chat, rest: str) -> None:
@@ -188,20 +190,23 @@ def _save(session: Chat, rest: str) -> None:
     words = rest.split()
     force = "--force" in (words[:1] + words[-1:])
     file = _file(rest.removeprefix("--force").removesuffix("--force").strip() if force else rest, "/save chat.json")
+    was_open = others_may_open(file)
     session.save(file, force=force)
-    click.echo(f"Wrote {file}", err=True)
+    say(f"Wrote {file}", err=True)
+    if was_open:
+        _say_private(file)
 
 
 def _load(session: Chat, rest: str) -> None:
     file = _file(rest, "/load chat.json")
     for note in session.load(file):
-        click.echo(f"Note: {note}", err=True)
-    click.echo(f"{len(session.messages)} messages of {file}. {_state(session)}", err=True)
+        say(f"Note: {note}", err=True)
+    say(f"{len(session.messages)} messages of {file}. {_state(session)}", err=True)
 
 
 def _new(session: Chat, rest: str) -> None:
     session.restart()
-    click.echo("A new conversation.", err=True)
+    say("A new conversation.", err=True)
 
 
 _COMMANDS: dict[str, Callable[[Chat, str], None]] = {
@@ -224,6 +229,10 @@ def _file(rest: str, example: str) -> str:
         return str(Path(rest).expanduser())
     except RuntimeError:  # ~name, of a user who does not exist here
         return rest
+
+
+def _say_private(file: str) -> None:
+    say(f"Note: others could open {file}: now its owner alone can", err=True)
 
 
 def _text(typed: str) -> str:
@@ -284,7 +293,8 @@ def _line_editor() -> Callable[[], str | None]:
     history: History
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.open("ab").close()
+        if keep_private(kept):
+            _say_private(str(kept))
         history = FileHistory(str(kept))
     except OSError:  # a home that cannot be written is no reason not to chat
         history = InMemoryHistory()

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import click
 import numpy as np
 
 from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.lqr.tracking import as_strength
 from mlx_lqr.runtime import Piece
 from mlx_lqr.runtime.monitor import Excess
+from mlx_lqr.runtime.streams import printable
 from mlx_lqr.runtime.tracking import TrackedAnswer
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def draw_comparison(answers: Sequence[tuple[str, Iterator[Piece]]]) -> None:
     def table() -> Table:
         columns = Table(box=box.SIMPLE_HEAD, expand=True)
         for title, _ in answers:
-            columns.add_column(Text(title), ratio=1, overflow="fold")
-        columns.add_row(*(Text(text.strip()) for text in texts))
+            columns.add_column(Text(printable(title, console.file)), ratio=1, overflow="fold")
+        columns.add_row(*(Text(printable(text.strip(), console.file)) for text in texts))
         return columns
 
     with Live(table(), console=console, auto_refresh=False) as live:
@@ -65,13 +66,13 @@ def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
     marks = _marks(console.encoding)
     for i in range(len(tracked.controller.concepts)):
         _tracking_table(tracked, i, max(12, console.width - OF_NUMBERS), marks)
-        click.echo()
+        say()
     reached, aim, other = marks
-    click.echo(f"{reached} feature  {aim} setpoint (-: no control here)  {other} feature without steering")
-    click.echo("Numbers are in the residual stream's units, bars in strengths.")
-    click.echo("alpha: setpoint less feature; |u|: length of what all concepts add to the layer.")
+    say(f"{reached} feature  {aim} setpoint (-: no control here)  {other} feature without steering")
+    say("Numbers are in the residual stream's units, bars in strengths.")
+    say("alpha: setpoint less feature; |u|: length of what all concepts add to the layer.")
     if excess is not None:
-        click.echo(textwrap.fill(f"Over the whole answer: {excess}.", console.width))
+        say(textwrap.fill(f"Over the whole answer: {excess}.", console.width))
 
 
 def _tracking_table(tracked: TrackedAnswer, i: int, width: int, marks: Marks) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 
-import click
-
 from mlx_lqr.analysis.check import Check, Speed
 from mlx_lqr.analysis.check import check as look_at
 from mlx_lqr.backends import registry
 from mlx_lqr.commands.help import command
 from mlx_lqr.commands.options import Loading, json_option, loading_options, model_argument
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.files.results import as_json as to_json
 from mlx_lqr.launched import refuse_several
@@ -34,10 +33,10 @@ def check(model: str, as_json: bool, loading: Loading) -> None:
     with progress_bars() as progress:
         found = look_at(load(model, **loading, progress=progress), progress=progress)
     if as_json:
-        click.echo(json.dumps(to_json(found)))
+        say(json.dumps(to_json(found)))
         return
     for label, text in _rows(found):
-        click.echo(f"{label:<10}{text}")
+        say(f"{label:<10}{text}")
 
 
 def _rows(found: Check) -> list[tuple[str, str]]:

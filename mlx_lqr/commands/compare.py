@@ -10,6 +10,7 @@ import click
 
 from mlx_lqr.commands.help import Group
 from mlx_lqr.commands.options import controller_option, strengths_option, tradeoff_options
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import going_on_later, progress_bars
 from mlx_lqr.commands.sweep import at_strengths, refuse_unused
 from mlx_lqr.commands.tables import cell, show_table
@@ -75,17 +76,17 @@ def _run(
         write_json(file, numbers, force=wanted.force)
     control = control or task.control
     if importlib.util.find_spec("matplotlib") is None:
-        click.echo("Note: the plot needs matplotlib: pip install 'mlx-lqr[plots]', then run this again", err=True)
+        say("Note: the plot needs matplotlib: pip install 'mlx-lqr[plots]', then run this again", err=True)
     else:
         label = task.control_label if control == task.control else control.replace("_", " ")
         _plot(comparison, control, label, damage, DAMAGE[damage].format(judge=wanted.judge_name), wanted)
     if wanted.as_json:
-        click.echo(json.dumps(numbers))
+        say(json.dumps(numbers))
         return
     _table(comparison, task, control)
-    click.echo(f"with 95 % bootstrap intervals over prompts; perplexity under {wanted.judge_name}")
-    click.echo(comparison.budget)
-    click.echo(f"Wrote {wanted.output / name}.json")
+    say(f"with 95 % bootstrap intervals over prompts; perplexity under {wanted.judge_name}")
+    say(comparison.budget)
+    say(f"Wrote {wanted.output / name}.json")
 
 
 def _table(comparison: Comparison, task: Task, control: str) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-import click
-
 from mlx_lqr.commands.help import command
 from mlx_lqr.commands.options import json_option
+from mlx_lqr.commands.output import say
 from mlx_lqr.concepts import bundled_concepts, bundled_prompts
 
 
@@ -23,7 +22,7 @@ def concepts(as_json: bool) -> None:
         rows = [
             {"concept": name, "positive": positive, "negative": negative} for name, (positive, negative) in sets.items()
         ]
-        click.echo(json.dumps(rows))
+        say(json.dumps(rows))
         return
     for name, (positive, negative) in sets.items():
-        click.echo(f"{name}  ({len(positive)} + {len(negative)} prompts)\n  + {positive[0]}\n  - {negative[0]}")
+        say(f"{name}  ({len(positive)} + {len(negative)} prompts)\n  + {positive[0]}\n  - {negative[0]}")

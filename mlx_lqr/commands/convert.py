@@ -6,6 +6,7 @@ import click
 
 from mlx_lqr.commands.help import OUTPUT, argument, command, option
 from mlx_lqr.commands.options import dtype_option, force_option
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import NOTHING_WRITTEN, progress_bars, stopping
 from mlx_lqr.launched import refuse_several
 
@@ -29,4 +30,4 @@ def convert(source: str, out: str, dtype: str | None, quantize: int | None, forc
     refuse_several("models are converted")
     with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         folder = convert_model(source, out, dtype=dtype, quantize=quantize, force=force, progress=progress)
-    click.echo(f"Wrote {folder}")
+    say(f"Wrote {folder}")

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import click
-
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.fit import to_try
 from mlx_lqr.commands.help import command
 from mlx_lqr.commands.options import Loading, concept_option, loading_options, max_tokens_option, prompt_option
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.concepts import bundled_prompts
@@ -49,16 +48,16 @@ def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
         model = load("demo", **loading, progress=progress)
     controller = _controller(model, concept)
     strengths = {budget: controller.strength_at(budget)[0] for budget in BUDGETS}
-    click.echo(f'\n{model.name} continues "{prompt}"\n')
+    say(f'\n{model.name} continues "{prompt}"\n')
     _samples(concept, model, prompt, prompt, controller, strengths, max_tokens)
     if model.tokenizer.has_chat_template:
-        click.echo(f'and answers "{QUESTION}"\n')
+        say(f'and answers "{QUESTION}"\n')
         asked = model.tokenizer.chat([{"role": "user", "content": QUESTION}])
         _samples(concept, model, asked, "", controller, strengths, max_tokens)
     _tracking_table(model, prompt, controller, list(strengths.values()))
     file = _controller_file(model, concept)
-    click.echo(f"\nThe controller: {file} ({file.stat().st_size / 1000:.0f} kB). Go on with it:")
-    click.echo(f"  mlx-lqr chat demo -c {to_try(str(file), controller)}")
+    say(f"\nThe controller: {file} ({file.stat().st_size / 1000:.0f} kB). Go on with it:")
+    say(f"  mlx-lqr chat demo -c {to_try(str(file), controller)}")
 
 
 def _controller(model: Model, concept: str) -> Controller:
@@ -102,17 +101,18 @@ def _samples(
     """What follows a prompt, unsteered and at every strength, after what is shown of the prompt."""
     titles = {f"{concept}, {budget}: strength {strength:g}": strength for budget, strength in strengths.items()}
     for title, strength in {"not steered": 0.0, **titles}.items():
-        click.echo(click.style(f"[{title}]", bold=True) + f" {shown}", nl=False)
+        say(f"[{title}]", nl=False, bold=True)
+        say(f" {shown}", nl=False)
         # The likeliest tokens, so that everyone sees the texts that the documentation shows.
         options: Options = {"controller": controller, "strength": strength, "max_tokens": max_tokens, "temperature": 0}
         for piece in stream(model, prompt, **options):
-            click.echo(piece.text, nl=False)
-        click.echo("\n")
+            say(piece.text, nl=False)
+        say("\n")
 
 
 def _tracking_table(model: Model, prompt: str, controller: Controller, strengths: Sequence[float]) -> None:
     """Feature against setpoint at the prompt's last token, as strengths."""
-    click.echo("Tracking at the prompt's last token: the strength that the feature of layer k amounts to")
+    say("Tracking at the prompt's last token: the strength that the feature of layer k amounts to")
     unsteered = track(model, prompt, controller, 0.0, steered=False).feature
     features = [unsteered, *(track(model, prompt, controller, strength).feature for strength in strengths)]
     reached = [as_strength(controller, feature[:, 0]) for feature in features]

@@ -10,6 +10,7 @@ import click
 
 from mlx_lqr.commands.help import Group
 from mlx_lqr.commands.options import controller_option, strengths_option
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import going_on_later, progress_bars
 from mlx_lqr.commands.sweep import shares_option, sweep
 from mlx_lqr.commands.tables import cell, show_table
@@ -67,23 +68,21 @@ def _run(
         summary = _summary(evaluation)
         write_json(summary_file, summary, force=wanted.force)
     if wanted.as_json:
-        click.echo(json.dumps(as_json(summary)))
+        say(json.dumps(as_json(summary)))
         return
     results = evaluation.results()
     head = [task.name, *(f"strength {result.strength:g}" if result.strength else "unsteered" for result in results)]
     show_table(head, [[name, *(cell(result.metrics[name]) for result in results)] for name in results[0].metrics])
-    click.echo(f"with 95 % bootstrap intervals over prompts; perplexity under {wanted.judge_name}")
+    say(f"with 95 % bootstrap intervals over prompts; perplexity under {wanted.judge_name}")
     say_shares(steering)
-    click.echo(f"Wrote {file} and {summary_file.name}")
+    say(f"Wrote {file} and {summary_file.name}")
 
 
 def say_shares(steering: NamedSteering | None) -> None:
     """A line where concepts get different shares of the strengths in a table's head."""
     if steering is not None and set(steering.shares) - {1.0}:
         shares = zip(steering.controller.concepts, steering.shares, strict=True)
-        click.echo(
-            f"each at its share of the strength: {', '.join(f'{concept} {share:g}' for concept, share in shares)}"
-        )
+        say(f"each at its share of the strength: {', '.join(f'{concept} {share:g}' for concept, share in shares)}")
 
 
 def _summary(evaluation: Evaluation) -> dict[str, Any]:

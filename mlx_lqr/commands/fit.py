@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
-
 from mlx_lqr.backends.protocol import Progress, Recorder, Runner
 from mlx_lqr.commands.help import METHOD, OUTPUT, TEXT, command, option, together
 from mlx_lqr.commands.made_prompts import made_prompts, made_prompts_options
@@ -21,6 +19,7 @@ from mlx_lqr.commands.options import (
     output_option,
     prompts_option,
 )
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import NOTHING_WRITTEN, going_on_later, progress_bars, stopping
 from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
@@ -65,7 +64,7 @@ def linearize(
     with reserved(output, "Jacobians", force=force), going_on_later(), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
         jacobians = linearize_model(loaded, chosen, store=output, dtype=store, force=force, progress=progress)
-    click.echo(f"Wrote {output}: {len(jacobians)} Jacobians averaged over {jacobians.prompt_count} prompts")
+    say(f"Wrote {output}: {len(jacobians)} Jacobians averaged over {jacobians.prompt_count} prompts")
 
 
 @command(cls=MethodCommand)
@@ -153,10 +152,10 @@ def calibrated(
         found = calibrate(model, steering, progress=progress)
         felt = response(model, steering, found.at("strong"), *prompts)
     except InputError as error:
-        click.echo(f"Note: no strength is recommended: {error}", err=True)
+        say(f"Note: no strength is recommended: {error}", err=True)
         return steering
     if abs(felt) < NO_RESPONSE:
-        click.echo(
+        say(
             f"Note: even at strength {found.at('strong'):g}, the strong budget, the positive prompts become likelier "
             f"than the negative ones by {felt:.3f} nats a token only: steering hardly does anything for "
             f"{steering.concepts[0]}; give other prompts, or other --layers",
@@ -169,14 +168,14 @@ def note_prompts(model: Runner, positive: Sequence[Prompt], negative: Sequence[P
     """Say what the sets differ in besides the concept."""
     if rank() == 0:
         for finding in review_prompts(model, positive, negative):
-            click.echo(f"Note: {finding}", err=True)
+            say(f"Note: {finding}", err=True)
 
 
 def note_separation(contrasts: Sequence[Contrast], layers: Sequence[int]) -> None:
     """Say so where the direction tells held-out prompts apart at none of the layers."""
     for contrast in contrasts if rank() == 0 else ():
         if (finding := review_separation(contrast, layers)) is not None:
-            click.echo(f"Note: {finding}", err=True)
+            say(f"Note: {finding}", err=True)
 
 
 def say_how_to_use(model: str, output: str, steering: Steering) -> None:
@@ -188,8 +187,8 @@ def say_how_to_use(model: str, output: str, steering: Steering) -> None:
     if steering.strength is not None:
         numbers = ", ".join(f"{strength:g}" for strength in steering.strength)
         recommends = f" It recommends strength {numbers}; {output}:1.5x is stronger, {output}:0.5x milder."
-    click.echo(f"Wrote {output} ({size}).{recommends} Try it:")
-    click.echo(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {to_try(output, steering)}")
+    say(f"Wrote {output} ({size}).{recommends} Try it:")
+    say(f"  mlx-lqr generate {model} -p 'Once upon a time,' -c {to_try(output, steering)}")
 
 
 def to_try(file: str, steering: Steering) -> str:

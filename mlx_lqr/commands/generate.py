@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import IO, Any
 
-import click
 import numpy as np
 
 from mlx_lqr.analysis.tracking import track
@@ -26,6 +25,7 @@ from mlx_lqr.commands.options import (
     prompt_option,
     prompts_option,
 )
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.prompts import read_prompts
@@ -95,17 +95,18 @@ def generate(
         return json.dumps(_fields(loaded, answer, settings, tracked))
 
     if prompt_file is not None:
-        _answer_all(loaded, prompts, settings, record if as_json else _block, tracked)
+        show = (lambda answer, out: say(record(answer), file=out)) if as_json else _show
+        _answer_all(loaded, prompts, settings, show, tracked)
     elif as_json:
         answer = _Answer(prompts[0], recording=Recording() if tracked else None)
         settings["record"] = answer.recording
         for piece in stream(loaded, prompts[0], **settings):
             answer.add(piece)
-        click.echo(record(answer))
+        say(record(answer))
     else:
         for piece in stream(loaded, prompts[0], **settings):
-            click.echo(piece.text, nl=False)
-        click.echo()
+            say(piece.text, nl=False)
+        say()
 
 
 @dataclass
@@ -125,7 +126,7 @@ class _Answer:
 
 
 def _answer_all(
-    model: Model, prompts: list[str], settings: Options, show: Callable[[_Answer], str], tracked: bool
+    model: Model, prompts: list[str], settings: Options, show: Callable[[_Answer, IO[str]], None], tracked: bool
 ) -> None:
     """Print the answers in order, each as soon as the batch that it belongs to is done."""
     records = [Recording() for _ in prompts] if tracked else None
@@ -141,7 +142,7 @@ def _answer_all(
         def print_finished(stage: str, done: int, total: int) -> None:
             nonlocal printed
             for answer in answers[printed:done]:
-                click.echo(show(answer), file=out)
+                show(answer, out)
             printed = done
             if report:
                 report(stage, done, total)
@@ -150,8 +151,9 @@ def _answer_all(
             answers[i].add(piece)
 
 
-def _block(answer: _Answer) -> str:
-    return click.style(f"[{answer.number}] {answer.prompt}", bold=True) + f"\n{answer.text}\n"
+def _show(answer: _Answer, out: IO[str]) -> None:
+    say(f"[{answer.number}] {answer.prompt}", bold=True, file=out)
+    say(f"{answer.text}\n", file=out)
 
 
 def _fields(model: Model, answer: _Answer, settings: Options, tracked: bool) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import click
 import numpy as np
 
 from mlx_lqr.analysis.linearity import Linearity, monitored
 from mlx_lqr.analysis.linearity import linearity as measure
 from mlx_lqr.commands.analysis import Analysis, analysis_options
 from mlx_lqr.commands.help import MEASURING, OUTPUT, command, option
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.errors import InputError
 
@@ -54,10 +54,10 @@ def linearity(analysis: Analysis, modes: int, write: bool) -> None:
     if write and analysis.controller is not None and analysis.file is not None:
         monitored(analysis.controller, measured).save(analysis.file)
     if measured.prompt_count < FEW_PROMPTS:
-        click.echo(f"Note: medians over {measured.prompt_count} prompts say little: give {PROMPTS} or more", err=True)
+        say(f"Note: medians over {measured.prompt_count} prompts say little: give {PROMPTS} or more", err=True)
     analysis.report(measured, lambda plots: plots.of_linearity(measured), lambda: _show(measured))
     if write and not analysis.as_json:
-        click.echo(f"Wrote {analysis.file}")
+        say(f"Wrote {analysis.file}")
 
 
 def _show(measured: Linearity) -> None:
@@ -75,12 +75,12 @@ def _show(measured: Linearity) -> None:
     show_table(
         head, rows, left=(), title=f"{measured.model_name}, medians over {measured.prompt_count} prompts{steered}"
     )
-    click.echo(
+    say(
         "sv: singular values of A_k; similarity: of two prompts' A_k in the top "
         f"{measured.modes} modes (of random modes); {', '.join(kinds)}: |dz| / |z_k| at which the error passes 10 %"
     )
     if applied is not None:
-        click.echo("alpha/trust, push/trust: |alpha_k| and |u_k| over the trust region, at the largest strength")
+        say("alpha/trust, push/trust: |alpha_k| and |u_k| over the trust region, at the largest strength")
 
 
 def _row(measured: Linearity, k: int) -> list[str]:

@@ -22,6 +22,7 @@ from mlx_lqr.commands.options import (
     output_option,
     seed_option,
 )
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import going_on_later, progress_bars
 from mlx_lqr.commands.sweep import sweep
 from mlx_lqr.commands.tables import show_table
@@ -131,18 +132,18 @@ def lm_eval(
         summary = _summary(evaluation)
         write_json(summary_file, summary, force=force)
     if as_json:
-        click.echo(json.dumps(to_json(summary)))
+        say(json.dumps(to_json(summary)))
         return
     head = [f"strength {strength:g}" if strength else "unsteered" for strength in evaluation.results]
     show_table(["lm-eval", *head], list(_rows(evaluation)))
-    click.echo("with the standard errors that lm-eval gives")
+    say("with the standard errors that lm-eval gives")
     say_shares(steering)
-    click.echo(f"Wrote {file} and {summary_file.name}")
+    say(f"Wrote {file} and {summary_file.name}")
 
 
 def _announce(stage: str, done: int, total: int) -> None:
     """A line for each task: mlx-lm shows progress bars of its own."""
-    click.echo(f"{stage} ({done + 1} of {total})", err=True)
+    say(f"{stage} ({done + 1} of {total})", err=True)
 
 
 def _summary(evaluation: LMEvaluation) -> dict[str, Any]:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
-
 from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.commands.help import CONCEPT, OUTPUT, option, together
+from mlx_lqr.commands.output import say
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.prompts import check_new, write_prompts
 from mlx_lqr.launched import rank
@@ -59,7 +58,7 @@ class MadePrompts:
         if rank() > 0:
             return
         positive, negative = self.files
-        click.echo(
+        say(
             f"{len(sets[0])} + {len(sets[1])} prompts were made {self.way}. Edit them and fit again with\n"
             f"  --positive {positive} --negative {negative}",
             err=True,

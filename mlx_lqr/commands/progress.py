@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from mlx_lqr.backends.protocol import Progress
+from mlx_lqr.runtime.streams import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -27,7 +29,7 @@ def progress_bars() -> Iterator[Progress]:
             if bars is None:  # rich takes a tenth of a second to import, and often there is nothing to report
                 bars = stack.enter_context(_bars())
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
+                tasks[stage] = bars.add_task(printable(stage, sys.stderr), total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report

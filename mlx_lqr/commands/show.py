@@ -9,6 +9,7 @@ import click
 
 from mlx_lqr.commands.help import argument, command
 from mlx_lqr.commands.options import json_option
+from mlx_lqr.commands.output import say
 from mlx_lqr.files.results import as_json as to_json
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.method import Shown
@@ -24,14 +25,14 @@ def show(file: str, as_json: bool) -> None:
     steering = load_steering(file)
     shown = METHODS[steering.method].show(steering)
     if as_json:
-        click.echo(json.dumps({**_fields(steering), **shown.fields}))
+        say(json.dumps({**_fields(steering), **shown.fields}))
         return
     for label, text in _rows(steering, shown).items():
-        click.echo(f"{label:<11}{text}")
-    click.echo(f"{shown.fitted} by mlx-lqr {steering.library_version}")
+        say(f"{label:<11}{text}")
+    say(f"{shown.fitted} by mlx-lqr {steering.library_version}")
     _print_layers(steering, shown)
     for line in shown.lines:
-        click.echo(line)
+        say(line)
 
 
 def _fields(steering: Steering) -> dict[str, object]:
@@ -82,7 +83,7 @@ def _budgets(steering: Steering) -> Iterator[str]:
 
 
 def _print_layers(steering: Steering, shown: Shown) -> None:
-    click.echo("\nlayer" + "".join(f"{column.header:>{column.width}}" for column in shown.columns))
+    say("\nlayer" + "".join(f"{column.header:>{column.width}}" for column in shown.columns))
     for k in range(steering.num_layers):
         row = "".join(f"{column.values[k]:{column.width}.3f}" for column in shown.columns)
-        click.echo(f"{k:5d}{row}" + ("" if k in steering.active_layers else "   no control"))
+        say(f"{k:5d}{row}" + ("" if k in steering.active_layers else "   no control"))

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import click
-
 from mlx_lqr.commands.help import STEERING, option
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.values import NumbersType
 from mlx_lqr.errors import InputError
 from mlx_lqr.methods.steering import Steering, load_steering
@@ -108,7 +107,7 @@ def sweep(
         named, numbers = at_strengths(named, loaded, strengths)
         return named, list(numbers)
     said = ", ".join(map(str, choices))
-    click.echo(f"Note: measured at one strength only, {said}; for several, leave it out and use --strengths", err=True)
+    say(f"Note: measured at one strength only, {said}; for several, leave it out and use --strengths", err=True)
     pairs = zip(loaded, own, strict=True)
     vector = [number for steering, asked in pairs for number in asked_strength(steering, asked)]
     return (named, vector[:1]) if len({*vector}) == 1 else (_shared(named, vector), [1.0])

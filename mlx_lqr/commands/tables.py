@@ -6,8 +6,8 @@ import math
 import sys
 from collections.abc import Collection, Sequence
 
-import click
-
+from mlx_lqr.commands.output import say
+from mlx_lqr.runtime.streams import printable
 from mlx_lqr.tasks import Estimate
 
 UNLIMITED = 10_000
@@ -32,17 +32,18 @@ def show_table(
         dim: rows that a terminal shows in grey.
     """
     if sys.stdout.isatty():
-        _draw(head, rows, left, title, dim)
+        shown = [[printable(cell, sys.stdout) for cell in row] for row in (head, *rows)]
+        _draw(shown[0], shown[1:], left, title and printable(title, sys.stdout), dim)
         return
     if title is not None:
-        click.echo(title)
+        say(title)
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         cells = [
             cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        click.echo("  ".join(cells).rstrip())
+        say("  ".join(cells).rstrip())
 
 
 def _draw(

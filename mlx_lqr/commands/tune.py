@@ -14,6 +14,7 @@ from mlx_lqr.commands.fit import contrast_prompts, note_prompts, say_how_to_use
 from mlx_lqr.commands.help import MEASURING, SEARCH, Decorator, Group, option
 from mlx_lqr.commands.method_options import MethodChoice, MethodCommand, method_choice
 from mlx_lqr.commands.options import contrast_options, output_option, tradeoff_options
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import going_on_later, progress_bars
 from mlx_lqr.commands.tables import cell, show_table
 from mlx_lqr.commands.task_options import Request, add_tasks
@@ -134,17 +135,17 @@ def _report(tuned: Tuned, wanted: Request, folder: Path) -> None:
             "best": tuned.best,
             "file": str(wanted.output) if tuned.best is not None else None,
         }
-        click.echo(json.dumps(as_json(fields)))
+        say(json.dumps(as_json(fields)))
         return
     _table(tuned)
     kind = "times" if DAMAGE[tuned.damage].ratio else "worse by"
-    click.echo(
+    say(
         f"relative: {tuned.damage} {kind} the unsteered model's, at most {tuned.limit:g} allowed (* within). 95 % "
         f"bootstrap intervals; perplexity under {wanted.judge_name}"
     )
-    click.echo(f"All evaluations are in {folder}")
+    say(f"All evaluations are in {folder}")
     if tuned.best is not None and tuned.steering is not None:
-        click.echo(f"Recommended: {tuned.best.candidate}, strength {tuned.best.strength:g}")
+        say(f"Recommended: {tuned.best.candidate}, strength {tuned.best.strength:g}")
         say_how_to_use(wanted.model, str(wanted.output), tuned.steering)
 
 

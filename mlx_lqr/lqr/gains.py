@@ -8,7 +8,9 @@ changes there later on is in g_k.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
@@ -67,17 +69,43 @@ def feature_gains(
     Args:
         side: m, with which `product` takes columns (d + m,).
     """
-    from threadpoolctl import ThreadpoolController
-
     T = len(unit)
     output_magnitude = float(np.linalg.norm(output_direction))
     directions = np.vstack([unit, output_direction / (output_magnitude or 1.0)])
     gains = np.zeros(unit.shape)
     # NumPy's threads do not help with products this small; while idle, they spin on cores that the backend needs.
-    with ThreadpoolController().select(internal_api="openblas").limit(limits=1):
+    with _ONE_THREAD.limited():
         mu = np.append(magnitudes, output_magnitude)
         for k, gain in feature_sweep(product, directions, mu, weights, layers, side):
             gains[k] = gain
             if progress:
                 progress("Gains", T - k, T - layers[0])
     return gains
+
+
+class _OneThread:
+    """Keeps NumPy to one thread while anybody wants that: the setting is the process's, and callers may overlap."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callers = 0
+        self._limit = ExitStack()
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        from threadpoolctl import ThreadpoolController
+
+        with self._lock:
+            if not self._callers:
+                self._limit.enter_context(ThreadpoolController().select(internal_api="openblas").limit(limits=1))
+            self._callers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._callers -= 1
+                if not self._callers:
+                    self._limit.close()
+
+
+_ONE_THREAD = _OneThread()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,19 @@ def test_a_batch_goes_on_without_those_that_have_ended() -> None:
     expected = [row[: min((row.index(t) for t in gpu.tokenizer.end_tokens if t in row), default=12)] for row in free]
     sampling = Sampling(temperature=1.5, seed=7)
     assert decoded_together(gpu, BATCH, sampling=sampling, max_tokens=12) == expected
+
+
+def test_threads_record_and_replay_steps_of_their_own() -> None:
+    _, gpu = pair()
+    law = law_for(gpu)
+
+    def answer(prompt: list[int]) -> list[int]:
+        return decoded(gpu, prompt, law=law, max_tokens=12)
+
+    alone = [answer(prompt) for prompt in BATCH]
+    with ThreadPoolExecutor(len(BATCH)) as pool:
+        for _ in range(3):
+            assert list(pool.map(answer, BATCH)) == alone
 
 
 def test_overflowing_activations_are_reported() -> None:

@@ -6,17 +6,19 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.backends import tiny_on
 from helpers.by_hand import last_features
 from helpers.command_line import refused, run
 from helpers.controllers import controller_for
 from helpers.decoding import tokens
-from helpers.tiny_tokenizers import chatting
+from helpers.tiny_tokenizers import Letters, chatting
 
 import mlx_lqr
 from mlx_lqr import InputError, Options
@@ -31,11 +33,11 @@ QUESTIONS = ["hello", "tell me more", "and then"]
 
 
 def fresh(chat: Chat) -> list[int | None]:
-    """The last answer, decoded anew from the whole conversation."""
+    """The last answer, decoded anew from the whole conversation, or what is not forgotten of it."""
     options: Options = {**chat.options, "controller": chat.controller}
     if chat.strengths:
         options["strength"] = list(chat.strengths.values())
-    return tokens(stream(chat.model, chat.model.tokenizer.chat(chat.messages[:-1]), **options))
+    return tokens(stream(chat.model, chat.model.tokenizer.chat(chat.messages[chat._forgotten : -1]), **options))
 
 
 @pytest.mark.parametrize("positions", [None, "last", "all"])
@@ -223,6 +225,29 @@ def test_an_answer_cut_short_stays_and_the_chat_goes_on(monkeypatch: pytest.Monk
     assert tokens(chat.answer("and again")) == fresh(chat)
 
 
+def test_an_answer_ends_where_the_next_one_begins() -> None:
+    chat = Chat(chatting(), options={"max_tokens": 9, "temperature": 0.0})
+    first, second = chat.answer("hello"), chat.answer("more")
+    said = "".join(piece.text for piece in islice(first, 3))
+    answer = [next(second).token]
+    with pytest.raises(InputError, match="has begun"):
+        next(first)
+    answer += tokens(second)
+    assert [message["content"] for message in chat.messages[:3]] == ["hello", said, "more"]
+    assert answer == fresh(chat)
+
+    def ask(question: str) -> str:
+        try:
+            return "".join(piece.text for piece in chat.answer(question))
+        except InputError as refusal:
+            return str(refusal)
+
+    with ThreadPoolExecutor(4) as pool:
+        asked = list(pool.map(ask, ["one", "two", "three", "four"]))
+    assert all("has begun" in one or len(one) <= 9 for one in asked)
+    assert tokens(chat.answer("and now")) == fresh(chat)
+
+
 def test_an_answer_gets_the_room_that_the_context_leaves() -> None:
     model = chatting(max_position_embeddings=24)
     chat = Chat(model, options={"max_tokens": 16, "temperature": 0})
@@ -237,6 +262,64 @@ def test_an_answer_gets_the_room_that_the_context_leaves() -> None:
     for question in QUESTIONS:
         assert tokens(rolling.answer(question)) == fresh(rolling)
     assert np.all(np.isfinite(rolling.track().steered.feature))
+
+
+@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_a_rolling_chat_runs_each_token_a_few_times_at_most(
+    backend: str, steered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_on(backend, "llama", tie_word_embeddings=False)
+    model._tokenizer = Letters()
+    chat = Chat(model, options={"max_tokens": 8, "overflow": "roll", "temperature": 0.0})
+    if steered:
+        chat.add(controller_for(model), 2.0)
+    run = 0
+    decoder = type(model.decoder())
+    append = decoder._append
+
+    def counted(self: Any, tokens: Any, **options: Any) -> Any:
+        nonlocal run
+        run += tokens.shape[1]
+        return append(self, tokens, **options)
+
+    monkeypatch.setattr(decoder, "_append", counted)
+    said, most, turns = 0, 0, 60
+    for turn in range(turns):
+        before = run
+        answer = tokens(chat.answer(f"question {turn}"))
+        most = max(most, run - before)
+        said += len(f"question {turn}") + len(answer) + 2
+        if turn % 20 == 19:
+            assert answer == fresh(chat)
+            run = before  # of the fresh one
+    assert said > 4 * model.context_length
+    assert run < 3 * said
+    assert most <= model.context_length
+    assert 2 <= len(chat.messages) - chat._forgotten < len(chat.messages) == 2 * turns
+
+
+def test_a_rolling_chat_forgets_whole_turns_and_no_system_prompt() -> None:
+    model = chatting(max_position_embeddings=64)
+    chat = Chat(
+        model, [{"role": "system", "content": "be brief"}], {"max_tokens": 8, "overflow": "roll", "temperature": 0.0}
+    )
+    prompts = []
+    for question in ("one", "two", "three", "four", "five"):
+        list(chat.answer(question))
+        assert chat._turn is not None
+        prompts.append(chat._turn.prompt)
+        kept = [chat.messages[0], *chat.messages[1 + chat._forgotten : -1]]
+        assert prompts[-1] == model.tokenizer.chat(kept)
+        assert len(prompts[-1]) + 8 <= 64
+        assert kept[1]["role"] == "user"
+    assert chat._forgotten > 0
+    assert "".join(piece.text for piece in chat.unsteered()) == chat.messages[-1]["content"]
+    list(chat.answer("a question that is longer than all that the context of this model has place for, so it rolls"))
+    assert chat._forgotten == len(chat.messages) - 3
+    chat.options["overflow"] = "error"
+    with pytest.raises(InputError, match="/new"):
+        list(chat.answer("and all of it"))
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"max_tokens": 0}, {"stop": ("",)}, {"overflow": "spill"}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -108,4 +109,6 @@ def test_a_chat_on_a_terminal(tmp_path: Path, smollm2: Model) -> None:
     question, reply = json.loads(saved.read_text())["messages"]
     assert question["content"] == "One\ntwo\nthree and\nfour, a long story"
     assert answer.decode() == reply["content"] + "\n"
-    assert "four, a long story" in (tmp_path / "chat_history").read_text()
+    history = tmp_path / "chat_history"
+    assert "four, a long story" in history.read_text()
+    assert [stat.S_IMODE(file.stat().st_mode) for file in (history, saved)] == [0o600, 0o600]

@@ -46,9 +46,11 @@ class MLX(Backend):
         pipeline: bool,
     ) -> Model:
         from mlx_lqr.backends.mlx import model
+        from mlx_lqr.backends.mlx.framework import MLXFramework
 
         assert device is None
-        return model.load(folder, name, dtype, adapter, pipeline)
+        with MLXFramework.turn:
+            return model.load(folder, name, dtype, adapter, pipeline)
 
     def said(self, text: str | None) -> str | None:
         if launched.count() == 1:
@@ -62,6 +64,7 @@ class MLX(Backend):
         if nn is None or not isinstance(model, nn.Module):
             return None
         from mlx_lqr.backends.mlx.adapter import adapter_in
+        from mlx_lqr.backends.mlx.framework import MLXFramework
         from mlx_lqr.backends.mlx.library import is_measured, model_classes, settings_of
         from mlx_lqr.backends.mlx.model import MLXModel
 
@@ -72,7 +75,8 @@ class MLX(Backend):
             from mlx_lqr.backends.mlx.measured_model import MeasuredModel
 
             settings = {"model_type": model_type, **settings_of(model)}
-            return MeasuredModel(model, settings, name, adapter=adapter)
+            with MLXFramework.turn:
+                return MeasuredModel(model, settings, name, adapter=adapter)
         model_classes(model_type)
         adopted = MLXModel(model, name)
         adopted.adapter = adapter

@@ -41,9 +41,11 @@ class ClassHooks(BlockHooks):
     def _place(self, k: int, module: nn.Module, hook: Hook) -> None:
         kind = type(module)
         if (k, kind) not in self._classes:
+            mine = self._is_mine
 
             def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-                return hook(k, x, BlockCall(kind.__call__.__get__(self), args, kwargs))
+                block = kind.__call__.__get__(self)
+                return hook(k, x, BlockCall(block, args, kwargs)) if mine() else block(x, *args, **kwargs)
 
             self._classes[k, kind] = type(kind.__name__, (kind,), {"__call__": call, "is_hooked": True})
         object.__setattr__(module, "__class__", self._classes[k, kind])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,13 @@ import numpy as np
 from mlx_lqr.backends.hooked_decoder import SINKS, HookedDecoder
 from mlx_lqr.backends.hooks import BlockCall, Hook
 from mlx_lqr.backends.mlx.blocks import FrozenCache, hooked
+from mlx_lqr.backends.mlx.copying import arrays_in
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.library import are_of_one_sequence, decoding_caches, in_order
 from mlx_lqr.backends.mlx.sampling import MLXSampler
 from mlx_lqr.backends.mlx.step import CompiledStep, FixedCache
 from mlx_lqr.backends.mlx.tensor_parallel import refuse_split
-from mlx_lqr.backends.protocol import Float32, Law, Sampling
+from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law, Sampling
 
 COMPILE_AFTER = 32
 """Steps of an answer before the compiled one takes over: to record it costs what it saves in about 100 tokens."""
@@ -85,14 +86,16 @@ class MLXDecoder(HookedDecoder):
 
         if law is None:
             return None
-        return law.to(floats, self._framework.add_product, renew=self._framework.renewed)
+        placed = law.to(floats, self._framework.add_product, renew=self._framework.renewed)
+        self._framework.start(self._law_arrays)  # here, for steps may be other threads'
+        return placed
 
     def _sampler_of(self, sampling: Sampling) -> MLXSampler:
         return MLXSampler(sampling)
 
-    def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
+    def _fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         self._steps = 0
-        super().fill(prompts, steered=steered)
+        super()._fill(prompts, steered=steered)
 
     def _step(self, tokens: mx.array) -> mx.array:
         self._steps += 1
@@ -127,22 +130,22 @@ class MLXDecoder(HookedDecoder):
         self._length = position
         return True
 
-    def trace(self, token: int) -> MLXTrace:
+    def _trace(self, token: int) -> MLXTrace:
         self._settle()
         frozen = [_frozen(layer) for layer in self._cache]
         residual: list[mx.array] = []
         calls = self._calls(token, frozen, residual)
         return _traced(residual, calls, frozen)
 
-    def trace_prompt(self, prompt: Sequence[int]) -> MLXTrace:
+    def _trace_prompt(self, prompt: Sequence[int]) -> MLXTrace:
         """In a single pass, where its last token can be taken back."""
         residual: list[mx.array] = []
         with hooked(self._blocks, _recording(residual, len(self._blocks)), range(len(self._blocks))):
-            self.fill([prompt], steered=False)
+            self._fill([prompt], steered=False)
         if not self.rewind(len(prompt) - 1):  # a window has lost what the last token would have seen
             self._cache, self._length = [], 0
-            self.fill([prompt[:-1]], steered=False)
-            return self.trace(prompt[-1])
+            self._fill([prompt[:-1]], steered=False)
+            return self._trace(prompt[-1])
         frozen = [_frozen(layer) for layer in self._cache]
         return _traced(residual, self._calls(prompt[-1], frozen, []), frozen)
 
@@ -158,6 +161,7 @@ class MLXDecoder(HookedDecoder):
 
         with hooked(self._blocks, keep, range(len(frozen))):
             self._module(mx.array([[token]]), cache=frozen)
+        self._framework.start(arrays_in([[call.args, call.kwargs] for call in calls]))
         return calls
 
     def _can_replay(self, tokens: mx.array) -> bool:
@@ -165,6 +169,20 @@ class MLXDecoder(HookedDecoder):
         if self._law is not None and not self._law.replayable:
             return False
         return self._fixed is not None or are_of_one_sequence(self._cache)
+
+    def _left_over(self) -> Iterable[mx.array]:
+        """MLX computes what one thread has asked for in no other; keys and values are all needed for the token."""
+        if self._fixed is not None:
+            caches: list[Any] = self._fixed.states
+        else:
+            caches = [
+                [part for name, part in vars(layer).items() if name not in ("keys", "values")]
+                if hasattr(layer, "__dict__")
+                else layer
+                for layer in self._cache
+            ]
+        law = vars(self._law).values() if isinstance(self._law, CarryingLaw) else ()
+        return [*super()._left_over(), *arrays_in(caches), *arrays_in(list(law))]
 
     def _settle(self) -> None:
         """Take the cache back from compiled steps."""

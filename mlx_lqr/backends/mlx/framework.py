@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,8 @@ class MLXFramework(Framework):
         dtype: of the residual stream.
         hooks: how they are placed on the model's blocks.
     """
+
+    turn = threading.RLock()
 
     def __init__(self, dtype: mx.Dtype, hooks: type[ClassHooks] = ClassHooks) -> None:
         self.dtype = dtype
@@ -93,11 +96,11 @@ class MLXFramework(Framework):
     def compute(self, arrays: Iterable[mx.array]) -> None:
         mx.eval(list(arrays))
 
-    def start(self, array: mx.array) -> None:
-        mx.async_eval(array)
+    def start(self, arrays: Iterable[mx.array]) -> None:
+        mx.async_eval(list(arrays))
 
-    def computing(self, what: str) -> AbstractContextManager[None]:
-        return nullcontext()
+    def computing(self, what: str) -> AbstractContextManager[object]:
+        return self.turn
 
 
 def energy(z: mx.array) -> mx.array:

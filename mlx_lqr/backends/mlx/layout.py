@@ -110,10 +110,12 @@ class StateHooks(ClassHooks):
         if id(module) not in self._with_state:  # a part of a block
             super()._place(k, module, hook)
             return
-        kind, layout = type(module), self.layout
+        kind, layout, mine = type(module), self.layout, self._is_mine
         if (k, kind) not in self._classes:
 
             def call(self: nn.Module, *args: Any, **kwargs: Any) -> Outputs:
+                if not mine():
+                    return kind.__call__(self, *args, **kwargs)
                 outputs: list[tuple[mx.array, Outputs]] = []
 
                 def block(z: mx.array, *args: Any, **kwargs: Any) -> mx.array:

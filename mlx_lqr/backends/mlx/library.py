@@ -16,6 +16,7 @@ import importlib.util
 import math
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -37,14 +38,16 @@ _SINCE = {"qwen3_moe": (0, 32)}
 """Families that older versions of mlx-lm have, but cannot differentiate."""
 
 _REMAPPED = {"mistral": "llama"}
+_one_import = threading.RLock()
 
 
 def import_mlx_lm(submodule: str) -> ModuleType:
     """Import `mlx_lm.<submodule>` at its own cost alone, where it needs nothing of the package's `__init__`."""
-    if "mlx_lm" in sys.modules:
-        return importlib.import_module(f"mlx_lm.{submodule}")
-    with _stand_in():
-        return importlib.import_module(f"mlx_lm.{submodule}")
+    with _one_import:  # or another thread would find the stand-in, or lose it on the way
+        if "mlx_lm" in sys.modules:
+            return importlib.import_module(f"mlx_lm.{submodule}")
+        with _stand_in():
+            return importlib.import_module(f"mlx_lm.{submodule}")
 
 
 def is_supported(model_type: str) -> bool:

@@ -6,7 +6,7 @@ then merged, by mlx-lm's own code, where that was measured to agree; else each s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS
+from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS, HookedDecoder
 from mlx_lqr.backends.hooks import BlockHooks, LawHooks
 from mlx_lqr.backends.mlx.copying import arrays_in, copied
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
@@ -153,9 +153,9 @@ class MeasuredDecoder(MLXDecoder):
         finally:
             self._is_examined = False
 
-    def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
+    def _fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         if len(prompts) == 1:
-            super().fill(prompts, steered=steered)
+            super()._fill(prompts, steered=steered)
             return
         self._settle()
         restart(self._law)
@@ -197,8 +197,12 @@ class MeasuredDecoder(MLXDecoder):
         tokens = super().sample(logits)
         if self._layout.spread is not None:
             tokens = self._layout.spread.agreed(tokens)
-            self._framework.start(tokens)
+            self._framework.start([tokens])
         return tokens
+
+    def _left_over(self) -> Iterable[mx.array]:
+        # Several processes have to come to what they exchange in one order: only for the token, which all have.
+        return () if self._layout.spread is not None else super()._left_over()
 
     def _hooks_of_row(self, row: int) -> BlockHooks | None:
         if not isinstance(self._law, CarryingLaw):
@@ -230,7 +234,7 @@ class MeasuredDecoder(MLXDecoder):
     def _rewind(self, position: int) -> bool:
         return not self._apart and can_rewind(self._cache) and super()._rewind(position)
 
-    def trace(self, token: int) -> FrozenTrace:  # type: ignore[override]
+    def _trace(self, token: int) -> FrozenTrace:  # type: ignore[override]
         self._settle()
         cache = self._cache or new_caches(self._module)
         differences = self._measurement.differences
@@ -243,10 +247,8 @@ class MeasuredDecoder(MLXDecoder):
             )
         return FrozenTrace(state, blocks, self._layout.width)
 
-    def trace_prompt(self, prompt: Sequence[int]) -> FrozenTrace:  # type: ignore[override]
-        if len(prompt) > 1:
-            self.fill([prompt[:-1]], steered=False)
-        return self.trace(prompt[-1])
+    def _trace_prompt(self, prompt: Sequence[int]) -> FrozenTrace:  # type: ignore[override]
+        return HookedDecoder._trace_prompt(self, prompt)
 
     def _new_cache(self, padding: list[int]) -> list[Any]:
         self._apart = len(padding) > 1

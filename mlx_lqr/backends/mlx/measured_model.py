@@ -230,21 +230,25 @@ class MeasuredModel(MeasuredRecorder, MLXModel):
         return self.hidden_size + self.measurement.shared
 
     def block(self, trace: FrozenTrace, layer: int, s: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].values(s)
+        with self._computing("the derivatives"):
+            return trace.blocks[layer].values(s)
 
     def jacobian(self, trace: FrozenTrace, layer: int) -> Float32:  # type: ignore[override]
         block, state = trace.blocks[layer], trace.state[layer]
-        if layer not in self._not_expanded and not self.measurement.shared and self._spread is None:
-            if (jacobian := confirmed_jacobian(block, state)) is not None:
-                return jacobian
-            self._not_expanded.add(layer)
-        return block.jacobian(state)
+        with self._computing("the derivatives"):
+            if layer not in self._not_expanded and not self.measurement.shared and self._spread is None:
+                if (jacobian := confirmed_jacobian(block, state)) is not None:
+                    return jacobian
+                self._not_expanded.add(layer)
+            return block.jacobian(state)
 
     def jvp(self, trace: FrozenTrace, layer: int, tangents: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].jvp(trace.state[layer], tangents)
+        with self._computing("the derivatives"):
+            return trace.blocks[layer].jvp(trace.state[layer], tangents)
 
     def vjp(self, trace: FrozenTrace, layer: int, cotangents: Float32) -> Float32:  # type: ignore[override]
-        return trace.blocks[layer].vjp(trace.state[layer], cotangents)
+        with self._computing("the derivatives"):
+            return trace.blocks[layer].vjp(trace.state[layer], cotangents)
 
     def _new_decoder(self, law: Law | None, sampling: Sampling, window: int | None) -> MeasuredDecoder:
         step = self._compiled

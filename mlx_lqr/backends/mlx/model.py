@@ -100,10 +100,11 @@ class MLXModel(HookedModel):
 
     def measure(self) -> Measurement:
         """See `Differentiable`."""
-        layout = layout_of(self.module, lambda: new_caches(self.module))
-        measured = Measured(self.module, layout)
-        result = measured.all()
-        return replace(result, jacobian=max(result.jacobian, measured.error_of(self)))
+        with self._computing("the derivatives"):
+            layout = layout_of(self.module, lambda: new_caches(self.module))
+            measured = Measured(self.module, layout)
+            result = measured.all()
+            return replace(result, jacobian=max(result.jacobian, measured.error_of(self)))
 
     @property
     def _final_norm(self) -> nn.Module:
@@ -119,7 +120,7 @@ class MLXModel(HookedModel):
 
     def block(self, trace: MLXTrace, layer: int, s: Float32) -> Float32:
         result = np.empty(s.shape, np.float32)
-        with differentiable(self.blocks[layer]):
+        with self._computing("the derivatives"), differentiable(self.blocks[layer]):
             run = mx.vmap(lambda row: trace.calls[layer](row[None, None])[0, 0])
             for start in range(0, len(s), TANGENTS):
                 rows = slice(start, start + TANGENTS)
@@ -128,7 +129,7 @@ class MLXModel(HookedModel):
 
     def jacobian(self, trace: MLXTrace, layer: int) -> Float32:
         block = self.blocks[layer]
-        with differentiable(block):
+        with self._computing("the derivatives"), differentiable(block):
             return block_jacobian(block, trace.calls[layer], mx.array(trace.residual[layer]))
 
     def jvp(self, trace: MLXTrace, layer: int, tangents: Float32) -> Float32:
@@ -148,7 +149,7 @@ class MLXModel(HookedModel):
             return product(block, (z,), (direction,))[1][0]
 
         result = np.empty(directions.shape, np.float32)
-        with differentiable(self.blocks[layer]):
+        with self._computing("the derivatives"), differentiable(self.blocks[layer]):
             for start in range(0, len(directions), TANGENTS):
                 rows = slice(start, start + TANGENTS)
                 result[rows] = np.asarray(mx.vmap(along)(mx.array(directions[rows], mx.float32)))

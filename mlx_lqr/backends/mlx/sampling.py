@@ -24,6 +24,10 @@ class MLXSampler(Sampler):
         self._keys: mx.array | None = None
         """(B, 2), made when the number of sequences is known."""
 
+    @property
+    def state(self) -> Sequence[mx.array]:
+        return () if self._keys is None else (self._keys,)
+
     def keep(self, rows: Sequence[int]) -> None:
         if self._keys is not None:
             self._keys = self._keys[mx.array(list(rows))]

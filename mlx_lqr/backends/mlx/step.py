@@ -53,6 +53,11 @@ class FixedCache:
             self.buffers.append((place(keys), place(values)))
             layer.keys = layer.values = None  # or a second reference would force a copy at every token
 
+    @property
+    def states(self) -> list[tuple[mx.array, ...]]:
+        """Those of layers that keep no keys and values."""
+        return [parts for parts, keep in zip(self.buffers, self.keep, strict=True) if keep is None]
+
     def make_room(self) -> None:
         """Let the buffers grow where the next token has no slot."""
         for i, (keep, limit, parts) in enumerate(zip(self.keep, self.limits, self.buffers, strict=True)):

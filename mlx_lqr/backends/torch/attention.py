@@ -8,6 +8,7 @@ a CUDA graph.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from mlx_lqr.backends.borrowed import changed
 from mlx_lqr.backends.torch.library import attention_by, register_attention
+from mlx_lqr.errors import InputError
 
 NAME = "mlx_lqr"
 
@@ -61,19 +63,40 @@ def seen(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch
     return visible if window is None else visible & (keys > queries - window)
 
 
-_current: list[Layout] = []
-"""The layouts of the passes under way, the innermost last."""
+class _Passes(threading.local):
+    """The passes that this thread has under way."""
+
+    def __init__(self) -> None:
+        self.layouts: list[Layout] = []
+        """The innermost last"""
+
+    @property
+    def layout(self) -> Layout:
+        """Of the innermost.
+
+        Raises:
+            InputError: there is none: another thread's pass has put our attention in the place of the model's own.
+        """
+        if not self.layouts:
+            raise InputError(
+                "another thread runs this model through mlx_lqr at present: call transformers' functions inside "
+                "mlx_lqr.steer, or when that is done"
+            )
+        return self.layouts[-1]
+
+
+_passes = _Passes()
 
 
 @contextmanager
 def attending(config: Any, layout: Layout) -> Iterator[None]:
     """Inside this context a model with this config attends by `layout`; afterwards as before."""
-    _current.append(layout)
+    _passes.layouts.append(layout)
     try:
         with attention_by(config, NAME):
             yield
     finally:
-        _current.pop()
+        _passes.layouts.pop()
 
 
 def attend(
@@ -101,9 +124,9 @@ def attend(
     Raises:
         InputError: an argument that may change just that, as where transformers has renamed one.
     """
+    layout = _passes.layout
     if unknown := others.keys() - _OF_NO_MATTER:
         raise changed("transformers", f"gives attention the argument {min(unknown)}")
-    layout = _current[-1]
     mask = layout.mask(sliding_window)
     batch, heads, length, width = query.shape
     groups = key.shape[1]
@@ -133,4 +156,9 @@ def _by_products(
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
 
-register_attention(NAME, attend)
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """transformers' mask for `attend`: a pass of ours brings one, so that it is another thread that asks."""
+    _ = _passes.layout
+
+
+register_attention(NAME, attend, _no_mask)

@@ -66,16 +66,20 @@ class Torch(Backend):
         pipeline: bool,
     ) -> Model:
         from mlx_lqr.backends.torch import model
+        from mlx_lqr.backends.torch.framework import TorchFramework
 
-        return model.load(folder, name, dtype, device, adapter)
+        with TorchFramework.turn:  # building a model sets torch's default dtype
+            return model.load(folder, name, dtype, device, adapter)
 
     def adopt(self, model: Any) -> Model | None:
         transformers = sys.modules.get("transformers")
         if transformers is None or not isinstance(model, transformers.PreTrainedModel):
             return None
         from mlx_lqr.backends.torch import model as models
+        from mlx_lqr.backends.torch.framework import TorchFramework
 
-        return models.adopt(model)
+        with TorchFramework.turn:
+            return models.adopt(model)
 
 
 def nvidia_driver() -> bool:

@@ -63,6 +63,8 @@ class ForwardHooks(BlockHooks):
         original = module.forward
 
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if not self._is_mine():
+                return original(hidden_states, *args, **kwargs)
             return hook(k, hidden_states, BlockCall(original, args, kwargs))
 
         return forward

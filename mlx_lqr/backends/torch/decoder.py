@@ -97,38 +97,37 @@ class TorchDecoder(HookedDecoder):
     def _rewind(self, position: int) -> bool:
         return self._cache.rewind(position)
 
-    def trace(self, token: int) -> TorchTrace:
+    def _trace(self, token: int) -> TorchTrace:
         if not self._cache:
             self._start([0])
-        with self._framework.computing("the trace"):
-            frozen = self._cache.frozen()
-            precise = _PreciseRotation(self._module.base_model.rotary_emb)
-            residual: list[torch.Tensor] = []
-            blocks: list[FrozenBlock] = []
+        frozen = self._cache.frozen()
+        precise = _PreciseRotation(self._module.base_model.rotary_emb)
+        residual: list[torch.Tensor] = []
+        blocks: list[FrozenBlock] = []
 
-            def record(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
-                kwargs = {**call.kwargs, "position_embeddings": precise.of(call.kwargs["position_embeddings"])}
-                blocks.append(FrozenBlock(self._blocks[k], self._module.config, frozen, call.args, kwargs))
-                residual.append(z[0, -1])
-                output = call(z)
-                if k == len(self._blocks) - 1:
-                    residual.append(output[0, -1])
-                return output
+        def record(k: int, z: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            kwargs = {**call.kwargs, "position_embeddings": precise.of(call.kwargs["position_embeddings"])}
+            blocks.append(FrozenBlock(self._blocks[k], self._module.config, frozen, call.args, kwargs))
+            residual.append(z[0, -1])
+            output = call(z)
+            if k == len(self._blocks) - 1:
+                residual.append(output[0, -1])
+            return output
 
-            with (
-                hooked(self._blocks, record, range(len(self._blocks))),
-                attending(self._module.config, frozen),
-                precise,
-            ):
-                self._module.base_model(
-                    input_ids=self._framework.integers([[token]]),
-                    attention_mask=self._no_mask,
-                    position_ids=frozen.position,
-                    use_cache=True,
-                    **{self._cache_argument: frozen},
-                )
-            stacked = torch.stack(residual).float().cpu().numpy()
-            return TorchTrace(stacked, blocks, frozen.nbytes + stacked.nbytes)
+        with (
+            hooked(self._blocks, record, range(len(self._blocks))),
+            attending(self._module.config, frozen),
+            precise,
+        ):
+            self._module.base_model(
+                input_ids=self._framework.integers([[token]]),
+                attention_mask=self._no_mask,
+                position_ids=frozen.position,
+                use_cache=True,
+                **{self._cache_argument: frozen},
+            )
+        stacked = torch.stack(residual).float().cpu().numpy()
+        return TorchTrace(stacked, blocks, frozen.nbytes + stacked.nbytes)
 
     def _append(self, tokens: torch.Tensor, *, steered: bool, head: bool = True) -> torch.Tensor:
         cache, length = self._cache, tokens.shape[1]
@@ -200,7 +199,8 @@ class _Graph:
                 for _ in range(2):
                     run(self._tokens, self._at)
             torch.cuda.current_stream().wait_stream(aside)
-            with torch.cuda.graph(self._graph):
+            # Other threads may go on with what they compute, which has no part in it.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._logits = run(self._tokens, self._at)
 
     def replay(self, tokens: torch.Tensor, length: int) -> torch.Tensor:

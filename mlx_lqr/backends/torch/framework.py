@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,8 @@ class TorchFramework(Framework):
         dtype: of the residual stream.
         hooks: how they are placed on the model's blocks.
     """
+
+    turn = threading.RLock()
 
     def __init__(self, module: Any, dtype: torch.dtype, hooks: type[ForwardHooks] = ForwardHooks) -> None:
         self._module = module
@@ -115,12 +118,12 @@ class TorchFramework(Framework):
     def compute(self, arrays: Iterable[torch.Tensor]) -> None:
         """Nothing: torch computes at once."""
 
-    def start(self, array: torch.Tensor) -> None:
+    def start(self, arrays: Iterable[torch.Tensor]) -> None:
         """Nothing: torch has started."""
 
     @contextmanager
     def computing(self, what: str) -> Iterator[None]:
-        with torch.no_grad(), memory_for(what):
+        with self.turn, torch.no_grad(), memory_for(what):
             yield
 
 

@@ -117,6 +117,8 @@ class StateHooks(ForwardHooks):
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Outputs:
+            if not self._is_mine():
+                return original(*args, **kwargs)
             outputs: list[tuple[torch.Tensor, Outputs]] = []
 
             def block(z: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mlx_lqr.backends.borrowed import changed
@@ -104,9 +105,10 @@ def knows_activation(name: str) -> bool:
     return name in ACT2FN
 
 
-def register_attention(name: str, attend: Callable[..., Any]) -> None:
-    """Let configs name a function for attention."""
+def register_attention(name: str, attend: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Let configs name a function for attention, and one for the masks of models that are given none."""
     ALL_ATTENTION_FUNCTIONS.register(name, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
 
 
 @contextmanager

@@ -99,18 +99,17 @@ class MeasuredDecoder(HookedDecoder):
         restart(law)
         return law
 
-    def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
-        with self._framework.computing("the prompts"):
-            restart(self._law)
-            if not self._cache:
-                self._start([0] * len(prompts))
-            for row, prompt in enumerate(prompts):
-                tokens = self._framework.integers([list(prompt)])
-                if self._seen is not None:
-                    self._seen[row, tokens[0]] = True
-                for piece in self._pieces(row, tokens):
-                    self._call(row, piece, steered=steered)
-            self._length += max(map(len, prompts))
+    def _fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
+        restart(self._law)
+        if not self._cache:
+            self._start([0] * len(prompts))
+        for row, prompt in enumerate(prompts):
+            tokens = self._framework.integers([list(prompt)])
+            if self._seen is not None:
+                self._seen[row, tokens[0]] = True
+            for piece in self._pieces(row, tokens):
+                self._call(row, piece, steered=steered)
+        self._length += max(map(len, prompts))
 
     def _pieces(self, row: int, tokens: torch.Tensor) -> Sequence[torch.Tensor]:
         """Tokens (1, L) as they can be run after what is there."""
@@ -168,8 +167,7 @@ class MeasuredDecoder(HookedDecoder):
             self._cache[0], self._length = shorter, position
         return True
 
-    def trace(self, token: int) -> FrozenTrace:
+    def _trace(self, token: int) -> FrozenTrace:
         cache = self._cache[0] if self._cache else None
-        with self._framework.computing("the trace"):
-            differences = self._measurement.differences
-            return FrozenTrace(*frozen_at(self._module, self._layout, cache, token, differences=differences))
+        differences = self._measurement.differences
+        return FrozenTrace(*frozen_at(self._module, self._layout, cache, token, differences=differences))

@@ -8,7 +8,7 @@ way, which is faster.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,21 +125,20 @@ class MeasuredModel(MeasuredRecorder, TorchModel):
         return widths if all(isinstance(part, torch.nn.Linear) for part in projections) else None
 
     def block(self, trace: FrozenTrace, layer: int, z: Float32) -> Float32:  # type: ignore[override]
-        return self._of_block(layer, lambda: trace.blocks[layer].values(z))
+        with self._computing("the derivatives"):
+            return trace.blocks[layer].values(z)
 
     def jacobian(self, trace: FrozenTrace, layer: int) -> Float32:  # type: ignore[override]
-        return self._of_block(layer, lambda: trace.blocks[layer].jacobian(trace.residual[layer]))
+        with self._computing("the derivatives"):
+            return trace.blocks[layer].jacobian(trace.residual[layer])
 
     def jvp(self, trace: FrozenTrace, layer: int, tangents: Float32) -> Float32:  # type: ignore[override]
-        return self._of_block(layer, lambda: trace.blocks[layer].jvp(trace.residual[layer], tangents))
+        with self._computing("the derivatives"):
+            return trace.blocks[layer].jvp(trace.residual[layer], tangents)
 
     def vjp(self, trace: FrozenTrace, layer: int, cotangents: Float32) -> Float32:  # type: ignore[override]
-        return self._of_block(layer, lambda: trace.blocks[layer].vjp(trace.residual[layer], cotangents))
-
-    def _of_block(self, layer: int, compute: Callable[[], Float32]) -> Float32:
-        self._framework.hooks.refuse(self.blocks[layer])
-        with self._framework.computing("the derivatives"):
-            return compute()
+        with self._computing("the derivatives"):
+            return trace.blocks[layer].vjp(trace.residual[layer], cotangents)
 
     def _new_decoder(  # type: ignore[override]
         self, law: Law | None, sampling: Sampling, window: int | None

@@ -103,7 +103,7 @@ class TorchModel(HookedModel):
 
     def measure(self) -> Measurement:
         """See `Differentiable`."""
-        with self._framework.computing("the derivatives"):
+        with self._computing("the derivatives"):
             measured = Measured(self.module, layout_of(self.module))
             result = measured.all()
             return replace(result, jacobian=max(result.jacobian, measured.error_of(self)))
@@ -159,10 +159,9 @@ class TorchModel(HookedModel):
 
     def _gathered(self, layer: int, count: int, parts: Iterator[torch.Tensor]) -> Float32:
         """A block's values or derivatives (n, d), computed as they are taken, in one array (count, d)."""
-        self._framework.hooks.refuse(self.blocks[layer])
         result = np.empty((count, self.hidden_size), np.float32)
         done = 0
-        with self._framework.computing("the derivatives"):
+        with self._computing("the derivatives"):
             for part in parts:
                 result[done : done + len(part)] = part.detach().cpu().numpy()
                 done += len(part)
