@@ -1,0 +1,47 @@
+"""Specimens that need torch or a conversion: models that are measured, and GGUF files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from gguf.constants import GGMLQuantizationType as Kind
+from helpers.backends import BACKENDS
+from helpers.tiny_gguf import write
+
+from fuzz import uses
+from fuzz.gguf_mutations import mutate_gguf
+from fuzz.mutations import mutate_object
+from fuzz.specimens import Specimen
+
+GGUFS = {"llama": Kind.Q8_0, "gemma3": Kind.F32, "qwen3moe": Kind.F32}
+
+
+def made_heavy(place: Path) -> list[Specimen]:
+    """Write them, and say what they are."""
+    found = []
+    (place / "gguf").mkdir()
+    for name, kind in GGUFS.items():
+        write(place / "gguf" / f"{name}.gguf", name, kind)
+        found.append(Specimen("gguf", "gguf", f"{name}.gguf", mutate_gguf, uses.gguf, 4))
+    _measured(place / "gpt2", place / "llama")
+    for backend in BACKENDS:
+        use = uses.model_on(backend)
+        found.append(Specimen(f"measured model on {backend}", "gpt2", "config.json", mutate_object, use, 3))
+    return found
+
+
+def _measured(place: Path, sound: Path) -> None:
+    """A GPT-2 as transformers saves it, with the tokenizer of another folder."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).eval().save_pretrained(place)
+    written = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**written, "n_ctx": 64}))  # which mlx-lm wants
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(sound / name, place / name)
+    (place / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
