@@ -19,7 +19,9 @@ from fuzz.run import Report, run
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the mutants; by default another each time")
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of the mutants; by default another each time"
+    )
     parser.add_argument("--count", type=int, default=20_000, help="of mutants")
     parser.add_argument("--first", type=int, default=0, help="the number of the first mutant")
     parser.add_argument("--processes", type=int, default=1, help="that try them")

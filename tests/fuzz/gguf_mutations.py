@@ -61,7 +61,9 @@ def _changed_value(type_: int, value: bytes, random: Random) -> tuple[int, bytes
         return type_, struct.pack("<Q", number)[: _FIXED[type_]].ljust(_FIXED[type_], b"\0"), f"number {number}"
     other = random.choice((*_FIXED, _STRING, _ARRAY))
     if other == _STRING:
-        text = random.choice((b"", b"a", b"\xff\xfe", b"gpt2", b"llama", b"\0", b"x" * 100_000, b"../../x", b"{{ 1/0 }}"))
+        text = random.choice(
+            (b"", b"a", b"\xff\xfe", b"gpt2", b"llama", b"\0", b"x" * 100_000, b"../../x", b"{{ 1/0 }}")
+        )
         return other, _string(text), f"text {text[:20]!r}"
     if other == _ARRAY:
         item = random.choice((*_FIXED, _STRING))

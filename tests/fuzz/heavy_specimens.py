@@ -25,23 +25,26 @@ def made_heavy(place: Path) -> list[Specimen]:
     for name, kind in GGUFS.items():
         write(place / "gguf" / f"{name}.gguf", name, kind)
         found.append(Specimen("gguf", "gguf", f"{name}.gguf", mutate_gguf, uses.gguf, 4))
-    _measured(place / "gpt2", place / "llama")
+    _measured(place / "starcoder2", place / "llama")
     for backend in BACKENDS:
         use = uses.model_on(backend)
-        found.append(Specimen(f"measured model on {backend}", "gpt2", "config.json", mutate_object, use, 3))
+        found.append(Specimen(f"measured model on {backend}", "starcoder2", "config.json", mutate_object, use, 3))
     return found
 
 
 def _measured(place: Path, sound: Path) -> None:
-    """A GPT-2 as transformers saves it, with the tokenizer of another folder."""
+    """A model of no listed family as transformers saves it, with the tokenizer of another folder."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM, Starcoder2Config
+    from transformers.utils import logging
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)
-    GPT2LMHeadModel(config).eval().save_pretrained(place)
-    written = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps({**written, "n_ctx": 64}))  # which mlx-lm wants
+    logging.disable_progress_bar()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Starcoder2Config(
+        vocab_size=320, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, **sizes
+    )
+    AutoModelForCausalLM.from_config(config).eval().save_pretrained(place)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(sound / name, place / name)
     (place / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))

@@ -1,4 +1,4 @@
-"""JSON texts that are almost another's: a value of the wrong type or size, a key too few or twice, nested too deeply."""
+"""JSON texts that are almost another's: values of the wrong type or size, keys too few or twice, nested too deeply."""
 
 from __future__ import annotations
 

@@ -21,7 +21,12 @@ _NASTY = (
     *("{{ 1/0 }}", "{{ 2**(2**40) }}", "{{ 'x' * 2**33 }}", "{{ range(10**9)|list }}", "{% for i in range(10**9) %}"),
     *("{{ ().__class__.__mro__ }}", "{{ messages[9].content }}", "{{ lipsum(n=10**7) }}", "{% endfor %}", "{%", "{{"),
     *("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 'x'.encode('nope') }}", "{{ '\\ud800' }}", "{# "),
-    *("{{ strftime_now(3) }}", "{{ raise_exception(3) }}", "{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "{{ 1 < 'a' }}"),
+    *(
+        "{{ strftime_now(3) }}",
+        "{{ raise_exception(3) }}",
+        "{{ " + "(" * 300 + "1" + ")" * 300 + " }}",
+        "{{ 1 < 'a' }}",
+    ),
     *("{{ messages|tojson(indent=10**9) }}", "{{ 'abc'|center(10**8) }}", "{{ '%999999999d'|format(1) }}", "\0", "\r"),
     *("{% set x = namespace(a=1) %}{% set x.__class__ = 3 %}", "{{ dict.fromkeys(range(10**8)) }}", "\u2028", "\ufeff"),
 )

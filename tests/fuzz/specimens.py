@@ -272,5 +272,3 @@ def _tokenizer(*, byte_level: bool) -> Tokenizer:
         single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 1)]
     )
     return tokenizer
-
-

@@ -89,7 +89,11 @@ def _place(error: BaseException) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if not any(part in frame.filename for part in ("site-packages", "tests/", "lib/python"))
     ]
-    return f"{Path(frames[-1].filename).parent.name}/{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "-"
+    return (
+        f"{Path(frames[-1].filename).parent.name}/{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+        if frames
+        else "-"
+    )
 
 
 def _kept_errors() -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lqr.backends.checkpoint.families import SETTINGS
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 from mlx_lqr.files.json_text import LAYERS, WIDTH, read_json_object
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -32,7 +32,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for part in (config, config.get("text_config")):
         _check_sizes(part if isinstance(part, dict) else {})
     if "model_file" in config:
-        raise InputError(f"{folder} wants to run code of its own ({config['model_file']}): refused")
+        raise InputError(f"{folder} wants to run code of its own ({quoted(config['model_file'])}): refused")
     return config
 
 
@@ -62,6 +62,6 @@ def check_family(model_type: str, families: Sequence[str] = FAMILIES) -> None:
     """Raise `InputError` for an architecture that is not known to carry one residual stream from block to block."""
     if model_type not in families:
         raise InputError(
-            f"the architecture {model_type!r} is not supported; supported: {', '.join(families)}, and most others that "
-            "mlx-lm (--backend mlx) or transformers (--backend torch) has"
+            f"the architecture {quoted(model_type)} is not supported; supported: {', '.join(families)}, and most "
+            "others that mlx-lm (--backend mlx) or transformers (--backend torch) has"
         )
