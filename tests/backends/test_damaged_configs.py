@@ -89,3 +89,21 @@ def test_a_model_that_is_only_measured_has_sizes_too(backend: str, tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2**31}))
     with pytest.raises(InputError, match="n_layer 2147483648, which no model has"):
         load(tmp_path, backend)
+
+
+ROPE = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"rope_type": {"a": 1}}},
+        {"rope_theta": 1.0, "rope_scaling": ROPE},
+        {"rope_scaling": {**ROPE, "factor": 1e-320}},
+    ],
+)
+def test_angles_that_cannot_be_computed(changes: dict[str, Any], folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **changes}))
+    with pytest.raises(InputError, match=r"config\.json's rope_"):
+        load(folder, "mlx")

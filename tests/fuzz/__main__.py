@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,15 +25,15 @@ def main() -> int:
     )
     parser.add_argument("--count", type=int, default=20_000, help="of mutants")
     parser.add_argument("--first", type=int, default=0, help="the number of the first mutant")
-    parser.add_argument("--processes", type=int, default=1, help="that try them")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that try them; one a core")
     parser.add_argument("--only", type=int, help="one mutant, by its number")
     parser.add_argument("--log", type=Path, help="write a JSON line for every mutant to this file")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    numbers = range(options.first, options.first + options.count) if options.only is None else [options.only]
+    first, count = (options.first, options.count) if options.only is None else (options.only, 1)
     report = Report()
     log = options.log.open("a") if options.log is not None else None
-    for result in run(options.seed, numbers, options.processes):
+    for result in run(options.seed, range(first, first + count), min(count, options.processes)):
         report.add(result)
         if log is not None:
             print(json.dumps(result), file=log, flush=True)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import collections
 import multiprocessing
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
-from typing import Any
 
 from fuzz import worker
+from fuzz.specimens import made
+from fuzz.worker import Making, Tried
 
 Result = tuple[int, str, str, str, str, str]
 """Number, kind, file, change, outcome, detail"""
-WAITING = 120.0
-"""Seconds on the clock for a mutant that waits and does not compute, which is limited by the worker itself."""
+WAITING = 600.0
+"""Seconds on the clock for one mutant, its worker's start included; what it computes is limited in the worker."""
 
 
 @dataclass
@@ -40,10 +42,17 @@ class Report:
         return "\n".join([*lines, f"{'all':<28}" + "".join(f"{total:>9}" for total in totals)])
 
 
-def run(seed: int, numbers: Iterable[int], processes: int = 1, *, light: bool = False) -> Iterator[Result]:
-    """Try mutants, in as many processes. One that a mutant ends is started again."""
+def run(
+    seed: int, numbers: Iterable[int], processes: int = 1, making: Making = made, seconds: int = worker.SECONDS
+) -> Iterator[Result]:
+    """Try mutants, in as many processes. One that a mutant ends is started again.
+
+    Args:
+        making: writes the sound files, in each process.
+        seconds: of computing, for one mutant.
+    """
     waiting = iter(numbers)
-    workers = [_Worker(light) for _ in range(processes)]
+    workers = [_Worker(making, seconds) for _ in range(processes)]
     busy = {one: number for one in workers if (number := next(waiting, None)) is not None}
     for one, number in busy.items():
         one.ask(seed, number)
@@ -67,36 +76,35 @@ def run(seed: int, numbers: Iterable[int], processes: int = 1, *, light: bool = 
 class _Worker:
     """A process, started anew whenever it has ended."""
 
-    def __init__(self, light: bool) -> None:
-        self._light = light
+    def __init__(self, making: Making, seconds: int) -> None:
+        self._given = making, seconds
         self._start()
 
     def ask(self, seed: int, number: int) -> None:
         if not self._process.is_alive():
             self._start()
         self.connection.send((seed, number))
-        self._asked = True
-        self._seconds = 0.0
+        self._until = time.monotonic() + WAITING
 
-    def answer(self) -> tuple[Any, ...] | None:
+    def answer(self) -> Tried | None:
         """What came of the mutant; None while it is being tried."""
         try:
             if self.connection.poll(0):
-                kind, content = self.connection.recv()
-                return content if kind == "done" else None
+                answer: Tried = self.connection.recv()
+                return answer
         except (EOFError, OSError):
-            pass
-        else:
-            if self._process.is_alive():
-                return None
-        self._process.join()
-        return self._ended()
+            self._process.join()
+            return self._ended()
+        if time.monotonic() > self._until:
+            self.end()
+            return "?", "?", "?", "waits for too long", f"more than {WAITING:g} s"
+        return None
 
     def end(self) -> None:
         self._process.kill()
         self._process.join()
 
-    def _ended(self) -> tuple[str, ...]:
+    def _ended(self) -> Tried:
         code = self._process.exitcode or 0
         name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         outcome = "computes for too long" if code == -signal.SIGXCPU else "the process ends"
@@ -105,6 +113,6 @@ class _Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self._process = context.Process(target=worker.serve, args=(other,), kwargs={"light": self._light}, daemon=True)
+        self._process = context.Process(target=worker.serve, args=(other, *self._given), daemon=True)
         self._process.start()
         other.close()

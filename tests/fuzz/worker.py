@@ -7,7 +7,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -19,21 +19,29 @@ SECONDS = 10
 """Of computing, for one mutant."""
 NBYTES = 4 << 30
 """Of address space beyond what a worker has when it begins."""
+Making = Callable[[Path], list[Specimen]]
 Outcome = tuple[str, str]
 """taken, refused or the name of a fault; what there is to say about it"""
+Tried = tuple[str, str, str, str, str]
+"""Kind, file, change, and the outcome"""
 
 
-def serve(connection: Connection, *, light: bool = False) -> None:
-    """Try the mutants whose numbers come, until None does; each is announced before it is tried."""
+def serve(connection: Connection, making: Making = made, seconds: int = SECONDS) -> None:
+    """Try the mutants that are asked for, until the process is ended.
+
+    Args:
+        making: writes the sound files into a folder.
+        seconds: of computing, for one mutant.
+    """
     errors = _kept_errors()
-    place = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    specimens = made(place, light=light)
-    _limit_memory()
-    connection.send(("ready", len(specimens)))
-    while (asked := connection.recv()) is not None:
-        seed, number = asked
-        _limit_time()
-        connection.send(("done", tried(place, specimens, seed, number, errors)))
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        place = Path(name)
+        specimens = making(place)
+        _limit_memory()
+        while True:
+            seed, number = connection.recv()
+            _limit_time(seconds)
+            connection.send(tried(place, specimens, seed, number, errors))
 
 
 def mutant(specimens: Sequence[Specimen], seed: int, number: int) -> tuple[Specimen, Random]:
@@ -42,8 +50,12 @@ def mutant(specimens: Sequence[Specimen], seed: int, number: int) -> tuple[Speci
     return random.choices(specimens, [one.weight for one in specimens])[0], random
 
 
-def tried(place: Path, specimens: Sequence[Specimen], seed: int, number: int, errors: Path | None) -> tuple[str, ...]:
-    """Kind, file, change, outcome and detail of one mutant."""
+def tried(place: Path, specimens: Sequence[Specimen], seed: int, number: int, errors: Path | None = None) -> Tried:
+    """What comes of one mutant.
+
+    Args:
+        errors: what libraries have printed as an error, where that is kept.
+    """
     specimen, random = mutant(specimens, seed, number)
     folder = place / specimen.folder
     file = folder / specimen.file
@@ -116,9 +128,9 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + NBYTES,) * 2)
 
 
-def _limit_time() -> None:
+def _limit_time(seconds: int) -> None:
     import resource
 
     spent = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(spent.ru_utime + spent.ru_stime) + SECONDS + 1, hard))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(spent.ru_utime + spent.ru_stime) + seconds + 1, hard))

@@ -247,5 +247,5 @@ def test_jacobians_of_other_sizes_are_refused(size: int, width: int | None, tmp_
     contrast = mlx_lqr.Contrast(ones, 0 * ones, ones, ones[0], (1, 1), fingerprint="f")
     file = tmp_path / "j.safetensors"
     mlx_lqr.Jacobians([np.eye(size, dtype=np.float32)] * 2, "f", "m", 1, width).save(file)
-    with pytest.raises(mlx_lqr.InputError, match="different models|its width cannot be"):
+    with pytest.raises(mlx_lqr.InputError, match=r"different models|its width cannot be"):
         mlx_lqr.compile(mlx_lqr.solve(mlx_lqr.Jacobians.load(file)), contrast)

@@ -18,6 +18,7 @@ from mlx_lqr.backends.checkpoint.families import HARMLESS, NULLABLE, OTHERS_COMP
 from mlx_lqr.backends.checkpoint.model_folder import check_family
 from mlx_lqr.backends.checkpoint.rotation import Rotation, rotation
 from mlx_lqr.errors import InputError, quoted
+from mlx_lqr.files.json_text import LARGEST
 
 ENDLESS = 1 << 30
 """The context's length where a config does not say how long it may be."""
@@ -101,15 +102,18 @@ def context_of(config: Mapping[str, Any]) -> tuple[int, bool]:
     """`context_length` and `rolls` of a config that has been read by someone else already.
 
     Some classes of mlx-lm do not keep how long a context may be: with them it has no end, as in mlx-lm itself.
+
+    Raises:
+        InputError: a length that is no number of tokens, or a setting of RoPE that is no table.
     """
-    length = int(config.get("max_position_embeddings") or ENDLESS)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    length = _length(config, "max_position_embeddings") or ENDLESS
+    rope = _table(config, "rope_parameters") or _table(config, "rope_scaling")
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     rolls = True
     for part in kinds:
         kind = part.get("rope_type", part.get("type"))
         if kind == "longrope":
-            length = min(length, int(part.get("original_max_position_embeddings") or length))
+            length = min(length, _length(part, "original_max_position_embeddings") or length)
         rolls = rolls and kind not in ("dynamic", "longrope")
     return length, rolls
 
@@ -268,6 +272,16 @@ def _sliding(
         )
         raise InputError(f"config.json's layer_types has layers that slide, but {switch}: state the window")
     return kinds, window
+
+
+def _length(config: Mapping[str, Any], key: str) -> int | None:
+    """How many tokens a setting says; None where it is null, 0 or not there."""
+    value = config.get(key)
+    if value in (None, 0):
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= LARGEST:
+        raise InputError(f"config.json says {key} {quoted(value)}, which is no length: download the model again")
+    return int(value)
 
 
 def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def rotation(
         InputError: a kind or a setting that neither backend knows, or one that is missing.
     """
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _REQUIRED:
+    if not isinstance(kind, str) or kind not in _REQUIRED:
         raise InputError(f"config.json's {key} is of the type {quoted(kind)}: supported are {', '.join(_REQUIRED)}")
     used = (*_REQUIRED[kind], *_OPTIONAL.get(kind, ()))
     for name, value in given.items():
@@ -158,7 +158,20 @@ def rotation(
         if kind == "longrope":
             parameters.setdefault("factor", context / before)
     limit = {"longrope": parameters.get("original_max_position_embeddings"), "dynamic": context}.get(kind)
-    return Rotation(kind, float(parameters["rope_theta"]), dims, parameters, limit)
+    turn = Rotation(kind, float(parameters["rope_theta"]), dims, parameters, limit)
+    _check_computed(key, turn)
+    return turn
+
+
+def _check_computed(key: str, turn: Rotation) -> None:
+    """Raise `InputError` for numbers that are sound one by one and give no rotation together."""
+    try:
+        with np.errstate(all="ignore"):
+            finite = np.isfinite(turn.frequencies).all() and math.isfinite(turn.scale)
+    except (ArithmeticError, ValueError):
+        finite = False
+    if not finite:
+        raise InputError(f"config.json's {key} gives angles that are not finite: download the model again")
 
 
 def _list(key: str, name: str, value: Any, dims: int) -> list[Any]:
