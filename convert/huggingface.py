@@ -116,9 +116,9 @@ def _load(source: Path, config: dict[str, Any], files: Weights) -> tuple[nn.Modu
     try:
         with as_mlx_lm_reads(source, config, files) as view:
             return load_lazily(view)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # of any of mlx-lm's modules
         raise InputError(f"{source} does not fit its config.json ({first_line(error)}): download it again") from error
 
 

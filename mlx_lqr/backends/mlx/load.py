@@ -70,9 +70,9 @@ def load_module(
         module.eval()
         module.load_weights(list(weights.items()))
         weights.clear()  # the module holds them now, and may let go of some below
-    except (TypeError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # of any of mlx-lm's modules
         raise InputError(f"the weights in {folder} do not fit its config.json: {first_line(error)}") from error
     cast(module, dtype)
     if keep is not None:
