@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ def damaged(folder: Path, damage: Callable[[Settings], None]) -> Path:
 
 
 @pytest.mark.parametrize("damage", PANICS.values(), ids=PANICS)
-def test_a_panic_is_one_line(damage: Callable[[Settings], None], folder: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_panic_is_one_line(
+    damage: Callable[[Settings], None], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(InputError, match=r"tokenizer\.json cannot be read") as refusal:
         Tokenizer(damaged(folder, damage), {})
     assert "\n" not in str(refusal.value)
@@ -68,14 +71,14 @@ def test_a_panic_is_one_line(damage: Callable[[Settings], None], folder: Path, c
 
 
 def test_what_others_print_meanwhile_is_kept(
-    folder: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_lqr.backends.text import library
 
     class Printing:
         @staticmethod
         def from_file(file: str) -> Library:
-            library.os.write(2, b"of another thread\n")
+            os.write(2, b"of another thread\n")
             return Library.from_file(file)
 
     monkeypatch.setattr(library, "Tokenizer", Printing)

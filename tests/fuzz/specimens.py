@@ -89,7 +89,7 @@ def _texts(place: Path) -> list[Specimen]:
     place.mkdir()
     (place / "prompts.txt").write_text("Once upon a time\nA man walks\n\n  The sea\n", "utf-8")
     (place / "concept.positive.txt").write_text("".join(f"The dog number {n} barks.\n" for n in range(9)), "utf-8")
-    rows = {
+    rows: dict[str, dict[str, str | list[str]]] = {
         "prompts": {"prompt": "Once upon a time"},
         "toxicity": {"prompt": "They said"},
         "truthfulness": {"question": "Is it?", "best": "Yes.", "correct": ["Yes.", "It is."], "incorrect": ["No."]},
@@ -98,7 +98,7 @@ def _texts(place: Path) -> list[Specimen]:
         "capability": {"prompt": "Two and two is", "answer": "four", "others": ["five", "six"]},
     }
     for name, row in rows.items():
-        content = [{**row, "number": n} if name != "prompts" else row for n in range(4)]
+        content = [row if name == "prompts" else {**row, "number": str(n)} for n in range(4)]
         (place / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in content), "utf-8")
     uses.begin_records(place / "records.jsonl")
     lines = [
@@ -208,7 +208,7 @@ def _model(place: Path, family: str) -> Any:
     tiny_folder(family, vocab_size=320, seed=0).rename(place)
     weights, names = load_file(place / "model.safetensors"), []
     (place / "model.safetensors").unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, half in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), 1):
         names.append(f"model-0000{number}-of-00002.safetensors")
         save_file({name: weights[name] for name in half}, place / names[-1], {"format": "mlx"})

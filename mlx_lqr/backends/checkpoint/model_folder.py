@@ -38,8 +38,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 _LARGEST = {
     LAYERS: ("num_hidden_layers", "num_layers", "n_layers", "n_layer"),
-    WIDTH: ("hidden_size", "n_embd", "d_model", "num_attention_heads", "num_experts", "num_local_experts"),
-    1 << 25: ("vocab_size", "intermediate_size"),
+    WIDTH: (
+        *("hidden_size", "n_embd", "d_model", "head_dim", "num_attention_heads", "num_key_value_heads"),
+        *("num_experts", "num_local_experts"),
+    ),
+    1 << 25: ("vocab_size", "intermediate_size", "moe_intermediate_size"),
 }
 """What is above is no model: a library that is asked to build it fills the memory before it looks at any weight."""
 

@@ -131,6 +131,8 @@ def rotation(
             )
     share = given.get("partial_rotary_factor", 1.0)
     _check_number(key, "partial_rotary_factor", share)
+    if share > 1:
+        raise InputError(f"config.json says partial_rotary_factor {share}, more than a whole head: download it again")
     if share != 1 and not partial:
         raise InputError(
             f"config.json says partial_rotary_factor {share}, which this family has not: use another model"
