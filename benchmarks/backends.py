@@ -101,7 +101,7 @@ def plain_hooks(model: TorchModel, controller: mlx_lqr.Controller, strength: flo
     handles = []
     for k in controller.active_layers:
         parts = [
-            controller.direction[k],
+            controller.sensor[k],
             controller.gain[k].T,
             controller.offset[k] + strength * controller.setpoint[k],
         ]

@@ -18,12 +18,14 @@ from mlx_lqr.errors import InputError  # noqa: E402
 from mlx_lqr.files.prompts import read_prompts  # noqa: E402
 from mlx_lqr.loading import load  # noqa: E402
 from mlx_lqr.lqr.adapt import adapt  # noqa: E402
+from mlx_lqr.lqr.concept_prompts import chat_prompts, concept_prompts, style_prompts  # noqa: E402
 from mlx_lqr.lqr.contrast import Contrast, contrast  # noqa: E402
 from mlx_lqr.lqr.controller import Controller, compile  # noqa: E402
 from mlx_lqr.lqr.fit import fit  # noqa: E402
 from mlx_lqr.lqr.layers import choose_layers  # noqa: E402
 from mlx_lqr.lqr.linearize import Jacobians, linearize  # noqa: E402
 from mlx_lqr.lqr.riccati import Gains, solve  # noqa: E402
+from mlx_lqr.lqr.sets import review_prompts, review_separation  # noqa: E402
 from mlx_lqr.lqr.strength import BUDGETS, Calibration  # noqa: E402
 from mlx_lqr.methods.baseline import Baseline  # noqa: E402
 from mlx_lqr.methods.calibration import calibrate  # noqa: E402
@@ -54,8 +56,10 @@ __all__ = [
     "bundled_concepts",
     "bundled_prompts",
     "calibrate",
+    "chat_prompts",
     "choose_layers",
     "compile",
+    "concept_prompts",
     "contrast",
     "fit",
     "fit_baseline",
@@ -64,7 +68,10 @@ __all__ = [
     "load",
     "load_steering",
     "read_prompts",
+    "review_prompts",
+    "review_separation",
     "solve",
     "steer",
     "stream",
+    "style_prompts",
 ]

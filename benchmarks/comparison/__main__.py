@@ -5,8 +5,14 @@
     python -m benchmarks.comparison page -o OUT
 
 From the checkout's root. The two runs may go side by side, one thread each (OMP_NUM_THREADS=1), and each goes on where
-it was interrupted. Models are converted folders (`mlx-lqr convert`); the data folder holds realtoxicityprompts.jsonl,
-truthfulqa.jsonl and xstest.jsonl. `--quick` measures hardly anything, to see that all of it runs.
+it was interrupted; methods that were changed since need another OUT. One experiment is finished before the next begins,
+those first that matter most, so that `page` has something to write at any time. Models are converted folders
+(`mlx-lqr convert`); the data folder holds realtoxicityprompts.jsonl, truthfulqa.jsonl and xstest.jsonl. `--quick`
+measures hardly anything, to see that all of it runs; `--limit-rows` measures less of everything. A result has the
+methods of its last run, so that `--method` leaves out the others even where their rows are there.
+
+`page` first copies the results of OUT, which are small, to benchmarks/comparison/results; without -o it writes the page
+from those that are there.
 """
 
 from __future__ import annotations
@@ -18,20 +24,33 @@ from pathlib import Path
 import click
 
 import mlx_lqr  # first, so that MLX gets its BLAS
-from mlx_lqr import tasks
 
 # isort: split
-from benchmarks.comparison.experiments import EXPERIMENTS, FULL, QUICK, Setting
-from benchmarks.comparison.measure import measure
+from benchmarks.comparison.ablation import ablate
+from benchmarks.comparison.experiments import EXPERIMENTS
+from benchmarks.comparison.measure import collect, measure
 from benchmarks.comparison.methods import METHODS
-from benchmarks.comparison.page import write_page
+from benchmarks.comparison.page import ABLATION, write_page
+from benchmarks.comparison.setting import FULL, QUICK, Setting
+from mlx_lqr.errors import InputError
 
 DTYPE = "float32"
 MODELS = ("smollm2", "gemma")
 FOLDER = click.Path(path_type=Path, file_okay=False)
+RESULTS = Path(__file__).with_name("results")
 
 
-@click.group(help=__doc__.splitlines()[0])
+class _Group(click.Group):
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except InputError as error:
+            failure = click.ClickException(str(error))
+            failure.exit_code = 2
+            raise failure from None
+
+
+@click.group(cls=_Group, help=__doc__.splitlines()[0])
 def main() -> None: ...
 
 
@@ -43,6 +62,7 @@ def main() -> None: ...
 @click.option("-o", "--output", required=True, type=FOLDER, help="Rows and results go here.")
 @click.option("--only", multiple=True, type=click.Choice([one.name for one in EXPERIMENTS]), help="These experiments.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="These methods.")
+@click.option("--limit-rows", type=click.IntRange(min=1), metavar="N", help="Report N rows, and less of all else.")
 @click.option("--quick", is_flag=True, help="Hardly any rows.")
 def run(
     chosen: str,
@@ -52,33 +72,47 @@ def run(
     output: Path,
     only: tuple[str, ...],
     methods: tuple[str, ...],
+    limit_rows: int | None,
     quick: bool,
 ) -> None:
-    """Fit, tune and report every method on one model."""
+    """Fit, calibrate and report every method on one model."""
     sources = {"smollm2": smollm2, "gemma": gemma}
     loaded = {name: mlx_lqr.load(source, dtype=DTYPE) for name, source in sources.items()}
     model = loaded.pop(chosen)
-    judge = tasks.Judge(next(iter(loaded.values())))
+    (judge,) = loaded.values()
     started = time.monotonic()
 
     def say(stage: str, done: int, total: int) -> None:
-        if not total:
-            print(f"[{time.monotonic() - started:6.0f} s] {chosen}, {stage}", file=sys.stderr, flush=True)
+        print(f"[{time.monotonic() - started:6.0f} s] {chosen}, {stage}", file=sys.stderr, flush=True)
 
+    sizes = QUICK if quick else FULL
+    sizes = sizes if limit_rows is None else sizes.limited(limit_rows)
+    setting = Setting(model, judge, data, output / chosen, sizes, DTYPE, say)
     for experiment in EXPERIMENTS:
-        if (only and experiment.name not in only) or (experiment.chat and not model.tokenizer.has_chat_template):
+        if (only and experiment.name not in only) or (experiment.chat and not setting.chat):
             continue
-        folder = output / chosen / experiment.name
-        setting = Setting(model, judge, data, folder / "rows", QUICK if quick else FULL)
-        measure(experiment, setting, folder, methods=methods or METHODS, loading={"dtype": DTYPE}, progress=say)
+        measure(experiment, setting, methods or METHODS)
 
 
 @main.command()
-@click.option("-o", "--output", required=True, type=FOLDER, help="What the runs have written.")
+@click.option("--smollm2", required=True, metavar="PATH", help="SmolLM2-135M-Instruct.")
+@click.option("--gemma", required=True, metavar="PATH", help="Gemma 3 270M, the base model.")
+@click.option("-o", "--output", default=RESULTS / ABLATION, type=click.Path(path_type=Path), help="The result.")
+def ablation(smollm2: str, gemma: str, output: Path) -> None:
+    """Measure what each part of A-LQR's recipe is worth."""
+    models = {"SmolLM2": mlx_lqr.load(smollm2, dtype=DTYPE), "Gemma": mlx_lqr.load(gemma, dtype=DTYPE)}
+    print(f"Wrote {ablate(models, output, lambda stage: print(stage, file=sys.stderr, flush=True))}")
+
+
+@main.command()
+@click.option("-o", "--output", type=FOLDER, help="What the runs have written.")
+@click.option("--results", default=RESULTS, type=FOLDER, help="Where results are kept.")
 @click.option("--docs", default=Path("docs"), show_default=True, type=FOLDER, help="Where the page goes.")
-def page(output: Path, docs: Path) -> None:
+def page(output: Path | None, results: Path, docs: Path) -> None:
     """Write the page and its pictures from the results of both models."""
-    print(f"Wrote {write_page(output, docs)}")
+    if output is not None:
+        collect(output, results)
+    print(f"Wrote {write_page(results, docs)}")
 
 
 if __name__ == "__main__":

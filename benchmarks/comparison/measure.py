@@ -1,164 +1,170 @@
-"""One experiment on one model: fit, tune and report every method, and keep what was found as JSON.
+"""One experiment on one model: every method at every budget, and what was found as a small JSON file.
 
-Whatever is done already is read from the output folder, so that an interrupted run goes on.
+Rows stay in the output folder, a file for each source and method. What is there is not measured again, so that an
+interrupted run goes on, and a method that reaches no further than one budget is not measured twice.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.experiments import Experiment, Setting
-from benchmarks.comparison.methods import METHODS, REMOVES, WITHOUT_CURVE, Fitter, space
+from benchmarks.comparison.experiments import Experiment
+from benchmarks.comparison.methods import METHODS, OURS, REMOVES, Chosen, choose, safe
+from benchmarks.comparison.setting import Setting
+from benchmarks.comparison.sources import Source
+from benchmarks.comparison.statistics import Key, leads, pooled
 from mlx_lqr import tasks
 from mlx_lqr.analysis import write_json
-from mlx_lqr.backends.protocol import Progress
-from mlx_lqr.tasks.bootstrap import Estimate
-from mlx_lqr.tasks.tuning import Trial, Tuned, tune
+from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.lqr.strength import BUDGETS, Budget
+from mlx_lqr.tasks.bootstrap import Estimate, Metric, estimate
 
-LIMIT = 1.3
-CURVE = (0.6, 1.5)
-"""Besides the recommended strength, multiples of it"""
-RIVALS = 1
-"""That get a curve beside A-LQR's: those with the most control while tuning"""
+DAMAGE = ("perplexity", "distinct_2", "repetition", "kl", "capability")
+"""What is kept of every experiment that measures it, besides control and the experiment's own columns"""
+RESULT = "result.json"
+Metrics = dict[str, Metric]
 
 
-def measure(
-    experiment: Experiment,
-    setting: Setting,
-    folder: Path,
-    *,
-    methods: Sequence[str] = METHODS,
-    loading: Mapping[str, str | None] | None = None,
-    progress: Progress | None = None,
-) -> Path:
+def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = METHODS) -> Path:
     """Run one experiment; return the JSON file of what was found.
 
     Args:
         setting: its model is the one that is steered.
-        folder: of this experiment and model; everything goes there.
         methods: those of `METHODS` to take; a method that only removes is left out where nothing is to be removed.
     """
-    options: Any = {"loading": loading, "progress": progress}
-    positive, negative = experiment.contrast(setting)
-    fitter = Fitter(setting.model, positive, negative, experiment.name, folder)
-    tuning, report = experiment.task(setting, "tune"), experiment.task(setting, "report")
-    tuned: dict[str, Tuned] = {}
-    for method in methods:
-        if method in REMOVES and not experiment.removes:
-            continue
-        if progress:
-            progress(f"{experiment.name}: {method}", 0, 0)
-        tuned[method] = tune(
-            setting.model,
-            tuning,
-            space(fitter, method),
-            limit=LIMIT,
-            evaluations=setting.sizes.evaluations,
-            folder=folder / "tune",
-            **options,
-        )
-    unsteered = tasks.evaluate(setting.model, report, output=folder / "report" / "unsteered.jsonl", **options)
-    runs: dict[str, tasks.Evaluation] = {}
-    for method, search in tuned.items():
-        if search.best is None or search.steering is None:
-            continue
-        if progress:
-            progress(f"{experiment.name}: report of {method}", 0, 0)
-        strengths = [search.best.strength]
-        if experiment.curve and method in _with_curve(tuned):
-            strengths += [float(f"{factor * search.best.strength:.3g}") for factor in CURVE]
-        steering = tasks.NamedSteering(method, search.steering)
-        output = folder / "report" / f"{_safe(method)}.jsonl"
-        runs[method] = tasks.evaluate(setting.model, report, steering, strengths, output=output, **options)
+    run = _Run(experiment, setting, setting.folder / experiment.name)
+    setting.say(f"{experiment.name}: unsteered")
+    unsteered = _estimates(run.metrics("unsteered"))
+    wanted = [row for row in methods if experiment.removes or row not in REMOVES]
+    if experiment.ceiling is not None and unsteered[run.control].value >= experiment.ceiling:
+        wanted = []
+    told, measured = {}, {}
+    for row in wanted:
+        told[row], measured[row] = run.method(row)
+    compared = _leads({row: {at: one[run.control] for at, one in each.items()} for row, each in measured.items()})
+    for (row, budget), lead in compared.items():
+        told[row]["budgets"][budget]["lead"] = _interval(lead)
+    sets = [source.sets(setting) for source in experiment.sources]
     result = {
         "experiment": experiment.name,
         "model": setting.model.name,
-        "judge": setting.judge.model.name if setting.judge.model else setting.model.name,
+        "judge": setting.judge.name,
         "version": metadata.version("mlx-lqr"),
         "sizes": asdict(setting.sizes),
-        "prompts": [len(positive), len(negative)],
-        "rows": {part.name: len(part) for part in report.parts},
-        "tuning_rows": {part.name: len(part) for part in tuning.parts},
-        "decoding": {name: _decoding(task) for name, task in (("tune", tuning), ("report", report))},
-        "limit": LIMIT,
-        "control": report.control,
-        "control_label": report.control_label,
-        "unsteered": _plain(unsteered.results()[0].metrics),
-        "methods": [_method(method, search, runs, unsteered) for method, search in tuned.items()],
+        "budgets": dict(BUDGETS),
+        "prompts": [max(len(of_source[side]) for of_source in sets) for side in (0, 1)],
+        "rows": run.rows,
+        "control": run.control,
+        "control_label": run.control_label,
+        "comparisons": len(compared),
+        "unsteered": {name: _interval(one) for name, one in unsteered.items()},
+        "methods": list(told.values()),
     }
-    path = folder / "result.json"
+    path = run.folder / RESULT
     write_json(path, result)
     return path
 
 
-def _with_curve(tuned: Mapping[str, Tuned]) -> set[str]:
-    """A-LQR, and the rivals with the most control while tuning."""
-    control = {
-        method: search.best.control.value
-        for method, search in tuned.items()
-        if search.best is not None and method != "alqr" and method not in WITHOUT_CURVE
-    }
-    return {"alqr", *sorted(control, key=lambda method: -control[method])[:RIVALS]}
+def _leads(control: Mapping[str, Mapping[Budget, Metric]]) -> dict[Key, Estimate]:
+    """What A-LQR leads each other method by, at each budget that both were measured at."""
+    ours = control.get(OURS, {})
+    return leads(ours, {(row, at): one for row, each in control.items() if row != OURS for at, one in each.items()})
 
 
-def _method(
-    method: str, search: Tuned, runs: Mapping[str, tasks.Evaluation], unsteered: tasks.Evaluation
-) -> dict[str, Any]:
-    """All there is to say about a method: its trials, what was recommended, and its results beside the others'."""
-    told: dict[str, Any] = {"method": method, "trials": [_trial(trial) for trial in search.trials], "best": None}
-    if search.best is None:
-        return told
-    strength = search.best.strength
-    results = runs[method].results(unsteered)
-    recommended = next(result for result in results if result.strength == strength)
-    told |= {
-        "best": _trial(search.best),
-        "metrics": _plain(recommended.metrics),
-        "change": _plain(recommended.change),
-        "curve": [{"strength": result.strength, "metrics": _plain(result.metrics)} for result in results],
-    }
-    if "alqr" in runs and method != "alqr":
-        own = replace(runs[method], rows={strength: runs[method].rows[strength]})
-        alqr = replace(runs["alqr"], rows={0.0: next(iter(runs["alqr"].rows.values()))})
-        told["against_alqr"] = _plain(own.results(alqr)[0].change)
-    return told
+class _Run:
+    """An experiment's tasks on one model."""
+
+    def __init__(self, experiment: Experiment, setting: Setting, folder: Path) -> None:
+        self.experiment, self.setting, self.folder = experiment, setting, folder
+        self.tasks = {source: experiment.task(source, setting) for source in experiment.sources}
+        first = self.tasks[experiment.sources[0]]
+        self.control, self.control_label = first.control, first.control_label
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many rows there are of each part, of all sources together."""
+        rows: dict[str, int] = {}
+        for task in self.tasks.values():
+            for part in task.parts:
+                rows[part.name] = rows.get(part.name, 0) + len(part)
+        return rows
+
+    def method(self, row: str) -> tuple[dict[str, Any], dict[Budget, Metrics]]:
+        """What is told of a method, and its metrics at each budget."""
+        told: dict[str, Any] = {"method": row, "sources": {}, "budgets": {}}
+        try:
+            fits = {source: choose(source, self.setting, row) for source in self.tasks}
+        except InputError as error:
+            return {**told, "failed": str(error)}, {}
+        told["sources"] = {source.name: _told(fit) for source, fit in fits.items()}
+        measured: dict[Budget, Metrics] = {}
+        for budget in BUDGETS:
+            self.setting.say(f"{self.experiment.name}: {row}, {budget}")
+            try:
+                measured[budget] = self.metrics(row, fits, budget)
+            except OverflowingError as error:
+                told["budgets"][budget] = {"failed": str(error)}
+            else:
+                estimates = _estimates(measured[budget])
+                told["budgets"][budget] = {"metrics": {name: _interval(one) for name, one in estimates.items()}}
+        return told, measured
+
+    def metrics(self, row: str, fits: Mapping[Source, Chosen] | None = None, budget: Budget = "normal") -> Metrics:
+        """The metrics of all sources together, at a budget, or unsteered where nothing was fitted."""
+        each: list[Metrics] = []
+        for source, task in self.tasks.items():
+            fit = fits[source] if fits is not None else None
+            run = tasks.evaluate(
+                self.setting.model,
+                task,
+                tasks.NamedSteering(row, fit.steering) if fit else None,
+                list(fit.steering.strength_at(budget)) if fit else [0.0],
+                output=self.folder / "rows" / source.name / f"{safe(row)}.jsonl",
+                loading=self.setting.loading,
+            )
+            (parts,) = run.rows.values()
+            each.append({name: one for part in task.parts for name, one in part.metrics(parts[part.name]).items()})
+        kept = [name for name in each[0] if name in (self.control, *self.experiment.columns, *DAMAGE)]
+        return {name: pooled([metrics[name] for metrics in each]) for name in kept}
 
 
-def _trial(trial: Trial) -> dict[str, Any]:
+def _told(fit: Chosen) -> dict[str, Any]:
     return {
-        "setting": trial.candidate,
-        "strength": trial.strength,
-        "control": _interval(trial.control),
-        "damage": _interval(trial.damage),
-        "ratio": trial.relative,
-        "within": trial.within,
+        "setting": fit.setting,
+        "strength": dict(fit.calibration.strength),
+        "divergence": dict(fit.calibration.divergence),
+        "tried": dict(fit.tried),
     }
 
 
-def _decoding(task: tasks.Task) -> dict[str, Any]:
-    """How the task's texts are drawn."""
-    part: Any = next(part for part in task.parts if hasattr(part, "decoding"))
-    return asdict(part.decoding)
+def _estimates(metrics: Metrics) -> dict[str, Estimate]:
+    return {name: estimate(metric) for name, metric in metrics.items()}
 
 
-def _plain(metrics: Mapping[str, Estimate]) -> dict[str, list[float]]:
-    return {name: _interval(estimate) for name, estimate in metrics.items()}
+def _interval(one: Estimate) -> list[float]:
+    return [float(f"{number:.4g}") for number in (one.value, one.low, one.high)]
 
 
-def _interval(estimate: Estimate) -> list[float]:
-    return [estimate.value, estimate.low, estimate.high]
+def collect(output: Path, results: Path) -> None:
+    """Copy every result of an output folder to `results`, a file for each model and experiment.
+
+    Raises:
+        InputError: there are none.
+    """
+    paths = sorted(output.glob(f"*/*/{RESULT}"))
+    if not paths:
+        raise InputError(f"there are no results in {output}: measure first (python -m benchmarks.comparison run)")
+    for path in paths:
+        key, name = path.parts[-3:-1]
+        write_json(results / key / f"{name}.json", json.loads(path.read_text("utf-8")))
 
 
-def _safe(method: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in method).strip("-")
-
-
-def load_results(folder: Path) -> list[dict[str, Any]]:
-    """Every result under an output folder, in a fixed order, with the steered model's `key`, its folder's name."""
-    paths = sorted(folder.glob("*/*/result.json"))
-    return [{**json.loads(path.read_text("utf-8")), "key": path.parent.parent.name} for path in paths]
+def load_results(results: Path) -> list[dict[str, Any]]:
+    """What was collected, in a fixed order, with the steered model's `key`, its folder's name."""
+    paths = sorted(results.glob("*/*.json"))
+    return [{**json.loads(path.read_text("utf-8")), "key": path.parent.name} for path in paths]

@@ -1,24 +1,30 @@
-"""What is tuned of each method: the settings that its file names (`Method.compared`), a handful for each.
+"""The rows of the tables, and for each the setting that is reported: fitted, calibrated, chosen among a few.
 
-All act where steering does the least damage to these models, in the last third or half of the blocks; methods that act
-at one block get two places for it. A method's own strengths are searched from nothing to too much.
+A method's file names its settings (`Method.compared`). Each is fitted on the same prompts and calibrated to the same
+budgets of damage. Where there are several, the one with the most control at the normal budget is taken, on rows that no
+report has; of equal ones the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx_lqr
-from mlx_lqr.backends.protocol import Model
-from mlx_lqr.lqr.prompts import Prompt
+from benchmarks.comparison.setting import Setting
+from benchmarks.comparison.sources import Sets, Source
+from mlx_lqr import tasks
+from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.lqr.concept_prompts import framed
+from mlx_lqr.lqr.strength import Budget, Calibration
+from mlx_lqr.methods.calibration import calibrate
 from mlx_lqr.methods.method import Method
-from mlx_lqr.methods.steering import Steering
+from mlx_lqr.methods.steering import Steering, load_steering
 from mlx_lqr.tasks.records import digest
-from mlx_lqr.tasks.tuning import Candidate, Space
 
+CHOSEN_AT: Budget = "normal"
 LAYERS = 12
 """Of a model to list the rows for, whose names do not depend on it."""
 ROWS: Mapping[str, Method[Any]] = {
@@ -26,55 +32,97 @@ ROWS: Mapping[str, Method[Any]] = {
 }
 """The rows of the tables: every method under its name, and A-LQR also in other settings."""
 METHODS = tuple(ROWS)
-PAPER = "alqr (paper's defaults)"
+OURS = "alqr"
+"""The row that all others are compared with."""
+OWN = tuple(row for row, method in ROWS.items() if method.name == OURS)
+"""A-LQR in all its settings."""
 REMOVES = tuple(row for row, method in ROWS.items() if method.removes_only)
 """Methods that can only take a concept away."""
-WITHOUT_CURVE = tuple(
-    row for row, method in ROWS.items() if row != "alqr" and (method.name == "alqr" or method.strengths.period)
-)
-"""Other settings of A-LQR, and methods whose strength is an angle: they have no strengths in common with others."""
-JACOBIAN_PROMPTS = 4
-
-Setting = Mapping[str, Any]
+JACOBIAN_PROMPTS = 8
+"""As many as `fit` takes"""
 
 
 @dataclass(frozen=True, eq=False)
-class Fitter:
-    """Fits a concept's steering on one model."""
+class Chosen:
+    """The setting of a method that is reported."""
 
-    model: Model
-    positive: Sequence[Prompt]
-    negative: Sequence[Prompt]
-    concept: str
-    folder: Path
-    """Where Jacobians go, which all of A-LQR's candidates share"""
+    setting: str
+    steering: Steering
+    """With a calibration"""
+    tried: Mapping[str, float]
+    """The control of all settings on the rows to choose by; empty where there is one alone"""
 
-    def __call__(self, method: str, setting: Setting) -> Steering:
-        method = setting.get("method", method)
-        options = {name: value for name, value in setting.items() if name != "method"}
-        if any(option.name == "jacobians" for option in mlx_lqr.METHODS[method].options):
-            options["jacobians"] = self._jacobians()
-        sets = self.positive, self.negative
-        return mlx_lqr.fit_baseline(self.model, method, *sets, concept=self.concept, **options)
+    @property
+    def calibration(self) -> Calibration:
+        (calibration,) = self.steering.calibration
+        assert calibration is not None
+        return calibration
 
-    def _jacobians(self) -> mlx_lqr.Jacobians:
-        nominal = self.positive[:JACOBIAN_PROMPTS]
-        store = self.folder / f"jacobians-{digest(list(nominal))}.safetensors"
+
+def choose(source: Source, setting: Setting, row: str) -> Chosen:
+    """The setting of a row that is reported. What was fitted, calibrated or tried before is read from its files.
+
+    Raises:
+        InputError: no setting of the method can be fitted on these prompts.
+    """
+    method, folder = ROWS[row], setting.folder / "fits" / source.name
+    sets = framed(setting.model, source.sets(setting))
+    fitted: dict[str, Steering] = {}
+    refused: list[InputError] = []
+    for name, options in method.compared(setting.model.num_layers)[row].items():
+        setting.say(f"{source.name}: {row}, {name}")
+        origins = [setting.model.fingerprint, method.name, name, dict(options), [list(one) for one in sets]]
+        file = folder / f"{safe(row)}-{digest(origins)}.safetensors"
+        try:
+            fitted[name] = _calibrated(setting, _fitted(source, setting, sets, method.name, options, file), file)
+        except InputError as error:  # a method that cannot be fitted on these prompts says so, and the others go on
+            refused.append(error)
+    if not fitted:
+        raise refused[0]
+    if len(fitted) == 1:
+        return Chosen(*next(iter(fitted.items())), {})
+    tried = {name: _control(source, setting, row, name, steering) for name, steering in fitted.items()}
+    best = max(tried, key=lambda name: tried[name])
+    return Chosen(best, fitted[best], tried)
+
+
+def _fitted(
+    source: Source, setting: Setting, sets: Sets, method: str, options: Mapping[str, Any], file: Path
+) -> Steering:
+    if file.is_file():
+        return load_steering(file)
+    chosen = dict(options)
+    method = chosen.pop("method", method)
+    if any(option.name == "jacobians" for option in mlx_lqr.METHODS[method].options):
+        nominal = sets[0][:JACOBIAN_PROMPTS]
+        store = file.with_name(f"jacobians-{digest(list(nominal))}.safetensors")
         store.parent.mkdir(parents=True, exist_ok=True)
-        return mlx_lqr.linearize(self.model, nominal, store=store)
+        chosen["jacobians"] = mlx_lqr.linearize(setting.model, nominal, store=store)  # the settings share them
+    steering = mlx_lqr.fit_baseline(setting.model, method, *sets, concept=source.name, **chosen)
+    steering.save(file)
+    return steering
 
 
-def space(fitter: Fitter, row: str) -> Space:
-    """The candidates of one row, under the names of their settings."""
-    method = ROWS[row]
-    settings = method.compared(fitter.model.num_layers)[row]
-    strengths = method.compared_strengths or method.strengths.span
+def _calibrated(setting: Setting, steering: Steering, file: Path) -> Steering:
+    if not steering.calibration:
+        steering = steering.calibrated(calibrate(setting.model, steering), CHOSEN_AT)
+        steering.save(file)
+    return steering
 
-    def candidate(chosen: Mapping[str, Any]) -> Candidate:
-        setting = settings[chosen["setting"]]
-        return Candidate(chosen["setting"], chosen, lambda: fitter(method.name, setting), strengths)
 
-    prompts = digest([list(fitter.positive), list(fitter.negative)])
-    return Space(
-        {"setting": list(settings)}, candidate, {"method": method.name, "settings": settings, "prompts": prompts}
-    )
+def _control(source: Source, setting: Setting, row: str, name: str, steering: Steering) -> float:
+    """The control at the normal budget on the rows to choose by, and less than any where activations overflow."""
+    task = source.task(setting, "tune")
+    (strength,) = steering.strength_at(CHOSEN_AT)
+    output = setting.folder / "fits" / source.name / f"{safe(row)}-{safe(name)}.jsonl"
+    named = tasks.NamedSteering(row, steering)
+    try:
+        run = tasks.evaluate(setting.model, task, named, [strength], output=output, loading=setting.loading)
+    except OverflowingError:
+        return float("-inf")
+    return run.results()[0].metrics[task.control].value
+
+
+def safe(name: str) -> str:
+    """A name for a file."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")

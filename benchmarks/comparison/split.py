@@ -28,14 +28,14 @@ def part_of(text: str) -> Part:
     return "fit" if byte < 64 else "tune" if byte < 128 else "report"
 
 
-def rows_of(folder: Path, name: str, part: Part, limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a part of a data file in their order, or `limit` of them spread over it.
+def rows_of(folder: Path, name: str, *parts: Part, limit: int | None = None) -> list[dict[str, Any]]:
+    """The rows of these parts of a data file in their order, or `limit` of them spread over it.
 
     Raises:
         InputError: no such file, or a row without its text.
     """
     key = FILES[name]
-    rows = [row for row in read_rows(folder / f"{name}.jsonl", {key: "text"}) if part_of(row[key]) == part]
+    rows = [row for row in read_rows(folder / f"{name}.jsonl", {key: "text"}) if part_of(row[key]) in parts]
     return rows if limit is None else spread(rows, limit)
 
 

@@ -237,7 +237,7 @@ def _assemble(
     full_state: bool,
 ) -> Certificate:
     """The certificate from sweeps of held-out prompts (one for all, or one each) and samples of the constants."""
-    strengths, v = loop.strengths, loop.direction
+    strengths, v = loop.strengths, loop.sensor
     together = {name: np.concatenate([part[name] for part in samples], axis=-1) for name in SAMPLES}
     mismatch, curvature = (_estimate({name: s[which] for name, s in together.items()}, quantile) for which in (0, 1))
     c, L = np.nan_to_num(mismatch.quantile), np.nan_to_num(curvature.quantile)

@@ -112,13 +112,13 @@ class Swept:
     remainder: Float64
     """(n, S, T): |r_k|_{P_{k+1}}"""
     feature_norms: Float64
-    """(T + 1, T + 1): |Phi(k, i)' v_k|_{P_i^-1}, entry [k, i]"""
+    """(T + 1, T + 1): |Phi(k, i)' w_k|_{P_i^-1}, entry [k, i]"""
     samples: dict[str, Float64]
     """direction -> (2, T, S, prompts): samples of c_k and of L_k"""
 
 
 class ClosedLoop:
-    """The linear model of the closed loop: v_k, g_k and F_k = A_k - g_k v_k'."""
+    """The linear model of the closed loop: sensors w_k, g_k and F_k = A_k - g_k w_k'; at the output w_T = v_T."""
 
     def __init__(
         self, model: Differentiable, controller: Controller, strengths: Sequence[float], linear: LinearModel
@@ -130,8 +130,8 @@ class ClosedLoop:
         self.first = controller.active_layers[0]
         output = controller.output_direction[:, 0].astype(np.float64)
         length = float(np.linalg.norm(output))
-        directions = np.vstack([controller.direction[:, :, 0], output / (length or 1.0)])
-        self.direction = np.pad(directions.astype(np.float64), side)
+        directions = np.vstack([controller.sensor[:, :, 0], output / (length or 1.0)])
+        self.sensor = np.pad(directions.astype(np.float64), side)
         self.gain = np.pad(controller.gain[:, :, 0].astype(np.float64), side)
         at_output = np.nan if controller.offset.any() else 0.0  # a controller has no offset at the output
         self.offset = np.append(controller.offset[:, 0], at_output).astype(np.float64)
@@ -140,13 +140,13 @@ class ClosedLoop:
     def predict(self, unsteered: Float64) -> tuple[Float64, Float64]:
         """The prediction p_k = a_k + strength b_k of z_k - z0_k: a for every z0 (..., T + 1, d), and b (T + 1, d).
 
-        w_k = (offset_k + strength mu_k - v_k' z0_k) g_k is affine in the strength, and so is p_k.
+        u_k = (offset_k + strength mu_k - w_k' z0_k) g_k is affine in the strength, and so is p_k.
         """
         constant, slope = np.zeros(unsteered.shape), np.zeros((self.T + 1, self.d))
         for k in range(self.first, self.T):
             rows = np.vstack([constant[..., k, :].reshape(-1, self.d), slope[k]])
-            carried = self.linear.apply(k, rows) - np.outer(rows @ self.direction[k], self.gain[k])
-            known = self.offset[k] - unsteered[..., k, :] @ self.direction[k]
+            carried = self.linear.apply(k, rows) - np.outer(rows @ self.sensor[k], self.gain[k])
+            known = self.offset[k] - unsteered[..., k, :] @ self.sensor[k]
             constant[..., k + 1, :] = carried[:-1].reshape(constant[..., k, :].shape) + known[..., None] * self.gain[k]
             slope[k + 1] = carried[-1] + self.magnitude[k] * self.gain[k]
         return constant, slope
@@ -176,7 +176,7 @@ class ClosedLoop:
         forms, feature_norms = np.zeros((*shape, 3)), np.zeros((T + 1, T + 1))
         samples = {name: np.full((2, T, S, len(calibration)), np.nan) for name in SAMPLES}
         random = np.random.default_rng(seed)
-        responses = self.direction[T][:, None]  # Phi(j, k)' v_j, the columns in the order j = k..T
+        responses = self.sensor[T][:, None]  # Phi(j, k)' w_j, the columns in the order j = k..T
 
         def weigh(k: int, factor: Float64) -> None:
             displacement[..., k] = weighted_norm(factor, e[..., k, :])
@@ -190,10 +190,10 @@ class ClosedLoop:
             k, F = step.layer, step.closed_loop
             if k == T - 1:
                 weigh(T, step.next_factor)
-            known = self.offset[k] + self.strengths * self.magnitude[k] - z0[..., k, :] @ self.direction[k]
+            known = self.offset[k] + self.strengths * self.magnitude[k] - z0[..., k, :] @ self.sensor[k]
             r = e[..., k + 1, :] - e[..., k, :] @ F.T - known[..., None] * self.gain[k]
             remainder[..., k] = weighted_norm(step.next_factor, r)
-            responses = np.column_stack([self.direction[k], F.T @ responses])
+            responses = np.column_stack([self.sensor[k], F.T @ responses])
             weigh(k, step.factor)
             if k > self.first:  # at the first controlled layer nothing is displaced yet
                 for i, (run, other) in enumerate(calibration):
@@ -226,19 +226,20 @@ class ClosedLoop:
         return _contraction([_summary(step) for step in lyapunov_sweep(closed)], self.T)
 
     def _closed(self, k: int) -> Float64:
-        return self.linear.matrix(k) - np.outer(self.gain[k], self.direction[k])
+        return self.linear.matrix(k) - np.outer(self.gain[k], self.sensor[k])
 
     def _constants(
         self, run: Rollout, step: LyapunovStep, other: Float32, random: np.random.Generator
     ) -> dict[str, Float64]:
         """Samples of c_k and L_k (2, S) along each kind of direction, at the lengths of a prompt's displacements."""
         k, S = step.layer, len(self.strengths)
-        A = step.closed_loop + np.outer(self.gain[k], self.direction[k])
+        A = step.closed_loop + np.outer(self.gain[k], self.sensor[k])
         z = run.unsteered[:, k]
         steered = run.steered[:, k] - z
         lengths = np.linalg.norm(steered, axis=1, keepdims=True)
         kinds = {"steered": steered, "random": random.standard_normal(z.shape), "prompts": other - z}
-        kinds["concept"] = np.outer(np.where(self.strengths < 0, -1.0, 1.0), self.direction[k])
+        v = np.pad(self.controller.direction[k, :, 0].astype(np.float64), (0, self.d - self.model.hidden_size))
+        kinds["concept"] = np.outer(np.where(self.strengths < 0, -1.0, 1.0), v)
         constants = {}
         for name, directions in kinds.items():
             size = np.linalg.norm(directions, axis=1, keepdims=True)

@@ -62,7 +62,7 @@ def _run(
 ) -> tuple[Float32, Float32, Float32, Float32]:
     """Unsteered and steered states (S, T + 1, d + m), alpha (S, T) and |u| (S, T) of one trace."""
     S, T, d = len(strengths), model.num_layers, model.hidden_size
-    direction, gain = controller.direction[:, :, 0], controller.gain[:, :, 0]
+    sensor, gain = controller.sensor[:, :, 0], controller.gain[:, :, 0]
     with np.errstate(over="ignore"):  # reported below
         target = controller.offset[:, 0] + np.asarray(strengths, np.float32)[:, None] * controller.setpoint[:, 0]
     s = np.empty((S + 1, T + 1, model.state_size), np.float32)
@@ -73,7 +73,7 @@ def _run(
     for k in range(T):
         s[:, k + 1] = model.block(trace, k, s[:, k])
         with np.errstate(over="ignore", invalid="ignore"):
-            error[:, k] = target[:, k] - z[1:, k] @ direction[k]
+            error[:, k] = target[:, k] - z[1:, k] @ sensor[k]
             z[1:, k + 1] += np.where(acts, error[:, k], 0)[:, None] * gain[k]
         if not np.all(np.isfinite(s[:, k + 1])):
             raise InputError(f"the activations overflow at layer {k}: lower the strengths")

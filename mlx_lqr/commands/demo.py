@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -18,12 +19,16 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.loading import load
+from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.fit import fit
+from mlx_lqr.lqr.prompts import Prompt
+from mlx_lqr.lqr.strength import BUDGETS, Budget
 from mlx_lqr.lqr.tracking import as_strength
-from mlx_lqr.runtime import stream
+from mlx_lqr.methods.calibration import calibrate
+from mlx_lqr.runtime import Options, stream
 
-STRENGTHS = (1.0, 2.0, 4.0)
+QUESTION = "What would you like to do today?"
 
 
 @command()
@@ -34,18 +39,21 @@ STRENGTHS = (1.0, 2.0, 4.0)
 def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
     """Steer a small model towards a concept.
 
-    Fits the concept on SmolLM2-135M, and shows what the model writes unsteered and at three strengths.
+    Fits the concept on SmolLM2-135M, and shows what the model writes and answers unsteered and at three strengths.
     """
     refuse_several("the demonstration runs")
     bundled_prompts(concept)  # refuses an unknown concept before the model is fetched
     with progress_bars() as progress:
         model = load("demo", **loading, progress=progress)
     controller = _controller(model, concept)
+    strengths = {budget: controller.strength_at(budget)[0] for budget in BUDGETS}
     click.echo(f'\n{model.name} continues "{prompt}"\n')
-    _sample("not steered", model, prompt, None, 0.0, max_tokens)
-    for strength in STRENGTHS:
-        _sample(f"{concept}, strength {strength:g}", model, prompt, controller, strength, max_tokens)
-    _tracking_table(model, prompt, controller)
+    _samples(concept, model, prompt, prompt, controller, strengths, max_tokens)
+    if model.tokenizer.has_chat_template:
+        click.echo(f'and answers "{QUESTION}"\n')
+        asked = model.tokenizer.chat([{"role": "user", "content": QUESTION}])
+        _samples(concept, model, asked, "", controller, strengths, max_tokens)
+    _tracking_table(model, prompt, controller, list(strengths.values()))
     file = _controller_file(model, concept)
     click.echo(f"\nThe controller: {file} ({file.stat().st_size / 1000:.0f} kB). Go on with it:")
     click.echo(f"  mlx-lqr chat demo -c {to_try(str(file), controller)}")
@@ -57,12 +65,14 @@ def _controller(model: Model, concept: str) -> Controller:
     try:
         controller = Controller.load(file)
         controller.check_model(model)
-        return controller
+        if any(controller.calibration):
+            return controller
     except InputError:
         pass
-    positive, negative = bundled_prompts(concept)
+    prompts = framed(model, bundled_prompts(concept))
     with progress_bars() as progress:
-        controller = fit(model, positive, negative, concept=concept, progress=progress)
+        controller = fit(model, *prompts, concept=concept, progress=progress)
+        controller = controller.calibrated(calibrate(model, controller, progress=progress))
     controller.save(file, force=True)  # even over a damaged one
     return controller
 
@@ -71,24 +81,34 @@ def _controller_file(model: Model, concept: str) -> Path:
     return cache_folder() / "demo" / f"{concept}-{model.fingerprint}.safetensors"
 
 
-def _sample(
-    title: str, model: Model, prompt: str, controller: Controller | None, strength: float, max_tokens: int
+def _samples(
+    concept: str,
+    model: Model,
+    prompt: Prompt,
+    shown: str,
+    controller: Controller,
+    strengths: Mapping[Budget, float],
+    max_tokens: int,
 ) -> None:
-    click.echo(click.style(f"[{title}]", bold=True) + f" {prompt}", nl=False)
-    # The likeliest tokens, so that everyone sees the texts that the documentation shows.
-    for piece in stream(model, prompt, controller=controller, strength=strength, max_tokens=max_tokens, temperature=0):
-        click.echo(piece.text, nl=False)
-    click.echo("\n")
+    """What follows a prompt, unsteered and at every strength, after what is shown of the prompt."""
+    titles = {f"{concept}, {budget}: strength {strength:g}": strength for budget, strength in strengths.items()}
+    for title, strength in {"not steered": 0.0, **titles}.items():
+        click.echo(click.style(f"[{title}]", bold=True) + f" {shown}", nl=False)
+        # The likeliest tokens, so that everyone sees the texts that the documentation shows.
+        options: Options = {"controller": controller, "strength": strength, "max_tokens": max_tokens, "temperature": 0}
+        for piece in stream(model, prompt, **options):
+            click.echo(piece.text, nl=False)
+        click.echo("\n")
 
 
-def _tracking_table(model: Model, prompt: str, controller: Controller) -> None:
+def _tracking_table(model: Model, prompt: str, controller: Controller, strengths: Sequence[float]) -> None:
     """Feature against setpoint at the prompt's last token, as strengths."""
-    click.echo("Tracking at the prompt's last token: the strength that the feature v_k.z_k of layer k amounts to")
+    click.echo("Tracking at the prompt's last token: the strength that the feature of layer k amounts to")
     unsteered = track(model, prompt, controller, 0.0, steered=False).feature
-    features = [unsteered, *(track(model, prompt, controller, strength).feature for strength in STRENGTHS)]
+    features = [unsteered, *(track(model, prompt, controller, strength).feature for strength in strengths)]
     reached = [as_strength(controller, feature[:, 0]) for feature in features]
     show_table(
-        ["layer", "not steered", *(f"strength {strength:g}" for strength in STRENGTHS)],
+        ["layer", "not steered", *(f"strength {strength:g}" for strength in strengths)],
         [[str(k), *(f"{column[k]:.2f}" for column in reached)] for k in controller.active_layers],
         left=(),
     )

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from mlx_lqr.backends.protocol import Progress, Recorder
+from mlx_lqr.backends.protocol import Progress, Recorder, Runner
 from mlx_lqr.commands.help import METHOD, OUTPUT, TEXT, command, option, together
+from mlx_lqr.commands.made_prompts import made_prompts, made_prompts_options
 from mlx_lqr.commands.method_options import MethodCommand, method_choice
 from mlx_lqr.commands.options import (
     Loading,
@@ -27,7 +28,11 @@ from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.launched import rank, refuse_several
 from mlx_lqr.loading import load
+from mlx_lqr.lqr.concept_prompts import framed
+from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.linearize import linearize as linearize_model
+from mlx_lqr.lqr.prompts import Prompt
+from mlx_lqr.lqr.sets import review_prompts, review_separation
 from mlx_lqr.lqr.strength import Budget
 from mlx_lqr.methods.calibration import calibrate, response
 from mlx_lqr.methods.registry import METHODS
@@ -70,6 +75,7 @@ def linearize(
     contrast_options,
     budget_option("Which strength the file recommends; normal if not given.", heading=METHOD),
     option("--no-calibration", is_flag=True, heading=METHOD, help="Measure no strengths, and recommend none."),
+    made_prompts_options,
     output_option("The controller file to write."),
     force_option,
     loading_options,
@@ -82,6 +88,10 @@ def fit(
     negative: str | None,
     budget: Budget | None,
     no_calibration: bool,
+    concept_word: str | None,
+    concept_style: str | None,
+    save_prompts: str | None,
+    chat_prompts: bool | None,
     force: bool,
     loading: Loading,
 ) -> None:
@@ -93,24 +103,36 @@ def fit(
         raise InputError(f"--no-calibration measures no strength for --budget {budget}: leave one of the two out")
     choice = method_choice()  # mistakes are refused before the model is loaded
     check_writable(output, "controller", force=force)
-    name, positive_prompts, negative_prompts = contrast_prompts(concept, positive, negative)
+    others = bool(concept or positive or negative)
+    made = made_prompts(
+        concept_word, concept_style, save_prompts, output, others=others, chat=chat_prompts, force=force
+    )
+    if made is None:
+        name, *given = contrast_prompts(concept, positive, negative)
+    else:
+        name, given = made.concept, []
+    contrasts: list[Contrast] = []
     with stopping(NOTHING_WRITTEN), progress_bars() as progress:
         loaded = load(model, **loading, progress=progress)
+        texts = given if made is None else made.make(loaded)
+        prompts = framed(loaded, texts, chat_prompts)
         steering = choice.method.fit_prompts(
             loaded,
-            positive_prompts,
-            negative_prompts,
+            *prompts,
             choice.options,
             concept=name,
             layers=choice.layers,
             positions=choice.positions,
             progress=progress,
+            on_contrast=contrasts.append,
         )
         if not no_calibration:
-            sets = positive_prompts, negative_prompts
-            steering = calibrated(loaded, steering, budget or "normal", sets, progress)
+            steering = calibrated(loaded, steering, budget or "normal", prompts, progress)
         steering.save(output, force=force)
-    note_few_prompts(positive_prompts, negative_prompts)
+    if made is not None:
+        made.save(texts)
+    note_prompts(loaded, *texts)
+    note_separation(contrasts, steering.active_layers)
     say_how_to_use(model, output, steering)
 
 
@@ -119,7 +141,11 @@ NO_RESPONSE = 0.01
 
 
 def calibrated(
-    model: Recorder, steering: Steering, budget: Budget, sets: tuple[list[str], list[str]], progress: Progress
+    model: Recorder,
+    steering: Steering,
+    budget: Budget,
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    progress: Progress,
 ) -> Steering:
     """The steering with its strength for each budget, of which it recommends the one for this budget.
 
@@ -127,7 +153,7 @@ def calibrated(
     """
     try:
         found = calibrate(model, steering, progress=progress)
-        felt = response(model, steering, found.at("strong"), *sets)
+        felt = response(model, steering, found.at("strong"), *prompts)
     except InputError as error:
         click.echo(f"Note: no strength is recommended: {error}", err=True)
         return steering
@@ -141,18 +167,18 @@ def calibrated(
     return steering.calibrated(found, budget)
 
 
-FEW_PROMPTS = 8
-"""Below it a direction is more that of the very sentences than that of what they have in common."""
+def note_prompts(model: Runner, positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:
+    """Say what the sets differ in besides the concept."""
+    if rank() == 0:
+        for finding in review_prompts(model, positive, negative):
+            click.echo(f"Note: {finding}", err=True)
 
 
-def note_few_prompts(positive: Sequence[str], negative: Sequence[str]) -> None:
-    """Say so where a concept was to be found in hardly any prompts."""
-    if min(len(positive), len(negative)) < FEW_PROMPTS:
-        click.echo(
-            f"Note: {len(positive)} positive and {len(negative)} negative prompts are few: the direction will be more "
-            "about these sentences than about the concept; give 20 or more of each",
-            err=True,
-        )
+def note_separation(contrasts: Sequence[Contrast], layers: Sequence[int]) -> None:
+    """Say so where the direction tells held-out prompts apart at none of the layers."""
+    for contrast in contrasts if rank() == 0 else ():
+        if (finding := review_separation(contrast, layers)) is not None:
+            click.echo(f"Note: {finding}", err=True)
 
 
 def say_how_to_use(model: str, output: str, steering: Steering) -> None:

@@ -223,6 +223,13 @@ contrast_options = together(
         help='Prompts that have the concept: one a line, or JSON lines with a "prompt" key.',
     ),
     option("--negative", type=click.Path(), metavar="FILE", heading=CONCEPT, help="Prompts that lack it."),
+    option(
+        "--chat-prompts/--plain-prompts",
+        default=None,
+        heading=CONCEPT,
+        help="Take each prompt as the beginning of an answer in the chat template, or as it is. By default the former "
+        "where the model has a template.",
+    ),
 )
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlx_lqr.backends.protocol import Model, Progress
-from mlx_lqr.commands.fit import contrast_prompts, note_few_prompts, say_how_to_use
+from mlx_lqr.commands.fit import contrast_prompts, note_prompts, say_how_to_use
 from mlx_lqr.commands.help import MEASURING, SEARCH, Decorator, Group, option
 from mlx_lqr.commands.method_options import MethodChoice, MethodCommand, method_choice
 from mlx_lqr.commands.options import contrast_options, output_option, tradeoff_options
@@ -22,7 +22,9 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.results import as_json
 from mlx_lqr.launched import refuse_several
+from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.linearize import Jacobians, linearize
+from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.spaces import baseline_space
 from mlx_lqr.tasks.tuning import DAMAGE, Trial, Tuned, check_limit, tune
@@ -45,6 +47,7 @@ def _run(
     concept: str | None,
     positive: str | None,
     negative: str | None,
+    chat_prompts: bool | None,
     strengths: str | None,
     control: str | None,
     damage: str,
@@ -62,15 +65,15 @@ def _run(
     folder = wanted.output.with_name(f"{wanted.output.stem}-tuning")
     with going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
+        prompts = framed(model, (positive_prompts, negative_prompts), chat_prompts)
         space = baseline_space(
             model,
             choice.method.name,
-            positive_prompts,
-            negative_prompts,
+            *prompts,
             concept=name,
             layers=choice.layers,
             positions=choice.positions,
-            options=_with_jacobians(choice, model, positive_prompts, folder, progress),
+            options=_with_jacobians(choice, model, prompts[0], folder, progress),
             strengths=between,
             progress=progress,
         )
@@ -88,14 +91,14 @@ def _run(
         )
     if tuned.steering is not None:
         tuned.steering.save(wanted.output, force=wanted.force)
-    note_few_prompts(positive_prompts, negative_prompts)
+    note_prompts(model, positive_prompts, negative_prompts)
     _report(tuned, wanted, folder)
     if tuned.best is None:
         raise InputError(_nothing_found(tuned, folder))
 
 
 def _with_jacobians(
-    choice: MethodChoice, model: Model, positive: list[str], folder: Path, progress: Progress
+    choice: MethodChoice, model: Model, positive: Sequence[Prompt], folder: Path, progress: Progress
 ) -> dict[str, Any]:
     """The options, with Jacobians where the method takes some: computed once for all candidates, and kept in the folder
     for when the command is run again."""
@@ -103,7 +106,7 @@ def _with_jacobians(
     if "jacobians" not in complete or complete["jacobians"] is not None:
         return choice.options
     prompts = positive[: complete["jacobian_prompts"]]
-    file = folder / f"jacobians-{digest([model.fingerprint, prompts])}.safetensors"
+    file = folder / f"jacobians-{digest([model.fingerprint, list(prompts)])}.safetensors"
     stored = Jacobians.load(file) if file.is_file() else linearize(model, prompts, store=file, progress=progress)
     return {**choice.options, "jacobians": stored}
 

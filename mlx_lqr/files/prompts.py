@@ -6,13 +6,17 @@ would be taken for the text of prompts.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from mlx_lqr.errors import InputError
-from mlx_lqr.files.text import is_unicode, parse_object, read_lines
+from mlx_lqr.files.atomic import writing
+from mlx_lqr.files.text import is_unicode, parse_object, read_lines, text_lines
+from mlx_lqr.launched import rank
 
 _JSON = re.compile(r'\s*(\{\s*"prompt"\s*:|\{\s*("[^"]*"\s*:|$)|\[\s*(["{]|$))')
 """The beginning of a line that can only be meant as JSON."""
@@ -41,6 +45,27 @@ def read_prompts(path: str | PathLike[str]) -> list[str]:
             )
     _refuse_table(path, [line for _, line in lines])
     return [line for _, line in lines]
+
+
+def write_prompts(path: str | PathLike[str], prompts: Sequence[str], *, force: bool = False) -> None:
+    """Write prompts for `read_prompts`: one a line, or JSON lines where a prompt has line breaks or looks like JSON.
+
+    Raises:
+        InputError: there is a file of this name already (unless `force`), or it cannot be written.
+    """
+    check_new(path, force=force)
+    if rank() > 0:  # the first of several processes writes
+        return
+    plain = not any(_JSON.match(prompt) or len(text_lines(prompt)) > 1 for prompt in prompts)
+    lines = prompts if plain else [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    with writing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def check_new(path: str | PathLike[str], *, force: bool = False) -> None:
+    """Raise `InputError` if there is a file already: prompts may have been edited, so they are not replaced unasked."""
+    if not force and rank() == 0 and Path(path).exists():
+        raise InputError(f"{path} exists already: fit with it (--positive, --negative), or replace it with --force")
 
 
 def _prompt(path: str | PathLike[str], number: int, entry: dict[str, Any] | None) -> str:

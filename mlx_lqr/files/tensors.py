@@ -21,9 +21,9 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
 
 def read_tensors(
-    path: str | PathLike[str], expected_format: str, what: str
+    path: str | PathLike[str], expected: str | tuple[str, ...], what: str
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors and the metadata of a file of the format `expected_format`.
+    """All tensors and the metadata of a file of the format `expected`, or of any of them.
 
     Raises:
         InputError: there is no such file, it is damaged, or it has another format. `what` names the expected one in the
@@ -36,12 +36,12 @@ def read_tensors(
         with safe_open(file, framework="numpy") as opened:
             metadata = dict(opened.metadata() or {})
             stated = metadata.get("format", "")
-            if stated != expected_format:
-                family = expected_format.rsplit(" ", 1)[0]
+            known = (expected,) if isinstance(expected, str) else expected
+            if stated not in known:
+                family = known[0].rsplit(" ", 1)[0]
                 if stated.startswith(family):
-                    raise InputError(
-                        f"{file} has the format {stated!r}, this version reads {expected_format!r}: make it again"
-                    )
+                    reads = " and ".join(map(repr, known))
+                    raise InputError(f"{file} has the format {stated!r}, this version reads {reads}: make it again")
                 holds = f", but {stated!r}" if stated.startswith("mlx-lqr") else ""
                 raise InputError(f"{file} is not {what} of mlx-lqr{holds}")
             return {name: read_tensor(opened, name) for name in opened.keys()}, metadata  # noqa: SIM118

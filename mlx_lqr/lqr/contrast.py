@@ -50,6 +50,9 @@ class Contrast:
 
     About 0 where the sets differ by chance alone, negative where prompts fall on the wrong side; zero where mu_k is
     zero; None where a set has fewer than two prompts."""
+    discriminant: Float32 | None = None
+    """(T, d): Fisher's linear discriminant w_k of the two sets, scaled to w_k . v_k = 1; zero where mu_k is zero; None
+    for two single prompts. See `_discriminant`."""
 
     @property
     def magnitude(self) -> Float32:
@@ -136,6 +139,7 @@ def contrast_of(model: Runner, positive: Float32, negative: Float32) -> Contrast
         model.name,
         _pooled_std(positive, negative, difference),
         _held_out_separation(positive, negative, difference),
+        _discriminant(positive, negative, difference),
     )
 
 
@@ -190,6 +194,35 @@ def _held_out_separation(positive: Float32, negative: Float32, difference: np.nd
     distance[~difference.any(axis=1)] = 0
     with np.errstate(divide="ignore"):
         return np.divide(distance, std, out=np.zeros_like(distance), where=distance != 0).astype(np.float32)
+
+
+SHRINKAGE = 0.3
+"""lambda, the weight of the identity in the covariance of `_discriminant`."""
+
+
+def _discriminant(positive: Float32, negative: Float32, difference: np.ndarray) -> Float32 | None:
+    """`Contrast.discriminant` of two sets of activations (n, T + 1, d) and (m, T + 1, d).
+
+    w_k = C_k^-1 v_k / (v_k . C_k^-1 v_k) with C = (1 - lambda) S + lambda (tr S / d) I, where S is the covariance
+    within the sets (Fisher 1936; shrinkage as in Ledoit and Wolf 2004, with a fixed weight). Of all that read a
+    displacement along v_k rightly, w_k answers least to what else varies within the sets. With N prompts in d
+    dimensions S has rank N - 2 at most: C^-1 v comes from an N x N system (Woodbury).
+    """
+    freedom = len(positive) + len(negative) - 2
+    if freedom == 0:
+        return None
+    v = unit(difference[:-1])
+    discriminant = np.zeros_like(v)
+    for k in np.flatnonzero(v.any(axis=1)):
+        X = np.vstack([one[:, k] - one[:, k].mean(axis=0, dtype=np.float64) for one in (positive, negative)])
+        floor = SHRINKAGE * (X**2).sum() / (freedom * X.shape[1])
+        if not floor:  # all prompts of a set are the same here
+            discriminant[k] = v[k]
+            continue
+        X *= np.sqrt((1 - SHRINKAGE) / freedom)
+        solved = (v[k] - X.T @ np.linalg.solve(X @ X.T + floor * np.eye(len(X)), X @ v[k])) / floor
+        discriminant[k] = solved / (v[k] @ solved)
+    return discriminant.astype(np.float32)
 
 
 def _same_multiset(positive: Float32, negative: Float32) -> np.ndarray:

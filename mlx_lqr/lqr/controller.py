@@ -37,11 +37,13 @@ from mlx_lqr.lqr.strength import (
 )
 
 FORMAT = "mlx-lqr controller 1"
+READING_FORMAT = "mlx-lqr controller 2"
+"""Of a file with a readout, which versions that know only the first format would leave out and so steer wrongly."""
 SMALLEST_ANGLE = 5.0
 """Degrees. Below it, joint control of two directions would need pushes of more than ten times each one's own."""
 
 _TENSORS = {"direction": "Tdm", "gain": "Tdm", "setpoint": "Tm", "offset": "Tm", "output_direction": "dm"}
-_OPTIONAL = {"checked_error": "Tm", "checked_push": "Tm"}
+_OPTIONAL = {"readout": "Tdm", "checked_error": "Tm", "checked_push": "Tm"}
 
 Cost = Literal["state", "feature", "adaptive"]
 """What is penalised: any error of the state (Q = qI), or the feature's relative error alone. "adaptive" is the feature
@@ -49,8 +51,11 @@ cost too, with gains that our own decoding recomputes for each prompt; the store
 Positions = Literal["last", "all"]
 """Where to steer: the last prompt token and every generated one (A-LQR), or every prompt token too (A-LQR+)."""
 Setpoint = Literal["paper", "centred"]
-"""What a strength asks of the feature: strength x mu_k, or v_k . mean-_k + strength x mu_k, the level of the positive
-prompts at 1, which goes to that of the negative ones as the strength goes to 0. Strength 0 itself does not steer."""
+"""What a strength asks of the feature: strength x mu_k, or the level of the negative prompts' mean + strength x mu_k,
+which is that of the positive prompts at 1. Strength 0 itself does not steer."""
+Readout = Literal["discriminant", "direction"]
+"""What the feature is read by: Fisher's linear discriminant w_k of the two sets (`Contrast.discriminant`), or the
+direction v_k itself, as in the paper."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +65,7 @@ class Controller:
     direction: Float32
     """(T, d, m): the unit vectors v_k of each concept, zero where a layer does not tell it apart"""
     gain: Float32
-    """(T, d, m): G_k = K_k V_k (V_k' V_k)^-1, zero at layers without control"""
+    """(T, d, m): G_k = K_k V_k (W_k' V_k)^-1 for the sensors W_k, zero at layers without control"""
     setpoint: Float32
     """(T, m): mu_k, the setpoint's slope in the strength"""
     offset: Float32
@@ -77,6 +82,8 @@ class Controller:
     jacobian_prompts: int
     cost: Cost = "state"
     library_version: str = distribution.version("mlx-lqr")
+    readout: Float32 | None = None
+    """(T, d, m): what reads the features where it is not the direction, w_k with w_k . v_k = 1; see `sensor`"""
     checked_error: Float32 | None = None
     """(T, m): |alpha_k| up to which the linear model was found good; infinite: no limit. See `analysis.linearity`"""
     checked_push: Float32 | None = None
@@ -102,9 +109,14 @@ class Controller:
         return self.checked_error is not None
 
     @property
+    def sensor(self) -> Float32:
+        """(T, d, m): W_k, what the law reads the residual stream with: alpha_k = setpoint - W_k' z_k"""
+        return self.direction if self.readout is None else self.readout
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
         """All that the law is made of."""
-        return {name: getattr(self, name) for name in _TENSORS}
+        return {name: getattr(self, name) for name in (*_TENSORS, "readout") if getattr(self, name) is not None}
 
     @property
     def num_layers(self) -> int:
@@ -123,7 +135,7 @@ class Controller:
         """Write one safetensors file, atomically; with `force` in place of a file of any kind."""
         tensors = {name: getattr(self, name) for name in (*_TENSORS, *_OPTIONAL) if getattr(self, name) is not None}
         metadata = {
-            "format": FORMAT,
+            "format": FORMAT if self.readout is None else READING_FORMAT,
             "model": self.model_name,
             "fingerprint": self.fingerprint,
             "T": str(self.num_layers),
@@ -151,7 +163,7 @@ class Controller:
             InputError: missing, damaged, of another format, or with tensors of wrong shapes or values that are not
                 finite.
         """
-        tensors, metadata = read_tensors(path, FORMAT, "a controller")
+        tensors, metadata = read_tensors(path, (FORMAT, READING_FORMAT), "a controller")
         entries = Entries(metadata)
         try:
             concepts = entries.texts("concepts")
@@ -159,9 +171,11 @@ class Controller:
             expected = _TENSORS | {name: axes for name, axes in _OPTIONAL.items() if name in tensors}
             positions = entries.one_of("positions", get_args(Positions))
             cost = entries.one_of("cost", get_args(Cost))
+            if ("readout" in tensors) != (metadata["format"] == READING_FORMAT):
+                raise ValueError(f"it has the format {metadata['format']!r}, and a readout or none")
             for name, axes in expected.items():
                 check_shape(name, tensors[name], axes, sizes)
-                if name in _TENSORS:
+                if name in _TENSORS or name == "readout":
                     check_finite(name, tensors[name])
                 elif np.isnan(tensors[name]).any() or tensors[name].min() < 0:
                     raise ValueError(f"{name} has values that are no sizes")
@@ -190,7 +204,7 @@ class Controller:
     def combine(cls, *controllers: Controller) -> Controller:
         """One controller of all the concepts, which meets all setpoints jointly; only the compiled parts are needed.
 
-        At each layer the columns K_k v of the active concepts are put together and G_k = K_k V_k (V_k' V_k)^-1 is
+        At each layer the columns K_k v of the active concepts are put together and G_k = K_k V_k (W_k' V_k)^-1 is
         formed anew. Adding independent feedbacks instead would overshoot where directions overlap. It is adaptive where
         all of them are.
 
@@ -208,10 +222,12 @@ class Controller:
         if len(set(concepts)) < len(concepts):
             raise InputError(f"a concept appears twice among {', '.join(concepts)}: give each once, with one strength")
         direction = np.concatenate([controller.direction for controller in controllers], axis=2)
+        sensor = np.concatenate([controller.sensor for controller in controllers], axis=2)
         uncoupled = np.concatenate([controller._uncoupled_gain() for controller in controllers], axis=2)
         return cls(
             direction=direction,
-            gain=_couple(direction, uncoupled, concepts),
+            gain=_couple(direction, sensor, uncoupled, concepts),
+            readout=sensor if any(controller.readout is not None for controller in controllers) else None,
             setpoint=np.concatenate([controller.setpoint for controller in controllers], axis=1),
             offset=np.concatenate([controller.offset for controller in controllers], axis=1),
             output_direction=np.concatenate([controller.output_direction for controller in controllers], axis=1),
@@ -253,6 +269,7 @@ class Controller:
                 self,
                 direction=self.direction[:, :, [i]],
                 gain=uncoupled[:, :, [i]],
+                readout=self.readout[:, :, [i]] if self.readout is not None else None,
                 setpoint=self.setpoint[:, [i]],
                 offset=self.offset[:, [i]],
                 output_direction=self.output_direction[:, [i]],
@@ -267,12 +284,12 @@ class Controller:
         ]
 
     def _uncoupled_gain(self) -> Float32:
-        """The columns K_k v_k, recovered from G_k = K_k V_k (V_k' V_k)^-1 over the concepts active at each layer."""
+        """The columns K_k v_k, recovered from G_k = K_k V_k (W_k' V_k)^-1 over the concepts active at each layer."""
         gain = np.zeros_like(self.gain)
         for k in self.active_layers:
             active = _active(self.direction[k], self.gain[k])
-            V = self.direction[k][:, active].astype(np.float64)
-            gain[k][:, active] = self.gain[k][:, active] @ (V.T @ V)
+            V, W = (vectors[k][:, active].astype(np.float64) for vectors in (self.direction, self.sensor))
+            gain[k][:, active] = self.gain[k][:, active] @ (W.T @ V)
         return gain
 
 
@@ -283,6 +300,7 @@ def compile(
     *,
     positions: Positions = "last",
     setpoint: Setpoint = "centred",
+    readout: Readout = "discriminant",
 ) -> Controller:
     """Reduce gains and a contrast to a controller: v_k, g_k = K_k v_k and the linear feature setpoint (`Setpoint`).
 
@@ -294,7 +312,8 @@ def compile(
         raise InputError("the gains and the contrast are of different models: make both with the same one")
     unit = contrast.unit_direction
     feedback = np.stack([gains.apply(k, v) for k, v in enumerate(unit)])
-    return assemble(contrast, feedback, gains.weights, gains.jacobian_prompts, concept, positions, setpoint=setpoint)
+    weights, prompts = gains.weights, gains.jacobian_prompts
+    return assemble(contrast, feedback, weights, prompts, concept, positions, "state", setpoint, readout)
 
 
 def assemble(
@@ -304,23 +323,27 @@ def assemble(
     jacobian_prompts: int,
     concept: str,
     positions: Positions,
-    cost: Cost = "state",
-    setpoint: Setpoint = "centred",
+    cost: Cost,
+    setpoint: Setpoint,
+    readout: Readout,
 ) -> Controller:
     """A controller of one concept from g_k = K_k v_k (T, d) (zero at layers without control)."""
     check_choice("positions", positions, Positions)
     check_choice("setpoint", setpoint, Setpoint)
+    check_choice("readout", readout, Readout)
     if not np.all(np.isfinite(gain_direction)):
         layer = int(np.argwhere(~np.isfinite(gain_direction))[0, 0])
         raise InputError(f"the gain at layer {layer} is not finite: raise r or lower q")
     magnitude, unit = contrast.magnitude, contrast.unit_direction
-    level = np.einsum("kd,kd->k", unit, contrast.mean_negative)
+    read = contrast.discriminant if readout == "discriminant" else None
+    level = np.einsum("kd,kd->k", unit if read is None else read, contrast.mean_negative)
     return Controller(
         direction=unit[:, :, None],
         gain=gain_direction.astype(np.float32)[:, :, None],
         setpoint=magnitude[:, None].astype(np.float32),
         offset=(level if setpoint == "centred" else np.zeros_like(level))[:, None],
         output_direction=contrast.output_direction[:, None],
+        readout=None if read is None else read[:, :, None],
         concepts=(concept,),
         model_name=contrast.model_name,
         fingerprint=contrast.fingerprint,
@@ -385,23 +408,27 @@ def _active(direction: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return np.asarray((np.abs(direction).max(axis=0) > 0) & (np.abs(gain).max(axis=0) > 0))
 
 
-def _couple(direction: Float32, uncoupled: Float32, concepts: Sequence[str]) -> Float32:
-    """G_k = K_k V_k (V_k' V_k)^-1 from the columns K_k v_k, over the concepts active at each layer."""
+def _couple(direction: Float32, sensor: Float32, uncoupled: Float32, concepts: Sequence[str]) -> Float32:
+    """G_k = K_k V_k (W_k' V_k)^-1 from the columns K_k v_k, over the concepts active at each layer.
+
+    A displacement V_k c is read as W_k' V_k c, so that the error alpha_k is taken to be the displacement
+    -V_k (W_k' V_k)^-1 alpha_k.
+    """
     gain = np.zeros_like(uncoupled)
     too_close: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for k in range(len(direction)):
         active = np.flatnonzero(_active(direction[k], uncoupled[k]))
         if not active.size:
             continue
-        V = direction[k][:, active].astype(np.float64)
-        gram = V.T @ V
+        V, W = (vectors[k][:, active].astype(np.float64) for vectors in (direction, sensor))
+        gram, read = V.T @ V, W.T @ V
         for i in range(len(active)):
             for j in range(i):
                 angle = float(np.degrees(np.arccos(min(1.0, abs(gram[i, j])))))
                 if angle < SMALLEST_ANGLE:
                     too_close.setdefault((int(active[j]), int(active[i])), []).append((k, angle))
         if not too_close:
-            gain[k][:, active] = np.linalg.solve(gram, uncoupled[k][:, active].astype(np.float64).T).T
+            gain[k][:, active] = np.linalg.solve(read.T, uncoupled[k][:, active].astype(np.float64).T).T
     if too_close:
         (i, j), places = next(iter(too_close.items()))
         layers = ", ".join(str(k) for k, _ in places)

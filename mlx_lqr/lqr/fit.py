@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
 from mlx_lqr.backends.protocol import Differentiable, LinearAlgebra, Progress, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, contrast
-from mlx_lqr.lqr.controller import Controller, Cost, Positions, Setpoint, assemble, check_choice
+from mlx_lqr.lqr.controller import Controller, Cost, Positions, Readout, Setpoint, assemble, check_choice
 from mlx_lqr.lqr.gains import directions_of, feature_gains, pull_back, side_of, state_gains
 from mlx_lqr.lqr.layers import Layers, authority, check_layers, choose_layers, effective, is_auto
 from mlx_lqr.lqr.linearize import Jacobians, stream_jacobians, traces
@@ -28,10 +28,12 @@ def fit(
     layers: Layers = None,
     cost: Cost = "feature",
     setpoint: Setpoint = "centred",
+    readout: Readout = "discriminant",
     positions: Positions = "last",
     jacobian_prompts: int = 8,
     jacobians: Jacobians | None = None,
     progress: Progress | None = None,
+    on_contrast: Callable[[Contrast], None] | None = None,
 ) -> Controller:
     """Fit a controller: contrast the prompts, linearise the model, solve for the gains, keep what steering needs.
 
@@ -49,22 +51,27 @@ def fit(
             recomputes the gains for each prompt.
         setpoint: "centred" counts from the level of the negative prompts to that of the positive ones (strength 1);
             "paper" asks for strength x mu_k, counted from zero. With either, strength 0 itself does not steer.
+        readout: "discriminant" reads the feature by Fisher's linear discriminant of the two sets, which answers less to
+            what has nothing to do with the concept; "direction" by the direction itself, as the paper does.
         positions: "last" steers the last prompt token and every generated token, "all" every prompt token too.
         jacobian_prompts: how many of the positive prompts to linearise at.
         jacobians: Jacobians of this model from `linearize`; then `jacobian_prompts` is not used.
         progress: called as progress(stage, done, total).
+        on_contrast: called with the prompts' `Contrast`, from which the controller is made.
 
     Raises:
         InputError: unusable prompts or options; the message says what to do.
     """
     require(model, DIFFERENTIABLE, "fit controllers")
     weights = Weights(q, r, qf)
-    layers = _check_options(model.num_layers, layers, cost, setpoint, positions)
+    layers = _check_options(model.num_layers, layers, cost, setpoint, readout, positions)
     if jacobians is not None and jacobians.fingerprint != model.fingerprint:
         raise InputError(f"the Jacobians are of {jacobians.model_name or 'another model'}, not of {model.name}")
     if jacobian_prompts < 1:
         raise InputError("jacobian_prompts must be at least 1")
     prompt_contrast = contrast(model, positive, negative, progress=progress)
+    if on_contrast is not None:
+        on_contrast(prompt_contrast)
     if jacobians is not None:
         return solve_controller(
             prompt_contrast,
@@ -76,6 +83,7 @@ def fit(
             layers=layers,
             cost=cost,
             setpoint=setpoint,
+            readout=readout,
             positions=positions,
             algebra=model.algebra,
         )
@@ -89,7 +97,7 @@ def fit(
     else:
         descending = stream_jacobians(model, points, lowest=chosen[0], progress=progress)
         gains = state_gains(descending, prompt_contrast, weights, chosen, model.algebra)
-    return assemble(prompt_contrast, gains, weights, len(nominal), concept, positions, cost, setpoint)
+    return assemble(prompt_contrast, gains, weights, len(nominal), concept, positions, cost, setpoint, readout)
 
 
 def solve_controller(
@@ -103,6 +111,7 @@ def solve_controller(
     layers: Layers = None,
     cost: Cost = "feature",
     setpoint: Setpoint = "centred",
+    readout: Readout = "discriminant",
     positions: Positions = "last",
     algebra: LinearAlgebra | None = None,
 ) -> Controller:
@@ -110,14 +119,14 @@ def solve_controller(
 
     Args:
         contrast, jacobians: of the same model.
-        concept, q, r, qf, layers, cost, setpoint, positions: as in `fit`.
+        concept, q, r, qf, layers, cost, setpoint, readout, positions: as in `fit`.
         algebra: where to solve, such as a model's `algebra`; by default NumPy.
 
     Raises:
         InputError: the contrast and the Jacobians are of different models, or an option cannot be used.
     """
     weights = Weights(q, r, qf)
-    layers = _check_options(len(contrast.direction), layers, cost, setpoint, positions)
+    layers = _check_options(len(contrast.direction), layers, cost, setpoint, readout, positions)
     if jacobians.fingerprint != contrast.fingerprint:
         raise InputError("the Jacobians and the contrast are of different models: make both with the same one")
     chosen = choose_layers(layers, contrast, jacobians)
@@ -127,7 +136,7 @@ def solve_controller(
     else:
         descending = ((k, jacobians[k]) for k in reversed(range(chosen[0], len(jacobians))))
         gains = state_gains(descending, contrast, weights, chosen, algebra)
-    return assemble(contrast, gains, weights, jacobians.prompt_count, concept, positions, cost, setpoint)
+    return assemble(contrast, gains, weights, jacobians.prompt_count, concept, positions, cost, setpoint, readout)
 
 
 AUTHORITY_PROMPTS = 2
@@ -142,9 +151,12 @@ def layers_of(model: Differentiable, layers: Layers, contrast: Contrast, points:
     return effective(contrast, authority(contrast, product, side_of(model)))
 
 
-def _check_options(T: int, layers: Layers, cost: Cost, setpoint: Setpoint, positions: Positions) -> Layers:
+def _check_options(
+    T: int, layers: Layers, cost: Cost, setpoint: Setpoint, readout: Readout, positions: Positions
+) -> Layers:
     """The layers as given or checked. Raises `InputError` for options that are wrong whatever the prompts are."""
     check_choice("cost", cost, Cost)
     check_choice("setpoint", setpoint, Setpoint)
+    check_choice("readout", readout, Readout)
     check_choice("positions", positions, Positions)
     return layers if is_auto(layers) else check_layers(layers, T)

@@ -16,7 +16,7 @@ class Tracking:
     """Feature and setpoint at one token, in the residual stream's units; (T, m) each."""
 
     feature: Float32
-    """beta_k = v_k . z_k at the input of block k"""
+    """beta_k = W_k' z_k at the input of block k, W_k the controller's sensor"""
     setpoint: Float32
     """beta*_k = offset_k + strength mu_k; at strength 0 nothing is steered towards it"""
 
@@ -24,7 +24,7 @@ class Tracking:
     def at(cls, controller: Controller, residual: Float32, strength: Sequence[float]) -> Tracking:
         """Of the residual stream z_0..z_{T-1} (T, d) at one token, for one strength per concept (m,)."""
         return cls(
-            np.einsum("kdm,kd->km", controller.direction, residual),
+            np.einsum("kdm,kd->km", controller.sensor, residual),
             controller.offset + controller.setpoint * np.asarray(strength, np.float32),
         )
 

@@ -41,7 +41,6 @@ class Ablation(BaselineMethod):
     strengths = StrengthScale("1 takes away all of it", span=(0.0, 1.5))
     tensors: Mapping[str, str] = {"direction": "Td"}
     removes_only = True
-    compared_strengths = (0.0, 1.0)
 
     def fit(self, problem: Problem, options: Mapping[str, Any]) -> Baseline:
         T, source = problem.model.num_layers, options["source_layer"]

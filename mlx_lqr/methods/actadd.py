@@ -27,7 +27,6 @@ class ActAdd(BaselineMethod):
     layers_to_try = ("middle", "two thirds", "a third", "auto")
     strengths = StrengthScale("1 goes all the way from the negative to the positive prompts' mean", span=(0.0, 10.0))
     tensors: Mapping[str, str] = {"shift": "Tdm"}
-    compared_strengths = (0.0, 8.0)
 
     def fit(self, problem: Problem, options: Mapping[str, Any]) -> Baseline:
         sets = contrasted(problem, self.layers)

@@ -16,7 +16,7 @@ from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
 from mlx_lqr.backends.protocol import Array, Differentiable, Float32, Progress, Recorder
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, contrast
-from mlx_lqr.lqr.controller import Controller, Cost, Positions, Setpoint
+from mlx_lqr.lqr.controller import Controller, Cost, Positions, Readout, Setpoint
 from mlx_lqr.lqr.fit import fit, solve_controller
 from mlx_lqr.lqr.layers import Layers, choose_layers
 from mlx_lqr.lqr.linearize import Jacobians, linearize
@@ -73,6 +73,13 @@ class ALQR(Method[Controller]):
             "adaptive: the feature's, recomputed for each prompt.",
             tries=("feature", "state", "adaptive"),
         ),
+        Option(
+            "readout",
+            get_args(Readout),
+            "discriminant",
+            "What the feature is read by: the linear discriminant of the two sets, or the direction (the paper's).",
+            tries=("discriminant", "direction"),
+        ),
         Option("jacobians", Jacobians.load, None, "Jacobians stored by `mlx-lqr linearize`."),
         Option("jacobian_prompts", int, 8, "How many positive prompts to linearise at, without --jacobians.", least=1),
     )
@@ -89,6 +96,7 @@ class ALQR(Method[Controller]):
             layers=problem.layers,
             positions=problem.positions,
             progress=problem.progress,
+            on_contrast=problem.on_contrast,
             **options,
         )
 
@@ -156,17 +164,19 @@ class ALQR(Method[Controller]):
         )
 
     def compared(self, num_layers: int) -> Compared:
-        """Also the paper's own defaults, and the setpoint that counts from the negative prompts."""
-        auto: dict[str, Any] = {"layers": "auto", "q": 3.0, "qf": 3.0}
+        """What `fit` takes where nothing is said, and the paper's own defaults."""
         return {
-            self.name: {
-                "layers auto, q/r 3": {**auto, "setpoint": "paper"},
-                "layers auto, q/r 3, feature cost": {**auto, "setpoint": "paper", "cost": "feature"},
-            },
+            self.name: {"defaults": {}},
             "alqr (paper's defaults)": {
-                "all layers, q/r 0.1": {"layers": "all", "q": 0.1, "qf": 0.1, "setpoint": "paper"}
+                "all layers, q/r 0.1": {
+                    "layers": "all",
+                    "q": 0.1,
+                    "qf": 0.1,
+                    "cost": "state",
+                    "setpoint": "paper",
+                    "readout": "direction",
+                }
             },
-            "alqr (centred setpoint)": {"layers auto, q/r 3": {**auto, "setpoint": "centred"}},
         }
 
 
@@ -229,7 +239,7 @@ class LinearFeedback(AdjustableLaw):
     """
 
     def __init__(self, controller: Controller, strength: float | Sequence[float] = 1.0) -> None:
-        for name in ("direction", "gain", "setpoint", "offset"):
+        for name in ("sensor", "gain", "setpoint", "offset"):
             if not np.all(np.isfinite(getattr(controller, name))):
                 raise InputError(f"the controller's {name} has values that are not finite: fit it again")
         self._controller = controller
@@ -282,7 +292,7 @@ class LinearFeedback(AdjustableLaw):
         self._gain: dict[int, Array] = {k: self._array(np.ascontiguousarray(gain[k].T)) for k in self.layers}
 
     def _fixed(self, layer: int) -> tuple[np.ndarray, ...]:
-        return (-self._controller.direction[layer],)
+        return (-self._controller.sensor[layer],)
 
     def _aimed(self, strength: np.ndarray) -> np.ndarray:
         """offset + strength o setpoint of every layer: (T, m)"""

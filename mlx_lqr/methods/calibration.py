@@ -103,7 +103,7 @@ def calibrate(
             return math.inf
 
     scale = METHODS[steering.method].strengths
-    search = _Search(divergence, *scale.span, first=scale.suggested)
+    search = Search(divergence, *scale.span, first=scale.suggested)
     strengths: dict[Budget, float] = {}
     for done, (name, budget) in enumerate(sorted(budgets.items(), key=lambda item: item[1])):
         strengths[name] = search.reach(budget)
@@ -189,7 +189,7 @@ def _answers(model: Recorder, prompts: Sequence[Sequence[int]]) -> Iterator[Cont
         yield prompt, answer[:length]
 
 
-class _Search:
+class Search:
     """Looks for strengths between mild and strong; what is measured for one budget serves the next.
 
     Args:

@@ -59,6 +59,8 @@ def contrasted(problem: Problem, default: DefaultLayers, *, at_input: bool = Fal
     """
     positive, negative = activations(problem.model, problem.positive, problem.negative, problem.progress)
     contrast = contrast_of(problem.model, positive, negative)
+    if problem.on_contrast is not None:
+        problem.on_contrast(contrast)
     return Contrasted(positive, negative, contrast, _layers(problem, default, contrast, at_input))
 
 

@@ -49,7 +49,6 @@ class ITI(BaselineMethod):
         suggested=5.0,
     )
     tensors: Mapping[str, str] = {"attention_shift": "Tdm", "head_accuracy": "THm", "head_spread": "THm"}
-    compared_strengths = (0.0, 12.0)
 
     def fit(self, problem: Problem, options: Mapping[str, Any]) -> Baseline:
         """Shift the best of the heads of the chosen layers; layers "auto" are all, since the probes choose.

@@ -27,7 +27,6 @@ class LinearAcT(SequentialMethod):
     strengths = StrengthScale("1 does all that was fitted", span=(0.0, 2.0))
     tensors: Mapping[str, str] = {"scale": "Td", "shift": "Td"}
     identity: Mapping[str, float] = {"scale": 1.0, "shift": 0.0}
-    compared_strengths = (0.0, 3.0)
 
     def transport(self, options: Mapping[str, Any]) -> Transport:
         return lambda source, target: dict(zip(("scale", "shift"), linear_map(source, target), strict=True))

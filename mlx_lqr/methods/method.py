@@ -20,6 +20,7 @@ from mlx_lqr.lqr.layers import Layers, check_layers
 from mlx_lqr.lqr.prompts import Prompt, tokenise_sets
 
 if TYPE_CHECKING:
+    from mlx_lqr.lqr.contrast import Contrast
     from mlx_lqr.methods.law import AdjustableLaw
     from mlx_lqr.methods.steering import Steering
 
@@ -125,6 +126,8 @@ class Problem:
     """None is the method's default."""
     positions: Positions
     progress: Progress | None = None
+    on_contrast: Callable[[Contrast], None] | None = None
+    """Called with the contrast of the prompts, by methods that start from it."""
 
 
 @dataclass(frozen=True)
@@ -189,8 +192,6 @@ class Method(ABC, Generic[Fitted]):
     strengths: StrengthScale
     removes_only: bool = False
     """Whether it can take a concept away, and not bring it in."""
-    compared_strengths: tuple[float, float] | None = None
-    """The span searched in benchmarks/comparison, where it is not that of `strengths`."""
 
     @abstractmethod
     def fit(self, problem: Problem, options: Mapping[str, Any]) -> Fitted:
@@ -246,15 +247,17 @@ class Method(ABC, Generic[Fitted]):
         layers: Layers = None,
         positions: Positions | None = None,
         progress: Progress | None = None,
+        on_contrast: Callable[[Contrast], None] | None = None,
     ) -> Fitted:
-        """Fit the method on prompts as they are written; see `fit_baseline`."""
+        """Fit the method on prompts as they are written; see `fit_baseline`, and `Problem` for `on_contrast`."""
         options = self.complete(given)
         if positions is not None:
             check_choice("positions", positions, Positions)
         if layers is not None and not (isinstance(layers, str) and layers == "auto"):
             layers = check_layers(layers, model.num_layers)
         sets = tokenise_sets(model, positive, negative)
-        return self.fit(Problem(model, *sets, concept, layers, positions or self.positions, progress), options)
+        problem = Problem(model, *sets, concept, layers, positions or self.positions, progress, on_contrast)
+        return self.fit(problem, options)
 
     def factors(self, num_layers: int, given: Mapping[str, Any]) -> dict[str, list[Any]]:
         """The values of each option that tune searches, and the one of each that is given."""

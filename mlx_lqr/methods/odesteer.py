@@ -44,7 +44,6 @@ class ODESteer(BaselineMethod):
     layers_to_try = ("middle", "two thirds", "a third", "auto")
     strengths = StrengthScale("s goes a way s times as long as `e`", span=(0.0, 10.0), suggested=2.0)
     tensors: Mapping[str, str] = {"anchors": "nd", "weights": "n", "distance": "T"}
-    compared_strengths = (0.0, 8.0)
 
     def fit(self, problem: Problem, options: Mapping[str, Any]) -> Baseline:
         sets = contrasted(problem, self.layers)

@@ -56,7 +56,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % interval."""
+    """A number and its interval, 95 % unless said otherwise."""
 
     value: float
     low: float
@@ -94,13 +94,38 @@ def difference(metric: Metric, reference: Metric, *, seed: int = 0, resamples: i
     Raises:
         ValueError: the two have different groups.
     """
-    if not np.array_equal(np.unique(metric.groups), np.unique(reference.groups)):
-        raise ValueError("a paired difference needs the same groups on both sides")
-    own, theirs = metric.totals, reference.totals
-    value = float(metric.of(own.sum(axis=0)) - reference.of(theirs.sum(axis=0)))
-    pairs = zip(_resampled(own, seed, resamples), _resampled(theirs, seed, resamples), strict=True)
-    low, high = _interval([metric.of(a) - reference.of(b) for a, b in pairs])
-    return Estimate(value, low, high, len(metric.terms))
+    return differences([(metric, reference)], seed=seed, resamples=resamples)[0]
+
+
+def differences(
+    pairs: Sequence[tuple[Metric, Metric]], *, level: float = LEVEL, seed: int = 0, resamples: int = RESAMPLES
+) -> list[Estimate]:
+    """first - second of each pair, all resampled together.
+
+    Args:
+        pairs: metrics that all have the same groups.
+        level: of each interval. A level close to 1 needs many resamples: `resamples` (1 - level) / 2 of them lie
+            beyond either end.
+
+    Raises:
+        ValueError: metrics of different groups.
+    """
+    metrics = [metric for pair in pairs for metric in pair]
+    for metric in metrics:
+        if not np.array_equal(np.unique(metric.groups), np.unique(metrics[0].groups)):
+            raise ValueError("a paired difference needs the same groups on both sides")
+    if not pairs:
+        return []
+    totals = [metric.totals for metric in metrics]
+    columns = np.cumsum([0, *(own.shape[1] for own in totals)])
+    batches = _resampled(np.concatenate(totals, axis=1), seed, resamples)
+    estimates = []
+    for i, (first, second) in enumerate(pairs):
+        own, theirs = slice(*columns[2 * i : 2 * i + 2]), slice(*columns[2 * i + 1 : 2 * i + 3])
+        value = float(first.of(totals[2 * i].sum(axis=0)) - second.of(totals[2 * i + 1].sum(axis=0)))
+        low, high = _interval([first.of(sums[:, own]) - second.of(sums[:, theirs]) for sums in batches], level)
+        estimates.append(Estimate(value, low, high, len(first.terms)))
+    return estimates
 
 
 def _resampled(totals: Float64, seed: int, resamples: int) -> list[Float64]:
@@ -111,10 +136,10 @@ def _resampled(totals: Float64, seed: int, resamples: int) -> list[Float64]:
     return [random.multinomial(G, np.full(G, 1 / G), size=count) @ totals for count in counts] if G else []
 
 
-def _interval(parts: Sequence[Any]) -> tuple[float, float]:
+def _interval(parts: Sequence[Any], level: float = LEVEL) -> tuple[float, float]:
     values = np.concatenate(parts) if parts else np.empty(0)
     values = values[~np.isnan(values)]
     if not values.size:
         return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.comparison import split  # noqa: E402
+from benchmarks.comparison import methods, split  # noqa: E402
 from benchmarks.comparison.__main__ import main  # noqa: E402
 from mlx_lqr import tasks  # noqa: E402
 
@@ -72,17 +72,22 @@ def test_the_script_measures_writes_and_goes_on(
     measured = ["run", "--model", "smollm2", "--quick", *model_options, *only]
     run(*measured)
     files = {path: path.read_bytes() for path in output.rglob("*.json*")}
+    monkeypatch.setattr(methods, "calibrate", None)  # and nothing is fitted, calibrated or written again
     run(*measured)
     assert files == {path: path.read_bytes() for path in output.rglob("*.json*")}
 
-    rows = output / "smollm2" / "truthfulness" / "report" / "alqr.jsonl"
+    rows = output / "smollm2" / "truthfulness" / "rows" / "truthfulness" / "alqr.jsonl"
     rows_read = [json.loads(line) for line in rows.read_text().splitlines()[1:]]
     choices = [row for row in rows_read if row["part"] == "choices"]
     assert {split.part_of(row["question"]) for row in choices} == {"report"}
 
-    run("page", "-o", str(output), "--docs", str(docs))
+    run("page", "-o", str(output), "--results", str(tmp_path / "results"), "--docs", str(docs))
     page = docs / "comparison.md"
+    result = json.loads((tmp_path / "results" / "smollm2" / "truthfulness.json").read_text())
+    alqr = next(one for one in result["methods"] if one["method"] == "alqr")
+    strength = alqr["sources"]["truthfulness"]["strength"]["normal"]
+    at_normal = [row["mc2"] for row in choices if row["strength"] == strength]
     line = next(line for line in page.read_text().split("## Truthfulness")[1].splitlines() if "**alqr**" in line)
-    assert f"| {sum(row['mc2'] for row in choices) / len(choices):.2f} (" in line
+    assert f"{sum(at_normal) / len(at_normal):.2f} (" in line.split("|")[3]
     assert (ROOT / "benchmarks" / "comparison" / "findings.md").read_text().strip() in page.read_text()
     assert (docs / "comparison-concept-dog-smollm2.svg").stat().st_size > 1000

@@ -29,6 +29,12 @@ class Letters:
             tokens += [60 + self.roles.index(message["role"]), *(ord(letter) % 59 for letter in message["content"])]
         return [*tokens, 62]
 
+    def chat_text(self, messages: list[Message]) -> str:
+        return "".join(f"<{message['role']}> {message['content']}" for message in messages)
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(self.add(token) for token in tokens)
+
     def stream(self, prompt: Sequence[int] = ()) -> Letters:
         return self
 

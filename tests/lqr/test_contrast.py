@@ -239,19 +239,6 @@ def test_prompt_files(tmp_path: Path) -> None:
         mlx_lqr.read_prompts(tmp_path / "missing.txt")
 
 
-def test_bundled_sets_are_large_and_end_alike() -> None:
-    names = {"dog", "ocean", "football", "church", "cloud", "love", "joy", "formal", "polite", "truth", "refusal"}
-    assert set(mlx_lqr.bundled_concepts()) == names
-    for name in names:
-        positive, negative = mlx_lqr.bundled_prompts(name)
-        assert min(len(positive), len(negative)) >= 60
-        assert len({text.lower() for text in positive + negative}) == len(positive) + len(negative)
-        assert sorted(text[-1] for text in positive) == sorted(text[-1] for text in negative)
-        assert all(text == text.strip() and text.isascii() and text[-1] in ".!?" for text in positive + negative)
-    with pytest.raises(InputError, match="choose one of"):
-        mlx_lqr.bundled_prompts("../dog")
-
-
 def test_bundled_sets_tell_themselves_apart_on_smollm2(smollm2: Model) -> None:
     """Held-out sentences fall on their own side of the direction that the others give, in the last third of layers."""
     for name in ("ocean", "refusal"):
@@ -262,3 +249,43 @@ def test_bundled_sets_tell_themselves_apart_on_smollm2(smollm2: Model) -> None:
         side = np.einsum("nkd,kd->nk", smollm2.residuals(held_out)[:, :-1] - middle, contrast.unit_direction)[:, 20:]
         right = np.concatenate([side[:10] > 0, side[10:] < 0]).mean()
         assert right > 0.8, (name, right)  # 0.5 is chance
+
+
+def test_the_discriminant_is_that_of_the_shrunk_covariance() -> None:
+    """Against the formula with the whole covariance matrix, for fewer prompts than dimensions and for more."""
+    model, random = tiny("llama"), np.random.default_rng(3)
+    for n, m in ((6, 5), (200, 150)):
+        scale = random.uniform(0.1, 3, 16)
+        positive = (random.standard_normal((n, 4, 16)) * scale + 0.7).astype(np.float32)
+        negative = (random.standard_normal((m, 4, 16)) * scale).astype(np.float32)
+        contrast = contrast_of(model, positive, negative)
+        assert contrast.discriminant is not None
+        for k, w in enumerate(contrast.discriminant):
+            within = np.vstack([one[:, k] - one[:, k].mean(0) for one in (positive, negative)]).astype(np.float64)
+            S = within.T @ within / (n + m - 2)
+            solved = np.linalg.solve(0.7 * S + 0.3 * np.trace(S) / 16 * np.eye(16), contrast.unit_direction[k])
+            assert w == pytest.approx(solved / (contrast.unit_direction[k] @ solved), rel=1e-4, abs=1e-5)
+    same = np.ones((3, 4, 16), np.float32)
+    alike = contrast_of(model, same, np.concatenate([same[:, :, :8], -same[:, :, 8:]], axis=2))
+    assert alike.discriminant == pytest.approx(alike.unit_direction)  # nothing varies within the sets
+    assert contrast_of(model, positive[:1], negative[:1]).discriminant is None
+
+
+def test_the_discriminant_tells_held_out_prompts_apart_better() -> None:
+    """Where prompts vary along what is no part of the concept, which the direction picks up by chance."""
+    model, random = tiny("llama"), np.random.default_rng(5)
+    scale = np.where(np.arange(64) < 8, 5, 0.3)
+
+    def draw(n: int, shift: float) -> np.ndarray:
+        values = random.standard_normal((n, 2, 64)) * scale
+        values[:, :, 60:] += shift
+        return values.astype(np.float32)
+
+    contrast = contrast_of(model, draw(40, 0.5), draw(40, 0.0))
+    assert contrast.discriminant is not None
+    new = draw(400, 0.5)[:, 0], draw(400, 0.0)[:, 0]
+    separations = []
+    for vector in (contrast.discriminant[0], contrast.unit_direction[0]):
+        one, other = (rows @ vector for rows in new)
+        separations.append((one.mean() - other.mean()) / np.sqrt((one.var() + other.var()) / 2))
+    assert separations[0] > 1.5 * separations[1]

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.tiny import tiny
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import mlx_lqr
@@ -94,7 +95,10 @@ def test_on_the_real_model_the_joint_law_is_the_full_gain_law(
     gains = mlx_lqr.solve(jacobians, weight, 1.0, weight)
     other = mlx_lqr.contrast(smollm2, golden["positive"][:6], golden["negative"][:6])  # overlaps with the first
     joint = Controller.combine(
-        *(mlx_lqr.compile(gains, contrast, name, setpoint="paper") for contrast, name in ((ocean, "a"), (other, "b")))
+        *(
+            mlx_lqr.compile(gains, contrast, name, setpoint="paper", readout="direction")
+            for contrast, name in ((ocean, "a"), (other, "b"))
+        )
     )
     strengths = np.array([1.0, -2.0], np.float32)
     pseudoinverse = [np.linalg.pinv(V) for V in joint.direction]
@@ -236,7 +240,7 @@ def test_strength_may_change_while_a_law_is_in_use(random: np.random.Generator) 
 
 def test_control_at_chosen_layers_only() -> None:
     model = tiny("llama", num_hidden_layers=5)
-    controller = mlx_lqr.fit(model, [[1, 2, 3]], [[4, 5, 6]], layers=[2, -1])
+    controller = mlx_lqr.fit(model, [[1, 2, 3]], [[4, 5, 6]], layers=[2, -1], cost="state")
     assert controller.active_layers == (2, 4)
     whole = mlx_lqr.linearize(model, [[1, 2, 3]])
     gains = mlx_lqr.solve(whole, layers=[2, 4])
@@ -252,3 +256,60 @@ def test_stored_jacobians_give_the_same_controller() -> None:
     assert np.allclose(mlx_lqr.fit(model, *prompts, jacobians=stored, layers="all").gain, fresh.gain, atol=1e-7)
     with pytest.raises(InputError, match="Jacobians are of"):
         mlx_lqr.fit(tiny("qwen2", seed=1), *prompts, jacobians=stored, layers="all")
+
+
+def made_reading(random: np.random.Generator, concept: str, weights: Gains) -> Controller:
+    """With a discriminant that is not the direction."""
+    contrast = made_contrast(random)
+    w = contrast.unit_direction + 0.3 * random.standard_normal((T, D)).astype(np.float32)
+    w /= np.einsum("kd,kd->k", w, contrast.unit_direction)[:, None]
+    return mlx_lqr.compile(weights, replace(contrast, discriminant=w), concept)
+
+
+def test_a_readout_reads_and_the_gain_pushes(random: np.random.Generator) -> None:
+    """u_k = (w_k . mean-_k + s mu_k - w_k . z) K_k v_k, which is 0 at strength 1 for the positive prompts' mean."""
+    gains, contrast = made_gains(random), made_contrast(random)
+    w = (contrast.unit_direction + random.standard_normal((T, D)) * 0.2).astype(np.float32)
+    w /= np.einsum("kd,kd->k", w, contrast.unit_direction)[:, None]
+    law = LinearFeedback(mlx_lqr.compile(gains, replace(contrast, discriminant=w)), 1.7)
+    by_direction = mlx_lqr.compile(gains, replace(contrast, discriminant=w), readout="direction")
+    assert by_direction.readout is None
+    z = random.standard_normal(D).astype(np.float32)
+    for k in range(T):
+        alpha = w[k] @ contrast.mean_negative[k] + 1.7 * contrast.magnitude[k] - w[k] @ z
+        assert np.allclose(law(k, z, 0.0), alpha * gains[k] @ contrast.unit_direction[k], atol=1e-3)
+    law.strength = 1.0
+    assert np.allclose(law(0, contrast.mean_positive[0], 0.0), 0, atol=1e-3)
+
+
+def test_joint_control_of_readouts_meets_all_setpoints(random: np.random.Generator) -> None:
+    """With K = I the push takes each reading to its setpoint, whatever the angle between the directions is."""
+    identity = Gains([np.eye(D)] * T, Weights(), tuple(range(T)), "f", "m", 3)
+    single = [made_reading(random, "a", identity), made_reading(random, "b", identity), made(random, "c")]
+    joint = Controller.combine(*single)
+    law, z = LinearFeedback(joint, [2.0, -1.0, 0.0]), random.standard_normal(D).astype(np.float32)
+    for k in range(T):
+        reached = (z + law(k, z, 0.0)) @ joint.sensor[k]
+        assert reached[:2] == pytest.approx((joint.offset + joint.setpoint * [2.0, -1.0, 0.0])[k][:2], abs=1e-3)
+    for one, other in zip(joint.split(), single, strict=True):
+        assert np.allclose(one.gain, other.gain, atol=1e-4)
+        assert np.allclose(one.sensor, other.sensor)
+
+
+def test_a_readout_is_kept_in_a_file_that_older_versions_refuse(tmp_path: Path, random: np.random.Generator) -> None:
+    controller, file = made_reading(random, "a", made_gains(random)), tmp_path / "a.safetensors"
+    controller.save(file)
+    loaded = Controller.load(file)
+    assert controller.readout is not None
+    assert np.array_equal(loaded.sensor, controller.readout)
+    tensors = load_file(file)
+    with safe_open(file, "np") as opened:
+        metadata = opened.metadata()
+    assert metadata["format"] == "mlx-lqr controller 2"
+    made(random, "b").save(tmp_path / "b.safetensors")
+    with safe_open(tmp_path / "b.safetensors", "np") as opened:
+        assert opened.metadata()["format"] == "mlx-lqr controller 1"
+    del tensors["readout"]
+    save_file(tensors, file, metadata)
+    with pytest.raises(InputError, match="damaged controller file"):
+        Controller.load(file)

@@ -119,7 +119,7 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
     ],
 )
 def test_the_search_finds_what_there_is(divergence: Callable[[float], float], reachable: bool) -> None:
-    search = calibration._Search(divergence, 0.0, 6.0, first=1.0)
+    search = calibration.Search(divergence, 0.0, 6.0, first=1.0)
     strengths = {budget: search.reach(budget) for budget in (0.1, 0.2, 0.4)}
     for budget, strength in strengths.items():
         if reachable:
@@ -136,7 +136,7 @@ def test_the_search_finds_what_there_is(divergence: Callable[[float], float], re
 
 
 def test_an_angle_is_searched_downwards() -> None:
-    search = calibration._Search(lambda angle: (110 - angle) / 100, 110.0, 5.0, first=90.0)
+    search = calibration.Search(lambda angle: (110 - angle) / 100, 110.0, 5.0, first=90.0)
     assert search.reach(0.4) == pytest.approx(70, abs=5)
 
 

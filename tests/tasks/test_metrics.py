@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from mlx_lqr.tasks.bootstrap import Metric, difference, estimate, exponential_ratio, mean
+from mlx_lqr.tasks.bootstrap import Metric, difference, differences, estimate, exponential_ratio, mean
 from mlx_lqr.tasks.metrics import distinct, multiple_choice, repetition, unigram_f1, words
 
 
@@ -79,3 +79,15 @@ def test_a_paired_difference_forgets_what_prompts_explain(random: np.random.Gene
     assert estimate(mean(base, groups)).high - estimate(mean(base, groups)).low > 1
     with pytest.raises(ValueError, match="same groups"):
         difference(mean(base, groups), mean(base[:49], groups[:49]))
+
+
+def test_differences_are_resampled_together_each_as_alone() -> None:
+    random = np.random.default_rng(4)
+    groups = np.arange(40) // 2
+    first, second = (Metric(random.uniform(1, 2, (40, 2)), groups, exponential_ratio) for _ in range(2))
+    third, fourth = (mean(random.normal(size=40), groups) for _ in range(2))
+    alone = [difference(first, second), difference(third, fourth)]
+    for one, other in zip(differences([(first, second), (third, fourth)]), alone, strict=True):
+        assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high))
+    (wider,) = differences([(third, fourth)], level=0.999)
+    assert wider.low < alone[1].low < alone[1].high < wider.high

@@ -330,7 +330,7 @@ def test_word_families() -> None:
         {"words": []},
     ]
     with pytest.raises(InputError, match="--words"):
-        tasks.word_family("polite")
+        tasks.word_family("politics")
     for words in ([], ["*"], [""], ["a*b"]):
         with pytest.raises(InputError, match="word"):
             word_pattern(words)

@@ -1,0 +1,242 @@
+"""What each part of A-LQR's recipe is worth: one part changed at a time, at the same budget of damage.
+
+Everything is read off texts that the unsteered model has written, token by token: how much probability the words of the
+concept get, in answers in the chat and in texts, and in how many answers to factual questions every token stays the
+likeliest. That tells parts apart that no affordable number of generated answers would. Questions and openings are those
+that are for tuning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import mlx_lqr
+from mlx_lqr import tasks
+from mlx_lqr.analysis import write_json
+from mlx_lqr.backends.protocol import Array, Continued, Law, Model
+from mlx_lqr.lqr.concept_prompts import framed
+from mlx_lqr.lqr.divergence import log_softmax
+from mlx_lqr.lqr.prompts import Prompt, tokenise
+from mlx_lqr.lqr.strength import BUDGETS
+from mlx_lqr.methods.alqr import STRENGTHS, LinearFeedback
+from mlx_lqr.methods.calibration import Search, Texts
+from mlx_lqr.runtime import batch_stream
+from mlx_lqr.tasks.chat import bundled_questions
+from mlx_lqr.tasks.concept import bundled_openings, word_pattern
+from mlx_lqr.tasks.generations import chat_prompt
+
+CONCEPTS = ("dog", "ocean", "church", "football")
+BUDGET = BUDGETS["normal"]
+TOKENS = 16
+JACOBIAN_PROMPTS = 4
+Fitted = tuple[mlx_lqr.Controller, type[LinearFeedback]]
+
+
+class OneWay(LinearFeedback):
+    """Pushes only towards the concept."""
+
+    def _error(self, layer: int, z: Array) -> Array:
+        error = super()._error(layer, z)
+        return error * (error > 0)
+
+
+class Capped(LinearFeedback):
+    """Pushes no harder than for an error of mu_k."""
+
+    def _error(self, layer: int, z: Array) -> Array:
+        error, most = super()._error(layer, z), float(self.controller.setpoint[layer, 0])
+        return error * (error < most) + most * (error >= most)
+
+
+class AfterBlock(LinearFeedback):
+    """Measures at the block's output, which it changes."""
+
+    def _steered(self, layer: int, z: Array, output: Array) -> Array:
+        return super()._steered(layer, output, output)
+
+
+@dataclass(eq=False)
+class Bench:
+    """One concept on one model."""
+
+    model: Model
+    sets: tuple[Sequence[Prompt], Sequence[Prompt]]
+
+    def __post_init__(self) -> None:
+        self.plain = self._prepared(self.sets)
+        self.chat = self._prepared(framed(self.model, self.sets))
+
+    def _prepared(self, sets: tuple[Sequence[Prompt], Sequence[Prompt]]) -> tuple[mlx_lqr.Contrast, mlx_lqr.Jacobians]:
+        return mlx_lqr.contrast(self.model, *sets), mlx_lqr.linearize(self.model, sets[0][:JACOBIAN_PROMPTS])
+
+    def fit(self, *, plain: bool = False, law: type[LinearFeedback] = LinearFeedback, **options: Any) -> Fitted:
+        from mlx_lqr.lqr.fit import solve_controller
+
+        contrast, jacobians = self.plain if plain else self.chat
+        return solve_controller(contrast, jacobians, algebra=self.model.algebra, **options), law
+
+    def separating(self, *, plain: bool = False) -> list[int]:
+        """The layers where the prompts that the direction was computed from are told apart."""
+        separation = (self.plain if plain else self.chat)[0].separation[:-1]
+        return [int(k) for k in np.flatnonzero(separation >= 0.8 * separation.max())]
+
+    def after_block(self) -> Fitted:
+        """u_k = alpha_{k+1} (S_{k+1} + R)^-1 S_{k+1} v_{k+1}, by the feature cost."""
+        (contrast, jacobians), (controller, _) = self.chat, self.fit(readout="direction")
+        T, d = contrast.direction.shape
+        e = np.vstack([contrast.direction, contrast.output_direction[None]]).astype(np.float64)
+        mu = np.linalg.norm(e, axis=1)
+        v = e / np.maximum(mu, 1e-12)[:, None]
+        q, gain = controller.weights.q, np.zeros((T, d, 1), np.float32)
+        S = q * np.outer(v[T], v[T]) / mu[T] ** 2
+        for k in reversed(range(controller.active_layers[0], T)):
+            cost_to_go = np.linalg.solve(S + np.eye(d) / mu[k + 1] ** 2, S)
+            if k in controller.active_layers:
+                gain[k, :, 0] = cost_to_go @ v[k + 1]
+                S = S - S @ cost_to_go
+            A = np.asarray(jacobians[k], np.float64)
+            S = q * np.outer(v[k], v[k]) / mu[k] ** 2 + A.T @ S @ A
+        level = np.append(np.einsum("kd,kd->k", v[1:T], contrast.mean_negative[1:]), self._output_level(v[T]))
+        shifted = replace(
+            controller,
+            direction=v[1:, :, None].astype(np.float32),
+            gain=gain,
+            setpoint=mu[1:, None].astype(np.float32),
+            offset=level[:, None].astype(np.float32),
+        )
+        return shifted, AfterBlock
+
+    def _output_level(self, v: np.ndarray) -> float:
+        """v_T . mean-_T"""
+        negative = [tokenise(self.model, one) for one in framed(self.model, self.sets)[1]]
+        return float(self.model.residuals(negative)[:, -1].mean(0) @ v)
+
+
+LEVERS: Sequence[tuple[str, str, Callable[[Bench], Fitted]]] = (
+    ("the recipe", "as `fit` does it", lambda bench: bench.fit()),
+    ("prompts", "as plain texts", lambda bench: bench.fit(plain=True)),
+    ("readout", "the direction", lambda bench: bench.fit(readout="direction")),
+    ("cost", "state", lambda bench: bench.fit(cost="state")),
+    ("layers", "by separation in sample", lambda bench: bench.fit(layers=bench.separating())),
+    ("layers", "the last third", lambda bench: bench.fit(layers=_last_third(bench.model.num_layers))),
+    ("layers", "the last one", lambda bench: bench.fit(layers=[-1])),
+    ("setpoint", "paper", lambda bench: bench.fit(setpoint="paper", readout="direction")),
+    ("q/r", "0.3", lambda bench: bench.fit(q=0.3, qf=0.3)),
+    ("q/r", "30", lambda bench: bench.fit(q=30.0, qf=30.0)),
+    ("measured", "after the block, by the direction", lambda bench: bench.after_block()),
+    ("push", "only towards the concept", lambda bench: bench.fit(law=OneWay)),
+    ("push", "for an error of mu at most", lambda bench: bench.fit(law=Capped)),
+    (
+        "all of it",
+        "plain texts, direction, state cost, separation in sample",
+        lambda bench: bench.fit(plain=True, readout="direction", cost="state", layers=bench.separating(plain=True)),
+    ),
+)
+"""(lever, setting, how it is fitted), the recipe first."""
+
+
+def _last_third(T: int) -> range:
+    return range(2 * T // 3, T)
+
+
+@dataclass(eq=False)
+class Reading:
+    """Texts of the unsteered model, and what is read off them under a law."""
+
+    model: Model
+
+    def __post_init__(self) -> None:
+        model = self.model
+        openings: list[Prompt] = list(bundled_openings("tuning"))
+        self.texts = {"text": list(self._written(openings, 0.8))}
+        self.facts: list[Continued] = []
+        if model.tokenizer.has_chat_template:
+            asked, facts = bundled_questions("tuning")
+            self.texts["chat"] = list(self._written([chat_prompt(model, question) for question in asked], 0.8))
+            answers = self._written([chat_prompt(model, fact.question) for fact in facts], 0.0)
+            decode = model.tokenizer.decode
+            self.facts = [one for fact, one in zip(facts, answers, strict=True) if fact.is_in(decode(one[1]))]
+
+    def _written(self, prompts: Sequence[Prompt], temperature: float) -> Iterator[Continued]:
+        answers: list[list[int]] = [[] for _ in prompts]
+        for i, piece in batch_stream(self.model, prompts, max_tokens=TOKENS, temperature=temperature, seed=0):
+            if piece.token is not None:
+                answers[i].append(piece.token)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if answer:
+                yield tokenise(self.model, prompt), answer
+
+    def read(self, law: Law, family: Sequence[int]) -> dict[str, float]:
+        """The probability of the family's tokens in each kind of texts, and the share of facts that are kept."""
+        found = {}
+        for kind, pairs in self.texts.items():
+            logits = self.model.logits_along([(before, after[:-1]) for before, after in pairs], law=law)
+            found[kind] = float(np.concatenate([np.exp(log_softmax(own))[:, family].sum(-1) for own in logits]).mean())
+        if self.facts:
+            logits = self.model.logits_along([(before, after[:-1]) for before, after in self.facts], law=law)
+            kept = [
+                bool((own.argmax(-1) == np.asarray(one[1])).all()) for own, one in zip(logits, self.facts, strict=True)
+            ]
+            found["kept"] = float(np.mean(kept))
+        return found
+
+
+def ablate(models: Mapping[str, Model], output: Path, say: Callable[[str], None]) -> Path:
+    """Measure every lever on every model; what is in the output's rows already is not measured again."""
+    rows_file = output.with_suffix(".jsonl")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    known = [json.loads(line) for line in rows_file.read_text("utf-8").splitlines()] if rows_file.is_file() else []
+    measured = {(row["model"], row["concept"], row["lever"], row["setting"]): row["found"] for row in known}
+    for name, model in models.items():
+        reading, texts = Reading(model), Texts.of(model)
+        for concept in CONCEPTS:
+            missing = [one for one in LEVERS if (name, concept, one[0], one[1]) not in measured]
+            if not missing:
+                continue
+            bench, family = Bench(model, mlx_lqr.bundled_prompts(concept)), _family(model, concept)
+            for lever, setting, fit in missing:
+                say(f"{name}, {concept}: {lever}, {setting}")
+                controller, law = fit(bench)
+                placed = partial(law, controller)
+                search = Search(_divergence(texts, placed), 0.0, 12.0, first=STRENGTHS.suggested)
+                strength = search.reach(BUDGET)
+                found = reading.read(placed(strength), family)
+                found |= {"kl": search.known[strength], "strength": strength}
+                measured[name, concept, lever, setting] = found
+                row = {"model": name, "concept": concept, "lever": lever, "setting": setting, "found": found}
+                with rows_file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    write_json(output, [_row(lever, setting, models, measured) for lever, setting, _ in LEVERS])
+    return output
+
+
+def _divergence(texts: Texts, law: Callable[[float], Law]) -> Callable[[float], float]:
+    return lambda strength: texts.divergence(law(strength))
+
+
+def _row(lever: str, setting: str, models: Mapping[str, Model], measured: Mapping[Any, Any]) -> dict[str, Any]:
+    """A row of the table: geometric means of probabilities over the concepts, in per cent, and the mean of the rest."""
+    metrics = {}
+    for name in models:
+        own = [measured[name, concept, lever, setting] for concept in CONCEPTS]
+        for kind in ("chat", "text"):
+            if kind in own[0]:
+                mean = np.exp(np.mean([np.log(max(one[kind], 1e-9)) for one in own]))
+                metrics[f"{name}: concept in {kind}, %"] = round(100 * float(mean), 2)
+        if "kept" in own[0]:
+            metrics[f"{name}: facts kept"] = round(float(np.mean([one["kept"] for one in own])), 2)
+        metrics[f"{name}: KL"] = round(float(np.mean([one["kl"] for one in own])), 3)
+    return {"lever": lever, "setting": setting, "metrics": metrics}
+
+
+def _family(model: Model, concept: str) -> list[int]:
+    """The tokens that are a word of the concept's family by themselves."""
+    pattern = word_pattern(tasks.word_family(concept))
+    return [i for i in range(model.vocab_size) if pattern.fullmatch(model.tokenizer.decode([i]).strip())]
