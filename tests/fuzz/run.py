@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import multiprocessing
 import signal
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
@@ -51,33 +52,37 @@ def run(
         making: writes the sound files, in each process.
         seconds: of computing, for one mutant.
     """
-    waiting = iter(numbers)
-    workers = [_Worker(making, seconds) for _ in range(processes)]
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+        workers = [_Worker(scratch, making, seconds) for _ in range(processes)]
+        try:
+            yield from _given_out(seed, iter(numbers), workers)
+        finally:
+            for one in workers:
+                one.end()
+
+
+def _given_out(seed: int, waiting: Iterator[int], workers: Sequence[_Worker]) -> Iterator[Result]:
     busy = {one: number for one in workers if (number := next(waiting, None)) is not None}
     for one, number in busy.items():
         one.ask(seed, number)
-    try:
-        while busy:
-            wait([one.connection for one in busy], timeout=1)
-            for one, number in list(busy.items()):
-                outcome = one.answer()
-                if outcome is None:
-                    continue
-                yield (number, *outcome)
-                del busy[one]
-                if (following := next(waiting, None)) is not None:
-                    busy[one] = following
-                    one.ask(seed, following)
-    finally:
-        for one in workers:
-            one.end()
+    while busy:
+        wait([one.connection for one in busy], timeout=1)
+        for one, number in list(busy.items()):
+            outcome = one.answer()
+            if outcome is None:
+                continue
+            yield (number, *outcome)
+            del busy[one]
+            if (following := next(waiting, None)) is not None:
+                busy[one] = following
+                one.ask(seed, following)
 
 
 class _Worker:
     """A process, started anew whenever it has ended."""
 
-    def __init__(self, making: Making, seconds: int) -> None:
-        self._given = making, seconds
+    def __init__(self, scratch: str, making: Making, seconds: int) -> None:
+        self._given = scratch, making, seconds
         self._start()
 
     def ask(self, seed: int, number: int) -> None:

@@ -138,12 +138,14 @@ def _chat(place: Path, model: Any) -> list[Specimen]:
     return [Specimen("transcript", place.name, "transcript.json", mutate_object, uses.transcript, 4)]
 
 
+_OLDER = ("llama",)
+"""Families whose folders are as older ones: no `added_tokens_decoder`, so that two more files count."""
+_IN_SETTINGS = ("llama", "qwen3_moe")
+"""Those with the chat template in tokenizer_config.json; the others have a file of its own, which would come first."""
 _JSON_FILES = (
     ("config.json", 8),
     ("generation_config.json", 2),
-    ("tokenizer_config.json", 5),
-    ("special_tokens_map.json", 2),
-    ("added_tokens.json", 1),
+    ("tokenizer_config.json", 6),
     ("tokenizer.json", 6),
     ("model.safetensors.index.json", 2),
 )
@@ -155,10 +157,14 @@ def _folder(family: str, backend: str) -> list[Specimen]:
     kind = f"model on {backend}"
     if backend != BACKENDS[0]:
         return [Specimen(kind, family, "config.json", mutate_object, use, 4)]
-    shared = [Specimen(kind, family, name, mutate_object, use, weight) for name, weight in _JSON_FILES]
+    names = [*_JSON_FILES]
+    if family in _OLDER:
+        names += [("special_tokens_map.json", 4), ("added_tokens.json", 2)]
+    shared = [Specimen(kind, family, name, mutate_object, use, weight) for name, weight in names]
+    if family not in _IN_SETTINGS:
+        shared.append(Specimen(kind, family, "chat_template.jinja", mutate_text, use, 10))
     return [
         *shared,
-        Specimen(kind, family, "chat_template.jinja", mutate_text, use, 4),
         Specimen(kind, family, "model-00001-of-00002.safetensors", mutate_tensors, use, 3),
         Specimen("conversion of a folder", family, "config.json", mutate_object, uses.converted_folder, 3),
         Specimen("conversion of a folder", family, "tokenizer_config.json", mutate_object, uses.converted_folder, 1),
@@ -225,25 +231,26 @@ def _model(place: Path, family: str) -> Any:
     (place / "config.json").write_text(json.dumps(config))
     _tokenizer(byte_level=family != "gemma3_text").save(str(place / "tokenizer.json"))
     token = {"content": "<e>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    older = family == "qwen3_moe"  # which has no added_tokens_decoder
     settings: dict[str, Any] = {
         "bos_token": "<s>",
         "eos_token": token,
         "pad_token": None,
         "clean_up_tokenization_spaces": True,
         "model_max_length": 1000,
-        "chat_template": TEMPLATE if older else [{"name": "default", "template": TEMPLATE}],
+        "chat_template": TEMPLATE if family in _OLDER else [{"name": "default", "template": TEMPLATE}],
         "tokenizer_class": "PreTrainedTokenizerFast",
         "extra_special_tokens": [],
     }
-    if not older:
+    if family not in _OLDER:
         settings["added_tokens_decoder"] = {"1": {**token, "content": "<s>", "special": True}}
         settings["additional_special_tokens"] = ["<x>"]
     (place / "tokenizer_config.json").write_text(json.dumps(settings))
-    (place / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": token}))
-    (place / "added_tokens.json").write_text(json.dumps({"<x>": 310}))
+    if family in _OLDER:
+        (place / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": token}))
+        (place / "added_tokens.json").write_text(json.dumps({"<x>": 310}))
     (place / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "temperature": 0.5}))
-    (place / "chat_template.jinja").write_text(TEMPLATE)
+    if family not in _IN_SETTINGS:
+        (place / "chat_template.jinja").write_text(TEMPLATE)
     return mlx_lqr.load(place, backend=BACKENDS[0], dtype="float32")  # type: ignore[arg-type]
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from helpers.command_line import run
 
 import mlx_lqr
@@ -161,7 +160,7 @@ def _spoken(model: Any) -> None:
     if tokenizer.has_chat_template:
         tokenizer.chat([{"role": "user", "content": "hello"}])
     mlx_lqr.generate(model, tokens, max_tokens=2, temperature=0).encode()
-    assert np.isfinite(model.logits(tokens)).all() or True
+    model.logits(tokens)
     assert model.context_length > 0
     assert isinstance(model.fingerprint, str)
 

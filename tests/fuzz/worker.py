@@ -26,22 +26,22 @@ Tried = tuple[str, str, str, str, str]
 """Kind, file, change, and the outcome"""
 
 
-def serve(connection: Connection, making: Making = made, seconds: int = SECONDS) -> None:
+def serve(connection: Connection, scratch: str, making: Making = made, seconds: int = SECONDS) -> None:
     """Try the mutants that are asked for, until the process is ended.
 
     Args:
+        scratch: a folder for all that is written; whoever ends the process removes it.
         making: writes the sound files into a folder.
         seconds: of computing, for one mutant.
     """
-    errors = _kept_errors()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
-        place = Path(name)
-        specimens = making(place)
-        _limit_memory()
-        while True:
-            seed, number = connection.recv()
-            _limit_time(seconds)
-            connection.send(tried(place, specimens, seed, number, errors))
+    tempfile.tempdir = scratch
+    errors, place = _kept_errors(), Path(tempfile.mkdtemp())
+    specimens = making(place)
+    _limit_memory()
+    while True:
+        seed, number = connection.recv()
+        _limit_time(seconds)
+        connection.send(tried(place, specimens, seed, number, errors))
 
 
 def mutant(specimens: Sequence[Specimen], seed: int, number: int) -> tuple[Specimen, Random]:
@@ -110,12 +110,10 @@ def _place(error: BaseException) -> str:
 
 def _kept_errors() -> Path:
     """Send what is written to the terminal's errors, by libraries of any language, to a file."""
-    handle, name = tempfile.mkstemp(prefix="fuzz-errors-")
+    handle, name = tempfile.mkstemp()
+    os.close(handle)
     sys.stderr.flush()
-    os.dup2(handle, 2)
-    os.set_inheritable(2, True)
-    flags = os.O_APPEND | os.O_WRONLY
-    os.dup2(os.open(name, flags), 2)
+    os.dup2(os.open(name, os.O_APPEND | os.O_WRONLY), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return Path(name)
 
