@@ -139,3 +139,10 @@ def test_weights_of_a_dtype_that_mlx_has_not(folder: Path) -> None:
     save_file({**weights, "lm_head.weight": embeddings.astype(np.float64)}, folder / "model.safetensors")
     with pytest.raises(InputError, match="unsupported dtype"):
         load(folder, "mlx")
+
+
+@pytest.mark.parametrize("entry", [0, {"name": {"a": 1}, "template": "x"}, {"template": "x"}])
+def test_chat_templates_without_names(entry: Any, folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": [entry]}))
+    with pytest.raises(InputError, match="no names"):
+        load(folder, "mlx")

@@ -71,7 +71,9 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if given is None:
         given = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(given, list):
-        given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+        if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in given):
+            raise InputError(f"{folder} lists chat templates that have no names: download the model again")
+        given = {entry["name"]: entry.get("template") for entry in given}
     if isinstance(given, dict):
         if "default" not in given:
             raise InputError(
