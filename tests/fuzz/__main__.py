@@ -32,15 +32,19 @@ def main() -> int:
     print(f"seed {options.seed}", flush=True)
     first, count = (options.first, options.count) if options.only is None else (options.only, 1)
     report = Report()
-    log = options.log.open("a") if options.log is not None else None
-    for result in run(options.seed, range(first, first + count), min(count, options.processes)):
-        report.add(result)
-        if log is not None:
-            print(json.dumps(result), file=log, flush=True)
-        if result[4] not in ("taken", "refused"):
-            print(f"FAULT {result[0]}: {' | '.join(result[1:5])} | {result[5].splitlines()[0][:200]}", flush=True)
-        if options.only is not None:
-            print(*result[1:], sep="\n")
+    log = options.log.open("a", encoding="utf-8") if options.log is not None else None
+    try:
+        for result in run(options.seed, range(first, first + count), min(count, options.processes)):
+            report.add(result)
+            if log is not None:
+                print(json.dumps(result), file=log, flush=True)
+            if result[4] not in ("taken", "refused"):
+                shown = " | ".join([*result[1:5], result[5].partition("\n")[0][:200]])
+                print(f"FAULT {result[0]}: {shown}", flush=True)
+            if options.only is not None:
+                print(*result[1:], sep="\n")
+    except KeyboardInterrupt:
+        print("stopped")
     print(report)
     return int(bool(report.faults))
 

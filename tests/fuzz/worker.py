@@ -8,6 +8,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -38,10 +39,11 @@ def serve(connection: Connection, scratch: str, making: Making = made, seconds: 
     errors, place = _kept_errors(), Path(tempfile.mkdtemp())
     specimens = making(place)
     _limit_memory()
-    while True:
-        seed, number = connection.recv()
-        _limit_time(seconds)
-        connection.send(tried(place, specimens, seed, number, errors))
+    with suppress(EOFError):  # whoever asked has ended
+        while True:
+            seed, number = connection.recv()
+            _limit_time(seconds)
+            connection.send(tried(place, specimens, seed, number, errors))
 
 
 def mutant(specimens: Sequence[Specimen], seed: int, number: int) -> tuple[Specimen, Random]:
