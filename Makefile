@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON_OLDEST ?= $(PYTHON)
 OLDEST := .venv-oldest
 
-.PHONY: help demo test test-families test-oldest test-gpu test-metal test-wheel lint docs figures families clean
+.PHONY: help demo test test-families test-oldest test-gpu test-metal test-wheel fuzz lint docs figures families clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | column -t -s '#'
@@ -27,6 +27,11 @@ test: $(VENV)/test ## all tests but test-families; COVERAGE=1 prints which files
 # Models that are on no list, a tiny one of each architecture among them; one process a core.
 test-families: $(VENV)/test ## the rest of the tests: every architecture, several processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/families -n logical --dist worksteal
+
+# Damaged files of every kind, from a seed: `make fuzz SEED=7 COUNT=20000`; without SEED others each time.
+COUNT ?= 20000
+fuzz: $(VENV)/test ## damaged files of every kind; SEED and COUNT of them
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --count $(COUNT) $(if $(SEED),--seed $(SEED))
 
 # What other libraries' changes can break, with the oldest versions that pyproject.toml allows.
 test-oldest: $(OLDEST)/test ## what other libraries can change, with their oldest versions

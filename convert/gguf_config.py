@@ -49,12 +49,12 @@ def model_config(file: GGUFFile, row: Architecture) -> dict[str, Any]:
         "architectures": [row.transformers_class],
         "model_type": row.model_type,
         "vocab_size": _vocabulary_rows(file),
-        "hidden_size": stated.whole("embedding_length"),
+        "hidden_size": stated.size("embedding_length"),
         "intermediate_size": _size(stated, row, "feed_forward_length"),
         "num_hidden_layers": stated.layers,
         **(_own_heads(stated) if row.own_heads else _heads(stated, row)),
         "rms_norm_eps": file.value(rms, float, layer_norm),
-        "max_position_embeddings": stated.whole("context_length"),
+        "max_position_embeddings": stated.size("context_length"),
         "rope_theta": theta,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_dropout": 0.0,
@@ -83,7 +83,7 @@ def _heads(stated: Stated, row: Architecture) -> dict[str, int]:
     kv_heads = _size(stated, row, "attention.head_count_kv", heads)
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise InputError(f"{file.path} states {heads} heads over {kv_heads} key-value heads: download it again")
-    head_dim = stated.whole("attention.key_length", stated.whole("embedding_length") // heads)
+    head_dim = stated.whole("attention.key_length", stated.size("embedding_length") // heads)
     rotated = stated.whole("rope.dimension_count", head_dim)
     for key, size in (
         ("attention.value_length", stated.whole("attention.value_length", head_dim)),

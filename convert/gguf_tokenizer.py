@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 
 from .gguf_file import GGUFFile
 from .pre_tokenizers import PreTokenizer, pre_tokenizer
@@ -67,7 +67,7 @@ class GGUFTokenizer:
         self.kind = file.value(_KEY + "model", str)
         if self.kind not in _KINDS:
             raise InputError(
-                f"{file.path} has a tokenizer of kind {self.kind!r}: supported are {', '.join(_KINDS)}; "
+                f"{file.path} has a tokenizer of kind {quoted(self.kind)}: supported are {', '.join(_KINDS)}; "
                 "convert the original model"
             )
         self.tokens: list[str] = file.strings(_KEY + "tokens")

@@ -22,7 +22,7 @@ from mlx_lqr.backends.checkpoint.weight_files import Weights, weights_of
 from mlx_lqr.backends.mlx.library import load_lazily, may_be_cast, quantised_by, settings_read
 from mlx_lqr.backends.mlx.load import DTYPES, arguments_for, as_mlx_lm_reads, flattened
 from mlx_lqr.backends.protocol import Progress
-from mlx_lqr.errors import InputError, first_line
+from mlx_lqr.errors import InputError, first_line, quoted
 from mlx_lqr.files.json_text import read_json_object
 
 from .write import cast, group_for, write_json, write_weights
@@ -84,12 +84,16 @@ def _checked_config(source: Path) -> dict[str, Any]:
     """config.json of `source`, without what points to code."""
     config = _read_json(source / "config.json", f"{source} has no config.json: give the folder of a whole model")
     if "model_file" in config:
-        raise InputError(f"{source} needs its own code ({config['model_file']}), which is never run: use another model")
+        raise InputError(
+            f"{source} needs its own code ({quoted(config['model_file'])}), which is never run: use another model"
+        )
     if not isinstance(model_type := config.get("model_type"), str):
         raise InputError(f"{source}/config.json states no model_type: give the folder of a language model")
     # mlx-lm imports a module of this name
     if not re.fullmatch(r"[\w-]+", model_type) or not _is_known(config):
-        raise InputError(f"{source} has the model_type {model_type!r}, which mlx-lm does not know: use another model")
+        raise InputError(
+            f"{source} has the model_type {quoted(model_type)}, which mlx-lm does not know: use another model"
+        )
     config.pop("auto_map", None)  # the code that it names is not copied
     config.pop("_name_or_path", None)
     named = ("attn_implementation", "experts_implementation")  # packages, or code of the hub
@@ -113,9 +117,9 @@ def _load(source: Path, config: dict[str, Any], files: Weights) -> tuple[nn.Modu
     try:
         with as_mlx_lm_reads(source, config, files) as view:
             return load_lazily(view)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # of any of mlx-lm's modules
         raise InputError(f"{source} does not fit its config.json ({first_line(error)}): download it again") from error
 
 

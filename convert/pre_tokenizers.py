@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tokenizers import Regex, pre_tokenizers
 
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -130,6 +130,6 @@ def pre_tokenizer(name: str) -> PreTokenizer:
     if name not in _BY_NAME:
         known = ", ".join(sorted(_BY_NAME))
         raise InputError(
-            f"the pre-tokenizer {name!r} is not supported (supported: {known}): convert the original model"
+            f"the pre-tokenizer {quoted(name)} is not supported (supported: {known}): convert the original model"
         )
     return _BY_NAME[name]

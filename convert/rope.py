@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 
 from .gguf_file import GGUFFile
 
@@ -50,7 +50,7 @@ def rope_scaling(file: GGUFFile, arch: str, dims: int, theta: float) -> dict[str
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         return _yarn(file, f"{arch}.rope.scaling.", factor)
-    raise InputError(f"{file.path} scales RoPE by {kind!r}: supported are linear, yarn, longrope and Llama 3's")
+    raise InputError(f"{file.path} scales RoPE by {quoted(kind)}: supported are linear, yarn, longrope and Llama 3's")
 
 
 def recover_llama3(factors: NDArray[np.float32], head_dim: int, theta: float) -> dict[str, Any]:

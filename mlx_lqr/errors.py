@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+LENGTH = 1000
+"""Characters of a message, at most."""
 
 
 class InputError(ValueError):
     """An argument or a file cannot be used; the message is one line that says what to do.
 
-    The command line prints the message and exits with status 2; from Python it is an ordinary `ValueError`.
+    The command line prints the message and exits with status 2; from Python it is an ordinary `ValueError`. Whatever a
+    damaged file has put into a message, it stays a line that can be printed and read.
     """
 
+    def __init__(self, message: str = "") -> None:
+        if not message.isprintable():
+            # half a surrogate pair, which no terminal takes, becomes its escape; a line's end a space
+            message = " ".join(message.splitlines()).encode("utf-8", "backslashreplace").decode()
+        if len(message) > LENGTH:  # its end says what to do
+            message = f"{message[: LENGTH * 2 // 3]} ... {message[-LENGTH // 4 :]}"
+        super().__init__(message)
 
-def first_line(error: Exception) -> str:
+
+def quoted(value: Any) -> str:
+    """A value from a file as it stands in a message: what Python writes for it, at most 40 characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters; the error's name if it has no message."""
     return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__
 

@@ -14,7 +14,7 @@ from os import PathLike
 from typing import Any
 
 from mlx_lqr.backends.text.tokenizer import Message
-from mlx_lqr.errors import InputError, first_line
+from mlx_lqr.errors import InputError, first_line, quoted
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.json_text import parse_json
 from mlx_lqr.files.private import only_mine
@@ -113,7 +113,7 @@ def read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], l
         raise InputError(f"{path} is not JSON ({first_line(error)}): name a transcript that /save wrote") from None
     try:
         if transcript.get("format", FORMAT) != FORMAT:
-            raise ValueError(f"its format is {transcript['format']!r}, and this version reads {FORMAT!r}")
+            raise ValueError(f"its format is {quoted(transcript['format'])}, and this version reads {FORMAT!r}")
         name, strengths, messages = (transcript[key] for key in ("model", "strengths", "messages"))
         if not isinstance(name, str) or not isinstance(strengths, dict) or not isinstance(messages, list):
             raise ValueError("its model, strengths or messages are of the wrong type")
@@ -139,7 +139,7 @@ def _message(index: int, message: Any, messages: list[Any]) -> Message:
     first = int(messages[0]["role"] == "system")
     expected = ("user", "assistant")[(index - first) % 2]
     if role != expected:
-        raise ValueError(f"message {index + 1} has the role {role!r}, expected {expected!r}")
+        raise ValueError(f"message {index + 1} has the role {quoted(role)}, expected {expected!r}")
     if role == "user" and index == len(messages) - 1:
         raise ValueError("its last message has no answer")
     return {"role": role, "content": message["content"]}

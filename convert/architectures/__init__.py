@@ -11,7 +11,7 @@ from mlx_lqr.convert.architectures.recurrent import RECURRENT
 from mlx_lqr.convert.architectures.row import Architecture, Stated
 from mlx_lqr.convert.architectures.windows import WINDOWS
 from mlx_lqr.convert.gguf_file import GGUFFile
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 
 ARCHITECTURES: tuple[Architecture, ...] = (*DENSE, *GEMMA, *QWEN, *MIXTURES, *LATENT, *RECURRENT, *WINDOWS)
 
@@ -27,7 +27,7 @@ def architecture(file: GGUFFile) -> Architecture:
     if not rows:
         supported = ", ".join(sorted({row.name for row in ARCHITECTURES}))
         raise InputError(
-            f"{file.path} has the architecture {name!r}, which cannot be converted: give the original model "
+            f"{file.path} has the architecture {quoted(name)}, which cannot be converted: give the original model "
             f"(a folder or hub id), or one of {supported}"
         )
     mixture = file.value(f"{name}.expert_count", int, 0) > 0
@@ -36,7 +36,7 @@ def architecture(file: GGUFFile) -> Architecture:
         if row.only is None or row.only(Stated(file)):
             return row
     if mixture:
-        raise InputError(f"{file.path} is a mixture of experts of the architecture {name!r}: use another model")
+        raise InputError(f"{file.path} is a mixture of experts of the architecture {quoted(name)}: use another model")
     raise InputError(f"{file.path} does not state {name}.expert_count: convert the original model to GGUF again")
 
 

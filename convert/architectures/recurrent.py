@@ -74,7 +74,7 @@ def _state_space(stated: Stated) -> Config:
         "mamba_conv_bias": stated.holds(".ssm_conv1d.bias"),
         "mamba_proj_bias": stated.holds(".ssm_in.bias"),
         "mamba_d_ssm": inner,
-        "mamba_expand": inner // stated.whole("embedding_length"),
+        "mamba_expand": inner // stated.size("embedding_length"),
     }
 
 

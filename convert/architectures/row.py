@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mlx_lqr.convert.gguf_file import GGUFFile
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.json_text import LARGEST
 
 Config = dict[str, Any]
 Array = NDArray[np.float32]
@@ -50,6 +51,13 @@ class Stated:
         if isinstance(value, list):
             return max(self.each(key))
         return self.file.value(f"{self.arch}.{key}", int, default)
+
+    def size(self, key: str) -> int:
+        """An integer that no model has without at least one."""
+        size = self.whole(key)
+        if not 1 <= size <= LARGEST:
+            raise InputError(f"{self.file.path} states {self.arch}.{key} as {size}: download it again")
+        return size
 
     def real(self, key: str, default: float | None = None) -> float:
         return self.file.value(f"{self.arch}.{key}", float, default)

@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 
 from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.cache import cache_folder
+from mlx_lqr.files.json_text import parse_json
 
 EXACT, USABLE = 1e-2, 0.2
 """Relative errors: up to the former nothing is said, beyond the latter the model is refused."""
@@ -113,8 +114,8 @@ def _kept(kind: type[M], measure: Callable[[], M], identity: Sequence[Any], said
     with suppress(OSError):
         text = file.read_text("utf-8")
     try:
-        return kind(**json.loads(said(text) or ""))
-    except (ValueError, TypeError):  # none, or not of this version
+        return _read(kind, said(text) or "")
+    except ValueError:  # none, damaged, or not of this version
         measurement = measure()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +124,21 @@ def _kept(kind: type[M], measure: Callable[[], M], identity: Sequence[Any], said
     except (OSError, InputError):  # it will be measured again
         pass
     return measurement
+
+
+def _read(kind: type[M], text: str) -> M:
+    """The measurement in a text.
+
+    Raises:
+        ValueError: another kind of thing, or values of other types.
+    """
+    entries, types = parse_json(text), get_type_hints(kind)
+    if not isinstance(entries, dict) or entries.keys() != types.keys():
+        raise ValueError("its entries are not those of a measurement")
+    for name, value in entries.items():
+        if isinstance(value, bool) != (types[name] is bool) or not isinstance(value, (int, float)) or value < 0:
+            raise ValueError(f"its {name} cannot be {value!r}")
+    return kind(**entries)
 
 
 def relative_error(value: np.ndarray, reference: np.ndarray) -> float:

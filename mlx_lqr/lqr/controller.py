@@ -307,7 +307,8 @@ def compile(
     Raises:
         InputError: gains and contrast of different models.
     """
-    if len(gains) != len(contrast.direction) or gains.fingerprint != contrast.fingerprint:
+    sizes = len(contrast.direction), contrast.direction.shape[1]
+    if (len(gains), len(gains[0])) != sizes or gains.fingerprint != contrast.fingerprint:
         raise InputError("the gains and the contrast are of different models: make both with the same one")
     unit = contrast.unit_direction
     feedback = np.stack([gains.apply(k, v) for k, v in enumerate(unit)])

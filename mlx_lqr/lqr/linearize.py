@@ -20,7 +20,7 @@ from mlx_lqr.backends.protocol import Differentiable, Float32, Matrix, Progress,
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import reserved, writing
 from mlx_lqr.files.jacobians import JacobianWriter, StoredJacobians
-from mlx_lqr.files.json_text import WIDTH, Entries
+from mlx_lqr.files.json_text import Entries
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 
 MAX_TOKENS = 32
@@ -77,7 +77,7 @@ class Jacobians(Sequence[Float32]):
         stored = StoredJacobians(path)
         entries = Entries(stored.metadata)
         try:
-            width = entries.count("width", 1, WIDTH) if "width" in entries else None
+            width = entries.count("width", 1, len(stored[0]) - 1) if "width" in entries else None
             prompts = entries.count("prompts")
             return cls(stored, entries.text("fingerprint"), entries.text("model"), prompts, width)
         except ValueError as error:

@@ -27,6 +27,7 @@ from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.locks import locked
 from mlx_lqr.files.results import as_json
+from mlx_lqr.files.text import read_text
 from mlx_lqr.methods.steering import Steering, load_steering
 from mlx_lqr.tasks.bootstrap import Estimate
 from mlx_lqr.tasks.records import digest
@@ -280,7 +281,7 @@ class _Run:
             "settings": dict(self.space.settings),
         }
         file, line = self.folder / "trials.jsonl", json.dumps(row) + "\n"
-        known = file.read_text("utf-8") if file.is_file() else ""
+        known = read_text(file) if file.is_file() else ""
         if line not in known.splitlines(keepends=True):
             with writing(file) as temporary:
                 temporary.write_text(known + line, "utf-8")

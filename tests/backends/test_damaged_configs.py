@@ -6,17 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.backends import BACKENDS, tiny_folder
+from safetensors.numpy import load_file, save_file
 
 import mlx_lqr
 from mlx_lqr import InputError
+from mlx_lqr.backends.checkpoint.config import ENDLESS, context_of
 
 CONFIG: list[tuple[str, Any]] = [
     ("num_hidden_layers", 2**31),
     ("num_hidden_layers", 0),
     ("hidden_size", 2**32),
     ("hidden_size", 0),
+    ("head_dim", 2**31 - 1),
     ("vocab_size", 2**31),
     ("vocab_size", 0),
     ("num_attention_heads", 0),
@@ -108,3 +112,56 @@ def test_code_that_a_config_names_is_refused(backend: str, named: dict[str, Any]
     (folder / "config.json").write_text(json.dumps(settings | named))
     with pytest.raises(InputError, match=r"wants to run code of .*evil.*: refused"):
         load(folder, backend)
+
+
+ROPE = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"rope_type": {"a": 1}}},
+        {"rope_theta": 1.0, "rope_scaling": ROPE},
+        {"rope_scaling": {**ROPE, "factor": 1e-320}},
+    ],
+)
+def test_angles_that_cannot_be_computed(changes: dict[str, Any], folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **changes}))
+    with pytest.raises(InputError, match=r"config\.json's rope_"):
+        load(folder, "mlx")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"max_position_embeddings": "x"},
+        {"max_position_embeddings": [0]},
+        {"max_position_embeddings": -5},
+        {"max_position_embeddings": 1e300},
+        {"rope_parameters": "x"},
+        {"rope_scaling": [1]},
+        {"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": "x"}},
+    ],
+)
+def test_a_context_that_cannot_be(config: dict[str, Any]) -> None:
+    """Of models that are measured, whose settings nobody else looks at."""
+    with pytest.raises(InputError, match=r"config\.json says"):
+        context_of(config)
+    assert context_of({"max_position_embeddings": 0}) == context_of({}) == (ENDLESS, True)
+
+
+def test_weights_of_a_dtype_that_mlx_has_not(folder: Path) -> None:
+    """Also where they are looked at to see whether the head is the embeddings."""
+    weights = load_file(folder / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"]
+    save_file({**weights, "lm_head.weight": embeddings.astype(np.float64)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="unsupported dtype"):
+        load(folder, "mlx")
+
+
+@pytest.mark.parametrize("entry", [0, {"name": {"a": 1}, "template": "x"}, {"template": "x"}])
+def test_chat_templates_without_names(entry: Any, folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": [entry]}))
+    with pytest.raises(InputError, match="no names"):
+        load(folder, "mlx")

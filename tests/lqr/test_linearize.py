@@ -238,3 +238,14 @@ def test_damaged_files_are_refused(damage: str, tmp_path: Path) -> None:
 def test_unusable_prompts_are_refused(prompts: object) -> None:
     with pytest.raises(mlx_lqr.InputError):
         mlx_lqr.linearize(tiny("llama"), prompts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("size", "width"), [(2, None), (3, 3), (3, 4)])
+def test_jacobians_of_other_sizes_are_refused(size: int, width: int | None, tmp_path: Path) -> None:
+    """A file may claim to be of the model and be of another width, or have a residual stream wider than the state."""
+    ones = np.ones((2, 3), np.float32)
+    contrast = mlx_lqr.Contrast(ones, 0 * ones, ones, ones[0], (1, 1), fingerprint="f")
+    file = tmp_path / "j.safetensors"
+    mlx_lqr.Jacobians([np.eye(size, dtype=np.float32)] * 2, "f", "m", 1, width).save(file)
+    with pytest.raises(mlx_lqr.InputError, match=r"different models|its width cannot be"):
+        mlx_lqr.compile(mlx_lqr.solve(mlx_lqr.Jacobians.load(file)), contrast)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlx_lqr.backends.checkpoint.adapter import EMBEDDINGS, Change, Weight, canonical
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 
 WEIGHTS = "adapters.safetensors"
 _KINDS = ("lora", "dora", "full")
@@ -38,7 +38,7 @@ def changes(name: str, config: Mapping[str, Any], weights: Mapping[str, Weight])
     """
     kind = config.get("fine_tune_type", "lora")
     if kind not in _KINDS:
-        raise InputError(f"the adapter {name} has the fine_tune_type {kind!r}: supported are {', '.join(_KINDS)}")
+        raise InputError(f"the adapter {name} has the fine_tune_type {quoted(kind)}: supported are {', '.join(_KINDS)}")
     if kind == "full":
         return {canonical(weight): Change(replacement=values) for weight, values in weights.items()}
     rank, scale = _rank_and_scale(name, config.get("lora_parameters"))
@@ -56,14 +56,14 @@ def _rank_and_scale(name: str, parameters: Any) -> tuple[int, float]:
         raise InputError(f"the adapter {name} has no lora_parameters in its config: save or download it again")
     if unknown := sorted(set(parameters) - set(_PARAMETERS)):
         raise InputError(
-            f"the adapter {name} says {unknown[0]} {parameters[unknown[0]]!r} in lora_parameters, which is not known "
-            "here: fuse it into its model with mlx_lm.fuse"
+            f"the adapter {name} says {unknown[0]} {quoted(parameters[unknown[0]])} in lora_parameters, which is not "
+            "known here: fuse it into its model with mlx_lm.fuse"
         )
     rank, scale = parameters.get("rank"), parameters.get("scale")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InputError(f"the adapter {name} says rank {rank!r} in lora_parameters: save or download it again")
+        raise InputError(f"the adapter {name} says rank {quoted(rank)} in lora_parameters: save or download it again")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise InputError(f"the adapter {name} says scale {scale!r} in lora_parameters: save or download it again")
+        raise InputError(f"the adapter {name} says scale {quoted(scale)} in lora_parameters: save or download it again")
     return rank, float(scale)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from mlx_lqr.backends.checkpoint import adapter_peft_experts as experts
 from mlx_lqr.backends.checkpoint.adapter import Change, Weight, canonical
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -107,14 +107,14 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
             wrong = key not in _READ | _OF_TRAINING and value not in (None, False, "", [], {})
         if wrong:
             raise InputError(
-                f"the adapter {name} says {key} {_short(value)}, which is not done here: merge it into its model with "
+                f"the adapter {name} says {key} {quoted(value)}, which is not done here: merge it into its model with "
                 "PEFT (merge_and_unload) and load that"
             )
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise InputError(f"the adapter {name} says bias {config['bias']!r}: use none, all or lora_only")
+        raise InputError(f"the adapter {name} says bias {quoted(config['bias'])}: use none, all or lora_only")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
-            raise InputError(f"the adapter {name} says {key} {_short(config[key])}, which is no table: save it again")
+            raise InputError(f"the adapter {name} says {key} {quoted(config[key])}, which is no table: save it again")
 
 
 def _split(name: str, config: Mapping[str, Any], key: str) -> tuple[str, str]:
@@ -174,9 +174,9 @@ def _rank_and_scale(name: str, config: Mapping[str, Any], module: str) -> tuple[
     rank = _matching(config.get("rank_pattern"), module, config.get("r"))
     alpha = _matching(config.get("alpha_pattern"), module, config.get("lora_alpha"))
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise InputError(f"the adapter {name} says r {_short(rank)}: save or download it again")
+        raise InputError(f"the adapter {name} says r {quoted(rank)}: save or download it again")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise InputError(f"the adapter {name} says lora_alpha {_short(alpha)}: save or download it again")
+        raise InputError(f"the adapter {name} says lora_alpha {quoted(alpha)}: save or download it again")
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -187,10 +187,5 @@ def _matching(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) ->
             if re.match(rf"(.*\.)?({key})$", module):
                 return value
         except re.error as error:
-            raise InputError(f"the adapter's config has the pattern {_short(key)}, which is none: {error}") from error
+            raise InputError(f"the adapter's config has the pattern {quoted(key)}, which is none: {error}") from error
     return otherwise
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

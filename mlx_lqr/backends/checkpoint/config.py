@@ -17,7 +17,8 @@ from typing import Any
 from mlx_lqr.backends.checkpoint.families import HARMLESS, NULLABLE, OTHERS_COMPUTE, ROPE_THETA, SETTINGS
 from mlx_lqr.backends.checkpoint.model_folder import check_family
 from mlx_lqr.backends.checkpoint.rotation import Rotation, rotation
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
+from mlx_lqr.files.json_text import LARGEST
 
 ENDLESS = 1 << 30
 """The context's length where a config does not say how long it may be."""
@@ -101,15 +102,18 @@ def context_of(config: Mapping[str, Any]) -> tuple[int, bool]:
     """`context_length` and `rolls` of a config that has been read by someone else already.
 
     Some classes of mlx-lm do not keep how long a context may be: with them it has no end, as in mlx-lm itself.
+
+    Raises:
+        InputError: a length that is no number of tokens, or a setting of RoPE that is no table.
     """
-    length = int(config.get("max_position_embeddings") or ENDLESS)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    length = _length(config, "max_position_embeddings") or ENDLESS
+    rope = _table(config, "rope_parameters") or _table(config, "rope_scaling")
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     rolls = True
     for part in kinds:
         kind = part.get("rope_type", part.get("type"))
         if kind == "longrope":
-            length = min(length, int(part.get("original_max_position_embeddings") or length))
+            length = min(length, _length(part, "original_max_position_embeddings") or length)
         rolls = rolls and kind not in ("dynamic", "longrope")
     return length, rolls
 
@@ -141,7 +145,7 @@ def _check_keys(family: str, config: Mapping[str, Any]) -> None:
         if key in OTHERS_COMPUTE and not (family == "gemma3_text" and key == "rope_local_base_freq"):
             if value and value != OTHERS_COMPUTE[key]:
                 raise InputError(
-                    f"config.json says {key} {_short(value)}, which models of the type {family!r} do not compute: "
+                    f"config.json says {key} {quoted(value)}, which models of the type {family!r} do not compute: "
                     "set it to null if the model does without, or use another model"
                 )
         elif key not in HARMLESS and key not in OTHERS_COMPUTE and value not in (None, False, 0, "", [], {}):
@@ -178,7 +182,7 @@ def _completed(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
             smallest = 0 if key in _MAY_BE_ZERO else 1
             wrong = isinstance(value, bool) or not isinstance(value, int) or value < smallest
         if wrong:
-            raise InputError(f"config.json says {key} {_short(value)}, which cannot be: download the model again")
+            raise InputError(f"config.json says {key} {quoted(value)}, which cannot be: download the model again")
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     if settings["num_key_value_heads"] is None:
         settings["num_key_value_heads"] = heads
@@ -257,7 +261,7 @@ def _sliding(
             kinds = given
         elif given != kinds:
             raise InputError(
-                f"config.json's layer_types has {_short(given)}, but all layers of a {family!r} are "
+                f"config.json's layer_types has {quoted(given)}, but all layers of a {family!r} are "
                 f"{kinds[0]} here: remove it, or use another model"
             )
     if SLIDING not in kinds:
@@ -270,11 +274,21 @@ def _sliding(
     return kinds, window
 
 
+def _length(config: Mapping[str, Any], key: str) -> int | None:
+    """How many tokens a setting says; None where it is null, 0 or not there."""
+    value = config.get(key)
+    if value in (None, 0):
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= LARGEST:
+        raise InputError(f"config.json says {key} {quoted(value)}, which is no length: download the model again")
+    return int(value)
+
+
 def _table(config: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The settings in a setting; none where it is null or not there."""
     value = config.get(key)
     if value is not None and not isinstance(value, dict):
-        raise InputError(f"config.json says {key} {_short(value)}, which is no table: download the model again")
+        raise InputError(f"config.json says {key} {quoted(value)}, which is no table: download the model again")
     return value or {}
 
 
@@ -284,7 +298,7 @@ def _rotations(family: str, config: Mapping[str, Any], settings: dict[str, Any])
     for key in ("rope_theta", "rope_local_base_freq"):
         stated = config.get(key, theta)
         if isinstance(stated, bool) or not isinstance(stated, (int, float)) or not 0 < stated < math.inf:
-            raise InputError(f"config.json says {key} {_short(stated)}, which cannot be: download the model again")
+            raise InputError(f"config.json says {key} {quoted(stated)}, which cannot be: download the model again")
     scaling, nested = _table(config, "rope_scaling"), _table(config, "rope_parameters")
     by_kind = any(isinstance(value, dict) for value in nested.values())
     shared = {"head_dim": head_dim, "context": context, "original": None, "partial": False}
@@ -324,8 +338,3 @@ def _rotations(family: str, config: Mapping[str, Any], settings: dict[str, Any])
     elif "original_max_position_embeddings" in config and given.get("original_max_position_embeddings") is None:
         shared["original"] = config["original_max_position_embeddings"]
     return {FULL: rotation(given, key, theta=theta, **shared)}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lqr.backends.checkpoint.families import SETTINGS
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 from mlx_lqr.files.json_text import LAYERS, WIDTH, read_json_object
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -32,10 +32,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     for part in (config, config.get("text_config")):
         _check_sizes(part if isinstance(part, dict) else {})
     if "model_file" in config:
-        raise InputError(f"{folder} wants to run code of its own ({config['model_file']}): refused")
+        raise InputError(f"{folder} wants to run code of its own ({quoted(config['model_file'])}): refused")
     for key, name in _implementations(config):
         if "/" in name:
-            raise InputError(f"{folder} wants to run code of the hub ({key} {name!r}): refused")
+            raise InputError(f"{folder} wants to run code of the hub ({quoted(key)}: {quoted(name)}): refused")
     return config
 
 
@@ -56,8 +56,11 @@ def _implementations(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 _LARGEST = {
     LAYERS: ("num_hidden_layers", "num_layers", "n_layers", "n_layer"),
-    WIDTH: ("hidden_size", "n_embd", "d_model", "num_attention_heads", "num_experts", "num_local_experts"),
-    1 << 25: ("vocab_size", "intermediate_size"),
+    WIDTH: (
+        *("hidden_size", "n_embd", "d_model", "head_dim", "num_attention_heads", "num_key_value_heads"),
+        *("num_experts", "num_local_experts"),
+    ),
+    1 << 25: ("vocab_size", "intermediate_size", "moe_intermediate_size"),
 }
 """What is above is no model: a library that is asked to build it fills the memory before it looks at any weight."""
 
@@ -80,6 +83,6 @@ def check_family(model_type: str, families: Sequence[str] = FAMILIES) -> None:
     """Raise `InputError` for an architecture that is not known to carry one residual stream from block to block."""
     if model_type not in families:
         raise InputError(
-            f"the architecture {model_type!r} is not supported; supported: {', '.join(families)}, and most others that "
-            "mlx-lm (--backend mlx) or transformers (--backend torch) has"
+            f"the architecture {quoted(model_type)} is not supported; supported: {', '.join(families)}, and most "
+            "others that mlx-lm (--backend mlx) or transformers (--backend torch) has"
         )

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -115,20 +115,24 @@ def rotation(
         InputError: a kind or a setting that neither backend knows, or one that is missing.
     """
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _REQUIRED:
-        raise InputError(f"config.json's {key} is of the type {kind!r}: supported are {', '.join(_REQUIRED)}")
+    if not isinstance(kind, str) or kind not in _REQUIRED:
+        raise InputError(f"config.json's {key} is of the type {quoted(kind)}: supported are {', '.join(_REQUIRED)}")
     used = (*_REQUIRED[kind], *_OPTIONAL.get(kind, ()))
     for name, value in given.items():
         if name not in used and name not in _ALWAYS and value is not None:
             raise InputError(
-                f"config.json's {key} has {name} = {_short(value)}, which RoPE of the type {kind!r} does not know: "
+                f"config.json's {key} has {name} = {quoted(value)}, which RoPE of the type {kind!r} does not know: "
                 "remove it, or use another model"
             )
     for name in _REQUIRED[kind]:
         if given.get(name) is None:
-            raise InputError(f"config.json's {key} is of the type {kind!r} and lacks {name}: download the model again")
+            raise InputError(
+                f"config.json's {key} is of the type {quoted(kind)} and lacks {name}: download the model again"
+            )
     share = given.get("partial_rotary_factor", 1.0)
     _check_number(key, "partial_rotary_factor", share)
+    if share > 1:
+        raise InputError(f"config.json says partial_rotary_factor {share}, more than a whole head: download it again")
     if share != 1 and not partial:
         raise InputError(
             f"config.json says partial_rotary_factor {share}, which this family has not: use another model"
@@ -149,12 +153,27 @@ def rotation(
         before = given.get("original_max_position_embeddings")
         before = original if original is not None else before if before is not None else context
         if isinstance(before, bool) or not isinstance(before, int) or before < 2:
-            raise InputError(f"config.json says original_max_position_embeddings {before!r}: download the model again")
+            raise InputError(
+                f"config.json says original_max_position_embeddings {quoted(before)}: download the model again"
+            )
         parameters["original_max_position_embeddings"] = before
         if kind == "longrope":
             parameters.setdefault("factor", context / before)
     limit = {"longrope": parameters.get("original_max_position_embeddings"), "dynamic": context}.get(kind)
-    return Rotation(kind, float(parameters["rope_theta"]), dims, parameters, limit)
+    turn = Rotation(kind, float(parameters["rope_theta"]), dims, parameters, limit)
+    _check_computed(key, turn)
+    return turn
+
+
+def _check_computed(key: str, turn: Rotation) -> None:
+    """Raise `InputError` for numbers that are sound one by one and give no rotation together."""
+    try:
+        with np.errstate(all="ignore"):
+            finite = np.isfinite(turn.frequencies).all() and math.isfinite(turn.scale)
+    except (ArithmeticError, ValueError):
+        finite = False
+    if not finite:
+        raise InputError(f"config.json's {key} gives angles that are not finite: download the model again")
 
 
 def _list(key: str, name: str, value: Any, dims: int) -> list[Any]:
@@ -170,7 +189,7 @@ def _check_number(key: str, name: str, value: Any) -> None:
         wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf
         wrong = wrong or (value == 0 and not name.startswith("mscale"))
     if wrong:
-        raise InputError(f"config.json's {key} says {name} {_short(value)}: download the model again")
+        raise InputError(f"config.json's {key} says {name} {quoted(value)}: download the model again")
 
 
 def _llama3(plain: NDArray[np.float64], given: dict[str, Any]) -> NDArray[np.float64]:
@@ -195,8 +214,3 @@ def _yarn(plain: NDArray[np.float64], theta: float, dims: int, given: dict[str, 
 
 def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from mlx_lqr.errors import InputError, first_line
+from mlx_lqr.errors import InputError, first_line, quoted
 from mlx_lqr.files.json_text import read_json_object
 
 SINGLE = "model.safetensors"
@@ -83,7 +83,7 @@ def _indexed(index: Path) -> dict[str, list[str] | None]:
         named: dict[str, list[str] | None] = {}
         for tensor, file in weight_map.items():
             if Path(file).name != file:
-                raise ValueError(f"it names {file!r}, which is no file of the folder")
+                raise ValueError(f"it names {quoted(file)}, which is no file of the folder")
             tensors = named.setdefault(file, [])
             assert tensors is not None
             tensors.append(tensor)

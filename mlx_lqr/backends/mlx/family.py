@@ -19,7 +19,7 @@ from mlx_lqr.backends.borrowed import changed
 from mlx_lqr.backends.checkpoint.config import ModelConfig
 from mlx_lqr.backends.checkpoint.rotation import Rotation
 from mlx_lqr.backends.mlx.library import attention_mask, model_classes, window_caches
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 
 Activation = Callable[[mx.array], mx.array]
 
@@ -77,7 +77,8 @@ def arguments(config: ModelConfig) -> dict[str, Any]:
     if config.activation not in ACTIVATIONS:
         key = "hidden_activation" if "hidden_activation" in given else "hidden_act"
         raise InputError(
-            f"config.json says {key} {config.activation!r}: the mlx backend knows {', '.join(ACTIVATIONS)}{_INSTEAD}"
+            f"config.json says {key} {quoted(config.activation)}: "
+            f"the mlx backend knows {', '.join(ACTIVATIONS)}{_INSTEAD}"
         )
     rotation = next(iter(config.rotations.values()))
     return given | {

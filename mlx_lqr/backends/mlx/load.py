@@ -70,9 +70,9 @@ def load_module(
         module.eval()
         module.load_weights(list(weights.items()))
         weights.clear()  # the module holds them now, and may let go of some below
-    except (TypeError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # of any of mlx-lm's modules
         raise InputError(f"the weights in {folder} do not fit its config.json: {first_line(error)}") from error
     cast(module, dtype)
     if keep is not None:
@@ -212,12 +212,19 @@ def flattened(config: dict[str, Any]) -> dict[str, Any]:
 def _read_weights(files: Weights) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for file in files.paths:
-        try:
-            opened = mx.load(str(file))
-            weights |= {name: opened[name] for name in files.of(file)}
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"{file} is damaged or incomplete: fetch or convert the model again") from error
+        opened = _opened(file)
+        weights |= {name: opened[name] for name in files.of(file)}
     return weights
+
+
+def _opened(file: Path) -> dict[str, mx.array]:
+    """The arrays of a file, none of which is read yet."""
+    try:
+        opened: dict[str, mx.array] = mx.load(str(file))
+    except (RuntimeError, ValueError) as error:
+        reason = first_line(error)
+        raise InputError(f"{file} is damaged or incomplete ({reason}): fetch or convert the model again") from error
+    return opened
 
 
 def _is_tied(family: str, files: Weights) -> bool:
@@ -226,7 +233,7 @@ def _is_tied(family: str, files: Weights) -> bool:
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         if name not in files.files:
             return False
-        parts.append(mx.load(str(files.files[name]))[name])
+        parts.append(_opened(files.files[name])[name])
     if parts[0].shape == parts[1].shape and mx.array_equal(*parts).item():
         return True
     if family in ALWAYS_TIED:

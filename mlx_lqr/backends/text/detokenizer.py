@@ -14,6 +14,7 @@ from typing import Any
 
 import tokenizers
 
+from mlx_lqr.backends.text.library import sound
 from mlx_lqr.errors import InputError
 
 _TOKENWISE = {"Metaspace", "WordPiece", "BPEDecoder", "CTC", "ByteFallback", "ByteLevel", "Fuse", "Replace", "Strip"}
@@ -57,7 +58,8 @@ class Decoding:
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`."""
-        text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+        with sound():
+            text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
         if self._clean_up:
             for before, after in _CLEANED:
                 text = text.replace(before, after)
@@ -66,9 +68,10 @@ class Decoding:
     def token(self, index: int) -> str | None:
         """How a token is spelled; None for one that has no part in the text."""
         if index not in self._tokens:
-            spelled = self._tokenizer.id_to_token(index)
-            shown = self._tokenizer.decode([index], skip_special_tokens=True)
-            special = not shown and bool(self._tokenizer.decode([index], skip_special_tokens=False))
+            with sound():
+                spelled = self._tokenizer.id_to_token(index)
+                shown = self._tokenizer.decode([index], skip_special_tokens=True)
+                special = not shown and bool(self._tokenizer.decode([index], skip_special_tokens=False))
             self._tokens[index] = None if special else spelled
         return self._tokens[index]
 

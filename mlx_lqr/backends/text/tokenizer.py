@@ -15,8 +15,9 @@ from typing import Any
 import tokenizers
 
 from mlx_lqr.backends.text.detokenizer import Decoding, Detokenizer, common_length
+from mlx_lqr.backends.text.library import check_text, opened, sound
 from mlx_lqr.backends.text.tokenizer_files import chat_template, read_json, special_tokens
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 
 Message = dict[str, str]
 """One chat message: {"role": "system" | "user" | "assistant", "content": text}."""
@@ -31,16 +32,12 @@ class Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise InputError(f"{folder} has no tokenizer.json: convert the model with `mlx-lqr convert` first")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{file} cannot be read: {error}") from error
-        self._tokenizer.no_truncation()  # what was in force when the file was saved is no part of the model
-        self._tokenizer.no_padding()
+        self._tokenizer = opened(file)
         self._folder = folder
         self._settings = read_json(folder / "tokenizer_config.json")
         self._tokenizer.encode_special_tokens = bool(self._settings.get("split_special_tokens", False))
-        self.special_tokens = special_tokens(folder, self._settings, self._tokenizer)
+        with sound(f"the special tokens of {folder} cannot be added"):
+            self.special_tokens = special_tokens(folder, self._settings, self._tokenizer)
         """Texts by name: bos_token, eos_token, ..."""
         self.end_tokens = frozenset(self._end_tokens(config))
 
@@ -55,7 +52,8 @@ class Tokenizer:
         """The text of `tokens`."""
         if skip_special_tokens:
             return self._decoding.text(tokens)
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+        with sound():
+            return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def stream(self, prompt: Sequence[int] = ()) -> Detokenizer:
         """A detokenizer for tokens that arrive one by one after a prompt's."""
@@ -137,8 +135,10 @@ class Tokenizer:
 
     def _encoded(self, text: str, add_special_tokens: bool) -> tuple[list[int], int]:
         """Token ids, and how many of the last ones are special tokens that were added after the text."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        ids, added = list(encoding.ids), list(encoding.special_tokens_mask)
+        check_text(text)
+        with sound():
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            ids, added = list(encoding.ids), list(encoding.special_tokens_mask)
         before = next((i for i, mark in enumerate(added) if not mark), len(added))
         after = next((i for i, mark in enumerate(reversed(added)) if not mark), 0)
         if before and ids[before : 2 * before] == ids[:before]:
@@ -154,7 +154,9 @@ class Tokenizer:
             ids = source.get("eos_token_id")
             given = ids if isinstance(ids, list) else [ids] if ids is not None else []
             if not all(isinstance(token, int) and not isinstance(token, bool) for token in given):
-                raise InputError(f"{self._folder} says eos_token_id {ids!r}, which is no token: download it again")
+                raise InputError(
+                    f"{self._folder} says eos_token_id {quoted(ids)}, which is no token: download it again"
+                )
             tokens.update(given)
         named = self.special_tokens.get("eos_token")
         ending = self._tokenizer.token_to_id(named) if named is not None else None

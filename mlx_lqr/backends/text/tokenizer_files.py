@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from mlx_lqr.errors import InputError
+from mlx_lqr.errors import InputError, quoted
 from mlx_lqr.files.json_text import read_json_object
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -37,7 +37,7 @@ def special_tokens(folder: Path, settings: Mapping[str, Any], tokenizer: tokeniz
     settings, listed = dict(settings), _listed(settings, folder)
     for name in ("additional_special_tokens", "extra_special_tokens"):
         if not isinstance(settings.get(name) or [], (list, dict)):
-            raise InputError(f"{folder} says {name} {settings[name]!r}, which are no tokens: download it again")
+            raise InputError(f"{folder} says {name} {quoted(settings[name])}, which are no tokens: download it again")
     if settings.get("additional_special_tokens") and not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = settings.pop("additional_special_tokens")  # its older name
     if "added_tokens_decoder" not in settings:
@@ -71,7 +71,9 @@ def chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if given is None:
         given = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(given, list):
-        given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+        if not all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in given):
+            raise InputError(f"{folder} lists chat templates that have no names: download the model again")
+        given = {entry["name"]: entry.get("template") for entry in given}
     if isinstance(given, dict):
         if "default" not in given:
             raise InputError(
@@ -110,7 +112,9 @@ def _token(value: Any) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True)
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise InputError(f"a special token must be a text or have a content, not {value!r}: download the model again")
+        raise InputError(
+            f"a special token must be a text or have a content, not {quoted(value)}: download the model again"
+        )
     flags = {name: bool(value[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value}
     return AddedToken(value["content"], special=True, **flags)
 

@@ -28,7 +28,7 @@ from mlx_lqr.backends.checkpoint.weight_shapes import check_shapes
 from mlx_lqr.backends.torch.adapter import merge
 from mlx_lqr.backends.torch.framework import out_of_memory
 from mlx_lqr.backends.torch.library import config_from, config_of, knows_activation, model_class
-from mlx_lqr.errors import InputError, first_line
+from mlx_lqr.errors import InputError, first_line, quoted
 
 _FAMILIES = sorted((*FAMILIES, "ministral"))
 """With what transformers makes of a Mistral with layers of two kinds."""
@@ -127,8 +127,8 @@ def load_any(folder: Path, config: dict[str, Any], dtype: str | None, device: to
     files = weights_of(folder)
     if files.formats == {"mlx"}:
         raise InputError(
-            f"{folder} was written for MLX, whose weights of the type {config['model_type']!r} may mean something else "
-            "to transformers: give the Hugging Face checkpoint, or use the mlx backend"
+            f"{folder} was written for MLX, whose weights of the type {quoted(config['model_type'])} may mean "
+            "something else to transformers: give the Hugging Face checkpoint, or use the mlx backend"
         )
     try:
         built_from = config_from(folder, str(config["model_type"]))
@@ -159,7 +159,7 @@ def _fitting(folder: Path) -> Iterator[None]:
     try:
         with quietly():
             yield
-    except (ValueError, TypeError, KeyError, RuntimeError, OSError, AttributeError, AssertionError) as error:
+    except Exception as error:  # of any of transformers' models
         if isinstance(error, InputError) or out_of_memory(error):
             raise
         raise InputError(f"the weights in {folder} do not fit its config.json: {first_line(error)}") from error
@@ -189,7 +189,7 @@ def transformers_config(config: dict[str, Any], meaning: ModelConfig) -> Pretrai
     if not knows_activation(meaning.activation):
         key = "hidden_activation" if "hidden_activation" in meaning.settings else "hidden_act"
         raise InputError(
-            f"config.json says {key} {meaning.activation!r}, which transformers does not know: use another model"
+            f"config.json says {key} {quoted(meaning.activation)}, which transformers does not know: use another model"
         )
     family, window, kinds = meaning.family, meaning.window, list(meaning.layer_types)
     if family == "mistral" and len(set(kinds)) > 1:
