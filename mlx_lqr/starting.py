@@ -88,7 +88,10 @@ def interruptible() -> Iterator[None]:
 
 
 def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The interruption that an error comes from: compiled modules that are being imported make it an ImportError."""
+    """The interruption that an error comes from: compiled modules that are being imported make it an ImportError, of
+    which may have been made a refusal."""
+    if not isinstance(error, (KeyboardInterrupt, ImportError, ValueError)):
+        return None  # such as the way out that a command has chosen after an interruption
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error
