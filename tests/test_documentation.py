@@ -433,8 +433,8 @@ def test_nothing_to_run_stands_outside_the_fences(page: Path) -> None:
 def test_what_is_said_of_the_first_results(readings: dict[Path, Reading]) -> None:
     page = readings[ROOT / "README.md"]
     page.finish()
-    assert 130_000 < (page.session.folder / "ocean.safetensors").stat().st_size < 150_000
-    assert "Steered: pirate 3." in page.printed("mlx-lqr chat demo -c pirate.safetensors:2").stderr
+    assert 200_000 < (page.session.folder / "ocean.safetensors").stat().st_size < 220_000
+    assert "Steered: pirate" in page.printed("mlx-lqr chat demo -c pirate.safetensors").stderr
     assert set(mlx_lqr.bundled_concepts()) <= set(page.printed("mlx-lqr concepts").stdout.split())
 
 

@@ -104,11 +104,11 @@ def calibrate(
 
     scale = METHODS[steering.method].strengths
     search = Search(divergence, *scale.span, first=scale.suggested)
-    strengths: dict[Budget, float] = {}
-    for done, (name, budget) in enumerate(sorted(budgets.items(), key=lambda item: item[1])):
-        strengths[name] = search.reach(budget)
+    for done, budget in enumerate(sorted(budgets.values())):
+        search.reach(budget)
         if progress:
             progress("Calibration", done + 1, len(budgets))
+    strengths = {name: search.found(budget) for name, budget in budgets.items()}  # which know of every pass
     if not any(search.known[strength] for strength in strengths.values()):
         raise InputError("steering changes nothing at any strength: there is nothing to calibrate")
     return Calibration(strengths, {name: search.known[strength] for name, strength in strengths.items()})
@@ -221,6 +221,10 @@ class Search:
                 break
             dose = self._further(within, budget) if beyond is None else self._between(within, beyond, budget)
             self._measure(max(dose, least))
+        return self.found(budget)
+
+    def found(self, budget: float) -> float:
+        """What `reach` returns, by what is known so far. It does not fall where the budget rises."""
         return self._strength(self._within(budget) or min(dose for dose in self._doses if dose > 0))
 
     def _within(self, budget: float) -> float:

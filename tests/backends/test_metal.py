@@ -181,7 +181,7 @@ def test_the_main_job_in_every_family(family: str, kind: str) -> None:
     for A, B in zip(*jacobians, strict=True):
         assert relative(A, B) < tolerance
     for cost in ("state", "feature"):
-        options: dict[str, Any] = {"q": 1.0, "layers": [0, 2], "cost": cost}
+        options: dict[str, Any] = {"q": 1.0, "layers": [0, 2], "cost": cost, "readout": "direction"}
         fits = [mlx_lqr.fit(one, POSITIVE, NEGATIVE, **options) for one in (model, reference)]
         assert relative(fits[0].gain, fits[1].gain) < 2 * tolerance
     law = LinearFeedback(fits[1], 1.5)
@@ -293,7 +293,8 @@ def pair(request: pytest.FixtureRequest, smollm2_gguf: Path) -> Pair:
 def fitted() -> mlx_lqr.Controller:
     """In float32."""
     model = smollm2_on("mlx")
-    return mlx_lqr.fit(model, POSITIVE_TEXTS, NEGATIVE_TEXTS, concept="sea", layers=LAYERS, cost="feature")
+    options: dict[str, Any] = {"concept": "sea", "layers": LAYERS, "readout": "direction"}
+    return mlx_lqr.fit(model, POSITIVE_TEXTS, NEGATIVE_TEXTS, **options)
 
 
 def test_smollm2_is_fitted_in_bfloat16_as_in_float32(in_16_bits: MLXModel) -> None:

@@ -243,7 +243,10 @@ def test_demo_shows_samples_and_tracking_and_keeps_its_controller(
     first = run("demo", "-n", "4")
     assert first.exit_code == 0, first.output
     samples = dict(line[1:].split("] ", 1) for line in first.stdout.splitlines() if line.startswith("["))
-    assert list(samples) == ["not steered", "dog, strength 1", "dog, strength 2", "dog, strength 4"]
+    titles = [line[1:].partition("]")[0].partition(":")[0] for line in first.stdout.splitlines() if line[:1] == "["]
+    budgets = ["not steered", "dog, gentle", "dog, normal", "dog, strong"]
+    assert titles == 2 * budgets  # of a text, and of an answer in the chat
+    assert len(set(samples.values())) > 1
     rows = [line.split() for line in first.stdout.splitlines() if line.lstrip()[:2].isdigit()]
     (kept,) = (tmp_path / "demo").glob("*.safetensors")
     assert [int(row[0]) for row in rows] == list(mlx_lqr.Controller.load(kept).active_layers)

@@ -198,7 +198,7 @@ def test_show_prints_each_budget() -> None:
 def test_fit_recommends_the_strength_for_a_budget(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def calibrated(model: Any, steering: Any, budget: Any, progress: Any) -> Any:
+    def calibrated(model: Any, steering: Any, budget: Any, prompts: Any, progress: Any) -> Any:
         asked.append(budget)
         return steering.calibrated(A, budget)
 

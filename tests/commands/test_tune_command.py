@@ -98,7 +98,7 @@ def test_what_is_given_is_held_fixed_and_not_searched(command: list[Any], tmp_pa
     trials = json.loads(done.stdout)["trials"]
     assert 2 <= len(trials) <= 5
     for trial in trials:
-        assert trial["options"].keys() == {"layers", "q", "setpoint", "cost"}
+        assert trial["options"].keys() == {"layers", "q", "setpoint", "cost", "readout"}
         assert (trial["options"]["layers"], trial["options"]["q"], trial["options"]["cost"]) == ("1-2", 2, "feature")
     assert {trial["options"]["setpoint"] for trial in trials} == {"centred", "paper"}
     for file in (tmp_path / "out/one-tuning").glob("*.safetensors"):

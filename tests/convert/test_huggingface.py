@@ -213,7 +213,10 @@ BROKEN = {
     "unknown type": (lambda f: change_config(f, model_type="florp"), "'florp', which mlx-lm does not know"),
     "helper module": (lambda f: change_config(f, model_type="cache"), "'cache', which mlx-lm does not know"),
     "path as type": (lambda f: change_config(f, model_type="..os"), "which mlx-lm does not know"),
-    "own code": (lambda f: change_config(f, model_file="evil.py"), "needs its own code .evil.py., which is never run"),
+    "own code": (
+        lambda f: change_config(f, model_file="evil.py"),
+        "needs its own code .{1,2}evil.py.{1,2}, which is never run",
+    ),
     "missing setting": (lambda f: change_config(f, num_attention_heads=None), "num_attention_heads x head_dim"),
     "other shape": (lambda f: change_config(f, hidden_size=128), "do not fit its config.json: .*hidden_size is 128"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model"),

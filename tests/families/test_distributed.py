@@ -84,7 +84,15 @@ def test_commands_speak_and_write_once(tmp_path: Path) -> None:
     place = conversing(tiny_folder("llama", **TWO_LAYERS))
     for name, words in (("positive", "w1\nw4\n"), ("negative", "w6\nw8\n")):
         (tmp_path / name).write_text(words)
-    prompts = ["--positive", tmp_path / "positive", "--negative", tmp_path / "negative", "--layers", "all"]
+    prompts = [
+        "--positive",
+        tmp_path / "positive",
+        "--negative",
+        tmp_path / "negative",
+        "--layers",
+        "all",
+        "--plain-prompts",
+    ]
     together, alone = tmp_path / "together.safetensors", tmp_path / "alone.safetensors"
     fitted = launched(2, [*COMMAND, "fit", place, *prompts, "-o", together])
     assert fitted.stdout.count("Wrote") == 1, fitted.stderr

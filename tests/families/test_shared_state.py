@@ -192,7 +192,7 @@ def test_adaptive_gains_are_those_of_the_prompt() -> None:
 def test_a_small_push_does_what_is_predicted() -> None:
     """Through the keys and values that later layers share, too; sizes of what a controller does are those of z."""
     model = model_of("hunyuan")
-    controller = controller_for(model, cost="state")
+    controller = controller_for(model, cost="state", readout="direction")
     small = replace(controller, gain=1e-3 * controller.gain)
     certificate = certify(model, small, POSITIVE[:1], NEGATIVE[:1], strengths=(1.0,), full_state=True)
     moved = np.abs(certificate.feature - certificate.unsteered).max()

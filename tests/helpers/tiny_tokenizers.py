@@ -32,6 +32,9 @@ class Letters:
     def chat_text(self, messages: list[Message]) -> str:
         return "".join(f"<{message['role']}> {message['content']}" for message in messages)
 
+    def chat_continuations(self, messages: list[Message], texts: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        return self.chat(messages), [[ord(letter) % 59 for letter in text] for text in texts]
+
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(self.add(token) for token in tokens)
 
