@@ -7,8 +7,8 @@ arithmetic, comparison, indexing, `sum`, `shape`, `tolist`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -101,6 +101,17 @@ class Framework(ABC):
     def computing(self, what: str) -> AbstractContextManager[object]:
         """Around all that is computed: no other thread computes (`turn`), and nothing takes derivatives; running out of
         memory for `what` is an `InputError`."""
+
+    @contextmanager
+    def running(self, blocks: Sequence[Any], what: str) -> Iterator[None]:
+        """`computing` with a model's blocks.
+
+        Raises:
+            InputError: the model is being steered in place.
+        """
+        with self.computing(what):
+            self.hooks.refuse(blocks[0])
+            yield
 
     def hooked(
         self, blocks: Sequence[Any], hook: Hook, layers: Iterable[int], law: LawHooks = UNSTEERED

@@ -6,8 +6,8 @@ A backend adds its caches, how a token is run through the model, and the trace o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from mlx_lqr.backends.batching import padded_left
@@ -111,16 +111,9 @@ class HookedDecoder(ABC):
             self._law = self._place(law)
             self._hooks = self._hooks_of(self._law)
 
-    @contextmanager
-    def _computing(self, what: str) -> Iterator[None]:
-        """Around all that is computed: see `Framework.computing`.
-
-        Raises:
-            InputError: the model is being steered in place.
-        """
-        with self._framework.computing(what):
-            self._framework.hooks.refuse(self._blocks[0])
-            yield
+    def _computing(self, what: str) -> AbstractContextManager[None]:
+        """See `Framework.running`."""
+        return self._framework.running(self._blocks, what)
 
     def _hooks_of(self, placed: Law | None) -> BlockHooks | None:
         """What steers with a placed law, and leaves in `_energy` what came of it."""

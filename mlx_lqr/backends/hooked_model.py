@@ -107,16 +107,9 @@ class HookedModel(ABC):
     def _others_calls(self, *, steer_all: bool) -> AbstractContextManager[OthersCalls]:
         """Inside this context, calls that are not ours tell which of their positions are steered."""
 
-    @contextmanager
-    def _computing(self, what: str) -> Iterator[None]:
-        """Around all that is computed: see `Framework.computing`.
-
-        Raises:
-            InputError: the model is being steered in place.
-        """
-        with self._framework.computing(what):
-            self._framework.hooks.refuse(self.blocks[0])
-            yield
+    def _computing(self, what: str) -> AbstractContextManager[None]:
+        """See `Framework.running`."""
+        return self._framework.running(self.blocks, what)
 
     @property
     def state_size(self) -> int:
