@@ -8,7 +8,8 @@ From the checkout's root. The two runs may go side by side, one thread each (OMP
 it was interrupted; methods that were changed since need another OUT. One experiment is finished before the next begins,
 those first that matter most, so that `page` has something to write at any time. Models are converted folders
 (`mlx-lqr convert`); the data folder holds realtoxicityprompts.jsonl, truthfulqa.jsonl and xstest.jsonl. `--quick`
-measures hardly anything, to see that all of it runs; `--limit-rows` measures less of everything. A result has the
+measures hardly anything, to see that all of it runs; `--limit-rows` measures less of everything, `--normal-only` one
+budget of damage instead of three. A result has the
 methods of its last run, so that `--method` leaves out the others even where their rows are there.
 
 `page` first copies the results of OUT, which are small, to benchmarks/comparison/results; without -o it writes the page
@@ -29,10 +30,11 @@ import mlx_lqr  # first, so that MLX gets its BLAS
 from benchmarks.comparison.ablation import ablate
 from benchmarks.comparison.experiments import EXPERIMENTS
 from benchmarks.comparison.measure import collect, measure
-from benchmarks.comparison.methods import METHODS
+from benchmarks.comparison.methods import CHOSEN_AT, METHODS
 from benchmarks.comparison.page import ABLATION, write_page
 from benchmarks.comparison.setting import FULL, QUICK, Setting
 from mlx_lqr.errors import InputError
+from mlx_lqr.lqr.strength import BUDGETS
 
 DTYPE = "float32"
 MODELS = ("smollm2", "gemma")
@@ -63,6 +65,7 @@ def main() -> None: ...
 @click.option("--only", multiple=True, type=click.Choice([one.name for one in EXPERIMENTS]), help="These experiments.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="These methods.")
 @click.option("--limit-rows", type=click.IntRange(min=1), metavar="N", help="Report N rows, and less of all else.")
+@click.option("--normal-only", is_flag=True, help="At the normal budget of damage alone.")
 @click.option("--quick", is_flag=True, help="Hardly any rows.")
 def run(
     chosen: str,
@@ -73,6 +76,7 @@ def run(
     only: tuple[str, ...],
     methods: tuple[str, ...],
     limit_rows: int | None,
+    normal_only: bool,
     quick: bool,
 ) -> None:
     """Fit, calibrate and report every method on one model."""
@@ -87,7 +91,8 @@ def run(
 
     sizes = QUICK if quick else FULL
     sizes = sizes if limit_rows is None else sizes.limited(limit_rows)
-    setting = Setting(model, judge, data, output / chosen, sizes, DTYPE, say)
+    budgets = {CHOSEN_AT: BUDGETS[CHOSEN_AT]} if normal_only else BUDGETS
+    setting = Setting(model, judge, data, output / chosen, sizes, DTYPE, say, budgets)
     for experiment in EXPERIMENTS:
         if (only and experiment.name not in only) or (experiment.chat and not setting.chat):
             continue

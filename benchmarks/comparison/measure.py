@@ -21,7 +21,7 @@ from benchmarks.comparison.statistics import Key, leads, pooled
 from mlx_lqr import tasks
 from mlx_lqr.analysis import write_json
 from mlx_lqr.errors import InputError, OverflowingError
-from mlx_lqr.lqr.strength import BUDGETS, Budget
+from mlx_lqr.lqr.strength import Budget
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, estimate
 
 DAMAGE = ("perplexity", "distinct_2", "repetition", "kl", "capability")
@@ -56,7 +56,7 @@ def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = M
         "judge": setting.judge.name,
         "version": metadata.version("mlx-lqr"),
         "sizes": asdict(setting.sizes),
-        "budgets": dict(BUDGETS),
+        "budgets": dict(setting.budgets),
         "prompts": [max(len(of_source[side]) for of_source in sets) for side in (0, 1)],
         "rows": run.rows,
         "control": run.control,
@@ -103,7 +103,7 @@ class _Run:
             return {**told, "failed": str(error)}, {}
         told["sources"] = {source.name: _told(fit) for source, fit in fits.items()}
         measured: dict[Budget, Metrics] = {}
-        for budget in BUDGETS:
+        for budget in self.setting.budgets:
             self.setting.say(f"{self.experiment.name}: {row}, {budget}")
             try:
                 measured[budget] = self.metrics(row, fits, budget)

@@ -72,7 +72,7 @@ def _text(name: str) -> str:
 def _summary(results: Sequence[Result]) -> str:
     parts = [
         "## In short",
-        "A sign for each budget, gentle, normal and strong: `+` A-LQR has more control, `-` less, `=` they cannot be "
+        f"A sign for each budget ({', '.join(results[0]['budgets'])}): `+` A-LQR has more control, `-` less, `=` they cannot be "
         "told apart, `.` not measured. Control is at equal damage, and the intervals behind the signs are corrected "
         "for the number of comparisons.",
     ]

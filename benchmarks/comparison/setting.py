@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.comparison.split import Part, rows_of, write_rows
 from mlx_lqr import tasks
 from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.lqr.strength import BUDGETS, Budget
 from mlx_lqr.tasks.generations import Judge
 from mlx_lqr.tasks.read import bundled_text, spread
 from mlx_lqr.tasks.records import CHUNK, Row
@@ -105,6 +106,8 @@ class Setting:
     dtype: str
     """That both models were loaded in"""
     progress: Progress | None = None
+    budgets: Mapping[Budget, float] = field(default_factory=lambda: dict(BUDGETS))
+    """Of damage, that the methods are measured at, the normal one among them"""
 
     @property
     def chat(self) -> bool:

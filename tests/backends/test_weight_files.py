@@ -126,6 +126,11 @@ def leave_the_folder(folder: Path) -> str:
     return "no file of the folder"
 
 
+def name_what_no_file_can_be_called(folder: Path) -> str:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "x" * 300 + ".safetensors"}}))
+    return "no file of the folder"
+
+
 def break_the_index(folder: Path) -> str:
     (folder / INDEX).write_text("{")
     return "is no index of weights"

@@ -6,6 +6,7 @@ says what belongs to the model, where there is one; without it, the names do, an
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from mlx_lqr.files.json_text import read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONGEST = 255
+"""Bytes of a file's name that the usual file systems take."""
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -82,7 +85,7 @@ def _indexed(index: Path) -> dict[str, list[str] | None]:
         weight_map = read_json_object(index)["weight_map"]
         named: dict[str, list[str] | None] = {}
         for tensor, file in weight_map.items():
-            if Path(file).name != file:
+            if Path(file).name != file or len(os.fsencode(file)) > LONGEST:
                 raise ValueError(f"it names {quoted(file)}, which is no file of the folder")
             tensors = named.setdefault(file, [])
             assert tensors is not None
