@@ -162,6 +162,7 @@ UNSOUND = [
     lose_a_file,
     lose_a_tensor,
     leave_the_folder,
+    name_what_no_file_can_be_called,
     break_the_index,
     lose_a_shard,
     mix_sets,
