@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_lqr.backends.checkpoint.config import explicit, model_config
-from mlx_lqr.backends.checkpoint.model_folder import FAMILIES
+from mlx_lqr.backends.checkpoint.model_folder import FAMILIES, stated_config
 from mlx_lqr.backends.checkpoint.weight_files import Weights, weights_of
 from mlx_lqr.backends.mlx.library import load_lazily, may_be_cast, quantised_by, settings_read
 from mlx_lqr.backends.mlx.load import DTYPES, arguments_for, as_mlx_lm_reads, flattened
@@ -82,13 +82,8 @@ def convert_folder(
 
 def _checked_config(source: Path) -> dict[str, Any]:
     """config.json of `source`, without what points to code."""
-    config = _read_json(source / "config.json", f"{source} has no config.json: give the folder of a whole model")
-    if "model_file" in config:
-        raise InputError(
-            f"{source} needs its own code ({quoted(config['model_file'])}), which is never run: use another model"
-        )
-    if not isinstance(model_type := config.get("model_type"), str):
-        raise InputError(f"{source}/config.json states no model_type: give the folder of a language model")
+    config = stated_config(source)
+    model_type = config["model_type"]
     # mlx-lm imports a module of this name
     if not re.fullmatch(r"[\w-]+", model_type) or not _is_known(config):
         raise InputError(
@@ -160,7 +155,7 @@ def _copy_tokenizer(source: Path, out: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     if (source / "tokenizer_config.json").is_file():
-        config = _read_json(source / "tokenizer_config.json", "")
+        config = read_json_object(source / "tokenizer_config.json")
         config.pop("auto_map", None)
         write_json(out / "tokenizer_config.json", config)
     if (source / "additional_chat_templates").is_dir():
@@ -180,9 +175,3 @@ def _build_tokenizer(source: Path, out: Path) -> None:
         raise InputError(f"{source} has no tokenizer.json and none can be built ({reason}): add one") from error
     if not (out / "tokenizer.json").exists():
         raise InputError(f"{source} has no tokenizer.json and none can be built: add one")
-
-
-def _read_json(path: Path, absent: str) -> dict[str, Any]:
-    if not path.exists():
-        raise InputError(absent)
-    return read_json_object(path)

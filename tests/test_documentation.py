@@ -46,9 +46,11 @@ from helpers.shown_output import difference, unlike
 import mlx_lqr
 from mlx_lqr.analysis import inputs, spectra
 from mlx_lqr.backends.mlx.model import MLXModel
-from mlx_lqr.backends.protocol import Trace
+from mlx_lqr.backends.protocol import Model, Trace
 from mlx_lqr.commands import main
 from mlx_lqr.convert.sources import demo_model
+from mlx_lqr.methods import calibration
+from mlx_lqr.methods.steering import Steering
 from mlx_lqr.runtime.__main__ import _parser as runtime_parser
 from mlx_lqr.tasks.damage import Capability, NeutralText
 
@@ -122,6 +124,9 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 patch.setattr(module, "bundled_prompts", few_prompts)
             if vars(module).get("default_prompts") is half_sentences:
                 patch.setattr(module, "default_prompts", few_half_sentences)
+        for module in [module for name, module in sys.modules.items() if name.startswith("mlx_lqr.commands.")]:
+            if vars(module).get("calibrate") is calibration.calibrate:
+                patch.setattr(module, "calibrate", once(_calibrate, _steering_key))
         patch.setattr("mlx_lqr.tasks.damage.POSITIONS", 2)
         allow_unseeded(patch, seed=0)
         patch.setattr(NeutralText, "_sentences", property(lambda self: sentences))
@@ -150,6 +155,20 @@ def _residuals_key(model: MLXModel, rows: Sequence[Sequence[int]]) -> tuple[str,
 
 def _jacobian_key(model: MLXModel, trace: Trace, layer: int) -> tuple[str, bytes, int]:
     return model.fingerprint, trace.residual.tobytes(), layer
+
+
+def _steering_key(model: Model, steering: Steering) -> tuple[str, str, tuple[str, ...], tuple[bytes, ...]]:
+    arrays = tuple(array.tobytes() for _, array in sorted(steering.arrays.items()))
+    return model.fingerprint, steering.method, steering.concepts, arrays
+
+
+def _calibrate(model: Model, steering: Steering) -> mlx_lqr.Calibration:
+    """On one text of each kind, but where pages show the strength."""
+    with pytest.MonkeyPatch.context() as patch:
+        if steering.concepts[0] not in IN_FULL:
+            for texts in ("SENTENCES", "QUESTIONS", "OPENINGS"):
+                patch.setattr(calibration, texts, vars(calibration)[texts][:1])
+        return calibration.calibrate(model, steering)
 
 
 class Reading:

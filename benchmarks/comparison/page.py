@@ -72,9 +72,9 @@ def _text(name: str) -> str:
 def _summary(results: Sequence[Result]) -> str:
     parts = [
         "## In short",
-        f"A sign for each budget ({', '.join(results[0]['budgets'])}): `+` A-LQR has more control, `-` less, `=` they cannot be "
-        "told apart, `.` not measured. Control is at equal damage, and the intervals behind the signs are corrected "
-        "for the number of comparisons.",
+        f"A sign for each budget ({', '.join(results[0]['budgets'])}): `+` A-LQR has more control, `-` less, `=` they "
+        "cannot be told apart, `.` not measured. Control is at equal damage, and the intervals behind the signs are "
+        "corrected for the number of comparisons.",
     ]
     for key, title in TITLES.items():
         own = [result for result in results if result["key"] == key]

@@ -387,7 +387,7 @@ def test_folders_that_torch_cannot_load_are_refused(damage: str, tmp_path: Path)
             parameters[name] = mx.zeros((3, 4))
         mx.save_safetensors(str(weights), parameters, metadata={"format": "mlx"})
     expected = {"packed": "quantised for MLX", "other packing": "unquantised checkpoint", "truncated": "damaged",
-                "no weights": "pickled weights are never read", "code": "run code of its own"}  # fmt: skip
+                "no weights": "pickled weights are never read", "code": "needs its own code"}  # fmt: skip
     with pytest.raises(InputError, match=expected.get(damage, "do not fit its config")) as refusal:
         mlx_lqr.load(folder, backend="torch")
     assert "\n" not in str(refusal.value)

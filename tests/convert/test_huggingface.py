@@ -217,6 +217,8 @@ BROKEN = {
         lambda f: change_config(f, model_file="evil.py"),
         "needs its own code .{1,2}evil.py.{1,2}, which is never run",
     ),
+    "long heads": (lambda f: change_config(f, head_dim=1 << 32), "says head_dim 4294967296, which no model has"),
+    "many layers": (lambda f: change_config(f, num_hidden_layers=22 << 40), "num_hidden_layers .*, which no model has"),
     "missing setting": (lambda f: change_config(f, num_attention_heads=None), "num_attention_heads x head_dim"),
     "other shape": (lambda f: change_config(f, hidden_size=128), "do not fit its config.json: .*hidden_size is 128"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model"),

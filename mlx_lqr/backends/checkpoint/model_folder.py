@@ -18,24 +18,35 @@ FAMILIES = tuple(SETTINGS)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json.
+    """The folder's config.json, of a model to be run.
 
     Raises:
-        InputError: there is none, it is damaged, or it names code of its own to run.
+        InputError: see `stated_config`; or it names code of the hub to run.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InputError(f"{folder} is not a model folder: it has no config.json")
-    config = read_json_object(file)
-    if not isinstance(config.get("model_type"), str):
-        raise InputError(f"{file} names no model_type: this is not the folder of a language model")
-    for part in (config, config.get("text_config")):
-        _check_sizes(part if isinstance(part, dict) else {})
-    if "model_file" in config:
-        raise InputError(f"{folder} wants to run code of its own ({quoted(config['model_file'])}): refused")
+    config = stated_config(folder)
     for key, name in _implementations(config):
         if "/" in name:
             raise InputError(f"{folder} wants to run code of the hub ({quoted(key)}: {quoted(name)}): refused")
+    return config
+
+
+def stated_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json as it stands there.
+
+    Raises:
+        InputError: there is none, it is damaged, it says sizes that no model has, or it needs code of its own.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder} has no config.json: give the folder of a whole model")
+    config = read_json_object(file)
+    if not isinstance(config.get("model_type"), str):
+        raise InputError(f"{file} states no model_type: give the folder of a language model")
+    for part in (config, config.get("text_config")):
+        _check_sizes(part if isinstance(part, dict) else {})
+    if "model_file" in config:
+        needed = quoted(config["model_file"])
+        raise InputError(f"{folder} needs its own code ({needed}), which is never run: use another model")
     return config
 
 
