@@ -30,6 +30,8 @@ from mlx_lqr.methods.calibration import calibrate
 from mlx_lqr.runtime import Options, stream
 
 QUESTION = "What would you like to do today?"
+SEED = 1
+"""The same random numbers each time, so that everyone sees the texts that the documentation shows."""
 
 
 @command()
@@ -103,8 +105,7 @@ def _samples(
     for title, strength in {"not steered": 0.0, **titles}.items():
         say(f"[{title}]", nl=False, bold=True)
         say(f" {shown}", nl=False)
-        # The likeliest tokens, so that everyone sees the texts that the documentation shows.
-        options: Options = {"controller": controller, "strength": strength, "max_tokens": max_tokens, "temperature": 0}
+        options: Options = {"controller": controller, "strength": strength, "max_tokens": max_tokens, "seed": SEED}
         for piece in stream(model, prompt, **options):
             say(piece.text, nl=False)
         say("\n")
