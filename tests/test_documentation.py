@@ -64,23 +64,25 @@ NOT_RUN = {
     "takes long": r"python (-m )?benchmarks\b",
 }
 """Why a command is not run, and how such commands look."""
-INSTEAD = {"make demo": "mlx-lqr demo -n 26"}
+INSTEAD = {"make demo": "mlx-lqr demo -n 22"}
 """What runs for a command that does not."""
 SMALLER = {
     "mlx-lqr chat": "-n 4",
-    "mlx-lqr chat demo -c dog.safetensors:2 -n 40": "",
+    "mlx-lqr chat demo -c dog.safetensors -n 40": "",
     "mlx-lqr certify": "--strengths 1",
     "mlx-lqr compare": "--limit 1 --samples 1 -n 6 --strengths 2",
     "mlx-lqr eval": "--limit 1 -n 4 --strengths 2",
     "mlx-lqr eval concept": "--limit 1 --samples 1 -n 4 --strengths 2",
     "mlx-lqr eval truthfulness": "--limit 1 -n 4 --strengths 2 --examples 1",
-    "mlx-lqr fit demo --concept dog --q 0.1 --qf 0.1 --layers all": "--jacobian-prompts 1",
+    "mlx-lqr fit demo --concept dog --q": "--jacobian-prompts 1",
+    "mlx-lqr fit demo --concept-word": "--jacobian-prompts 1",
+    "mlx-lqr fit demo --concept dog --cost state": "--no-calibration",
     "mlx-lqr fit demo --concept polite": "--cost feature --jacobian-prompts 1",
     "mlx-lqr fit demo --concept refusal": "--cost feature --jacobian-prompts 1",
     "mlx-lqr fit demo --concept truth": "--cost feature --jacobian-prompts 1",
     "mlx-lqr fit demo --positive pirate.txt": "--jacobian-prompts 1",
     "mlx-lqr generate": "-n 6",
-    'mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors:2 -n 30': "",
+    'mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors -n 30': "",
     'mlx-lqr generate demo -p "Once upon a time," -n 9000': "",
     'mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors:2 -n 30 --backend torch': "-n 6",
     "mlx-lqr linearity": "--strengths 3",
@@ -165,7 +167,7 @@ def _steering_key(model: Model, steering: Steering) -> tuple[str, str, tuple[str
 def _calibrate(model: Model, steering: Steering) -> mlx_lqr.Calibration:
     """On one text of each kind, but where pages show the strength."""
     with pytest.MonkeyPatch.context() as patch:
-        if steering.concepts[0] not in IN_FULL:
+        if steering.concepts[0] not in IN_FULL or steering.method != "alqr":
             for texts in ("SENTENCES", "QUESTIONS", "OPENINGS"):
                 patch.setattr(calibration, texts, vars(calibration)[texts][:1])
         return calibration.calibrate(model, steering)

@@ -15,14 +15,14 @@ BATCH_LOGITS = 1 << 26
 """Numbers of logits at once, 256 MB of them: a large vocabulary makes smaller batches."""
 
 
-def padded(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-    """The prompts at one length, and where the last token of each is.
+def padded(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The prompts at one length.
 
     They are padded on the right, where causal attention keeps the padding away from every real token and each real
     token keeps its position.
     """
     width = max(len(prompt) for prompt in prompts)
-    return [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], [len(prompt) - 1 for prompt in prompts]
+    return [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
 
 
 def padded_left(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -36,23 +36,84 @@ def padded_left(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[*pad, *prompt] for pad, prompt in zip(padding, prompts, strict=True)]
 
 
+LEAST_SHARED = 8
+"""Tokens that all sequences of a pass begin with, for which it pays to read them once."""
+
+
+def common_beginning(sequences: Sequence[Sequence[int]], most: int) -> int:
+    """How many tokens, `most` at most, all sequences begin with; 0 where it would not pay to read them once."""
+    ordered = sorted(tuple(sequence) for sequence in sequences)
+    first, last = ordered[0], ordered[-1]  # what lies between them begins as both do
+    count = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    count = min(count, most)
+    return count if count >= LEAST_SHARED and len(sequences) > 1 else 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Prompts that one pass reads: each is a sequence of it, or the beginning of one."""
+
+    sequences: list[Sequence[int]]
+    rows: list[int]
+    """The sequence of each prompt"""
+    last: list[int]
+    """The position of each prompt's last token"""
+
+    @property
+    def shared(self) -> int:
+        """How many tokens all sequences begin with, up to the first last token of a prompt."""
+        return common_beginning(self.sequences, min(self.last))
+
+    @property
+    def prompts(self) -> list[Sequence[int]]:
+        return [self.sequences[row][: last + 1] for row, last in zip(self.rows, self.last, strict=True)]
+
+
 def in_batches(
     prompts: Sequence[Sequence[int]],
-    of_batch: Callable[[list[Sequence[int]]], Float32],
+    of_batch: Callable[[Reading], Float32],
     progress: Progress | None,
+    *,
+    nested: bool = False,
 ) -> Float32:
-    """Activations (n, ...) of n prompts from those of batches of prompts of similar length."""
+    """Activations (n, ...) of n prompts from those of batches of sequences of similar length.
+
+    Args:
+        nested: a prompt that another begins with is read in the other's pass.
+    """
+    hosts = _hosts(prompts) if nested else {i: [i] for i in range(len(prompts))}
+    sequences = list(hosts)
+    shared = common_beginning([prompts[i] for i in sequences], min(len(prompt) for prompt in prompts) - 1)
     result = np.empty(0, np.float32)
     done = 0
-    for batch in batches([len(prompt) for prompt in prompts]):
-        activations = of_batch([prompts[i] for i in batch])
+    for batch in batches([len(prompts[i]) - shared for i in sequences]):
+        asked = [(row, i) for row, host in enumerate(batch) for i in hosts[sequences[host]]]
+        activations = of_batch(
+            Reading(
+                [prompts[sequences[host]] for host in batch],
+                [row for row, _ in asked],
+                [len(prompts[i]) - 1 for _, i in asked],
+            )
+        )
         if not done:
             result = np.empty((len(prompts), *activations.shape[1:]), np.float32)
-        result[batch] = activations
-        done += len(batch)
+        result[[i for _, i in asked]] = activations
+        done += len(asked)
         if progress:
             progress("Activations", done, len(prompts))
     return result
+
+
+def _hosts(prompts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """The prompts that no other begins with, by number, each with those that it begins with and itself."""
+    hosts: dict[int, list[int]] = {}
+    host: int | None = None
+    for i in sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]), reverse=True):
+        own = prompts[i]
+        if host is None or list(prompts[host][: len(own)]) != list(own):
+            host = i
+        hosts.setdefault(host, []).append(i)
+    return hosts
 
 
 @dataclass(frozen=True)
@@ -76,6 +137,11 @@ class Stretches:
     def first(self) -> list[int]:
         """The position of each prompt's last token."""
         return [len(prompt) - 1 for prompt, _ in self.pairs]
+
+    @property
+    def shared(self) -> int:
+        """How many tokens all sequences begin with, before any position that is asked for."""
+        return common_beginning(self.sequences, min(self.first))
 
     @property
     def counts(self) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_lqr.backends.batching import Stretches, in_batches, padded
+from mlx_lqr.backends.batching import Reading, Stretches, in_batches, padded
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import ENDLESS, check_rolling, context_of
 from mlx_lqr.backends.description import Description
@@ -88,12 +88,16 @@ class HookedModel(ABC):
         """The module between the last block and the head."""
 
     @abstractmethod
-    def _run_blocks(self, tokens: Array) -> None:
-        """Run prompts (B, L) through all blocks, without a cache."""
+    def _run_blocks(self, tokens: Array, past: Any = None) -> None:
+        """Run prompts (B, L) through all blocks, after what `_past` returned."""
 
     @abstractmethod
-    def _run(self, tokens: Array) -> Array:
-        """The logits (B, L, V) of prompts (B, L), without a cache."""
+    def _run(self, tokens: Array, past: Any = None) -> Array:
+        """The logits (B, L, V) of prompts (B, L), after what `_past` returned."""
+
+    def _past(self, tokens: Sequence[int]) -> Any:
+        """What blocks keep of the tokens that all sequences of a pass begin with, or None: each reads them itself."""
+        return None
 
     @abstractmethod
     def _weights(self) -> tuple[int, int, str]:
@@ -156,15 +160,19 @@ class HookedModel(ABC):
     ) -> Float32:
         """See `Recorder`."""
         placed = self.place(law)
-        return in_batches(prompts, lambda batch: self._residuals_of_batch(batch, placed, steer_all), progress)
+        return in_batches(
+            prompts, lambda batch: self._residuals_of(batch, placed, steer_all), progress, nested=law is None
+        )
 
-    def _residuals_of_batch(self, prompts: list[Sequence[int]], law: Law | None, steer_all: bool) -> Float32:
-        """(B, T + 1, d)"""
+    def _residuals_of(self, asked: Reading, law: Law | None, steer_all: bool) -> Float32:
+        """(n, T + 1, d) for n prompts"""
         framework = self._framework
         restart(law)
         with self._computing("the activations"):
-            tokens, rows, last = self._padded(prompts)
-            steering = self._from_positions(law, 0 if steer_all else last[:, None], tokens)
+            read, past = self._shared(asked, steered=law is not None and steer_all)
+            tokens = self._padded([sequence[read:] for sequence in asked.sequences])
+            rows, last = framework.integers(asked.rows), framework.integers([last - read for last in asked.last])
+            steering = self._from_positions(law, 0 if steer_all or law is None else last[:, None], tokens)
             recorded: list[Array] = []
 
             def record(k: int, z: Array, call: BlockCall) -> Array:
@@ -176,21 +184,23 @@ class HookedModel(ABC):
                 return output
 
             with framework.hooked(self.blocks, record, range(self.num_layers), steering):
-                self._run_blocks(tokens)
+                self._run_blocks(tokens, past)
             residuals = framework.numpy(framework.stack(recorded, 1))
         if (row := first_overflow(residuals)) is not None:
-            raise self.decoder(law).overflow(prompts[row], 0 if steer_all else len(prompts[row]) - 1)
+            raise self.decoder(law).overflow(asked.prompts[row], 0 if steer_all else asked.last[row])
         return residuals
 
     def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
         """See `HeadRecorder`."""
-        return in_batches(prompts, self._head_outputs_of_batch, progress)
+        return in_batches(prompts, self._head_outputs_of, progress, nested=True)
 
-    def _head_outputs_of_batch(self, prompts: list[Sequence[int]]) -> Float32:
-        """(B, T, heads, head_dim)"""
+    def _head_outputs_of(self, asked: Reading) -> Float32:
+        """(n, T, heads, head_dim) for n prompts"""
         framework = self._framework
         with self._computing("the activations"):
-            tokens, rows, last = self._padded(prompts)
+            read, past = self._shared(asked, steered=False)
+            tokens = self._padded([sequence[read:] for sequence in asked.sequences])
+            rows, last = framework.integers(asked.rows), framework.integers([last - read for last in asked.last])
             recorded: list[Array] = []
 
             def record(k: int, heads: Array, call: BlockCall) -> Array:
@@ -201,10 +211,10 @@ class HookedModel(ABC):
 
             projections = [output_projection(block) for block in self.blocks]
             with framework.hooked(projections, record, range(self.num_layers)):
-                self._run_blocks(tokens)
+                self._run_blocks(tokens, past)
             heads = framework.numpy(framework.stack(recorded, 1))
         if (row := first_overflow(heads)) is not None:
-            raise self.decoder().overflow(prompts[row], len(prompts[row]))
+            raise self.decoder().overflow(asked.prompts[row], asked.last[row] + 1)
         return heads.reshape(*heads.shape[:2], self._heads, -1)
 
     def projected(self, layer: int, heads: Float32) -> Float32:
@@ -235,14 +245,21 @@ class HookedModel(ABC):
         return scores
 
     def logits_along(
-        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+        self,
+        pairs: Sequence[Continued],
+        *,
+        law: Law | None = None,
+        steer_all: bool = False,
+        kept: dict[Any, Array] | None = None,
     ) -> list[Float32]:
         """See `Recorder`."""
         with self._computing("the logits"):
-            by_pair = {i: self._framework.numpy(logits) for i, logits in self._along(pairs, law, steer_all)}
+            by_pair = {i: self._framework.numpy(logits) for i, logits in self._along(pairs, law, steer_all, kept)}
         return [by_pair[i] for i in range(len(pairs))]
 
-    def _along(self, pairs: Sequence[Continued], law: Law | None, steer_all: bool) -> Iterator[tuple[int, Array]]:
+    def _along(
+        self, pairs: Sequence[Continued], law: Law | None, steer_all: bool, kept: dict[Any, Array] | None = None
+    ) -> Iterator[tuple[int, Array]]:
         """The number of each pair, and its logits (1 + n, V) in float32."""
         framework, placed = self._framework, self.place(law)
         decoder = partial(self.decoder, law)
@@ -253,20 +270,23 @@ class HookedModel(ABC):
                     (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))
                 )
                 continue
-            logits, spoiled = self._logits_at(asked, placed, steer_all)
+            logits, spoiled = self._logits_at(asked, placed, steer_all, {} if kept is None else kept)
             asked.check((spoiled == 0).tolist(), decoder, steer_all=steer_all)
             start = 0
             for i, count in zip(batch, asked.counts, strict=True):
                 yield i, logits[start : start + count]
                 start += count
 
-    def _logits_at(self, asked: Stretches, law: Law | None, steer_all: bool) -> tuple[Array, Array]:
+    def _logits_at(
+        self, asked: Stretches, law: Law | None, steer_all: bool, kept: dict[Any, Array]
+    ) -> tuple[Array, Array]:
         """The logits (n, V) in float32 at the n positions that are asked for, and 0 (n,), or NaN at those that
         overflow (see `HookedDecoder.sample`)."""
         framework = self._framework
-        tokens, _, _ = self._padded(asked.sequences)
-        at = framework.integers(asked.rows), framework.integers(asked.positions)
-        first = 0 if steer_all else framework.integers(asked.first)[:, None]
+        read, past = self._shared(asked, steered=law is not None and steer_all)
+        tokens = self._padded([sequence[read:] for sequence in asked.sequences])
+        at = framework.integers(asked.rows), framework.integers([position - read for position in asked.positions])
+        first = 0 if steer_all else framework.integers([first - read for first in asked.first])[:, None]
         steering = self._from_positions(law, first, tokens)
         energies: list[Array] = []
 
@@ -274,10 +294,22 @@ class HookedModel(ABC):
             energies.append(framework.energy(z[at]))
             return call(z[at][None])  # the head is a large matrix, and few positions are asked for
 
-        layers = law.layers if law is not None else ()
+        layers: Sequence[int] = law.layers if law is not None else ()
+        start = min(layers, default=0)
+        key = (start, *map(tuple, asked.sequences))
+        before = kept.get(key)
+
+        def block(k: int, z: Array, call: BlockCall) -> Array:
+            if k < start:
+                return z  # which nobody needs: block `start` has been given its input before
+            if k == start:
+                z = kept.setdefault(key, z)
+            return steering.block(k, z, call)
+
         gathering = framework.hooked([self._final_norm], gather, [0])
-        with gathering, framework.hooked(self.blocks, steering.block, layers, steering):
-            logits = framework.float32(self._run(tokens)[0])
+        hooked = layers if before is None else sorted({*range(start), *layers})
+        with gathering, framework.hooked(self.blocks, block, hooked, steering):
+            logits = framework.float32(self._run(tokens, past)[0])
         return logits, (logits * 0).sum(-1) + energies[0] * 0
 
     def trace(self, tokens: Sequence[int]) -> Any:
@@ -330,11 +362,19 @@ class HookedModel(ABC):
         assert placed is not None
         return placed
 
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Array, Array, Array]:
-        """Tokens (B, L) as `padded` makes them, the rows' numbers (B,) and where each prompt's last token is (B,)."""
-        tokens, last = padded(prompts)
-        framework = self._framework
-        return framework.integers(tokens), framework.arange(len(prompts)), framework.integers(last)
+    def _shared(self, asked: Reading | Stretches, *, steered: bool) -> tuple[int, Any]:
+        """How many tokens have been read that all sequences begin with, and what `_past` returned of them.
+
+        Args:
+            steered: at those tokens too, so that they are read with the others.
+        """
+        count = 0 if steered else asked.shared
+        past = self._past(asked.sequences[0][:count]) if count else None
+        return (0, None) if past is None else (count, past)
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> Array:
+        """Tokens (B, L) as `padded` makes them."""
+        return self._framework.integers(padded(prompts))
 
     def _from_positions(self, law: Law | None, first: Array | int, tokens: Array) -> LawHooks:
         """The law from positions `first` (B, 1) of tokens (B, L) on."""

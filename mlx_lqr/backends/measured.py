@@ -73,9 +73,12 @@ class MeasuredRecorder(HookedModel):
     def _head_widths(self) -> set[int] | None:
         """How wide the inputs of the blocks' self_attn.o_proj are; None where some have none."""
 
-    def _logits_at(self, asked: Stretches, law: Law | None, steer_all: bool) -> tuple[Array, Array]:
+    def _logits_at(
+        self, asked: Stretches, law: Law | None, steer_all: bool, kept: dict[Any, Array]
+    ) -> tuple[Array, Array]:
+        """Nothing is kept: blocks may hand on more than their state."""
         framework, last = self._framework, self.num_layers - 1
-        tokens, _, _ = self._padded(asked.sequences)
+        tokens = self._padded(asked.sequences)
         at = framework.integers(asked.rows), framework.integers(asked.positions)
         first = 0 if steer_all else framework.integers(asked.first)[:, None]
         steering = self._from_positions(law, first, tokens)

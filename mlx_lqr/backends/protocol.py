@@ -294,9 +294,19 @@ class Recorder(Runner, Protocol):
         """log p of each token of a continuation after its prompt and the tokens before it: (n,) for n tokens each."""
 
     def logits_along(
-        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+        self,
+        pairs: Sequence[Continued],
+        *,
+        law: Law | None = None,
+        steer_all: bool = False,
+        kept: dict[Any, Array] | None = None,
     ) -> list[Float32]:
-        """Next-token logits at a prompt's last token and at each of its continuation's n tokens: (1 + n, V) each."""
+        """Next-token logits at a prompt's last token and at each of its continuation's n tokens: (1 + n, V) each.
+
+        Args:
+            kept: where what blocks before the first steered one put out is kept, for calls with the same pairs and with
+                other laws. A model may leave it empty.
+        """
 
 
 class HeadRecorder(Recorder, Protocol):

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import OVERFLOWED, Continued, Float32, Law, Progress, Recorder
+from mlx_lqr.backends.protocol import OVERFLOWED, Array, Continued, Float32, Law, Progress, Recorder
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.lqr.divergence import kl_divergence
 from mlx_lqr.lqr.prompts import Prompt, tokenise
@@ -62,7 +63,7 @@ PASSES = 6
 """At how many strengths the divergence is measured for one budget, at most."""
 LEAST = 0.02
 """Of the first strength that is tried: where this is beyond a budget, none is within it."""
-SAMPLE = 12
+SAMPLE = 4
 """Prompts of each kind that the response is measured on, at most."""
 
 
@@ -146,6 +147,8 @@ class Texts:
     kinds: Sequence[Sequence[Continued]]
     """Sentences, and answers"""
     reference: Sequence[Sequence[Float32]]
+    _kept: Sequence[dict[Any, Array]] = field(default_factory=list)
+    """Of each kind, what blocks before the first steered one put out"""
 
     @classmethod
     def of(cls, model: Recorder) -> Texts:
@@ -158,7 +161,7 @@ class Texts:
         else:
             asked = [tokenise(model, text) for text in OPENINGS]
         kinds = [kind for kind in (sentences, list(_answers(model, asked))) if kind]
-        return cls(model, kinds, [model.logits_along(kind) for kind in kinds])
+        return cls(model, kinds, [model.logits_along(kind) for kind in kinds], [{} for _ in kinds])
 
     def divergence(self, law: Law, *, steer_all: bool = False) -> float:
         """Nats a token.
@@ -167,8 +170,8 @@ class Texts:
             OverflowingError: activations overflow under this law.
         """
         of_kinds = []
-        for kind, reference in zip(self.kinds, self.reference, strict=True):
-            steered = self.model.logits_along(kind, law=law, steer_all=steer_all)
+        for kind, reference, kept in zip(self.kinds, self.reference, self._kept, strict=True):
+            steered = self.model.logits_along(kind, law=law, steer_all=steer_all, kept=kept)
             of_texts = [kl_divergence(one, other) for one, other in zip(steered, reference, strict=True)]
             of_kinds.append(np.concatenate(of_texts).mean())
         return float(np.mean(of_kinds))

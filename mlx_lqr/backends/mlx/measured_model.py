@@ -193,15 +193,20 @@ class MeasuredModel(MeasuredRecorder, MLXModel):
     def _norms(self) -> Iterable[tuple[str, bytes]]:
         return self._named(_norms_of(self.blocks) if self._spread is None else self._spread.norms)
 
-    def _run_blocks(self, tokens: mx.array) -> None:
+    def _past(self, tokens: Sequence[int]) -> None:
+        """Not known of caches of any kind."""
+
+    def _run_blocks(self, tokens: mx.array, past: None = None) -> None:
         self._run(tokens)
 
-    def _run(self, tokens: mx.array) -> mx.array:
+    def _run(self, tokens: mx.array, past: None = None) -> mx.array:
         """With caches, as decoding does: some of mlx-lm's models compute something else without."""
         return self.layout.finite(self.module(tokens, cache=new_caches(self.module)))
 
-    def _logits_at(self, asked: Stretches, law: Law | None, steer_all: bool) -> tuple[mx.array, mx.array]:
-        logits, spoiled = super()._logits_at(asked, law, steer_all)
+    def _logits_at(
+        self, asked: Stretches, law: Law | None, steer_all: bool, kept: dict[Any, mx.array]
+    ) -> tuple[mx.array, mx.array]:
+        logits, spoiled = super()._logits_at(asked, law, steer_all, kept)
         return logits, spoiled if self._spread is None else self._spread.first_array(spoiled)
 
     def place(self, law: Law | None) -> Law | None:

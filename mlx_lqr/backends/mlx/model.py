@@ -23,6 +23,7 @@ from mlx_lqr.backends.checkpoint.model_folder import read_config
 from mlx_lqr.backends.hooked_model import HookedModel
 from mlx_lqr.backends.measurement import Measurement
 from mlx_lqr.backends.mlx.blocks import TANGENTS, differentiable
+from mlx_lqr.backends.mlx.copying import arrays_in, copied
 from mlx_lqr.backends.mlx.decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.expansion import block_jacobian
@@ -111,11 +112,18 @@ class MLXModel(HookedModel):
         norm: nn.Module = self.module.model.norm
         return norm
 
-    def _run_blocks(self, tokens: mx.array) -> None:
-        self.module(tokens)  # the head is never computed, since nobody asks for its output
+    def _past(self, tokens: Sequence[int]) -> Any:
+        caches = new_caches(self.module)
+        self.module(mx.array([list(tokens)]), cache=caches)  # the head is never computed: nobody asks for its output
+        self._framework.compute(list(arrays_in(caches)))
+        return caches
 
-    def _run(self, tokens: mx.array) -> mx.array:
-        logits: mx.array = self.module(tokens)
+    def _run_blocks(self, tokens: mx.array, past: Any = None) -> None:
+        self._run(tokens, past)  # but for the head
+
+    def _run(self, tokens: mx.array, past: Any = None) -> mx.array:
+        cache = None if past is None else copied(past, rows=len(tokens))
+        logits: mx.array = self.module(tokens, cache=cache)
         return logits
 
     def block(self, trace: MLXTrace, layer: int, s: Float32) -> Float32:

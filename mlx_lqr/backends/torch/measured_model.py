@@ -112,10 +112,10 @@ class MeasuredModel(MeasuredRecorder, TorchModel):
     def _body(self) -> torch.nn.Module:
         return self.layout.body
 
-    def _run_blocks(self, tokens: torch.Tensor) -> None:
+    def _run_blocks(self, tokens: torch.Tensor, past: None = None) -> None:
         self.layout.call(self.module, tokens, None, last=True)
 
-    def _run(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _run(self, tokens: torch.Tensor, past: None = None) -> torch.Tensor:
         return self.layout.call(self.module, tokens, None)[0]
 
     def _head_widths(self) -> set[int] | None:

@@ -119,10 +119,10 @@ class TorchModel(HookedModel):
         norm: torch.nn.Module = self.module.base_model.norm
         return norm
 
-    def _run_blocks(self, tokens: torch.Tensor) -> None:
+    def _run_blocks(self, tokens: torch.Tensor, past: None = None) -> None:
         self._whole(tokens, self.module.base_model)
 
-    def _run(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _run(self, tokens: torch.Tensor, past: None = None) -> torch.Tensor:
         logits: torch.Tensor = self._whole(tokens, self.module).logits
         return logits
 

@@ -1,0 +1,120 @@
+"""What prompts have in common is read once: their common beginning, prompts that begin others, and unsteered blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.backends import BACKENDS, tiny_on
+from helpers.controllers import NEGATIVE, POSITIVE, law_for
+from helpers.tiny import families
+
+import mlx_lqr
+from mlx_lqr.backends import batching
+from mlx_lqr.backends.hooked_model import HookedModel
+from mlx_lqr.methods.alqr import LinearFeedback
+
+BEGINNING = [3, 9, 27, 17, 51, 25, 11, 33, 35, 41]
+"""Longer than the sliding windows of the tiny models, and than what it pays to read once."""
+PROMPTS = [
+    [*BEGINNING, 1, 2, 3, 4],
+    [*BEGINNING, 1, 2],
+    [*BEGINNING, 7],
+    [*BEGINNING, 7, 5, 6],
+    [*BEGINNING, 1, 2, 3, 4],
+    [*BEGINNING, 8, 60, 7, 1, 2],
+]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def law_at(model: Any, layers: tuple[int, ...], strength: float) -> LinearFeedback:
+    controller = mlx_lqr.fit(model, POSITIVE, NEGATIVE, layers=layers, jacobian_prompts=1)
+    return LinearFeedback(controller, strength)
+
+
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on every sequence is read from its first token to its last."""
+    monkeypatch.setattr(batching, "LEAST_SHARED", 10**9)
+
+
+def positions_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many positions each pass runs, from now on."""
+    read: list[int] = []
+    padded = batching.padded
+
+    def counting(prompts: Any) -> Any:
+        read.append(len(prompts) * max(map(len, prompts)))
+        return padded(prompts)
+
+    monkeypatch.setattr("mlx_lqr.backends.hooked_model.padded", counting)
+    return read
+
+
+@every_backend
+@families
+@pytest.mark.parametrize("steering", ["none", "last", "all"])
+def test_residuals_are_those_of_prompts_read_alone(
+    backend: str, family: str, steering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_on(backend, family)
+    options: dict[str, Any] = {} if steering == "none" else {"law": law_for(model), "steer_all": steering == "all"}
+    together = model.residuals(PROMPTS, **options)
+    alone(monkeypatch)
+    expected = np.stack([model.residuals([prompt], **options)[0] for prompt in PROMPTS])
+    assert np.abs(together - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_are_those_of_prompts_read_alone(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_on(backend, "gemma3_text")
+    together = model.head_outputs(PROMPTS)
+    alone(monkeypatch)
+    expected = np.stack([model.head_outputs([prompt])[0] for prompt in PROMPTS])
+    assert np.abs(together - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_nothing_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_on("mlx", "llama")
+    law, read = law_for(model), positions_read(monkeypatch)
+    model.residuals(PROMPTS)
+    assert read == [3 * 5]  # three prompts begin or are another, and all begin alike
+    read.clear()
+    model.residuals(PROMPTS, law=law)  # which acts at another position of each
+    assert read == [6 * 5]
+
+
+@every_backend
+@families
+@pytest.mark.parametrize("steer_all", [False, True])
+def test_logits_do_not_depend_on_what_is_kept(
+    backend: str, family: str, steer_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kept = tiny_on(backend, family), {}
+    pairs = [(prompt[: len(BEGINNING) + 1], prompt[len(BEGINNING) + 1 :]) for prompt in PROMPTS]
+    laws = [law_at(model, (1, 2), strength) for strength in (1.0, 3.0)]
+    with_kept = [model.logits_along(pairs, law=law, steer_all=steer_all, kept=kept) for law in laws]
+    assert kept
+    alone(monkeypatch)
+    for law, logits in zip(laws, with_kept, strict=True):
+        expected = model.logits_along(pairs, law=law, steer_all=steer_all)
+        assert max(np.abs(one - other).max() for one, other in zip(logits, expected, strict=True)) < 1e-4
+
+
+def test_blocks_before_the_first_steered_one_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, kept = tiny_on("mlx", "llama"), {}
+    pairs = [(prompt[:-1], prompt[-1:]) for prompt in PROMPTS]
+    laws = [law_at(model, (2,), strength) for strength in (1.0, 2.0)]
+    run: list[Any] = []
+    block = type(model.blocks[0])
+    called = block.__call__
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run.append(self)
+        return called(self, *args, **kwargs)
+
+    monkeypatch.setattr(block, "__call__", counting)
+    monkeypatch.setattr(HookedModel, "_shared", lambda self, asked, steered: (0, None))
+    for law in laws:
+        model.logits_along(pairs, law=law, kept=kept)
+    assert len(run) == model.num_layers + 1
