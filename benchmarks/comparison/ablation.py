@@ -55,6 +55,26 @@ class Capped(LinearFeedback):
         return error * (error < most) + most * (error >= most)
 
 
+SURE = 0.9
+
+
+def unsure(model: Model) -> type[LinearFeedback]:
+    """Leaves alone the tokens where the model is sure of the next: the norm and the head, applied to the input of the
+    first steered block, give one token more than `SURE`. For models of mlx-lm with tied embeddings."""
+    import mlx.core as mx
+
+    body: Any = model.module.model  # type: ignore[attr-defined]
+
+    class Unsure(LinearFeedback):
+        def _error(self, layer: int, z: Array) -> Array:
+            if layer == self.layers[0]:
+                likeliest = mx.softmax(body.embed_tokens.as_linear(body.norm(z)), axis=-1).max(-1, keepdims=True)
+                self._free = likeliest < SURE
+            return super()._error(layer, z) * self._free
+
+    return Unsure
+
+
 class AfterBlock(LinearFeedback):
     """Measures at the block's output, which it changes."""
 
@@ -133,6 +153,7 @@ LEVERS: Sequence[tuple[str, str, Callable[[Bench], Fitted]]] = (
     ("measured", "after the block, by the direction", lambda bench: bench.after_block()),
     ("push", "only towards the concept", lambda bench: bench.fit(law=OneWay)),
     ("push", "for an error of mu at most", lambda bench: bench.fit(law=Capped)),
+    ("tokens", f"not where one has {SURE:g} already", lambda bench: bench.fit(law=unsure(bench.model))),
     (
         "all of it",
         "plain texts, direction, state cost, separation in sample",

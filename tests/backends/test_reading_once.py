@@ -90,7 +90,8 @@ def test_nothing_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_logits_do_not_depend_on_what_is_kept(
     backend: str, family: str, steer_all: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, kept = tiny_on(backend, family), {}
+    model = tiny_on(backend, family)
+    kept: dict[Any, Any] = {}
     pairs = [(prompt[: len(BEGINNING) + 1], prompt[len(BEGINNING) + 1 :]) for prompt in PROMPTS]
     laws = [law_at(model, (1, 2), strength) for strength in (1.0, 3.0)]
     with_kept = [model.logits_along(pairs, law=law, steer_all=steer_all, kept=kept) for law in laws]
@@ -102,7 +103,8 @@ def test_logits_do_not_depend_on_what_is_kept(
 
 
 def test_blocks_before_the_first_steered_one_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, kept = tiny_on("mlx", "llama"), {}
+    model = tiny_on("mlx", "llama")
+    kept: dict[Any, Any] = {}
     pairs = [(prompt[:-1], prompt[-1:]) for prompt in PROMPTS]
     laws = [law_at(model, (2,), strength) for strength in (1.0, 2.0)]
     run: list[Any] = []
