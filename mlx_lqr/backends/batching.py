@@ -38,6 +38,8 @@ def padded_left(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 LEAST_SHARED = 8
 """Tokens that all sequences of a pass begin with, for which it pays to read them once."""
+KEPT = 4
+"""How many tokens that are only kept for each sequence may stand for one that is read."""
 
 
 def common_beginning(sequences: Sequence[Sequence[int]], most: int) -> int:
@@ -75,18 +77,20 @@ def in_batches(
     progress: Progress | None,
     *,
     nested: bool = False,
+    shares: bool = False,
 ) -> Float32:
     """Activations (n, ...) of n prompts from those of batches of sequences of similar length.
 
     Args:
         nested: a prompt that another begins with is read in the other's pass.
+        shares: what all sequences of a pass begin with is read once.
     """
     hosts = _hosts(prompts) if nested else {i: [i] for i in range(len(prompts))}
     sequences = list(hosts)
-    shared = common_beginning([prompts[i] for i in sequences], min(len(prompt) for prompt in prompts) - 1)
+    shared = common_beginning([prompts[i] for i in sequences], min(map(len, prompts)) - 1) if shares else 0
     result = np.empty(0, np.float32)
     done = 0
-    for batch in batches([len(prompts[i]) - shared for i in sequences]):
+    for batch in batches([max(len(prompts[i]) - shared, len(prompts[i]) // KEPT) for i in sequences]):
         asked = [(row, i) for row, host in enumerate(batch) for i in hosts[sequences[host]]]
         activations = of_batch(
             Reading(

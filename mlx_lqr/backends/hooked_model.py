@@ -95,9 +95,12 @@ class HookedModel(ABC):
     def _run(self, tokens: Array, past: Any = None) -> Array:
         """The logits (B, L, V) of prompts (B, L), after what `_past` returned."""
 
+    _shares = False
+    """Whether what all sequences of a pass begin with can be read once"""
+
     def _past(self, tokens: Sequence[int]) -> Any:
-        """What blocks keep of the tokens that all sequences of a pass begin with, or None: each reads them itself."""
-        return None
+        """What blocks keep of the tokens that all sequences of a pass begin with."""
+        raise NotImplementedError
 
     @abstractmethod
     def _weights(self) -> tuple[int, int, str]:
@@ -161,7 +164,11 @@ class HookedModel(ABC):
         """See `Recorder`."""
         placed = self.place(law)
         return in_batches(
-            prompts, lambda batch: self._residuals_of(batch, placed, steer_all), progress, nested=law is None
+            prompts,
+            lambda batch: self._residuals_of(batch, placed, steer_all),
+            progress,
+            nested=law is None,
+            shares=self._shares and not steer_all,
         )
 
     def _residuals_of(self, asked: Reading, law: Law | None, steer_all: bool) -> Float32:
@@ -192,7 +199,7 @@ class HookedModel(ABC):
 
     def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
         """See `HeadRecorder`."""
-        return in_batches(prompts, self._head_outputs_of, progress, nested=True)
+        return in_batches(prompts, self._head_outputs_of, progress, nested=True, shares=self._shares)
 
     def _head_outputs_of(self, asked: Reading) -> Float32:
         """(n, T, heads, head_dim) for n prompts"""
@@ -368,9 +375,8 @@ class HookedModel(ABC):
         Args:
             steered: at those tokens too, so that they are read with the others.
         """
-        count = 0 if steered else asked.shared
-        past = self._past(asked.sequences[0][:count]) if count else None
-        return (0, None) if past is None else (count, past)
+        count = asked.shared if self._shares and not steered else 0
+        return count, self._past(asked.sequences[0][:count]) if count else None
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Tokens (B, L) as `padded` makes them."""

@@ -128,6 +128,8 @@ def fit(
         steering.save(output, force=force)
         if made is not None:
             made.save(texts)
+    if chat_prompts is None and prompts[0] is not texts[0] and rank() == 0:
+        say("Prompts were taken as answers in the chat template; --plain-prompts takes them as they are", err=True)
     note_prompts(loaded, *texts)
     note_separation(contrasts, steering.active_layers)
     say_how_to_use(model, output, steering)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from helpers.backends import BACKENDS, tiny_on
 from helpers.controllers import NEGATIVE, POSITIVE, law_for
-from helpers.tiny import families
 
 import mlx_lqr
 from mlx_lqr.backends import batching
@@ -25,6 +24,7 @@ PROMPTS = [
     [*BEGINNING, 1, 2, 3, 4],
     [*BEGINNING, 8, 60, 7, 1, 2],
 ]
+families = pytest.mark.parametrize("family", ["gemma3_text", "llama", "qwen3_moe"])  # sliding windows, none, experts
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -82,6 +82,20 @@ def test_nothing_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     read.clear()
     model.residuals(PROMPTS, law=law)  # which acts at another position of each
     assert read == [6 * 5]
+
+
+def test_a_long_common_beginning_is_kept_for_few_sequences() -> None:
+    prompts = [[*range(1000), i] for i in range(30)]
+    rows: list[int] = []
+
+    def of_batch(asked: batching.Reading) -> np.ndarray:
+        assert asked.shared == 1000
+        rows.append(len(asked.sequences))
+        return np.array([prompt[-1] for prompt in asked.prompts], np.float32)
+
+    found = batching.in_batches(prompts, of_batch, None, shares=True)
+    assert found.tolist() == list(range(30))
+    assert max(rows) * 1001 <= batching.BATCH_TOKENS * batching.KEPT
 
 
 @every_backend

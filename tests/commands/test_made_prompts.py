@@ -34,8 +34,9 @@ def test_what_is_wrong_with_given_prompts_is_said_and_the_file_is_written(tmp_pa
     for name, texts in (("a", sentences[:9]), ("b", sentences[9:16])):
         (tmp_path / f"{name}.txt").write_text("\n".join(texts))
     sets = "--positive", tmp_path / "a.txt", "--negative", tmp_path / "b.txt"
-    result = run("fit", "demo", *sets, "-o", tmp_path / "c.safetensors", *QUICK, "--chat-prompts")
+    result = run("fit", "demo", *sets, "-o", tmp_path / "c.safetensors", *QUICK)
     assert result.exit_code == 0, result.output
+    assert "Prompts were taken as answers in the chat template; --plain-prompts takes" in result.stderr
     assert "Note: 9 positive and 7 negative prompts are few" in result.stderr
     assert "Note: the direction hardly tells apart prompts that it was not computed from" in result.stderr
     assert (tmp_path / "c.safetensors").exists()

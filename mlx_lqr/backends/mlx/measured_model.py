@@ -193,8 +193,7 @@ class MeasuredModel(MeasuredRecorder, MLXModel):
     def _norms(self) -> Iterable[tuple[str, bytes]]:
         return self._named(_norms_of(self.blocks) if self._spread is None else self._spread.norms)
 
-    def _past(self, tokens: Sequence[int]) -> None:
-        """Not known of caches of any kind."""
+    _shares = False  # not known of caches of any kind
 
     def _run_blocks(self, tokens: mx.array, past: None = None) -> None:
         self._run(tokens)

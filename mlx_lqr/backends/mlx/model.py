@@ -112,6 +112,8 @@ class MLXModel(HookedModel):
         norm: nn.Module = self.module.model.norm
         return norm
 
+    _shares = True
+
     def _past(self, tokens: Sequence[int]) -> Any:
         caches = new_caches(self.module)
         self.module(mx.array([list(tokens)]), cache=caches)  # the head is never computed: nobody asks for its output
