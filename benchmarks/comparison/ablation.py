@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,11 +65,12 @@ def unsure(model: Model) -> type[LinearFeedback]:
     import mlx.core as mx
 
     body: Any = model.module.model  # type: ignore[attr-defined]
+    norm = copy(body.norm)  # which the library reads nothing off
 
     class Unsure(LinearFeedback):
         def _error(self, layer: int, z: Array) -> Array:
             if layer == self.layers[0]:
-                likeliest = mx.softmax(body.embed_tokens.as_linear(body.norm(z)), axis=-1).max(-1, keepdims=True)
+                likeliest = mx.softmax(body.embed_tokens.as_linear(norm(z)), axis=-1).max(-1, keepdims=True)
                 self._free = likeliest < SURE
             return super()._error(layer, z) * self._free
 
