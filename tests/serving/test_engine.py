@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.backends import BACKENDS, tiny_on
+from helpers.backends import BACKENDS, smollm2_on, tiny_on
 from helpers.controllers import NEGATIVE, POSITIVE, controller_for
 from helpers.decoding import decoded
 
@@ -407,3 +407,37 @@ def test_hundreds_of_requests_that_come_and_go(backend: str) -> None:
     assert engine._batch._decoder is None
     assert stats.finished + stats.cancelled + stats.failed == 300
     assert stats.failed == sum(kind < 0 for kind, _, _ in asked_for)
+
+
+@every_backend
+def test_a_real_model_answers_side_by_side_as_alone(backend: str) -> None:
+    model = smollm2_on(backend)
+    dog, ocean = (
+        mlx_lqr.fit(
+            model,
+            *(prompts[:12] for prompts in mlx_lqr.bundled_prompts(concept)),
+            concept=concept,
+            layers=[28, 29],
+            jacobian_prompts=1,
+        )
+        for concept in ("dog", "ocean")
+    )
+    both = mlx_lqr.Controller.combine(dog, ocean)
+    texts = ["Once upon a time,", "My favourite thing about the weekend is", "The capital of France is"]
+    prompts = [model.tokenizer.encode(text) for text in texts]
+    requests = [
+        Request(prompts[0], both, [2.5, 0.0], GREEDY, 16),
+        Request(prompts[0], None, None, GREEDY, 12),
+        Request(prompts[1], both, [1.0, 2.0], Sampling(0.8, seed=3), 14),
+        Request(prompts[1], ocean, 2.5, Sampling(0.8, seed=4), 10),
+        Request(prompts[2], dog, 0.0, GREEDY, 8),
+        Request(prompts[2], dog, 3.0, GREEDY, 12),
+    ]
+    engine = Engine(model, slots=4)
+    listeners = [Listener() for _ in requests]
+    for request, listener in zip(requests, listeners, strict=True):
+        engine.submit(request, listener)
+    answers = [listener.tokens for listener in listeners]
+    engine.close()
+    assert answers == [alone(model, request) for request in requests]
+    assert answers[4] != answers[5][:8]
