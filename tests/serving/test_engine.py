@@ -7,12 +7,13 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.backends import BACKENDS, smollm2_on, tiny_on
-from helpers.controllers import NEGATIVE, POSITIVE, controller_for
+from helpers.controllers import NEGATIVE, POSITIVE, controller_for, mirrored
 from helpers.decoding import decoded
 
 import mlx_lqr
@@ -410,19 +411,10 @@ def test_hundreds_of_requests_that_come_and_go(backend: str) -> None:
 
 
 @every_backend
-def test_a_real_model_answers_side_by_side_as_alone(backend: str) -> None:
-    model = smollm2_on(backend)
-    dog, ocean = (
-        mlx_lqr.fit(
-            model,
-            *(prompts[:12] for prompts in mlx_lqr.bundled_prompts(concept)),
-            concept=concept,
-            layers=[28, 29],
-            jacobian_prompts=1,
-        )
-        for concept in ("dog", "ocean")
-    )
-    both = mlx_lqr.Controller.combine(dog, ocean)
+def test_a_real_model_answers_side_by_side_as_alone(backend: str, dog: Path) -> None:
+    model, controller = smollm2_on(backend), mlx_lqr.Controller.load(dog)
+    ocean = replace(mirrored(controller), concepts=("ocean",))
+    both = mlx_lqr.Controller.combine(controller, ocean)
     texts = ["Once upon a time,", "My favourite thing about the weekend is", "The capital of France is"]
     prompts = [model.tokenizer.encode(text) for text in texts]
     requests = [
@@ -430,8 +422,8 @@ def test_a_real_model_answers_side_by_side_as_alone(backend: str) -> None:
         Request(prompts[0], None, None, GREEDY, 12),
         Request(prompts[1], both, [1.0, 2.0], Sampling(0.8, seed=3), 14),
         Request(prompts[1], ocean, 2.5, Sampling(0.8, seed=4), 10),
-        Request(prompts[2], dog, 0.0, GREEDY, 8),
-        Request(prompts[2], dog, 3.0, GREEDY, 12),
+        Request(prompts[2], controller, 0.0, GREEDY, 8),
+        Request(prompts[2], controller, 3.0, GREEDY, 12),
     ]
     engine = Engine(model, slots=4)
     listeners = [Listener() for _ in requests]
