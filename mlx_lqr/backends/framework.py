@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_lqr.backends.hooks import UNSTEERED, BlockHooks, Hook, LawHooks
 from mlx_lqr.backends.protocol import Array, Float32
+from mlx_lqr.backends.turn import Turn
 
 
 class Framework(ABC):
@@ -22,8 +23,8 @@ class Framework(ABC):
 
     hooks: type[BlockHooks]
     """How hooks are placed on this framework's modules."""
-    turn: ClassVar[AbstractContextManager[object]]
-    """Held by the one thread that computes, and entered again by it at will. For the time of a pass, hooks stand in
+    turn: ClassVar[Turn]
+    """Held by the one thread that computes, one after another. For the time of a pass, hooks stand in
     modules that threads share, and settings that the framework has for the whole process are others."""
 
     @property
@@ -60,6 +61,14 @@ class Framework(ABC):
         """False everywhere: (rows, vocabulary)."""
 
     @abstractmethod
+    def none_counted(self, rows: int, vocabulary: int) -> Array:
+        """Zeros in float32: (rows, vocabulary)."""
+
+    @abstractmethod
+    def counted(self, counts: Array, tokens: Array) -> Array:
+        """counts (B, V) with one more for the token (B,) of each row; one may be `OVERFLOWED`, and stands for any."""
+
+    @abstractmethod
     def float32(self, array: Array) -> Array: ...
 
     @abstractmethod
@@ -88,6 +97,10 @@ class Framework(ABC):
     @abstractmethod
     def log_probabilities(self, logits: Array, tokens: Sequence[int]) -> Float32:
         """log p (n,) of token i by logits (n, V)."""
+
+    @abstractmethod
+    def likeliest(self, logits: Array, count: int) -> tuple[Array, Array]:
+        """The numbers (n, count) of the largest of logits (n, V), the largest first, and their log p."""
 
     @abstractmethod
     def compute(self, arrays: Iterable[Array]) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -42,6 +42,8 @@ AddProduct = Callable[[Array, Array, Array], Array]
 """(c, a, b) -> c + a @ b, in one operation where the backend has one."""
 Continued = tuple[Sequence[int], Sequence[int]]
 """Token ids: a prompt, and what follows it."""
+Scored = tuple[float, tuple[tuple[int, float], ...]]
+"""log p of a token, and the likeliest tokens with theirs, likeliest first."""
 Renew = Callable[[Array, np.ndarray], Array]
 """(array, values) -> an array of these values, maybe the same one with its values exchanged."""
 Progress = Callable[[str, int, int], None]
@@ -100,6 +102,17 @@ class CarryingLaw(Law, Protocol):
         """Go on with these rows, given as an index array of the backend."""
 
 
+@runtime_checkable
+class StackableLaw(Law, Protocol):
+    """A law that can steer sequences decoded side by side in one operation, each with other numbers."""
+
+    def stacked(self, laws: Sequence[Any]) -> Law:
+        """The law for a batch that steers row i as `laws[i]` does, a law with this very method, or None for not.
+
+        It follows the strengths of these laws.
+        """
+
+
 def restart(law: Law | None) -> None:
     """Tell a law, if it is of the kind that has to know, that another prompt begins."""
     if isinstance(law, CarryingLaw):
@@ -120,6 +133,10 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     """Divides the positive logits of every token that has been seen, in the prompt too, and multiplies the negative."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that it has been drawn (-2 to 2); the prompt does not count."""
+    presence_penalty: float = 0.0
+    """Subtracted once where it has been drawn at all (-2 to 2)."""
     seed: int | None = None
     """Sequence i of a batch is drawn with `seed` + i, as it would be alone. None: with a new one each time."""
 
@@ -132,6 +149,9 @@ class Sampling:
             raise InputError(f"min_p must be at least 0 and below 1, not {self.min_p!r}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise InputError(f"repetition_penalty must be above zero (1 is none), not {self.repetition_penalty!r}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise InputError(f"{name} must be between -2 and 2 (0 is none), not {getattr(self, name)!r}")
         if self.top_k < 0:
             raise InputError(f"top_k must be zero (off) or above, not {self.top_k!r}")
         if self.seed is not None and self.seed < 0:
@@ -216,8 +236,35 @@ class Decoder(Protocol):
         A sequence whose activations or logits have overflowed gets `OVERFLOWED` for a token.
         """
 
+    def log_probabilities(self, logits: Array, tokens: Array, top: int) -> list[Scored]:
+        """log p of each drawn token (B,), and the `top` likeliest tokens with theirs, by a step's logits (B, V) as the
+        model gives them, whatever the sampling is. Waits for them."""
+
     def keep(self, rows: Sequence[int], tokens: Array) -> Array:
         """Go on with these sequences alone; returns their `tokens`."""
+
+    def join(self, other: Any, tokens: Array, others: Array) -> Array:
+        """Append the sequences of another decoder of this model, each with its own law and sampling; returns the
+        `tokens` of these sequences and of the `others`. The other decoder is of no use any more.
+
+        Raises:
+            InputError: one of them rolls its context, or several sequences share a `CarryingLaw`.
+        """
+
+    def apart(self, row: int) -> Any:
+        """A decoder with a copy of what is held of one sequence, without law; this one stays as it is."""
+
+    @property
+    def failures(self) -> Mapping[int, Exception]:
+        """By sequence, why its own law has failed in the last step, which has left it unsteered; others go on."""
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether sequences that join run in one pass of the model; else each has passes of its own."""
+
+    @property
+    def fills_in_parts(self) -> bool:
+        """Whether to fill a single sequence bit by bit takes no longer than at once."""
 
     def rewind(self, position: int) -> bool:
         """Forget what a single sequence holds beyond its first `position` tokens; False where this cannot be done."""

@@ -42,6 +42,12 @@ class Recording:
         error, push = self._read()
         return error[kept], push[kept]
 
+    def take(self) -> Recording:
+        """A recording of what has been recorded so far, which leaves this one empty; nothing is waited for."""
+        taken = Recording()
+        taken._passed, self._passed = self._passed, []
+        return taken
+
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
         if not self._passed:
             return np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)
@@ -72,8 +78,11 @@ class RecordedFeedback(LinearFeedback):
         """The same law without the recording."""
         return LinearFeedback(self._controller, self.strength)
 
+    def note(self, layer: int, error: Array) -> None:
+        self.recording._passed.append((layer, error, self.gain, self.on))
+
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
         self.aim()
         error = self._error(layer, z)
-        self.recording._passed.append((layer, error, self.gain, self.on))
+        self.note(layer, error)
         return self._add_product(output, error, self._gain[layer]) if self.acts else output

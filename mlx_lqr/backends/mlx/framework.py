@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,6 +15,7 @@ from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.mlx.blocks import ClassHooks
 from mlx_lqr.backends.mlx.device import device_name
 from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.backends.turn import Turn
 
 
 class MLXFramework(Framework):
@@ -26,7 +26,7 @@ class MLXFramework(Framework):
         hooks: how they are placed on the model's blocks.
     """
 
-    turn = threading.RLock()
+    turn = Turn()
 
     def __init__(self, dtype: mx.Dtype, hooks: type[ClassHooks] = ClassHooks) -> None:
         self.dtype = dtype
@@ -65,6 +65,12 @@ class MLXFramework(Framework):
     def none_seen(self, rows: int, vocabulary: int) -> mx.array:
         return mx.zeros((rows, vocabulary), mx.bool_)
 
+    def none_counted(self, rows: int, vocabulary: int) -> mx.array:
+        return mx.zeros((rows, vocabulary))
+
+    def counted(self, counts: mx.array, tokens: mx.array) -> mx.array:
+        return counts.at[mx.arange(len(tokens)), tokens].add(1)
+
     def float32(self, array: mx.array) -> mx.array:
         return array.astype(mx.float32)
 
@@ -92,6 +98,13 @@ class MLXFramework(Framework):
     def log_probabilities(self, logits: mx.array, tokens: Sequence[int]) -> Float32:
         chosen = mx.take_along_axis(logits, self.integers(list(tokens))[:, None], axis=-1)[:, 0]
         return self.numpy(chosen - mx.logsumexp(logits, axis=-1))
+
+    def likeliest(self, logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        largest = mx.argpartition(-logprobs, min(count, logits.shape[-1] - 1), axis=-1)[:, :count]
+        values = mx.take_along_axis(logprobs, largest, axis=-1)
+        order = mx.argsort(-values, axis=-1)
+        return mx.take_along_axis(largest, order, axis=-1), mx.take_along_axis(values, order, axis=-1)
 
     def compute(self, arrays: Iterable[mx.array]) -> None:
         mx.eval(list(arrays))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.backends.torch.blocks import ForwardHooks
+from mlx_lqr.backends.turn import Turn
 from mlx_lqr.errors import InputError
 
 _SHORTER = "give shorter prompts, load the model with dtype bfloat16, or use device cpu"
@@ -40,7 +40,7 @@ class TorchFramework(Framework):
         hooks: how they are placed on the model's blocks.
     """
 
-    turn = threading.RLock()
+    turn = Turn()
 
     def __init__(self, module: Any, dtype: torch.dtype, hooks: type[ForwardHooks] = ForwardHooks) -> None:
         self._module = module
@@ -85,6 +85,12 @@ class TorchFramework(Framework):
     def none_seen(self, rows: int, vocabulary: int) -> torch.Tensor:
         return torch.zeros(rows, vocabulary, dtype=torch.bool, device=self.device)
 
+    def none_counted(self, rows: int, vocabulary: int) -> torch.Tensor:
+        return torch.zeros(rows, vocabulary, device=self.device)
+
+    def counted(self, counts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return counts.scatter_add(1, tokens.clamp_min(0)[:, None], torch.ones_like(counts[:, :1]))
+
     def float32(self, array: torch.Tensor) -> torch.Tensor:
         return array.float()
 
@@ -114,6 +120,10 @@ class TorchFramework(Framework):
     def log_probabilities(self, logits: torch.Tensor, tokens: Sequence[int]) -> Float32:
         chosen = torch.log_softmax(logits, dim=-1).gather(-1, self.integers(list(tokens))[:, None])
         return self.numpy(chosen[:, 0])
+
+    def likeliest(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        values, largest = torch.log_softmax(logits, dim=-1).topk(count, dim=-1)
+        return largest, values
 
     def compute(self, arrays: Iterable[torch.Tensor]) -> None:
         """Nothing: torch computes at once."""
