@@ -1,1 +1,6 @@
-"""Answers over HTTP: an engine that decodes many requests at once, and a server with OpenAI's interface."""
+"""Answering many at once: requests decoded side by side, each steered in its own way."""
+
+from mlx_lqr.serving.engine import Engine, Ticket
+from mlx_lqr.serving.requests import Event, Full, Request, Stats, Tracking
+
+__all__ = ["Engine", "Event", "Full", "Request", "Stats", "Ticket", "Tracking"]
