@@ -58,6 +58,8 @@ NOT_RUN = {
     "installs": r"git clone|make |pip install |uv tool install |source ",
     "needs a CUDA GPU": r"mlx-lqr .*--device cuda",
     "fetches from the hub": r"mlx-lqr eval lm-eval ",
+    "serves until it is stopped": r"mlx-lqr serve ",
+    "asks a server": r"curl |llm |lm_eval ",
     "needs a model of your own": r"mlx-lqr \w+ \S+\.gguf ",
     "needs an adapter of your own": r"mlx-lqr \w+ \S+ .*--adapter my-adapter\b",
     "needs several machines": r"mlx\.launch |scp ",
@@ -90,6 +92,7 @@ SMALLER = {
 }
 """Options that a command gets here besides its own, by how it begins, so that it takes seconds."""
 TYPED = {"mlx-lqr chat": "Hello\n/strength 3\nAnd now?\n/track\n/help\n/quit\n"}
+CALIBRATE = calibration.calibrate
 IN_FULL = {"dog"}
 """Concepts whose texts the pages show; of the others six prompts a side are enough here."""
 
@@ -124,8 +127,9 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 patch.setattr(module, "bundled_prompts", few_prompts)
             if vars(module).get("default_prompts") is half_sentences:
                 patch.setattr(module, "default_prompts", few_half_sentences)
-        for module in [module for name, module in sys.modules.items() if name.startswith("mlx_lqr.commands.")]:
-            if vars(module).get("calibrate") is calibration.calibrate:
+        commands = [module for name, module in sys.modules.items() if name.startswith("mlx_lqr.commands.")]
+        for module in [calibration, *commands]:
+            if vars(module).get("calibrate") is CALIBRATE:
                 patch.setattr(module, "calibrate", once(_calibrate, _steering_key))
         patch.setattr("mlx_lqr.tasks.damage.POSITIONS", 2)
         allow_unseeded(patch, seed=0)
@@ -168,7 +172,7 @@ def _calibrate(model: Model, steering: Steering) -> mlx_lqr.Calibration:
         if steering.concepts[0] not in IN_FULL:
             for texts in ("SENTENCES", "QUESTIONS", "OPENINGS"):
                 patch.setattr(calibration, texts, vars(calibration)[texts][:1])
-        return calibration.calibrate(model, steering)
+        return CALIBRATE(model, steering)
 
 
 class Reading:
