@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_lqr.backends.hooks import UNSTEERED, BlockHooks, Hook, LawHooks
 from mlx_lqr.backends.protocol import Array, Float32
+from mlx_lqr.backends.turn import Turn
 
 
 class Framework(ABC):
@@ -22,8 +23,8 @@ class Framework(ABC):
 
     hooks: type[BlockHooks]
     """How hooks are placed on this framework's modules."""
-    turn: ClassVar[AbstractContextManager[object]]
-    """Held by the one thread that computes, and entered again by it at will. For the time of a pass, hooks stand in
+    turn: ClassVar[Turn]
+    """Held by the one thread that computes, one after another. For the time of a pass, hooks stand in
     modules that threads share, and settings that the framework has for the whole process are others."""
 
     @property

@@ -35,7 +35,6 @@ class RowLaws:
         present = [law for law in laws if law is not None]
         self.layers: Sequence[int] = sorted({k for law in present for k in law.layers})
         self._sites = {site: _SiteLaws(framework, self, site) for site in {law.site for law in present}}
-
         self.replayable = all(law.replayable for law in present)
 
     def to(

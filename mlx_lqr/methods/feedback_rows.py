@@ -49,9 +49,9 @@ class FeedbackRows:
         placed = copy(self)
         placed._renew = renew or (lambda _, values: array(values))
         placed._aimed_at = [law.strength for _, law in self._laws]
-        placed._target = {k: array(self._targets(k)) for k in self.layers}
-        placed._gain = {k: array(self._gains(k)) for k in self.layers}
-        sensors = {k: -self._stack(k, [law.controller.sensor[k].T for _, law in self._laws]) for k in self.layers}
+        placed._target = {k: array(target) for k, target in self._targets().items()}
+        placed._gain = {k: array(gain) for k, gain in self._gains().items()}
+        sensors = self._stacked([-law.controller.sensor for _, law in self._laws])
         placed._minus_sensor = {k: array(np.ascontiguousarray(part.swapaxes(1, 2))) for k, part in sensors.items()}
         return placed
 
@@ -66,10 +66,10 @@ class FeedbackRows:
             return
         switched = [[s != 0 for s in one] for one in strengths] != [[s != 0 for s in one] for one in self._aimed_at]
         self._aimed_at = strengths
-        for k in self.layers:
-            self._target[k] = self._renew(self._target[k], self._targets(k))
-            if switched:
-                self._gain[k] = self._renew(self._gain[k], self._gains(k))
+        for k, target in self._targets().items():
+            self._target[k] = self._renew(self._target[k], target)
+        for k, gain in self._gains().items() if switched else ():
+            self._gain[k] = self._renew(self._gain[k], gain)
 
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
         self.aim()
@@ -79,19 +79,19 @@ class FeedbackRows:
                 law.note(layer, error[row : row + 1, :, : len(law.controller.concepts)])
         return output + error @ self._gain[layer] if self.acts else output
 
-    def _targets(self, layer: int) -> Float32:
-        """(B, 1, m)"""
-        stacked = self._stack(layer, [law.target[layer][:, None] for _, law in self._laws])
-        return np.ascontiguousarray(stacked.swapaxes(1, 2))
+    def _targets(self) -> dict[int, Float32]:
+        """(B, 1, m) of each layer"""
+        stacked = self._stacked([law.target[:, None] for _, law in self._laws])
+        return {k: np.ascontiguousarray(target.swapaxes(1, 2)) for k, target in stacked.items()}
 
-    def _gains(self, layer: int) -> Float32:
-        """(B, m, d)"""
-        return self._stack(layer, [law.gain[layer].T for _, law in self._laws])
+    def _gains(self) -> dict[int, Float32]:
+        """(B, m, d) of each layer"""
+        return self._stacked([law.gain for _, law in self._laws])
 
-    def _stack(self, layer: int, parts: Sequence[np.ndarray]) -> Float32:
-        """What each law has for a layer (m_i, n), in its row: (B, m, n), zero where a law does not act."""
-        stacked = np.zeros((self._rows, self._concepts, parts[0].shape[-1]), np.float32)
+    def _stacked(self, parts: Sequence[Float32]) -> dict[int, Float32]:
+        """What each law has (T, n, m_i), in its row of (B, m, n) for each layer; zero where a law does not act."""
+        stacked = {k: np.zeros((self._rows, self._concepts, parts[0].shape[1]), np.float32) for k in self.layers}
         for (row, law), part in zip(self._laws, parts, strict=True):
-            if layer in law.layers:
-                stacked[row, : len(part)] = part
+            for k in law.layers:
+                stacked[k][row, : part.shape[2]] = part[k].T
         return stacked

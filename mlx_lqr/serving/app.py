@@ -45,7 +45,6 @@ def application(service: Service, access: Access, *, origins: tuple[str, ...] = 
         access: who may ask.
         origins: pages from elsewhere that may ask, such as "http://localhost:3000".
     """
-
     routes = [
         Route("/health", health),
         Route("/", page),

@@ -78,12 +78,12 @@ def _one_or_several(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _prompts(prompt: Any) -> list[str] | list[list[int]]:
-    """A completion's prompts: each a text, or token ids."""
-    prompts = [prompt] if isinstance(prompt, str) or (prompt and not isinstance(prompt[0], (str, list))) else prompt
-    if not prompts:
+def _prompts(prompt: Any) -> Any:
+    """A completion's prompts as a list, each a text or token ids, where there may be one alone."""
+    if prompt in ("", []):
         raise ValueError("it is empty: give a text")
-    return prompts
+    alone = isinstance(prompt, str) or (isinstance(prompt, list) and isinstance(prompt[0], int))
+    return [prompt] if alone else prompt
 
 
 def _strength(value: Any) -> Any:

@@ -7,7 +7,7 @@ import math
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -156,7 +156,7 @@ class Form(ABC):
         written = [self._choice(index, choice) for index, choice in enumerate(choices)]
         return {**self._head(self.object), "choices": written, "usage": self._usage()}
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer as objects, one for each event."""
         for opening in self._openings():
             yield self._chunk([opening])
@@ -241,7 +241,7 @@ class ChatForm(Form):
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._token_text(token)
-        return {"token": text, "logprob": _number(logprob), "bytes": list(text.encode())}
+        return {"token": text, "logprob": _number(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
 class CompletionForm(Form):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_lqr.backends.protocol import Differentiable, Sampling
+from mlx_lqr.backends.protocol import Model, Sampling
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.prompts import Prompt, tokenise
@@ -32,7 +32,7 @@ class Service:
         waiting: how many more requests may wait.
     """
 
-    def __init__(self, model: Differentiable, folder: Path, *, slots: int = 8, waiting: int = 64) -> None:
+    def __init__(self, model: Model, folder: Path, *, slots: int = 8, waiting: int = 64) -> None:
         self.model = model
         self.name = model.name
         self.created = int(time.time())

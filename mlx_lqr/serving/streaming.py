@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -56,12 +56,11 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[Mapping[str, Any]],
+        events: AsyncGenerator[Mapping[str, Any], None],
         *,
-        after: Callable[[], None] = lambda: None,
-        headers: Mapping[str, str] | None = None,
+        after: Callable[[], None],
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._after = events, after
 
@@ -71,6 +70,7 @@ class EventStream(Response):
                 await until_gone(receive, self._send(send))
         finally:
             self._after()
+            await self._events.aclose()
 
     async def _send(self, send: Send) -> None:
         async def write(text: str, *, more: bool = True) -> None:

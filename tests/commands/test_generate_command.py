@@ -40,6 +40,8 @@ def test_every_decoding_option_arrives(smollm2: Model) -> None:
         "top_k": 40,
         "min_p": 0.01,
         "repetition_penalty": 1.2,
+        "frequency_penalty": 0.3,
+        "presence_penalty": -0.2,
         "seed": 5,
     }
     expected = mlx_lqr.generate(smollm2, PROMPT, **options)
@@ -113,6 +115,7 @@ def test_tracking_is_that_of_the_controller_in_use(adaptive: bool, dog: Path, sm
         (["--top-k", "-1"], "top_k"),
         (["--min-p", "1"], "min_p"),
         (["--repetition-penalty", "0"], "repetition_penalty"),
+        (["--frequency-penalty", "2.1"], "frequency_penalty"),
         (["--seed", "-1"], "seed"),
         (["--stop", ""], "stop"),
         (["--overflow", "drop"], "'drop'"),

@@ -7,12 +7,13 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.backends import BACKENDS, tiny_on
-from helpers.controllers import NEGATIVE, POSITIVE, controller_for
+from helpers.backends import BACKENDS, smollm2_on, tiny_on
+from helpers.controllers import NEGATIVE, POSITIVE, controller_for, mirrored
 from helpers.decoding import decoded
 
 import mlx_lqr
@@ -407,3 +408,28 @@ def test_hundreds_of_requests_that_come_and_go(backend: str) -> None:
     assert engine._batch._decoder is None
     assert stats.finished + stats.cancelled + stats.failed == 300
     assert stats.failed == sum(kind < 0 for kind, _, _ in asked_for)
+
+
+@every_backend
+def test_a_real_model_answers_side_by_side_as_alone(backend: str, dog: Path) -> None:
+    model, controller = smollm2_on(backend), mlx_lqr.Controller.load(dog)
+    ocean = replace(mirrored(controller), concepts=("ocean",))
+    both = mlx_lqr.Controller.combine(controller, ocean)
+    texts = ["Once upon a time,", "My favourite thing about the weekend is", "The capital of France is"]
+    prompts = [model.tokenizer.encode(text) for text in texts]
+    requests = [
+        Request(prompts[0], both, [2.5, 0.0], GREEDY, 16),
+        Request(prompts[0], None, None, GREEDY, 12),
+        Request(prompts[1], both, [1.0, 2.0], Sampling(0.8, seed=3), 14),
+        Request(prompts[1], ocean, 2.5, Sampling(0.8, seed=4), 10),
+        Request(prompts[2], controller, 0.0, GREEDY, 8),
+        Request(prompts[2], controller, 3.0, GREEDY, 12),
+    ]
+    engine = Engine(model, slots=4)
+    listeners = [Listener() for _ in requests]
+    for request, listener in zip(requests, listeners, strict=True):
+        engine.submit(request, listener)
+    answers = [listener.tokens for listener in listeners]
+    engine.close()
+    assert answers == [alone(model, request) for request in requests]
+    assert answers[4] != answers[5][:8]

@@ -308,6 +308,8 @@ def test_failures_on_the_way_reach_the_client_as_one_line(served: Served, script
         ({"steering": {"dog": True}}, "steering.dog", 400),
         ({"max_tokens": 1000}, None, 400),
         ({"messages": []}, "messages", 400),
+        ({"messages": "w1"}, "messages", 400),
+        ({"stop": {"a": 1}}, "stop", 400),
         ({"messages": [{"role": "tool", "content": "w1"}]}, "messages", 400),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", 400),
     ],
@@ -320,6 +322,12 @@ def test_what_cannot_be_done_is_refused_by_name(
     assert (response.status, error["param"]) == (status, param)
     assert len(error["message"].splitlines()) == 1
     assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+@pytest.mark.parametrize("prompt", [5, {"a": 1}, None, "", [], [[]], [True], ["w1", 2], [[1], "w1"], [99], [-1]])
+def test_what_is_no_prompt_is_refused(served: Served, prompt: Any) -> None:
+    response = served.ask("POST", "/v1/completions", {"model": served.name, "prompt": prompt})
+    assert response.status == 400, response.json
 
 
 def test_what_changes_nothing_is_ignored_and_parts_of_text_are_joined(served: Served) -> None:

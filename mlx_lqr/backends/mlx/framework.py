@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,6 +15,7 @@ from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.mlx.blocks import ClassHooks
 from mlx_lqr.backends.mlx.device import device_name
 from mlx_lqr.backends.protocol import Float32
+from mlx_lqr.backends.turn import Turn
 
 
 class MLXFramework(Framework):
@@ -26,7 +26,7 @@ class MLXFramework(Framework):
         hooks: how they are placed on the model's blocks.
     """
 
-    turn = threading.RLock()
+    turn = Turn()
 
     def __init__(self, dtype: mx.Dtype, hooks: type[ClassHooks] = ClassHooks) -> None:
         self.dtype = dtype

@@ -159,19 +159,25 @@ class Measured:
         try:
             shorter, tokens = new_caches(self._module), self._prompt[-3:]
             self._run([self._prompt[:SHORTER]], shorter)
-            if not all(self._agrees(merged, [copied(caches), copied(shorter)], tokens) for merged in self._ways(caches, shorter)):
-                return False
-            for step, token in enumerate(tokens):
-                rows = [0, 1] if step < 2 else [1]
-                if step == 2:  # and one of them ends
-                    for cache in merged:
-                        cache.filter(mx.array(rows))
-                together, _ = self._run([[token]] * len(rows), merged)
-                single = np.concatenate([self._run([[token]], alone[row])[0] for row in rows])
-                if not relative_error(together, single) <= EXACT:
-                    return False
+            merged = merged_caches([copied(caches), copied(shorter)])
+            joined = merged_caches([copied(caches)])
+            for layer, joining in zip(joined, merged_caches([copied(shorter)]), strict=True):
+                layer.extend(joining)
+            return all(self._agree(both, [copied(caches), copied(shorter)], tokens) for both in (merged, joined))
         except Exception:  # whatever mlx-lm's caches raise, the sequences are run one by one
             return False
+
+    def _agree(self, both: Any, alone: Sequence[Any], tokens: Sequence[int]) -> bool:
+        """Whether two sequences side by side have the logits that each has alone."""
+        for step, token in enumerate(tokens):
+            rows = [0, 1] if step < 2 else [1]
+            if step == 2:  # and one of them ends
+                for cache in both:
+                    cache.filter(mx.array(rows))
+            together, _ = self._run([[token]] * len(rows), both)
+            single = np.concatenate([self._run([[token]], alone[row])[0] for row in rows])
+            if not relative_error(together, single) <= EXACT:
+                return False
         return True
 
     def _run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.backends.torch.blocks import ForwardHooks
+from mlx_lqr.backends.turn import Turn
 from mlx_lqr.errors import InputError
 
 _SHORTER = "give shorter prompts, load the model with dtype bfloat16, or use device cpu"
@@ -40,7 +40,7 @@ class TorchFramework(Framework):
         hooks: how they are placed on the model's blocks.
     """
 
-    turn = threading.RLock()
+    turn = Turn()
 
     def __init__(self, module: Any, dtype: torch.dtype, hooks: type[ForwardHooks] = ForwardHooks) -> None:
         self._module = module
