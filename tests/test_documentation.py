@@ -475,7 +475,8 @@ def test_the_budgets_are_those_of_the_page() -> None:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    modules = {module: importlib.import_module(module) for module in ("mlx_lqr", "mlx_lqr.tasks", "mlx_lqr.analysis")}
+    names = ("mlx_lqr", "mlx_lqr.tasks", "mlx_lqr.analysis", "mlx_lqr.serving")
+    modules = {name: importlib.import_module(name) for name in names}
     public = {f"{module}.{name}" for module in modules for name in modules[module].__all__}
     page = (DOCS / "reference" / "python.md").read_text("utf-8")
     assert Counter(re.findall(r"^::: (\S+)$", page, re.MULTILINE)) == Counter(public)
