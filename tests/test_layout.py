@@ -38,7 +38,7 @@ LAYERS = [
     {"__main__"},
 ]
 """From the bottom to the top. A module may import from its own entry and from the layers below, but not from another
-entry of its layer: runtime and analysis know nothing of each other."""
+entry of its layer: runtime and analysis know nothing of each other, nor do tasks and serving."""
 
 # What a model is and can do, and what to say where it cannot.
 PROTOCOL = {"backends.protocol", "backends.capabilities", "backends.description", "backends.measurement"}
