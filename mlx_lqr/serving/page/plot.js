@@ -1,0 +1,231 @@
+// How closely the features follow their setpoints, token by token, at each layer where control acts.
+
+import { drawn, element, short } from "./dom.js";
+import { colour } from "./steering.js";
+
+const HEIGHT = 104; // of a layer's plot, in pixels; the pushes stand in a band at its bottom
+const BAND = 22;
+const LEFT = 34;
+const RIGHT = 8;
+const TOP = 8;
+const AT_FIRST = 3; // so many layers are shown before somebody chooses
+
+/** What an answer's tracking was: for each token a point of (layers, concepts) numbers. */
+export class Track {
+  constructor() {
+    this.layers = [];
+    this.concepts = [];
+    this.points = [];
+  }
+
+  /** tracking: what the server sent with a token; text: what the token said. */
+  add(tracking, text) {
+    this.layers = tracking.layers;
+    this.concepts = tracking.concepts;
+    const { error, push } = tracking;
+    // Without the levels themselves: how far the feature is above its setpoint.
+    const feature = tracking.feature ?? error.map((row) => row.map((value) => -value));
+    const setpoint = tracking.setpoint ?? error.map((row) => row.map(() => 0));
+    this.points.push({ feature, setpoint, push, text });
+  }
+}
+
+export class Plot {
+  constructor(place) {
+    this.track = new Track();
+    this.hidden = new Set(); // concepts that are not drawn
+    this.chosen = null; // layers, or null: the last few
+    this.at = null; // the token that is read off, or null: the last
+    this.order = []; // concepts, in the order of their colours
+    this.charts = element("div", { className: "charts", tabIndex: 0, role: "img" });
+    this.legend = element("div", { className: "legend" });
+    this.choice = element("div", { className: "choice", role: "group", "aria-label": "Layers" });
+    this.reading = element("p", { className: "reading" });
+    this.none = element("p", { className: "note" }, "Ask something: setpoint, feature and push of every steered layer appear here as the answer is written.");
+    place.append(this.none, this.legend, this.choice, this.charts, this.reading);
+    this.charts.addEventListener("pointermove", (event) => this.read(this.nearest(event)));
+    this.charts.addEventListener("pointerleave", () => this.read(null));
+    this.charts.addEventListener("keydown", (event) => this.step(event));
+    this.charts.addEventListener("blur", () => this.read(null));
+    new ResizeObserver(() => this.refresh()).observe(this.charts);
+    this.refresh();
+  }
+
+  /** Draw this track from now on. concepts: all that have a slider, in their order. */
+  follow(track, concepts) {
+    this.track = track;
+    this.order = concepts;
+    this.at = null;
+    this.refresh();
+  }
+
+  /** Draw again before the next frame. */
+  refresh() {
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = null;
+      this.draw();
+    });
+  }
+
+  get layers() {
+    const { layers } = this.track;
+    const chosen = this.chosen && layers.filter((layer) => this.chosen.has(layer));
+    return chosen?.length ? chosen : layers.slice(-AT_FIRST);
+  }
+
+  draw() {
+    const { points, concepts } = this.track;
+    this.none.hidden = points.length > 0;
+    for (const part of [this.legend, this.choice, this.charts, this.reading]) part.hidden = !points.length;
+    if (!points.length) return;
+    this.drawLegend();
+    this.drawChoice();
+    this.width = this.charts.clientWidth || 300;
+    const shown = concepts.map((_, index) => index).filter((index) => !this.hidden.has(concepts[index]));
+    this.charts.replaceChildren(...this.layers.map((layer) => this.chart(layer, shown)));
+    this.tell(shown);
+  }
+
+  x(token) {
+    return LEFT + ((this.width - LEFT - RIGHT) * token) / Math.max(1, this.track.points.length - 1);
+  }
+
+  chart(layer, shown) {
+    const { points, layers } = this.track;
+    const index = layers.indexOf(layer);
+    const levels = points.flatMap((point) => shown.flatMap((m) => [point.feature[index][m], point.setpoint[index][m]])).filter(Number.isFinite);
+    const [low, high] = around(levels);
+    const bottom = HEIGHT - BAND - 6;
+    const y = (value) => bottom - ((bottom - TOP) * (value - low)) / (high - low);
+    const most = Math.max(1e-9, ...points.map((point) => point.push[index]));
+    const svg = drawn("svg", { width: this.width, height: HEIGHT, viewBox: `0 0 ${this.width} ${HEIGHT}`, "data-layer": layer });
+    for (const value of [low, high]) {
+      svg.append(
+        drawn("line", { class: "grid", x1: LEFT, x2: this.width - RIGHT, y1: y(value), y2: y(value) }),
+        drawn("text", { class: "scale", x: LEFT - 5, y: y(value) + 3.5 }, tick(value, high - low)),
+      );
+    }
+    const floor = HEIGHT - 1;
+    const pushes = points.map((point, token) => `${this.x(token)},${floor - (BAND - 4) * (point.push[index] / most)}`);
+    svg.append(
+      drawn("polygon", { class: "push", points: `${this.x(0)},${floor} ${pushes.join(" ")} ${this.x(points.length - 1)},${floor}` }),
+      drawn("text", { class: "scale", x: LEFT - 5, y: floor - BAND + 11 }, tick(most, most)),
+    );
+    for (const kind of ["setpoint", "feature"]) {
+      for (const m of shown) {
+        const line = points.map((point, token) => [this.x(token), y(point[kind][index][m])]).filter(([, level]) => Number.isFinite(level));
+        const made = drawn("polyline", { class: kind, points: line.map((pair) => pair.map((part) => part.toFixed(1)).join()).join(" ") });
+        made.style.stroke = this.colourOf(m);
+        svg.append(made);
+        if (kind === "feature" && line.length) {
+          const [cx, cy] = line[this.at ?? line.length - 1] ?? line.at(-1);
+          const dot = drawn("circle", { class: "now", cx, cy, r: 3 });
+          dot.style.fill = this.colourOf(m);
+          svg.append(dot);
+        }
+      }
+    }
+    if (this.at !== null) svg.append(drawn("line", { class: "cursor", x1: this.x(this.at), x2: this.x(this.at), y1: TOP, y2: floor }));
+    return element("figure", {}, element("figcaption", {}, `Layer ${layer}`), svg);
+  }
+
+  colourOf(m) {
+    const place = this.order?.indexOf(this.track.concepts[m]) ?? -1;
+    return colour(place < 0 ? m : place);
+  }
+
+  /** A key for the lines, and a switch for each concept where there are several. */
+  drawLegend() {
+    const { concepts } = this.track;
+    const state = concepts.map((concept, m) => `${concept} ${this.colourOf(m)} ${this.hidden.has(concept)}`).join();
+    if (this.legend.state === state) return;
+    this.legend.state = state;
+    const names = concepts.map((concept, m) => {
+      const made = element("button", { type: "button", className: "chip", "aria-pressed": String(!this.hidden.has(concept)) }, concept);
+      made.style.setProperty("--colour", this.colourOf(m));
+      made.addEventListener("click", () => {
+        if (!this.hidden.delete(concept)) this.hidden.add(concept);
+        this.refresh();
+      });
+      return made;
+    });
+    const key = ["setpoint", "feature", "push"].map((kind) => {
+      const sample = kind === "push" ? drawn("rect", { class: kind, x: 0, y: 2, width: 18, height: 8 }) : drawn("line", { class: kind, x1: 0, x2: 18, y1: 6, y2: 6 });
+      return element("span", { className: "sample" }, drawn("svg", { width: 18, height: 12, "aria-hidden": "true" }, sample), kind);
+    });
+    this.legend.replaceChildren(...(concepts.length > 1 ? names : []), ...key);
+  }
+
+  /** Where there are more layers than are shown at first: which to show. */
+  drawChoice() {
+    const { layers } = this.track;
+    this.choice.hidden = layers.length <= AT_FIRST;
+    const shown = this.layers;
+    const state = `${layers} ${shown}`;
+    if (this.choice.state === state || this.choice.hidden) return;
+    this.choice.state = state;
+    const held = this.choice.contains(document.activeElement) ? document.activeElement.textContent : null;
+    this.choice.replaceChildren(
+      element("span", {}, "Layers"),
+      ...layers.map((layer) => {
+        const made = element("button", { type: "button", className: "chip", "aria-pressed": String(shown.includes(layer)) }, String(layer));
+        made.addEventListener("click", () => {
+          this.chosen = new Set(shown);
+          if (!this.chosen.delete(layer)) this.chosen.add(layer);
+          this.refresh();
+        });
+        return made;
+      }),
+    );
+    if (held) [...this.choice.children].find((chip) => chip.textContent === held)?.focus();
+  }
+
+  /** The numbers of the token under the pointer, or of the last. */
+  tell(shown) {
+    const { points, layers, concepts } = this.track;
+    const token = Math.min(this.at ?? points.length - 1, points.length - 1);
+    const point = points[token];
+    const layer = this.layers.at(-1);
+    const index = layers.indexOf(layer);
+    const features = shown.map((m) => `${concepts[m]} ${short(point.feature[index][m], 2)} of ${short(point.setpoint[index][m], 2)}`);
+    const said = point.text.trim() ? `“${point.text.trim()}”` : "no text";
+    const line = `Token ${token + 1}, ${said}. Layer ${layer}: ${[...features, `push ${short(point.push[index], 2)}`].join(", ")}`;
+    this.reading.textContent = line;
+    this.charts.setAttribute("aria-label", `Plot of ${points.length} tokens. ${line}. Arrow keys go from token to token.`);
+  }
+
+  read(token) {
+    if (token === this.at) return;
+    this.at = token;
+    this.refresh();
+  }
+
+  nearest(event) {
+    const last = this.track.points.length - 1;
+    const share = (event.clientX - this.charts.getBoundingClientRect().left - LEFT) / (this.width - LEFT - RIGHT);
+    return Math.min(last, Math.max(0, Math.round(share * last)));
+  }
+
+  step(event) {
+    const last = this.track.points.length - 1;
+    const from = this.at ?? last;
+    const to = { ArrowLeft: from - 1, ArrowRight: from + 1, Home: 0, End: last }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    this.read(Math.min(last, Math.max(0, to)));
+  }
+}
+
+/** A range with some room around numbers. */
+function around(numbers) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const number of numbers) {
+    low = Math.min(low, number);
+    high = Math.max(high, number);
+  }
+  if (low > high) [low, high] = [0, 1];
+  const room = 0.08 * (high - low) || Math.max(0.5, 0.1 * Math.abs(high));
+  return [low - room, high + room];
+}
+
+const tick = (value, range) => value.toFixed(range < 1 ? 2 : range < 10 ? 1 : 0);
