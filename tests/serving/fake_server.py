@@ -49,8 +49,12 @@ def controller(name: str, default: float = 0.0) -> dict[str, Any]:
 
 @dataclass
 class Fake:
-    pause: float = 0.03
+    pause: float = 0.002
     """Seconds between tokens."""
+    hold_at: int | None = None
+    """Answers and fits stop here, at this token or step, until it is None."""
+    says: list[str] = field(default_factory=lambda: PLAIN)
+    """The words of an answer that is not steered, over and over."""
     key: str | None = None
     full: bool = False
     controllers: dict[str, dict[str, Any]] = field(default_factory=lambda: {"ocean": controller("ocean", 2.229)})
@@ -87,8 +91,8 @@ class Fake:
 
     async def fitting(self, name: str) -> AsyncIterator[dict[str, Any]]:
         for done in range(4):
+            await self.held(done)
             yield {"object": "controller.progress", "stage": "Gains", "done": done, "total": 4}
-            await asyncio.sleep(2 * self.pause)
         self.controllers[name] = controller(name)
         notes = ["positive prompts are longer than negative ones, by 3 words on average", "2 prompts a side are few"]
         yield {**self.controllers[name], "notes": notes}
@@ -120,8 +124,9 @@ class Fake:
         shown = dict.fromkeys(self.running[name], 0.0)
         count = min(body["max_tokens"], 60)
         for number in range(count):
+            await self.held(number)
             steering = self.running[name]
-            word = PLAIN[number % len(PLAIN)]
+            word = self.says[number % len(self.says)]
             for concept, strength in steering.items():
                 shown[concept] += 0.35 * (strength - shown[concept])
                 if strength >= 1 and number % 2:
@@ -132,7 +137,11 @@ class Fake:
             if body["track"] and steering:
                 chunk["tracking"] = tracking(number, steering, shown)
             yield chunk
-            await asyncio.sleep(self.pause)
+
+    async def held(self, number: int) -> None:
+        await asyncio.sleep(self.pause)
+        while number == self.hold_at:
+            await asyncio.sleep(0.01)
 
     async def steer(self, request: Request) -> Response:
         body = await self.asked(request)

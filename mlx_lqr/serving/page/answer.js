@@ -21,14 +21,15 @@ export class Answer {
     this.made = element("span", { className: "made" });
     this.copy = element("button", { type: "button", className: "quiet", "aria-label": `Copy the ${kind} answer` }, "Copy");
     this.copy.addEventListener("click", () => this.copied());
-    this.buttons = element("div", { className: "after", hidden: true }, this.copy, this.made);
-    this.element = element("section", { className: `answer ${kind} writing` }, this.label, this.prose, this.error, this.buttons);
+    this.after = element("div", { className: "after", hidden: true }, this.copy, this.made);
+    this.element = element("section", { className: `answer ${kind} writing` }, this.label, this.prose, this.error, this.after);
   }
 
   /** Stream an answer; ends when it is whole, stopped or failed. body: the request without the steering. */
   async write(body, strengths, signal) {
     this.strengths = strengths;
     this.used = [strengths];
+    if (this.track) this.track.used = this.used;
     this.tell();
     const started = performance.now();
     try {
@@ -45,7 +46,8 @@ export class Answer {
     this.element.classList.remove("writing");
     this.prose.setAttribute("aria-busy", "false");
     this.made.textContent = this.ending(seconds);
-    this.buttons.hidden = !this.text;
+    this.after.hidden = false;
+    this.copy.hidden = !this.text;
     this.onToken();
   }
 
@@ -73,7 +75,7 @@ export class Answer {
   ending(seconds) {
     const counted = `${this.tokens} ${this.tokens === 1 ? "token" : "tokens"}`;
     if (this.finish === "stopped") return `${counted}, stopped`;
-    if (this.finish === "length") return `${counted}, the most that the settings allow`;
+    if (this.finish === "length") return `${counted}, cut at the limit`;
     return `${counted}, ${short(this.tokens / seconds, 1)} a second`;
   }
 
@@ -111,6 +113,14 @@ export class Answer {
       .filter((concept) => first[concept] || last[concept])
       .map((concept) => `${concept} ${short(first[concept], 2)}${first[concept] === last[concept] ? "" : ` → ${short(last[concept], 2)}`}`);
     this.label.replaceChildren("Steered", element("span", {}, said.join(", ") || "off"));
+  }
+
+  /** One more button after the text. */
+  offer(label, act) {
+    const made = element("button", { type: "button", className: "quiet" }, label);
+    made.addEventListener("click", act);
+    this.made.before(made);
+    return made;
   }
 
   async copied() {

@@ -90,17 +90,15 @@ async function answer(turn) {
   if (running !== stopping) return; // a new chat was begun meanwhile
   running = null;
   busy(false);
-  turn.regenerate = button("Regenerate", () => answer(turn));
-  const shown = button("Plot", () => plot.follow(track, sliders.concepts));
-  turn.element.append(element("div", { className: "again" }, turn.regenerate, ...(track.points.length ? [shown] : [])));
+  turn.regenerate = turn.steered.offer("Regenerate", () => answer(turn));
+  if (track.points.length) turn.steered.offer("Plot", () => showPlot(track));
   byId("status").textContent = turn.steered.finish === "stopped" ? "Stopped." : "The answer is complete.";
   keepDown();
 }
 
-function button(label, act) {
-  const made = element("button", { type: "button", className: "quiet" }, label);
-  made.addEventListener("click", act);
-  return made;
+function showPlot(track) {
+  byId("tracking").open = true;
+  plot.follow(track, sliders.concepts);
 }
 
 function busy(answering) {
@@ -130,12 +128,13 @@ conversation.addEventListener("scroll", () => {
 function keepDown() {
   if (atBottom) conversation.scrollTop = conversation.scrollHeight;
 }
+new ResizeObserver(keepDown).observe(conversation);
 
 // The question box
 
 function grow() {
   question.style.height = "auto";
-  question.style.height = `${question.scrollHeight}px`;
+  question.style.height = `${question.scrollHeight + 2}px`; // and its border
 }
 question.addEventListener("input", grow);
 question.addEventListener("keydown", (event) => {
@@ -197,7 +196,9 @@ askForKeyWith(
 );
 
 // On a narrow screen the plot would hide the conversation.
-byId("tracking").open = !matchMedia("(max-width: 899px)").matches;
+const tracking = byId("tracking");
+tracking.open = !matchMedia("(max-width: 899px)").matches;
+tracking.addEventListener("toggle", () => tracking.open && tracking.scrollIntoView({ block: "nearest" }));
 
 await inPanel(
   (async () => {

@@ -29,5 +29,5 @@ export function say(place, line) {
   place.hidden = !line;
 }
 
-/** At most three significant digits after the point, and no zeros at the end: 2.229, -0.5, 12. */
+/** A number with so many digits after the point at most, and no zeros at the end: 2.229, -0.5, 12. */
 export const short = (number, digits = 3) => String(Number(Number(number).toFixed(digits)));

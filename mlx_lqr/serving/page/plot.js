@@ -1,6 +1,6 @@
 // How closely the features follow their setpoints, token by token, at each layer where control acts.
 
-import { drawn, element, short } from "./dom.js";
+import { drawn, element } from "./dom.js";
 import { colour } from "./steering.js";
 
 const HEIGHT = 104; // of a layer's plot, in pixels; the pushes stand in a band at its bottom
@@ -16,6 +16,12 @@ export class Track {
     this.layers = [];
     this.concepts = [];
     this.points = [];
+    this.used = []; // the strengths that were in force, one after the other: concept -> strength
+  }
+
+  /** Whether a concept was steered at any time. */
+  acted(concept) {
+    return this.used.some((strengths) => strengths[concept]);
   }
 
   /** tracking: what the server sent with a token; text: what the token said. */
@@ -33,7 +39,7 @@ export class Track {
 export class Plot {
   constructor(place) {
     this.track = new Track();
-    this.hidden = new Set(); // concepts that are not drawn
+    this.switched = new Map(); // concept -> whether to draw it, where somebody said so
     this.chosen = null; // layers, or null: the last few
     this.at = null; // the token that is read off, or null: the last
     this.order = []; // concepts, in the order of their colours
@@ -73,6 +79,12 @@ export class Plot {
     return chosen?.length ? chosen : layers.slice(-AT_FIRST);
   }
 
+  /** Concepts that were off all the time are not drawn at first. */
+  isShown(concept) {
+    const { track } = this;
+    return this.switched.get(concept) ?? (track.acted(concept) || !track.concepts.some((other) => track.acted(other)));
+  }
+
   draw() {
     const { points, concepts } = this.track;
     this.none.hidden = points.length > 0;
@@ -81,7 +93,7 @@ export class Plot {
     this.drawLegend();
     this.drawChoice();
     this.width = this.charts.clientWidth || 300;
-    const shown = concepts.map((_, index) => index).filter((index) => !this.hidden.has(concepts[index]));
+    const shown = [...concepts.keys()].filter((m) => this.isShown(concepts[m]));
     this.charts.replaceChildren(...this.layers.map((layer) => this.chart(layer, shown)));
     this.tell(shown);
   }
@@ -137,14 +149,14 @@ export class Plot {
   /** A key for the lines, and a switch for each concept where there are several. */
   drawLegend() {
     const { concepts } = this.track;
-    const state = concepts.map((concept, m) => `${concept} ${this.colourOf(m)} ${this.hidden.has(concept)}`).join();
+    const state = concepts.map((concept, m) => `${concept} ${this.colourOf(m)} ${this.isShown(concept)}`).join();
     if (this.legend.state === state) return;
     this.legend.state = state;
     const names = concepts.map((concept, m) => {
-      const made = element("button", { type: "button", className: "chip", "aria-pressed": String(!this.hidden.has(concept)) }, concept);
+      const made = element("button", { type: "button", className: "chip", "aria-pressed": String(this.isShown(concept)) }, concept);
       made.style.setProperty("--colour", this.colourOf(m));
       made.addEventListener("click", () => {
-        if (!this.hidden.delete(concept)) this.hidden.add(concept);
+        this.switched.set(concept, !this.isShown(concept));
         this.refresh();
       });
       return made;
@@ -187,9 +199,9 @@ export class Plot {
     const point = points[token];
     const layer = this.layers.at(-1);
     const index = layers.indexOf(layer);
-    const features = shown.map((m) => `${concepts[m]} ${short(point.feature[index][m], 2)} of ${short(point.setpoint[index][m], 2)}`);
+    const features = shown.map((m) => `${concepts[m]} ${figures(point.feature[index][m])} of ${figures(point.setpoint[index][m])}`);
     const said = point.text.trim() ? `“${point.text.trim()}”` : "no text";
-    const line = `Token ${token + 1}, ${said}. Layer ${layer}: ${[...features, `push ${short(point.push[index], 2)}`].join(", ")}`;
+    const line = `Token ${token + 1}, ${said}. Layer ${layer}: ${[...features, `push ${figures(point.push[index])}`].join(", ")}`;
     this.reading.textContent = line;
     this.charts.setAttribute("aria-label", `Plot of ${points.length} tokens. ${line}. Arrow keys go from token to token.`);
   }
@@ -227,5 +239,8 @@ function around(numbers) {
   const room = 0.08 * (high - low) || Math.max(0.5, 0.1 * Math.abs(high));
   return [low - room, high + room];
 }
+
+/** Three significant figures, or 0 for what is below a thousandth. */
+const figures = (value) => String(Math.abs(value) < 1e-3 ? 0 : Number(value.toPrecision(3)));
 
 const tick = (value, range) => value.toFixed(range < 1 ? 2 : range < 10 ? 1 : 0);

@@ -67,7 +67,7 @@ class Row {
     this.high = high;
     const step = high - low > 20 ? 1 : 0.05;
     const name = `strength-${place}`;
-    this.range = element("input", { type: "range", id: name, min: low, max: high, step, "aria-label": `${concept}, strength` });
+    this.range = element("input", { type: "range", id: name, min: low, max: high, step, title: "Double-click: the recommended strength", "aria-label": `${concept}, strength` });
     this.number = element("input", { type: "number", step: "any", "aria-label": `${concept}, strength as a number` });
     this.presets = this.levels().map(([label, value]) => {
       const made = element("button", { type: "button", title: `${label}: ${short(value)}`, "aria-label": `${concept}: ${label}` }, label);
