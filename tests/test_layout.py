@@ -33,12 +33,12 @@ LAYERS = [
     {"convert"},
     {"loading"},
     {"runtime", "analysis"},
-    {"tasks"},
+    {"tasks", "serving"},
     {"commands"},
     {"__main__"},
 ]
 """From the bottom to the top. A module may import from its own entry and from the layers below, but not from another
-entry of its layer: runtime and analysis know nothing of each other."""
+entry of its layer: runtime and analysis know nothing of each other, nor do tasks and serving."""
 
 # What a model is and can do, and what to say where it cannot.
 PROTOCOL = {"backends.protocol", "backends.capabilities", "backends.description", "backends.measurement"}
@@ -49,6 +49,7 @@ FROM_BACKENDS = {
     "methods": PROTOCOL,
     "analysis": PROTOCOL,
     "runtime": {*PROTOCOL, "backends.text", "backends.overflow"},
+    "serving": PROTOCOL,
     "tasks": PROTOCOL,
     "tasks.lm_eval": {*PROTOCOL, "backends.borrowed", "backends.mlx"},  # mlx-lm's own evaluator
     "commands": {*PROTOCOL, "backends.registry"},

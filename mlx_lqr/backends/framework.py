@@ -90,6 +90,10 @@ class Framework(ABC):
         """log p (n,) of token i by logits (n, V)."""
 
     @abstractmethod
+    def likeliest(self, logits: Array, count: int) -> tuple[Array, Array]:
+        """The numbers (n, count) of the largest of logits (n, V), the largest first, and their log p."""
+
+    @abstractmethod
     def compute(self, arrays: Iterable[Array]) -> None:
         """Compute now what a framework may have left for later, so that less is held in memory."""
 

@@ -14,7 +14,7 @@ from mlx_lqr.backends.batching import padded_left
 from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.hooks import BlockCall, BlockHooks, LawHooks
 from mlx_lqr.backends.overflow import Examined, located
-from mlx_lqr.backends.protocol import OVERFLOWED, Array, CarryingLaw, Law, Sampling, restart
+from mlx_lqr.backends.protocol import OVERFLOWED, Array, CarryingLaw, Law, Sampling, Scored, restart
 from mlx_lqr.backends.sampling import Sampler, penalised
 from mlx_lqr.errors import InputError, OverflowingError
 
@@ -184,6 +184,17 @@ class HookedDecoder(ABC):
             tokens = framework.where(spoiled == 0, self._sampler.draw(logits), OVERFLOWED)
             framework.start([tokens, *self._left_over()])
         return tokens
+
+    def log_probabilities(self, logits: Array, tokens: Array, top: int) -> list[Scored]:
+        """See `Decoder`."""
+        framework = self._framework
+        with framework.computing("the next token"):
+            logits = framework.float32(logits)
+            drawn = framework.log_probabilities(logits, tokens.tolist())
+            numbers, values = framework.likeliest(logits, top)
+            ranked = zip(numbers.tolist(), values.tolist(), strict=True)
+            likeliest = [tuple(zip(*row, strict=True)) for row in ranked]
+        return list(zip(drawn.tolist(), likeliest, strict=True))
 
     def keep(self, rows: Sequence[int], tokens: Array) -> Array:
         """See `Decoder`."""

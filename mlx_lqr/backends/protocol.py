@@ -42,6 +42,8 @@ AddProduct = Callable[[Array, Array, Array], Array]
 """(c, a, b) -> c + a @ b, in one operation where the backend has one."""
 Continued = tuple[Sequence[int], Sequence[int]]
 """Token ids: a prompt, and what follows it."""
+Scored = tuple[float, tuple[tuple[int, float], ...]]
+"""log p of a token, and the likeliest tokens with theirs, likeliest first."""
 Renew = Callable[[Array, np.ndarray], Array]
 """(array, values) -> an array of these values, maybe the same one with its values exchanged."""
 Progress = Callable[[str, int, int], None]
@@ -215,6 +217,10 @@ class Decoder(Protocol):
 
         A sequence whose activations or logits have overflowed gets `OVERFLOWED` for a token.
         """
+
+    def log_probabilities(self, logits: Array, tokens: Array, top: int) -> list[Scored]:
+        """log p of each drawn token (B,), and the `top` likeliest tokens with theirs, by a step's logits (B, V) as the
+        model gives them, whatever the sampling is. Waits for them."""
 
     def keep(self, rows: Sequence[int], tokens: Array) -> Array:
         """Go on with these sequences alone; returns their `tokens`."""

@@ -26,6 +26,7 @@ from mlx_lqr.commands.help import Group
 from mlx_lqr.commands.linearity import linearity
 from mlx_lqr.commands.lm_eval import lm_eval
 from mlx_lqr.commands.output import say
+from mlx_lqr.commands.serve import serve
 from mlx_lqr.commands.show import show
 from mlx_lqr.commands.tune import tuning
 from mlx_lqr.errors import InputError
@@ -121,7 +122,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 main.add_section("Start here", [demo, check, concepts])
 main.add_section("Fit a controller", [fit, tuning, linearize])
-main.add_section("Steer a model", [generate, chat])
+main.add_section("Steer a model", [generate, chat, serve])
 main.add_section("Measure", [eval_group, compare_group, linearity, certify])
 main.add_section("Files", [show, convert])
 eval_group.add_command(lm_eval)

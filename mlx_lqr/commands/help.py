@@ -19,10 +19,11 @@ TASK = "Task"
 MEASURING = "Measuring"
 SEARCH = "Search"
 DECODING = "Decoding"
+SERVER = "Server"
 OUTPUT = "Output"
 LOADING = "Loading the model"
 OTHER = "Other"
-HEADINGS = (TEXT, CONCEPT, METHOD, STEERING, TASK, MEASURING, SEARCH, DECODING, OUTPUT, LOADING, OTHER)
+HEADINGS = (TEXT, CONCEPT, METHOD, STEERING, TASK, MEASURING, SEARCH, DECODING, SERVER, OUTPUT, LOADING, OTHER)
 
 WIDTH = 28
 """Of the column of names; the text of a longer name begins on the line below it"""

@@ -42,6 +42,12 @@ class Recording:
         error, push = self._read()
         return error[kept], push[kept]
 
+    def take(self) -> Recording:
+        """A recording of what has been recorded so far, which leaves this one empty; nothing is waited for."""
+        taken = Recording()
+        taken._passed, self._passed = self._passed, []
+        return taken
+
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
         if not self._passed:
             return np.empty((0, 0, 0), np.float32), np.empty((0, 0), np.float32)

@@ -93,6 +93,13 @@ class MLXFramework(Framework):
         chosen = mx.take_along_axis(logits, self.integers(list(tokens))[:, None], axis=-1)[:, 0]
         return self.numpy(chosen - mx.logsumexp(logits, axis=-1))
 
+    def likeliest(self, logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        largest = mx.argpartition(-logprobs, min(count, logits.shape[-1] - 1), axis=-1)[:, :count]
+        values = mx.take_along_axis(logprobs, largest, axis=-1)
+        order = mx.argsort(-values, axis=-1)
+        return mx.take_along_axis(largest, order, axis=-1), mx.take_along_axis(values, order, axis=-1)
+
     def compute(self, arrays: Iterable[mx.array]) -> None:
         mx.eval(list(arrays))
 

@@ -115,6 +115,10 @@ class TorchFramework(Framework):
         chosen = torch.log_softmax(logits, dim=-1).gather(-1, self.integers(list(tokens))[:, None])
         return self.numpy(chosen[:, 0])
 
+    def likeliest(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        values, largest = torch.log_softmax(logits, dim=-1).topk(count, dim=-1)
+        return largest, values
+
     def compute(self, arrays: Iterable[torch.Tensor]) -> None:
         """Nothing: torch computes at once."""
 

@@ -1,0 +1,153 @@
+"""One request on its way to its last token: what steers it, its text so far, and what is told of it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
+from mlx_lqr.backends.protocol import Differentiable, Runner, Trace
+from mlx_lqr.errors import InputError
+from mlx_lqr.lqr.adapt import adapt_at
+from mlx_lqr.lqr.controller import Controller
+from mlx_lqr.lqr.prompts import tokenise
+from mlx_lqr.lqr.strength import Strengths, default_strength
+from mlx_lqr.methods.law import AdjustableLaw, check_strength
+from mlx_lqr.methods.recording import Recording
+from mlx_lqr.methods.running import adapts, law_on
+from mlx_lqr.methods.steering import only_controller
+from mlx_lqr.runtime.decode import room_after
+from mlx_lqr.runtime.generate import Strength
+from mlx_lqr.runtime.stopping import StopStrings
+from mlx_lqr.serving.requests import Event, Finish, OnEvent, Request, Tracking
+
+
+class Answer:
+    """The answer to one request.
+
+    Args:
+        model: what answers.
+        request: checked here.
+        on_event: takes each token.
+
+    Raises:
+        InputError: the request cannot be answered: an unusable prompt, steering or option, or more tokens than the
+            model's context holds.
+    """
+
+    def __init__(self, model: Runner, request: Request, on_event: OnEvent) -> None:
+        self.prompt = tokenise(model, request.prompt)
+        if request.max_tokens < 1:
+            raise InputError(f"max_tokens must be at least 1, not {request.max_tokens}")
+        if request.max_tokens > room_after(model, len(self.prompt)):
+            raise InputError(
+                f"{len(self.prompt)} prompt tokens and {request.max_tokens} new ones do not fit the model's context of "
+                f"{model.context_length}: ask for at most {room_after(model, len(self.prompt))} (max_tokens)"
+            )
+        if request.top_logprobs is not None and not 0 <= request.top_logprobs <= model.vocab_size:
+            raise InputError(f"top_logprobs must be between 0 and {model.vocab_size}, not {request.top_logprobs}")
+        if request.track and request.steering is None:
+            raise InputError("nothing steers, so there is nothing to track: give steering")
+        self.request = request
+        self.law: AdjustableLaw | None = None
+        """What steers, not placed; of an adaptive controller from `adapt` on."""
+        self.ended = False
+        self._model, self._on_event = model, on_event
+        self._recording = Recording() if request.track else None
+        self._controller: Controller | None = None
+        """Whose gains are recomputed for this prompt, or whose error is told."""
+        self.adaptive = adapts(request.steering)
+        if request.steering is not None:
+            if self.adaptive:
+                require(model, DIFFERENTIABLE, "adapt gains to a prompt")
+            if self.adaptive or request.track:
+                self._controller = only_controller(request.steering, "tracked" if request.track else "adaptive")
+            self.law = law_on(model, request.steering, request.strength, self._recording)
+        self._detokenizer = model.tokenizer.stream(self.prompt)
+        self._stops = StopStrings(StopStrings.check(request.stop))
+        self.count = 0
+        """Tokens so far"""
+
+    @property
+    def steers_all(self) -> bool:
+        """Whether every token of the prompt is steered, and not its last alone."""
+        return self.request.steering is not None and self.request.steering.positions == "all"
+
+    def checked(self, strength: Strength) -> Strengths:
+        """A strength for each concept of this answer.
+
+        Raises:
+            InputError: it is no number for each of them, or nothing steers.
+        """
+        steering = self.request.steering
+        if steering is None:
+            raise InputError("this answer has no steering whose strength could change: begin another with some")
+        return check_strength(default_strength(steering) if strength is None else strength, len(steering.concepts))
+
+    def adapt(self, trace: Trace) -> AdjustableLaw:
+        """The law with gains for this prompt, from the trace of its last token."""
+        assert self._controller is not None
+        assert self.law is not None
+        adapted = adapt_at(cast(Differentiable, self._model), self._controller, trace)
+        self.law = law_on(self._model, adapted, self.law.strength, self._recording)
+        return self.law
+
+    def taken(self) -> tuple[Recording, Strengths] | None:
+        """What has been recorded since the last call, and the strengths in force; None where nothing is tracked."""
+        if self._recording is None:
+            return None
+        assert self.law is not None
+        return self._recording.take(), self.law.strength
+
+    def add(
+        self,
+        token: int,
+        logprob: float | None = None,
+        top: tuple[tuple[int, float], ...] = (),
+        taken: tuple[Recording, Strengths] | None = None,
+    ) -> None:
+        """Go on with a token, and tell of it; an end token, a stop string or the last token that may be ends it."""
+        if token in self._model.tokenizer.end_tokens:
+            self.end("stop")
+            return
+        self.count += 1
+        text, stopped = self._stops.add(self._detokenizer.add(token))
+        if not stopped and self.is_at_end:
+            rest, stopped = self._rest()
+            text += rest
+        finish: Finish | None = "stop" if stopped else "length" if self.is_at_end else None
+        self._say(Event(text, token, logprob, top, self._tracking(taken), finish))
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether it has as many tokens as it may have."""
+        return self.count == self.request.max_tokens
+
+    def end(self, finish: Finish, error: str | None = None) -> None:
+        """End it without a further token."""
+        if not self.ended:
+            self._say(Event(self._rest()[0], finish=finish, error=error))
+
+    def _rest(self) -> tuple[str, bool]:
+        """The text that was still uncertain or held back, now that nothing follows, and whether a stop string ends it."""
+        text, stopped = self._stops.add(self._detokenizer.finish())
+        return (text, True) if stopped else (text + self._stops.rest(), False)
+
+    def _say(self, event: Event) -> None:
+        self.ended = event.finish is not None
+        try:
+            self._on_event(event)
+        except Exception:  # whoever listens has gone: nobody is left to be told why
+            self.ended = True
+
+    def _tracking(self, taken: tuple[Recording, Strengths] | None) -> Tracking | None:
+        """Of the last token in a recording. Waits for what is still being computed."""
+        if taken is None:
+            return None
+        assert self._controller is not None
+        controller, (recording, strength) = self._controller, taken
+        layers = list(controller.active_layers)
+        error, push = recording.feature_error()[-1, layers], recording.push()[-1, layers]
+        setpoint = (controller.offset + controller.setpoint * np.asarray(strength, np.float32))[layers]
+        return Tracking(tuple(layers), controller.concepts, error, push, setpoint - error, setpoint)

@@ -1,0 +1,51 @@
+"""What a client is told where a request cannot be served: one line, in the form of OpenAI's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from starlette.responses import JSONResponse
+
+from mlx_lqr.errors import InputError
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_error"}
+"""By status; all else is the request's fault below 500 and the server's from there on."""
+
+
+class Failure(Exception):
+    """A request that is not served.
+
+    Args:
+        status: of HTTP.
+        message: one line that says what to do.
+        param: the field of the request that is to blame.
+        code: OpenAI's short name for what is wrong.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+        self.message = str(InputError(message))  # one printable line of a bounded length
+
+    @property
+    def body(self) -> dict[str, object]:
+        """As JSON."""
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def unusable(error: InputError, param: str | None = None) -> Failure:
+    """The failure for what the library refuses."""
+    return Failure(400, str(error), param=param)

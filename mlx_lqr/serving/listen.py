@@ -1,0 +1,76 @@
+"""Run the application until somebody stops it: SIGTERM or Ctrl-C, and it finishes what is under way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from mlx_lqr.errors import InputError
+
+GRACE = 20.0
+"""Seconds in which answers under way may come to their ends"""
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens on a host and port; port 0 takes a free one.
+
+    Raises:
+        InputError: there is no such host here, or the port is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        if sys.platform != "win32":  # where it would let two servers share a port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(128)
+        return listening
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot listen on {host}, port {port} ({reason}): choose another --host or --port") from None
+
+
+def serve(app: ASGIApp, listening: socket.socket, *, grace: float = GRACE) -> None:
+    """Serve until SIGTERM or SIGINT; then accept no more, and wait for the answers under way.
+
+    Args:
+        grace: seconds to wait, at most. A second Ctrl-C ends the wait.
+    """
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_config=None,
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(grace)),
+        ws="none",
+    )
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    asyncio.run(_Server(config).serve([listening]))
+
+
+class _Server(uvicorn.Server):
+    """A signal ends it as if it had been asked to end: the process goes on, and exits with status 0."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,110 @@
+"""What the application serves: a model, its engine, its controllers, and the answers under way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_lqr.backends.protocol import Differentiable
+from mlx_lqr.backends.text.tokenizer import Message
+from mlx_lqr.errors import InputError
+from mlx_lqr.lqr.prompts import Prompt, tokenise
+from mlx_lqr.runtime.decode import room_after
+from mlx_lqr.serving.bodies import DEFAULT_TOKENS, MAX_CHOICES, ChatBody, CompletionBody
+from mlx_lqr.serving.controllers import Controllers, Wanted
+from mlx_lqr.serving.engine import Engine, Request
+from mlx_lqr.serving.failures import Failure, unusable
+from mlx_lqr.serving.replies import Reply
+
+
+class Service:
+    """A model that is served.
+
+    Args:
+        model: what `load` returned.
+        folder: where controllers are kept.
+        slots: how many answers are written at once.
+        waiting: how many more requests may wait.
+    """
+
+    def __init__(self, model: Differentiable, folder: Path, *, slots: int = 8, waiting: int = 64) -> None:
+        self.model = model
+        self.name = model.name
+        self.created = int(time.time())
+        self.controllers = Controllers(model, folder)
+        self._engine = Engine(model, slots=slots, waiting=waiting)
+        self._running: dict[str, Reply] = {}
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def count(self, path: str, status: int) -> None:
+        """Count a response."""
+
+    def conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation in the model's chat template."""
+        if not self.model.tokenizer.has_chat_template:
+            raise Failure(
+                400, f"{self.name} has no chat template (a base model?): use /v1/completions", param="messages"
+            )
+        try:
+            return self.model.tokenizer.chat(messages)
+        except InputError as error:
+            raise unusable(error, "messages") from None
+
+    def requests(
+        self, body: ChatBody | CompletionBody, prompts: Sequence[Prompt]
+    ) -> tuple[list[Request], dict[str, float]]:
+        """The engine's requests, one a choice, and the strength of each concept that they are steered with."""
+        n = body.n or 1
+        if len(prompts) * n > MAX_CHOICES:
+            raise Failure(400, f"{len(prompts)} prompts and n = {n} are more than {MAX_CHOICES} answers", param="n")
+        steering, strengths = self.controllers.steering(self._wanted(body))
+        sampling = body.sampling()
+        requests = []
+        for prompt in prompts:
+            tokens = tokenise(self.model, prompt)
+            limit = body.limit() or max(1, min(DEFAULT_TOKENS, room_after(self.model, len(tokens))))
+            for i in range(n):
+                requests.append(
+                    Request(
+                        tokens,
+                        steering,
+                        list(strengths.values()) if steering is not None else None,
+                        sampling,
+                        limit,
+                        body.stops(),
+                        body.top(),
+                        bool(body.track) and steering is not None,
+                    )
+                )
+        return requests, strengths
+
+    def begin(self, id: str, requests: Sequence[Request], strengths: dict[str, float]) -> Reply:
+        """Begin to answer; `end` has to follow."""
+        reply = self._running[id] = Reply(self._engine, id, requests, strengths)
+        return reply
+
+    def running(self, id: str) -> Reply:
+        """The answer under way that has this id."""
+        reply = self._running.get(id)
+        if reply is None or reply.ended:
+            raise Failure(404, "there is no such answer, or it has ended", code="not_found")
+        return reply
+
+    def end(self, reply: Reply) -> None:
+        """The answer has ended, or nobody waits for it."""
+        if not reply.ended:
+            reply.cancel()
+        self._running.pop(reply.id, None)
+
+    def _wanted(self, body: ChatBody | CompletionBody) -> Wanted:
+        """How the answer is to be steered: as its body says, or else its model's name, or else the server's default."""
+        rest = body.model.removeprefix(self.name)
+        if not body.model.startswith(self.name) or rest[:1] not in ("", "@"):
+            message = f"there is no model {body.model[:80]!r} here: use {self.name!r}"
+            raise Failure(404, message, param="model", code="model_not_found")
+        if body.steering is not None:
+            return body.steering
+        return self.controllers.named(rest[1:]) if rest else self.controllers.default()
