@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import threading
 import time
@@ -28,10 +29,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PAGE = Path(__file__).parents[2] / "mlx_lqr" / "serving" / "page"
-PLAIN = "I went to the market and bought some bread and then I walked home along the road".split()
-WORDS = {"ocean": "waves tide shore salt".split(), "dog": "puppy bark leash paw".split()}
+PLAIN = re.findall(r"\w+", "I went to the market and bought some bread and then I walked home along the road")
+WORDS = {"ocean": ["waves", "tide", "shore", "salt"], "dog": ["puppy", "bark", "leash", "paw"]}
 """What a concept says, at strengths from 1 on."""
-POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 def controller(name: str, default: float = 0.0) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
-
 from serving.fake_server import PLAIN, WORDS, Fake, controller, serving
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -30,9 +29,9 @@ def browser() -> Iterator[Browser]:
         if os.environ.get("CI"):
             pytest.fail(line)
         pytest.skip(line)
-    with sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"]) as launched:
-            yield launched
+    options = {"executable_path": executable, "args": ["--no-sandbox"]}
+    with sync_playwright() as playwright, playwright.chromium.launch(**options) as launched:
+        yield launched
 
 
 Open = Callable[..., Page]
@@ -156,8 +155,9 @@ def test_everything_is_done_with_the_keyboard(opened: Open, fake: Fake) -> None:
         """Go to the next control; its name."""
         page.keyboard.press("Tab")
         outline, name = page.evaluate(
-            "() => { const at = document.activeElement; return [getComputedStyle(at).outlineStyle,"
-            " at === document.body ? null : at.getAttribute('aria-label') ?? at.labels?.[0]?.textContent ?? at.textContent] }"
+            "() => { const at = document.activeElement, label = at.labels?.[0];"
+            " const name = at.getAttribute('aria-label') ?? (label ?? at).textContent;"
+            " return [getComputedStyle(at).outlineStyle, at === document.body ? null : name] }"
         )
         assert name is None or outline != "none", name  # None: the focus has left the page
         return (name or "").strip()

@@ -99,7 +99,7 @@ export class AddDialog {
     const [file] = input.files;
     input.value = "";
     if (!file) return;
-    const id = file.name.replace(/\.safetensors$/i, "").replace(/[^A-Za-z0-9_.-]+/g, "-");
+    const id = file.name.replace(/\.safetensors$/i, "").replace(/[^A-Za-z0-9_-]+/g, "-");
     await this.adding(async (signal) => {
       const response = await request(`${pathOf(id)}/file`, { method: "PUT", body: file, signal });
       return response.json();

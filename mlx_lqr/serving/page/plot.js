@@ -30,7 +30,7 @@ export class Track {
     this.concepts = tracking.concepts;
     const { error, push } = tracking;
     // Without the levels themselves: how far the feature is above its setpoint.
-    const feature = tracking.feature ?? error.map((row) => row.map((value) => -value));
+    const feature = tracking.feature ?? error.map((row) => row.map((value) => (value === null ? null : -value)));
     const setpoint = tracking.setpoint ?? error.map((row) => row.map(() => 0));
     this.points.push({ feature, setpoint, push, text });
   }
@@ -240,7 +240,7 @@ function around(numbers) {
   return [low - room, high + room];
 }
 
-/** Three significant figures, or 0 for what is below a thousandth. */
-const figures = (value) => String(Math.abs(value) < 1e-3 ? 0 : Number(value.toPrecision(3)));
+/** Three significant figures; 0 for what is below a thousandth. */
+const figures = (value) => (value === null ? "unknown" : String(Math.abs(value) < 1e-3 ? 0 : Number(value.toPrecision(3))));
 
 const tick = (value, range) => value.toFixed(range < 1 ? 2 : range < 10 ? 1 : 0);
