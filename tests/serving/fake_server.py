@@ -165,9 +165,12 @@ def tracking(number: int, steering: Mapping[str, float], shown: Mapping[str, flo
         scale = layer - 25
         setpoint.append([scale * strength for strength in steering.values()])
         noise = 0.1 * scale * ((number * 7 + layer) % 5 - 2)
-        feature.append([scale * shown[concept] + noise for concept in steering])
-    error = [[s - f for s, f in zip(*rows, strict=True)] for rows in zip(setpoint, feature, strict=True)]
-    push = [sum(abs(value) for value in row) for row in error]
+        feature.append([scale * shown[concept] + noise if steering[concept] else None for concept in steering])
+    error = [
+        [s - f if f is not None else None for s, f in zip(*rows, strict=True)]
+        for rows in zip(setpoint, feature, strict=True)
+    ]
+    push = [sum(abs(value or 0.0) for value in row) for row in error]
     fields = {"error": error, "feature": feature, "setpoint": setpoint, "push": push}
     return {"layers": [28, 29], "concepts": list(steering), **fields}
 

@@ -29,7 +29,6 @@ export class Answer {
   async write(body, strengths, signal) {
     this.strengths = strengths;
     this.used = [strengths];
-    if (this.track) this.track.used = this.used;
     this.tell();
     const started = performance.now();
     try {

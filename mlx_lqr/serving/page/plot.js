@@ -9,19 +9,16 @@ const LEFT = 34;
 const RIGHT = 8;
 const TOP = 8;
 const AT_FIRST = 3; // so many layers are shown before somebody chooses
+const NOTHING = "Ask something: setpoint, feature and push of every steered layer appear here as the answer is written.";
+const OFF = "Not steered: every concept is off.";
 
-/** What an answer's tracking was: for each token a point of (layers, concepts) numbers. */
+/** What an answer's tracking was: for each token a point of (layers, concepts) numbers, null where it was not steered. */
 export class Track {
   constructor() {
     this.layers = [];
     this.concepts = [];
     this.points = [];
-    this.used = []; // the strengths that were in force, one after the other: concept -> strength
-  }
-
-  /** Whether a concept was steered at any time. */
-  acted(concept) {
-    return this.used.some((strengths) => strengths[concept]);
+    this.steered = new Set(); // concepts that were not off all the time
   }
 
   /** tracking: what the server sent with a token; text: what the token said. */
@@ -33,6 +30,7 @@ export class Track {
     const feature = tracking.feature ?? error.map((row) => row.map((value) => (value === null ? null : -value)));
     const setpoint = tracking.setpoint ?? error.map((row) => row.map(() => 0));
     this.points.push({ feature, setpoint, push, text });
+    tracking.concepts.forEach((concept, m) => feature[0][m] !== null && this.steered.add(concept));
   }
 }
 
@@ -47,7 +45,7 @@ export class Plot {
     this.legend = element("div", { className: "legend" });
     this.choice = element("div", { className: "choice", role: "group", "aria-label": "Layers" });
     this.reading = element("p", { className: "reading" });
-    this.none = element("p", { className: "note" }, "Ask something: setpoint, feature and push of every steered layer appear here as the answer is written.");
+    this.none = element("p", { className: "note" });
     place.append(this.none, this.legend, this.choice, this.charts, this.reading);
     this.charts.addEventListener("pointermove", (event) => this.read(this.nearest(event)));
     this.charts.addEventListener("pointerleave", () => this.read(null));
@@ -81,15 +79,15 @@ export class Plot {
 
   /** Concepts that were off all the time are not drawn at first. */
   isShown(concept) {
-    const { track } = this;
-    return this.switched.get(concept) ?? (track.acted(concept) || !track.concepts.some((other) => track.acted(other)));
+    return this.switched.get(concept) ?? this.track.steered.has(concept);
   }
 
   draw() {
-    const { points, concepts } = this.track;
-    this.none.hidden = points.length > 0;
-    for (const part of [this.legend, this.choice, this.charts, this.reading]) part.hidden = !points.length;
-    if (!points.length) return;
+    const { points, concepts, steered } = this.track;
+    this.none.hidden = steered.size > 0;
+    this.none.textContent = points.length ? OFF : NOTHING;
+    for (const part of [this.legend, this.choice, this.charts, this.reading]) part.hidden = !steered.size;
+    if (!steered.size) return;
     this.drawLegend();
     this.drawChoice();
     this.width = this.charts.clientWidth || 300;
@@ -102,10 +100,20 @@ export class Plot {
     return LEFT + ((this.width - LEFT - RIGHT) * token) / Math.max(1, this.track.points.length - 1);
   }
 
+  /** A line through heights, with a gap where there is none. */
+  path(heights) {
+    const parts = [];
+    heights.forEach((height, token) => {
+      if (height === null) return;
+      parts.push(`${token && heights[token - 1] !== null ? "L" : "M"}${this.x(token).toFixed(1)},${height.toFixed(1)}`);
+    });
+    return parts.join(" ");
+  }
+
   chart(layer, shown) {
     const { points, layers } = this.track;
     const index = layers.indexOf(layer);
-    const levels = points.flatMap((point) => shown.flatMap((m) => [point.feature[index][m], point.setpoint[index][m]])).filter(Number.isFinite);
+    const levels = points.flatMap((point) => shown.filter((m) => point.feature[index][m] !== null).flatMap((m) => [point.feature[index][m], point.setpoint[index][m]]));
     const [low, high] = around(levels);
     const bottom = HEIGHT - BAND - 6;
     const y = (value) => bottom - ((bottom - TOP) * (value - low)) / (high - low);
@@ -125,13 +133,13 @@ export class Plot {
     );
     for (const kind of ["setpoint", "feature"]) {
       for (const m of shown) {
-        const line = points.map((point, token) => [this.x(token), y(point[kind][index][m])]).filter(([, level]) => Number.isFinite(level));
-        const made = drawn("polyline", { class: kind, points: line.map((pair) => pair.map((part) => part.toFixed(1)).join()).join(" ") });
-        made.style.stroke = this.colourOf(m);
-        svg.append(made);
-        if (kind === "feature" && line.length) {
-          const [cx, cy] = line[this.at ?? line.length - 1] ?? line.at(-1);
-          const dot = drawn("circle", { class: "now", cx, cy, r: 3 });
+        const heights = points.map((point) => (point.feature[index][m] === null ? null : y(point[kind][index][m])));
+        const line = drawn("path", { class: kind, d: this.path(heights) });
+        line.style.stroke = this.colourOf(m);
+        svg.append(line);
+        const token = this.at ?? points.length - 1;
+        if (kind === "feature" && heights[token] !== null) {
+          const dot = drawn("circle", { cx: this.x(token), cy: heights[token], r: 3 });
           dot.style.fill = this.colourOf(m);
           svg.append(dot);
         }
@@ -199,9 +207,10 @@ export class Plot {
     const point = points[token];
     const layer = this.layers.at(-1);
     const index = layers.indexOf(layer);
-    const features = shown.map((m) => `${concepts[m]} ${figures(point.feature[index][m])} of ${figures(point.setpoint[index][m])}`);
+    const steered = shown.filter((m) => point.feature[index][m] !== null);
+    const features = steered.map((m) => `${concepts[m]} ${figures(point.feature[index][m])} of ${figures(point.setpoint[index][m])}`);
     const said = point.text.trim() ? `“${point.text.trim()}”` : "no text";
-    const line = `Token ${token + 1}, ${said}. Layer ${layer}: ${[...features, `push ${figures(point.push[index])}`].join(", ")}`;
+    const line = `Token ${token + 1}, ${said}. Layer ${layer}: ${features.length ? [...features, `push ${figures(point.push[index])}`].join(", ") : "not steered"}`;
     this.reading.textContent = line;
     this.charts.setAttribute("aria-label", `Plot of ${points.length} tokens. ${line}. Arrow keys go from token to token.`);
   }
@@ -241,6 +250,6 @@ function around(numbers) {
 }
 
 /** Three significant figures; 0 for what is below a thousandth. */
-const figures = (value) => (value === null ? "unknown" : String(Math.abs(value) < 1e-3 ? 0 : Number(value.toPrecision(3))));
+const figures = (value) => String(Math.abs(value) < 1e-3 ? 0 : Number(value.toPrecision(3)));
 
 const tick = (value, range) => value.toFixed(range < 1 ? 2 : range < 10 ? 1 : 0);
