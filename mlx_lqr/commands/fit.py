@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_lqr.backends.protocol import Progress, Recorder, Runner
+from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.commands.help import METHOD, OUTPUT, TEXT, command, option, together
 from mlx_lqr.commands.made_prompts import made_prompts, made_prompts_options
 from mlx_lqr.commands.method_options import MethodCommand, method_choice
@@ -33,7 +33,7 @@ from mlx_lqr.lqr.linearize import linearize as linearize_model
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.lqr.sets import review_prompts, review_separation
 from mlx_lqr.lqr.strength import Budget
-from mlx_lqr.methods.calibration import calibrate, response
+from mlx_lqr.methods.calibration import recommended
 from mlx_lqr.methods.registry import METHODS
 from mlx_lqr.methods.steering import Steering
 
@@ -124,44 +124,15 @@ def fit(
             on_contrast=contrasts.append,
         )
         if not no_calibration:
-            steering = calibrated(loaded, steering, budget or "normal", prompts, progress)
+            steering, doubts = recommended(loaded, steering, budget or "normal", prompts, progress)
+            for doubt in doubts:
+                say(f"Note: {doubt}", err=True)
         steering.save(output, force=force)
         if made is not None:
             made.save(texts)
     note_prompts(loaded, *texts)
     note_separation(contrasts, steering.active_layers)
     say_how_to_use(model, output, steering)
-
-
-NO_RESPONSE = 0.01
-"""Nats a token: steering that changes the prompts' likelihoods by less does nothing for the concept."""
-
-
-def calibrated(
-    model: Recorder,
-    steering: Steering,
-    budget: Budget,
-    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
-    progress: Progress,
-) -> Steering:
-    """The steering with its strength for each budget, of which it recommends the one for this budget.
-
-    What was fitted is not lost where no strength can be found: it is told, and nothing is recommended.
-    """
-    try:
-        found = calibrate(model, steering, progress=progress)
-        felt = response(model, steering, found.at("strong"), *prompts)
-    except InputError as error:
-        say(f"Note: no strength is recommended: {error}", err=True)
-        return steering
-    if abs(felt) < NO_RESPONSE:
-        say(
-            f"Note: even at strength {found.at('strong'):g}, the strong budget, the positive prompts become likelier "
-            f"than the negative ones by {felt:.3f} nats a token only: steering hardly does anything for "
-            f"{steering.concepts[0]}; give other prompts, or other --layers",
-            err=True,
-        )
-    return steering.calibrated(found, budget)
 
 
 def note_prompts(model: Runner, positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:

@@ -64,6 +64,8 @@ LEAST = 0.02
 """Of the first strength that is tried: where this is beyond a budget, none is within it."""
 SAMPLE = 12
 """Prompts of each kind that the response is measured on, at most."""
+NO_RESPONSE = 0.01
+"""Nats a token: steering that changes the prompts' likelihoods by less does nothing for the concept."""
 
 
 def calibrate(
@@ -136,6 +138,42 @@ def response(
         steered = model.log_probabilities(pairs, law=law, steer_all=steer_all)
         gained.append(np.concatenate(steered).mean() - np.concatenate(model.log_probabilities(pairs)).mean())
     return float(gained[0] - gained[1])
+
+
+def recommended(
+    model: Recorder,
+    steering: Steering,
+    budget: Budget,
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]],
+    progress: Progress | None = None,
+) -> tuple[Steering, list[str]]:
+    """The steering with its strength for each budget, of which it recommends the one for this budget.
+
+    What was fitted is not lost where no strength can be found: then nothing is recommended.
+
+    Args:
+        model: what `load` returned.
+        steering: of one concept, fitted on this model.
+        budget: the one whose strength is recommended.
+        prompts: positive and negative, as it was fitted on.
+        progress: as for `calibrate`.
+
+    Returns:
+        The steering, and a sentence for each doubt about it.
+    """
+    try:
+        found = calibrate(model, steering, progress=progress)
+        felt = response(model, steering, found.at("strong"), *prompts)
+    except InputError as error:
+        return steering, [f"no strength is recommended: {error}"]
+    doubts = []
+    if abs(felt) < NO_RESPONSE:
+        doubts.append(
+            f"even at strength {found.at('strong'):g}, the strong budget, the positive prompts become likelier than "
+            f"the negative ones by {felt:.3f} nats a token only: steering hardly does anything for {steering.concepts[0]}; "
+            "give other prompts, or other layers"
+        )
+    return steering.calibrated(found, budget), doubts
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,9 +28,10 @@ from starlette.types import ASGIApp
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.json_text import parse_json
 from mlx_lqr.lqr.prompts import Prompt
-from mlx_lqr.serving.bodies import ChatBody, CompletionBody, SteeringBody, parsed
-from mlx_lqr.serving.failures import Failure, unusable
+from mlx_lqr.serving.bodies import ChatBody, CompletionBody, FitBody, SteeringBody, parsed
+from mlx_lqr.serving.failures import RequestError, unusable
 from mlx_lqr.serving.guard import Access, Guard
+from mlx_lqr.serving.metrics import CONTENT_TYPE
 from mlx_lqr.serving.replies import ChatForm, CompletionForm, new_id
 from mlx_lqr.serving.service import Service
 from mlx_lqr.serving.streaming import EventStream, until_gone
@@ -56,22 +57,30 @@ def application(service: Service, access: Access, *, origins: tuple[str, ...] = 
         Route("/health", health),
         Route("/", page),
         Route("/page/{file}", page),
+        Route("/metrics", metrics),
         Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/steering/{id}", steer, methods=["POST"]),
         Route("/v1/controllers", controllers),
+        Route("/v1/controllers", fit_controller, methods=["POST"]),
         Route("/v1/controllers/{id}", remove_controller, methods=["DELETE"]),
         Route("/v1/controllers/{id}/file", controller_file),
         Route("/v1/controllers/{id}/file", put_controller_file, methods=["PUT"]),
     ]
     app = Starlette(
         routes=routes,
-        exception_handlers={Failure: _failed, InputError: _refused, HTTPException: _not_served},
+        exception_handlers={RequestError: _failed, InputError: _refused, HTTPException: _not_served},
         lifespan=lifespan,
     )
     app.state.service = service
-    guarded: ASGIApp = Guard(app, access, service.count)
+    paths: dict[object, str] = {route.endpoint: route.path for route in routes}
+
+    def count(endpoint: object, status: int) -> None:
+        service.counts.count(paths.get(endpoint, "other"), status)
+
+    guarded: ASGIApp = Guard(app, access, count)
     if origins:
         headers = ["Authorization", "Content-Type"]
         methods = ["GET", "POST", "PUT", "DELETE"]
@@ -91,16 +100,25 @@ async def page(request: HTTPRequest) -> Response:
     if name not in files and name == "index.html":
         return Response(PLACEHOLDER, media_type="text/html")
     if name not in files:
-        raise Failure(404, "the page has no such file")
+        raise RequestError(404, "the page has no such file")
     kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
     return Response(files[name].read_bytes(), media_type=kind, headers={"Cache-Control": "no-cache"})
 
 
+async def metrics(request: HTTPRequest) -> Response:
+    return Response(_service(request).metrics, headers={"Content-Type": CONTENT_TYPE})
+
+
 async def models(request: HTTPRequest) -> Response:
-    service = _service(request)
-    names = [service.name, *(f"{service.name}@{one.concept}" for one in service.controllers.all())]
-    entries = [{"id": name, "object": "model", "created": service.created, "owned_by": "mlx-lqr"} for name in names]
-    return JSONResponse({"object": "list", "data": entries})
+    return JSONResponse({"object": "list", "data": _service(request).models()})
+
+
+async def model(request: HTTPRequest) -> Response:
+    name = request.path_params["name"]
+    for entry in _service(request).models():
+        if entry["id"] == name:
+            return JSONResponse(entry)
+    raise RequestError(404, f"there is no model {name[:80]!r}: GET /v1/models lists them", code="model_not_found")
 
 
 async def chat_completions(request: HTTPRequest) -> Response:
@@ -136,16 +154,27 @@ async def steer(request: HTTPRequest) -> Response:
     strengths = service.controllers.strengths(body.steering)
     for concept in strengths:
         if concept not in reply.strengths:
-            raise Failure(
-                400, f"the answer did not begin with {concept!r}: name it in its request, at 0", param="steering"
-            )
-    reply.steer(strengths)
+            message = f"the answer did not begin with {concept!r}: name it in its request, at 0"
+            raise RequestError(400, message, param="steering")
+    if strengths:
+        reply.steer(strengths)
     return JSONResponse({"id": reply.id, "steering": reply.strengths})
 
 
 async def controllers(request: HTTPRequest) -> Response:
     entries = [one.entry() for one in _service(request).controllers.all()]
     return JSONResponse({"object": "list", "data": entries})
+
+
+async def fit_controller(request: HTTPRequest) -> Response:
+    service, body = _service(request), parsed(FitBody, await _json(request))
+    fit = service.fitter.begin(body)
+    if body.stream:
+        return EventStream(fit.events(), after=fit.cancel)
+    try:
+        return JSONResponse(await until_gone(request.receive, fit.whole()))
+    finally:
+        fit.cancel()
 
 
 async def remove_controller(request: HTTPRequest) -> Response:
@@ -171,7 +200,7 @@ async def _json(request: HTTPRequest) -> Any:
     try:
         return parse_json((await request.body()).decode())
     except ValueError as error:  # UnicodeDecodeError is one
-        raise Failure(400, f"the body is not JSON: {error}") from None
+        raise RequestError(400, f"the body is not JSON: {error}") from None
 
 
 def _service(request: HTTPRequest) -> Service:
@@ -180,7 +209,7 @@ def _service(request: HTTPRequest) -> Service:
 
 
 async def _failed(request: HTTPRequest, error: Exception) -> Response:
-    assert isinstance(error, Failure)
+    assert isinstance(error, RequestError)
     return error.response()
 
 
@@ -192,4 +221,4 @@ async def _refused(request: HTTPRequest, error: Exception) -> Response:
 async def _not_served(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = {404: "there is nothing at this path", 405: "this path has no such method"}
-    return Failure(error.status_code, what.get(error.status_code, error.detail), headers=error.headers).response()
+    return RequestError(error.status_code, what.get(error.status_code, error.detail), headers=error.headers).response()

@@ -15,7 +15,7 @@ from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.text import is_unicode
 from mlx_lqr.runtime.stopping import StopStrings
-from mlx_lqr.serving.failures import Failure, unusable
+from mlx_lqr.serving.failures import RequestError, unusable
 
 MAX_CHOICES = 16
 """Answers to one request"""
@@ -99,7 +99,7 @@ class Body(BaseModel):
         """Refuse fields that are not ours and would change the answer."""
         for name, value in (self.model_extra or {}).items():
             if value is not None and name not in IGNORED and value not in NEUTRAL.get(name, ()):
-                raise Failure(400, f"{name} is not supported here: leave it out", param=name, code="unsupported")
+                raise RequestError(400, f"{name} is not supported here: leave it out", param=name, code="unsupported")
 
 
 class ChatMessage(BaseModel):
@@ -110,9 +110,9 @@ class ChatMessage(BaseModel):
 
     def message(self) -> Message:
         if self.role not in ROLES:
-            raise Failure(400, f"there is no role {self.role!r} here: use {', '.join(ROLES)}", param="messages")
+            raise RequestError(400, f"there is no role {self.role!r} here: use {', '.join(ROLES)}", param="messages")
         if (self.model_extra or {}).get("tool_calls"):
-            raise Failure(400, "tool_calls are not supported here: leave them out", param="messages")
+            raise RequestError(400, "tool_calls are not supported here: leave them out", param="messages")
         return {"role": ROLES[self.role], "content": self.content}
 
 
@@ -172,13 +172,13 @@ class ChatBody(Decoding):
         """How many tokens at most, if the client says so."""
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
-            raise Failure(400, "max_tokens and max_completion_tokens differ: give one of them", param="max_tokens")
+            raise RequestError(400, "max_tokens and max_completion_tokens differ: give one of them", param="max_tokens")
         return new if new is not None else old
 
     def top(self) -> int | None:
         """For how many of the likeliest tokens log-probabilities are wanted; None for none at all."""
         if not self.logprobs and self.top_logprobs:
-            raise Failure(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+            raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -223,7 +223,7 @@ def parsed(kind: type[B], value: Any) -> B:
     """A client's JSON value as this kind of request.
 
     Raises:
-        Failure: 400, which names the field.
+        RequestError: 400, which names the field.
     """
     try:
         body = kind.model_validate(value)
@@ -231,7 +231,7 @@ def parsed(kind: type[B], value: Any) -> B:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise Failure(400, f"{where or 'the body'}: {message}", param=where or None) from None
+        raise RequestError(400, f"{where or 'the body'}: {message}", param=where or None) from None
     if isinstance(body, Body):
         body.check_others()
     return body

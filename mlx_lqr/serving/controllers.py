@@ -15,10 +15,12 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.strength import BUDGETS, default_strength
 from mlx_lqr.methods.steering import Steering, combine, load_steering
 from mlx_lqr.runtime.arguments import Asked, asked_strength, parse_strength
-from mlx_lqr.serving.failures import Failure, unusable
+from mlx_lqr.serving.failures import RequestError, unusable
 
 MOST = 100
 """Controllers at once"""
+KEPT = 64
+"""Combinations that are kept, for the next request of the same"""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ENDING = ".safetensors"
 _ADVICE = 'such as {"dog": 2.0}, {"dog": "gentle"} or {"dog": "1.5x"}'
@@ -74,10 +76,12 @@ class Controllers:
             return list(self._loaded.values())
 
     def get(self, id: str) -> Loaded:
-        """Raises `Failure` 404 where there is none."""
+        """Raises `RequestError` 404 where there is none."""
         with self._lock:
             if id not in self._loaded:
-                raise Failure(404, f"there is no controller {id!r}: GET /v1/controllers lists them", code="not_found")
+                raise RequestError(
+                    404, f"there is no controller {id!r}: GET /v1/controllers lists them", code="not_found"
+                )
             return self._loaded[id]
 
     def load_folder(self) -> list[str]:
@@ -86,7 +90,7 @@ class Controllers:
         for file in sorted(self._folder.glob(f"*{_ENDING}")):
             try:
                 self.add(check_id(file.name.removesuffix(_ENDING)), load_steering(file))
-            except (InputError, Failure) as error:
+            except (InputError, RequestError) as error:
                 notes.append(f"{file} is left out: {error}")
         return notes
 
@@ -105,26 +109,28 @@ class Controllers:
 
         Raises:
             InputError: it is of another model or of several concepts, or cannot be saved.
-            Failure: there are too many, or another one is of the same concept.
+            RequestError: there are too many, or another one is of the same concept.
         """
         steering.check_model(self._model)
         if len(steering.concepts) != 1:
             raise InputError("a controller of several concepts: give the file of each concept alone")
         with self._lock:
-            others = [one for one in self._loaded.values() if one.id != id]
-            if len(others) >= MOST:
-                raise Failure(409, f"there are {MOST} controllers already: delete one first")
-            same = [one.id for one in others if one.concept == steering.concepts[0]]
-            if same:
-                raise Failure(
-                    409, f"the controller {same[0]!r} is for {steering.concepts[0]!r} already: delete it first"
-                )
+            self.check_room(id, steering.concepts[0])
             if keep:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 steering.save(self._file(id), force=True)
             self._loaded[id] = Loaded(id, steering, default)
             self._combined.clear()
             return self._loaded[id]
+
+    def check_room(self, id: str, concept: str) -> None:
+        """Raise `RequestError` 409 where a controller of this concept cannot be added under this id."""
+        others = [one for one in self.all() if one.id != id]
+        if len(others) >= MOST:
+            raise RequestError(409, f"there are {MOST} controllers already: delete one first")
+        for one in others:
+            if one.concept == concept:
+                raise RequestError(409, f"the controller {one.id!r} is for {concept!r} already: delete it first")
 
     def upload(self, id: str, content: bytes) -> Loaded:
         """Add the controller in a file's bytes, checked, and keep it.
@@ -173,14 +179,14 @@ class Controllers:
         """The strength of each concept that is wanted.
 
         Raises:
-            Failure: an unknown concept, or a strength that means nothing for it.
+            RequestError: an unknown concept, or a strength that means nothing for it.
         """
         by_concept = {one.concept: one.steering for one in self.all()}
         strengths = {}
         for concept, strength in wanted.items():
             if concept not in by_concept:
                 known = ", ".join(by_concept) or "none at all"
-                raise Failure(400, f"no controller is for {concept!r}: there are {known}", param="steering")
+                raise RequestError(400, f"no controller is for {concept!r}: there are {known}", param="steering")
             try:
                 asked = parse_strength(strength, _ADVICE) if isinstance(strength, str) else strength
                 strengths[concept] = _strength(by_concept[concept], asked)
@@ -192,7 +198,7 @@ class Controllers:
         """All that is wanted as one steering, and the strength of each of its concepts, in its order.
 
         Raises:
-            Failure: as `strengths` does, or controllers that cannot be combined.
+            RequestError: as `strengths` does, or controllers that cannot be combined.
         """
         strengths = self.strengths(wanted)
         if not strengths:
@@ -202,6 +208,8 @@ class Controllers:
             key = tuple(one.id for one in parts)
             try:
                 if key not in self._combined:
+                    if len(self._combined) >= KEPT:
+                        self._combined.clear()
                     self._combined[key] = combine([one.steering for one in parts])
                 combined = self._combined[key]
             except InputError as error:
@@ -216,10 +224,12 @@ def check_id(id: str) -> str:
     """The id, if it can be one.
 
     Raises:
-        Failure: it is not 1 to 64 letters, digits, - and _.
+        RequestError: it is not 1 to 64 letters, digits, - and _.
     """
     if not _ID.fullmatch(id):
-        raise Failure(400, f"a controller's name is 1 to 64 letters, digits, - and _, not {id[:80]!r}", param="name")
+        raise RequestError(
+            400, f"a controller's name is 1 to 64 letters, digits, - and _, not {id[:80]!r}", param="name"
+        )
     return id
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from starlette.responses import JSONResponse
 
 from mlx_lqr.errors import InputError
 
+log = logging.getLogger("mlx_lqr.serving")
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_error"}
 """By status; all else is the request's fault below 500 and the server's from there on."""
 
 
-class Failure(Exception):
-    """A request that is not served.
+class RequestError(Exception):
+    """A request is not served.
 
     Args:
         status: of HTTP.
@@ -46,6 +48,6 @@ class Failure(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
-def unusable(error: InputError, param: str | None = None) -> Failure:
+def unusable(error: InputError, param: str | None = None) -> RequestError:
     """The failure for what the library refuses."""
-    return Failure(400, str(error), param=param)
+    return RequestError(400, str(error), param=param)

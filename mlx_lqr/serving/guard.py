@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import logging
 import secrets
 import socket
 import time
@@ -22,17 +21,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_lqr.errors import first_line
-from mlx_lqr.serving.failures import Failure
-
-log = logging.getLogger("mlx_lqr.serving")
+from mlx_lqr.serving.failures import RequestError, log
 
 OPEN = ("/health", "/", "/page/")
 """Paths that need no key: whether the server is there, and the page, which then asks for one"""
+GONE = 499
+"""The status that is counted where a client went away before it got one"""
 JSON_BYTES = 8 << 20
 FILE_BYTES = 64 << 20
 """Of a request's body, at most"""
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -92,16 +91,17 @@ def _without_port(host: str) -> str:
 
 
 class Guard:
-    """Checks every request before the application sees it, and logs a line for each; nothing but a `Failure`'s line
-    reaches a client.
+    """Checks every request before the application sees it, and logs a line for each.
+
+    Whatever fails, a client is told one line and no more.
 
     Args:
         app: what is guarded.
         access: who may ask.
-        counted: called with the path's template and the status of each response.
+        counted: called with the endpoint, None where there is none, and the status of each response.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, counted: Callable[[str, int], None]) -> None:
+    def __init__(self, app: ASGIApp, access: Access, counted: Callable[[object, int], None]) -> None:
         self._app, self._access, self._counted = app, access, counted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,28 +122,26 @@ class Guard:
         try:
             self._check(scope)
             await self._app(scope, _limited(receive, _limit(scope)), answer)
-        except Failure as failure:
+        except RequestError as failure:
             if not status:
                 await failure.response()(scope, receive, answer)
         except Exception as error:
             log.error("%s: %s", type(error).__name__, _where(error))
             if not status:
-                await Failure(500, "the server failed: its log says more").response()(scope, receive, answer)
+                await RequestError(500, "the server failed: its log says more").response()(scope, receive, answer)
         finally:
-            path = getattr(scope.get("route"), "path", "other")
-            self._counted(path, status or 499)
+            self._counted(scope.get("endpoint"), status or GONE)
             took = time.monotonic() - started
             log.info("%s %s %s %.2fs", scope["method"], quote(scope["path"]), status or "gone", took)
 
     def _check(self, scope: Scope) -> None:
         headers, path = Headers(scope=scope), scope["path"]
         if len(headers.getlist("host")) != 1 or not self._access.allows_host(headers.get("host")):
-            raise Failure(
-                421, f"this server is not {headers.get('host', '')[:80]!r}: use the address that it listens on"
-            )
+            shown = headers.get("host", "")[:80]
+            raise RequestError(421, f"this server is not {shown!r}: use the address that it listens on")
         is_open = path in OPEN or path.startswith(OPEN[-1])
         if not is_open and not self._access.allows_key(headers.get("authorization")):
-            raise Failure(
+            raise RequestError(
                 401,
                 "this server needs an API key: send it as Authorization: Bearer KEY",
                 code="invalid_api_key",
@@ -154,15 +152,15 @@ class Guard:
             raise _too_large(scope)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
-            raise Failure(415, "the body must be JSON: send Content-Type: application/json")
+            raise RequestError(415, "the body must be JSON: send Content-Type: application/json")
 
 
 def _limit(scope: Scope) -> int:
     return FILE_BYTES if scope["method"] == "PUT" else JSON_BYTES
 
 
-def _too_large(scope: Scope) -> Failure:
-    return Failure(413, f"the body is larger than {_limit(scope) >> 20} MiB")
+def _too_large(scope: Scope) -> RequestError:
+    return RequestError(413, f"the body is larger than {_limit(scope) >> 20} MiB")
 
 
 def _limited(receive: Receive, limit: int) -> Receive:
@@ -174,7 +172,7 @@ def _limited(receive: Receive, limit: int) -> Receive:
         message = await receive()
         left -= len(message.get("body", b""))
         if left < 0:
-            raise Failure(413, f"the body is larger than {limit >> 20} MiB")
+            raise RequestError(413, f"the body is larger than {limit >> 20} MiB")
         return message
 
     return limited

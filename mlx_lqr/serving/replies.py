@@ -15,7 +15,7 @@ from typing import Any
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError
 from mlx_lqr.serving.engine import Engine, Event, Full, Request, Ticket, Tracking
-from mlx_lqr.serving.failures import Failure, unusable
+from mlx_lqr.serving.failures import RequestError, unusable
 
 RETRY_AFTER = 2
 """Seconds after which a client may try again where too many wait"""
@@ -25,7 +25,7 @@ class Reply:
     """What follows one request: one ticket of the engine for each of its choices. For the event loop's thread.
 
     Raises:
-        Failure: a request that the engine refuses, or too many that wait.
+        RequestError: a request that the engine refuses, or too many that wait.
     """
 
     def __init__(self, engine: Engine, id: str, requests: Sequence[Request], strengths: dict[str, float]) -> None:
@@ -37,6 +37,9 @@ class Reply:
         self.prompt_tokens = sum(len(request.prompt) for request in requests)
         self.tokens = 0
         """Generated so far"""
+        self.first_token: float | None = None
+        """Seconds from the request to it"""
+        self._begun = self._latest = time.monotonic()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._running = len(requests)
         self._tickets: list[Ticket] = []
@@ -54,7 +57,7 @@ class Reply:
             raise unusable(error) from None
         except Full:
             self.cancel()
-            raise Failure(
+            raise RequestError(
                 503, "too many requests wait: try again in a moment", headers={"Retry-After": str(RETRY_AFTER)}
             ) from None
 
@@ -62,27 +65,49 @@ class Reply:
     def ended(self) -> bool:
         return self._running == 0
 
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second, of all choices together, after the first token; None before there are two."""
+        if self.first_token is None or self.tokens < 2:
+            return None
+        seconds = self._latest - self._begun - self.first_token
+        return (self.tokens - 1) / seconds if seconds > 0 else None
+
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """(choice, event) as they come.
 
         Raises:
-            Failure: a choice ended with an error, or because the server stops.
+            RequestError: a choice ended with an error, or because the server stops.
         """
         while self._running:
             index, event = await self._queue.get()
-            self.tokens += event.token is not None
+            if event.token is not None:
+                self.tokens += 1
+                self._latest = time.monotonic()
+                if self.first_token is None:
+                    self.first_token = self._latest - self._begun
             self._running -= event.finish is not None
             if event.finish == "error":
-                raise Failure(400, event.error or "the answer failed", code="generation_failed")
+                raise RequestError(400, event.error or "the answer failed", code="generation_failed")
             if event.finish == "cancelled":
-                raise Failure(503, "the server is stopping", headers={"Retry-After": str(RETRY_AFTER)})
+                raise RequestError(503, "the server is stopping", headers={"Retry-After": str(RETRY_AFTER)})
             yield index, event
 
     def steer(self, strengths: dict[str, float]) -> None:
-        """Set the strength of some of its concepts, from the next token on."""
-        self.strengths = {**self.strengths, **strengths}
+        """Set the strength of some of its concepts, from the next token on.
+
+        Raises:
+            RequestError: it has ended.
+        """
+        wanted, refused = {**self.strengths, **strengths}, []
         for ticket in self._tickets:
-            ticket.steer(list(self.strengths.values()))
+            try:
+                ticket.steer(list(wanted.values()))
+            except InputError as error:  # this choice has ended
+                refused.append(error)
+        if len(refused) == len(self._tickets):
+            raise RequestError(404, str(refused[0]), code="not_found")
+        self.strengths = wanted
 
     def cancel(self) -> None:
         for ticket in self._tickets:
@@ -162,11 +187,9 @@ class Form(ABC):
         return written
 
     def _tracking(self, tracking: Tracking) -> dict[str, Any]:
-        entry: dict[str, Any] = {"layers": [int(layer) for layer in tracking.layers]}
-        entry["concepts"] = list(self._reply.strengths)
+        entry: dict[str, Any] = {"layers": list(tracking.layers), "concepts": list(tracking.concepts)}
         for name in ("error", "feature", "setpoint", "push"):
-            values = getattr(tracking, name)
-            entry[name] = None if values is None else _without_nan(values.tolist())
+            entry[name] = _without_nan(getattr(tracking, name).tolist())
         return entry
 
     def _token_text(self, token: int) -> str:

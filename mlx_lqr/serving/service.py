@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mlx_lqr.backends.protocol import Differentiable
+from mlx_lqr.backends.protocol import Differentiable, Sampling
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.prompts import Prompt, tokenise
@@ -14,7 +16,9 @@ from mlx_lqr.runtime.decode import room_after
 from mlx_lqr.serving.bodies import DEFAULT_TOKENS, MAX_CHOICES, ChatBody, CompletionBody
 from mlx_lqr.serving.controllers import Controllers, Wanted
 from mlx_lqr.serving.engine import Engine, Request
-from mlx_lqr.serving.failures import Failure, unusable
+from mlx_lqr.serving.failures import RequestError, unusable
+from mlx_lqr.serving.fitting import Fitter
+from mlx_lqr.serving.metrics import Metrics
 from mlx_lqr.serving.replies import Reply
 
 
@@ -35,17 +39,28 @@ class Service:
         self.controllers = Controllers(model, folder)
         self._engine = Engine(model, slots=slots, waiting=waiting)
         self._running: dict[str, Reply] = {}
+        self.fitter = Fitter(model, self.controllers)
+        self.counts = Metrics()
 
     def close(self) -> None:
+        """End all that is under way."""
+        self.fitter.close()
         self._engine.close()
 
-    def count(self, path: str, status: int) -> None:
-        """Count a response."""
+    @property
+    def metrics(self) -> str:
+        """What is counted, as Prometheus reads it."""
+        return self.counts.text(self._engine.stats)
+
+    def models(self) -> list[dict[str, Any]]:
+        """The model, and the model with each controller, as OpenAI lists models."""
+        names = [self.name, *(f"{self.name}@{one.concept}" for one in self.controllers.all())]
+        return [{"id": name, "object": "model", "created": self.created, "owned_by": "mlx-lqr"} for name in names]
 
     def conversation(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation in the model's chat template."""
         if not self.model.tokenizer.has_chat_template:
-            raise Failure(
+            raise RequestError(
                 400, f"{self.name} has no chat template (a base model?): use /v1/completions", param="messages"
             )
         try:
@@ -59,26 +74,26 @@ class Service:
         """The engine's requests, one a choice, and the strength of each concept that they are steered with."""
         n = body.n or 1
         if len(prompts) * n > MAX_CHOICES:
-            raise Failure(400, f"{len(prompts)} prompts and n = {n} are more than {MAX_CHOICES} answers", param="n")
+            raise RequestError(
+                400, f"{len(prompts)} prompts and n = {n} are more than {MAX_CHOICES} answers", param="n"
+            )
         steering, strengths = self.controllers.steering(self._wanted(body))
-        sampling = body.sampling()
-        requests = []
+        shared = Request(
+            prompt=(),
+            steering=steering,
+            strength=list(strengths.values()) if steering is not None else None,
+            sampling=body.sampling(),
+            stop=body.stops(),
+            top_logprobs=body.top(),
+            track=bool(body.track) and steering is not None,
+        )
+        requests: list[Request] = []
         for prompt in prompts:
             tokens = tokenise(self.model, prompt)
             limit = body.limit() or max(1, min(DEFAULT_TOKENS, room_after(self.model, len(tokens))))
-            for i in range(n):
-                requests.append(
-                    Request(
-                        tokens,
-                        steering,
-                        list(strengths.values()) if steering is not None else None,
-                        sampling,
-                        limit,
-                        body.stops(),
-                        body.top(),
-                        bool(body.track) and steering is not None,
-                    )
-                )
+            for _ in range(n):
+                sampling = seeded(shared.sampling, len(requests))
+                requests.append(replace(shared, prompt=tokens, sampling=sampling, max_tokens=limit))
         return requests, strengths
 
     def begin(self, id: str, requests: Sequence[Request], strengths: dict[str, float]) -> Reply:
@@ -90,13 +105,16 @@ class Service:
         """The answer under way that has this id."""
         reply = self._running.get(id)
         if reply is None or reply.ended:
-            raise Failure(404, "there is no such answer, or it has ended", code="not_found")
+            raise RequestError(404, "there is no such answer, or it has ended", code="not_found")
         return reply
 
     def end(self, reply: Reply) -> None:
         """The answer has ended, or nobody waits for it."""
-        if not reply.ended:
-            reply.cancel()
+        reply.cancel()
+        if reply.first_token is not None:
+            self.counts.first_token.observe(reply.first_token)
+        if reply.rate is not None:
+            self.counts.rate.observe(reply.rate)
         self._running.pop(reply.id, None)
 
     def _wanted(self, body: ChatBody | CompletionBody) -> Wanted:
@@ -104,7 +122,12 @@ class Service:
         rest = body.model.removeprefix(self.name)
         if not body.model.startswith(self.name) or rest[:1] not in ("", "@"):
             message = f"there is no model {body.model[:80]!r} here: use {self.name!r}"
-            raise Failure(404, message, param="model", code="model_not_found")
+            raise RequestError(404, message, param="model", code="model_not_found")
         if body.steering is not None:
             return body.steering
         return self.controllers.named(rest[1:]) if rest else self.controllers.default()
+
+
+def seeded(sampling: Sampling, i: int) -> Sampling:
+    """For choice i of a request: choices differ, and each is what a request with its own seed would get."""
+    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i)

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mlx_lqr.serving.failures import Failure
+from mlx_lqr.serving.failures import RequestError
 
 T = TypeVar("T")
 KEEP_ALIVE = 15.0
 """Seconds of silence after which a comment is sent, for whatever stands between and closes quiet connections"""
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """The client has gone away."""
 
 
@@ -26,14 +26,14 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """What some work returns; it is cancelled where the client goes away before. The body has been read.
 
     Raises:
-        Gone: the client has gone away.
+        GoneError: the client has gone away.
     """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Gone
+            raise GoneError
         return working.result()
     finally:
         for task in (working, watching):
@@ -45,7 +45,7 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 class EventStream(Response):
     """Objects as server-sent events, and [DONE] after the last one.
 
-    A `Failure` on the way is the last event. The iterator is closed when the client goes away.
+    A `RequestError` on the way is the last event. The iterator is closed when the client goes away.
 
     Args:
         events: JSON objects.
@@ -67,7 +67,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with suppress(Gone, OSError):
+            with suppress(GoneError, OSError):
                 await until_gone(receive, self._send(send))
         finally:
             self._after()
@@ -89,7 +89,7 @@ class EventStream(Response):
                     break
                 await write(as_event(event))
                 coming = asyncio.ensure_future(anext(self._events, None))
-        except Failure as failure:
+        except RequestError as failure:
             await write(as_event(failure.body))
         finally:
             coming.cancel()
