@@ -117,6 +117,8 @@ class Fake:
         body = await self.asked(request)
         if self.full:
             return refusal(503, "The server is full.", {"Retry-After": "3"})
+        if body["track"] and not body["steering"]:
+            return refusal(400, "nothing steers, so nothing can be tracked")
         name = f"chatcmpl-{len(self.requests)}"
         self.running[name] = dict(body["steering"])
         return stream(self.writing(name, body), ended=lambda: self.running.pop(name, None))
@@ -135,7 +137,7 @@ class Fake:
             delta = {"content": word + (".\n\n" if number % 20 == 19 else " ")}
             finish = "length" if number == count - 1 else None
             chunk = {"id": name, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-            if body["track"] and steering:
+            if body["track"]:
                 chunk["tracking"] = tracking(number, steering, shown)
             yield chunk
 

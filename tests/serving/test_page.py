@@ -15,7 +15,12 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 from serving.fake_server import PLAIN, WORDS, Fake, controller, serving
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+)
 REFUSED = "Failed to load resource"
 """What the console says of each answer with an error's status."""
 TIMEOUT = 15_000
@@ -247,6 +252,10 @@ def test_save_delete_and_load_a_controller(opened: Open, fake: Fake, tmp_path: P
     expect(page.get_by_role("slider")).to_have_count(0)
     expect(page.locator("#hint")).to_contain_text("No concept is loaded yet")
     assert not fake.controllers
+    ask(page)  # works without
+    ended(page)
+    expect(page.locator(".answer h3")).to_have_text(["Unsteered"])
+    expect(prose(page, "steered")).to_contain_text(" ".join(PLAIN[:15]))
 
     page.get_by_role("button", name="Add a concept").click()
     page.get_by_label("Load a file").set_input_files({"name": "x.bin", "mimeType": "", "buffer": b"\x80"})

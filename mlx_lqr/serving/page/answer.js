@@ -31,8 +31,9 @@ export class Answer {
     this.used = [strengths];
     this.tell();
     const started = performance.now();
+    const track = this.track !== null && Object.keys(strengths).length > 0;
     try {
-      for await (const chunk of events("v1/chat/completions", { ...body, steering: strengths, track: this.track !== null, stream: true }, signal)) {
+      for await (const chunk of events("v1/chat/completions", { ...body, steering: strengths, track, stream: true }, signal)) {
         this.take(chunk);
       }
     } catch (error) {
@@ -106,7 +107,7 @@ export class Answer {
 
   /** Show the strengths, as in "ocean 2.2 → 3": those that it began and ended with. */
   tell() {
-    if (this.kind !== "steered") return;
+    if (!Object.keys(this.used[0]).length) return this.label.replaceChildren("Unsteered");
     const [first, last] = [this.used[0], this.used.at(-1)];
     const said = Object.keys(first)
       .filter((concept) => first[concept] || last[concept])

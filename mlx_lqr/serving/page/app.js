@@ -68,7 +68,7 @@ async function answer(turn) {
   const track = new Track();
   const follow = () => plot.refresh();
   const answers = [new Answer("steered", { track, onToken: follow })];
-  if (byId("compare").checked) answers.push(new Answer("unsteered"));
+  if (byId("compare").checked && sliders.concepts.length) answers.push(new Answer("unsteered"));
   [turn.steered, turn.unsteered = null] = answers;
   for (const one of answers) one.onDrawn = keepDown;
   const columns = element("div", { className: "columns" }, ...answers.map((one) => one.element));
