@@ -119,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     decoding("--top-k", type=int)
     decoding("--min-p", type=float)
     decoding("--repetition-penalty", type=float)
+    decoding("--frequency-penalty", type=float)
+    decoding("--presence-penalty", type=float)
     decoding("--seed", type=int)
     decoding("--stop", action="append", metavar="TEXT")
     decoding("--overflow", choices=get_args(Overflow))

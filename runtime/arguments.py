@@ -22,6 +22,8 @@ DECODING_HELP: Mapping[str, str] = {
     "top_k": "Sample from this many likeliest tokens; 0: from all.",
     "min_p": "Sample from tokens that have at least this share of the likeliest one's probability.",
     "repetition_penalty": "Above 1, tokens that have occurred become less likely.",
+    "frequency_penalty": "Above 0, tokens become less likely each time that they are drawn (-2 to 2).",
+    "presence_penalty": "Above 0, tokens that have been drawn become less likely (-2 to 2).",
     "seed": "The same number gives the same text; without one, each call gives another.",
     "stop": "End the answer before this text; may be repeated.",
     "overflow": "When the context is full: stop with an error, or roll on without the oldest tokens.",

@@ -52,6 +52,10 @@ class Options(TypedDict, total=False):
     """Sample from the tokens at least this likely, relative to the likeliest (0)."""
     repetition_penalty: float
     """Above 1, tokens seen before become less likely (1)."""
+    frequency_penalty: float
+    """Subtracted from a token's logit for each time that it has been drawn; -2 to 2 (0)."""
+    presence_penalty: float
+    """Subtracted once where it has been drawn at all; -2 to 2 (0)."""
     seed: int | None
     """The same seed gives the same text. None, the default, draws another text each time."""
     stop: str | Sequence[str]

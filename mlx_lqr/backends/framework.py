@@ -60,6 +60,14 @@ class Framework(ABC):
         """False everywhere: (rows, vocabulary)."""
 
     @abstractmethod
+    def none_counted(self, rows: int, vocabulary: int) -> Array:
+        """Zeros in float32: (rows, vocabulary)."""
+
+    @abstractmethod
+    def counted(self, counts: Array, tokens: Array) -> Array:
+        """counts (B, V) with one more for the token (B,) of each row; one may be `OVERFLOWED`, and stands for any."""
+
+    @abstractmethod
     def float32(self, array: Array) -> Array: ...
 
     @abstractmethod

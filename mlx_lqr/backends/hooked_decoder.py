@@ -15,7 +15,7 @@ from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.hooks import BlockCall, BlockHooks, LawHooks
 from mlx_lqr.backends.overflow import Examined, located
 from mlx_lqr.backends.protocol import OVERFLOWED, Array, CarryingLaw, Law, Sampling, Scored, restart
-from mlx_lqr.backends.sampling import Sampler, penalised
+from mlx_lqr.backends.sampling import RowSamplers, Sampler
 from mlx_lqr.errors import InputError, OverflowingError
 
 PREFILL_CHUNK = 512
@@ -94,7 +94,7 @@ class HookedDecoder(ABC):
 
     def _left_over(self) -> Iterable[Array]:
         """What the next step needs and the token does not wait for; the next step may be another thread's."""
-        arrays = [self._seen, self._energy, *self._sampler.state]
+        arrays = [self._seen, self._energy, *self._samplers.state]
         return [array for array in arrays if array is not None]
 
     @abstractmethod
@@ -136,11 +136,11 @@ class HookedDecoder(ABC):
 
     @property
     def sampling(self) -> Sampling:
-        return self._sampler.sampling
+        return self._samplers.sampling
 
     @sampling.setter
     def sampling(self, sampling: Sampling) -> None:
-        self._sampler = self._sampler_of(sampling)
+        self._samplers = RowSamplers(self._framework, self._sampler_of(sampling))
 
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         """See `Decoder`."""
@@ -179,9 +179,7 @@ class HookedDecoder(ABC):
             spoiled = (logits * 0).sum(-1)  # 0, or NaN where one of them is not finite
             if self._energy is not None:
                 spoiled = spoiled + self._energy * 0
-            if self._seen is not None:
-                logits = penalised(logits, self._seen, self.sampling.repetition_penalty, framework.where)
-            tokens = framework.where(spoiled == 0, self._sampler.draw(logits), OVERFLOWED)
+            tokens = framework.where(spoiled == 0, self._samplers.draw(logits, self._seen), OVERFLOWED)
             framework.start([tokens, *self._left_over()])
         return tokens
 
@@ -204,7 +202,7 @@ class HookedDecoder(ABC):
             self._keep(chosen)
             if isinstance(self._law, CarryingLaw):
                 self._law.keep(chosen)
-            self._sampler.keep(rows)
+            self._samplers.keep(rows)
             if self._seen is not None:
                 self._seen = self._seen[chosen]
             return tokens[chosen]

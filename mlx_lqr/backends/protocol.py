@@ -122,6 +122,10 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     """Divides the positive logits of every token that has been seen, in the prompt too, and multiplies the negative."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that it has been drawn (-2 to 2); the prompt does not count."""
+    presence_penalty: float = 0.0
+    """Subtracted once where it has been drawn at all (-2 to 2)."""
     seed: int | None = None
     """Sequence i of a batch is drawn with `seed` + i, as it would be alone. None: with a new one each time."""
 
@@ -134,6 +138,9 @@ class Sampling:
             raise InputError(f"min_p must be at least 0 and below 1, not {self.min_p!r}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise InputError(f"repetition_penalty must be above zero (1 is none), not {self.repetition_penalty!r}")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise InputError(f"{name} must be between -2 and 2 (0 is none), not {getattr(self, name)!r}")
         if self.top_k < 0:
             raise InputError(f"top_k must be zero (off) or above, not {self.top_k!r}")
         if self.seed is not None and self.seed < 0:

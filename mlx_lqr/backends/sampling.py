@@ -1,4 +1,4 @@
-"""Tokens from logits, whatever the framework: the way from logits to a draw, and the repetition penalty.
+"""Tokens from logits, whatever the framework: the way from logits to a draw, and the penalties.
 
 A backend adds the filters of `Sampling` in its own operations, and random numbers of each sequence's own.
 """
@@ -7,33 +7,84 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
+from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.hooks import Where
 from mlx_lqr.backends.protocol import LEAST_TEMPERATURE, Array, Sampling, fresh_seed
 
 
 class Sampler(ABC):
-    """Draws a token for each of B sequences, as it would be drawn for that sequence alone."""
+    """Draws a token for each of B sequences with the same settings, as it would be drawn for that sequence alone."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, framework: Framework, sampling: Sampling) -> None:
         self.sampling = sampling
+        self._framework = framework
         self._seed = sampling.seed if sampling.seed is not None else fresh_seed()
+        self._counts: Array | None = None
+        """(B, V): how often each token has been drawn, for the frequency and presence penalties."""
 
     @property
     def state(self) -> Sequence[Array]:
         """The arrays that go from one draw to the next."""
-        return ()
+        return [*self._streams(), *([] if self._counts is None else [self._counts])]
 
-    def draw(self, logits: Array) -> Array:
-        """A token (B,) from each row of logits (B, V)."""
+    def draw(self, logits: Array, seen: Array | None) -> Array:
+        """A token (B,) from each row of logits (B, V).
+
+        Args:
+            seen: (B, V), the tokens met so far; None where nothing asks for them.
+        """
+        sampling = self.sampling
+        if seen is not None and sampling.repetition_penalty != 1:
+            logits = penalised(logits, seen, sampling.repetition_penalty, self._framework.where)
+        if not self._counts_draws:
+            return self._pick(logits)
+        if self._counts is None:
+            self._counts = self._framework.none_counted(*logits.shape)
+        penalty = self._counts * sampling.frequency_penalty + (self._counts > 0) * sampling.presence_penalty
+        tokens = self._pick(logits - penalty)
+        self._counts = self._framework.counted(self._counts, tokens)
+        return tokens
+
+    def join(self, other: Sampler, rows: int, others: int, vocabulary: int) -> None:
+        """Go on with the `others` sequences of a sampler with the same settings behind these `rows`."""
+        if self.sampling.temperature != 0:
+            self._join_streams(other, rows, others)
+        if self._counts_draws:
+            both = [
+                self._framework.none_counted(count, vocabulary) if sampler._counts is None else sampler._counts
+                for sampler, count in ((self, rows), (other, others))
+            ]
+            self._counts = self._framework.concatenate(both, 0)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences alone."""
+        self._keep_streams(rows)
+        if self._counts is not None:
+            self._counts = self._counts[self._framework.integers(list(rows))]
+
+    @property
+    def _counts_draws(self) -> bool:
+        return self.sampling.frequency_penalty != 0 or self.sampling.presence_penalty != 0
+
+    def _pick(self, logits: Array) -> Array:
         if self.sampling.temperature == 0:
             return self._likeliest(logits)
         relative = self._filtered(logits)
         return self._drawn(relative / max(self.sampling.temperature, LEAST_TEMPERATURE))
 
     @abstractmethod
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences alone."""
+    def _streams(self) -> Sequence[Array]:
+        """The arrays that random numbers come from."""
+
+    @abstractmethod
+    def _join_streams(self, other: Sampler, rows: int, others: int) -> None:
+        """Append the random streams of another sampler of this class; see `join`."""
+
+    @abstractmethod
+    def _keep_streams(self, rows: Sequence[int]) -> None:
+        """Go on with the random streams of these sequences alone."""
 
     @abstractmethod
     def _likeliest(self, logits: Array) -> Array:
@@ -49,6 +100,74 @@ class Sampler(ABC):
     @abstractmethod
     def _drawn(self, logprobs: Array) -> Array:
         """A token (B,) from each row of log-probabilities (B, V), up to a constant."""
+
+
+class RowSamplers:
+    """Draws for sequences side by side, each with its own settings; those with the same are drawn together.
+
+    Args:
+        sampler: of all sequences, until others join.
+    """
+
+    def __init__(self, framework: Framework, sampler: Sampler) -> None:
+        self._framework = framework
+        self._groups: list[tuple[Sampler, list[int]]] = [(sampler, [])]
+        """Samplers of different settings, each with the numbers of its rows; a single one has all rows, unnumbered."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """The settings, of the first sequence where they differ."""
+        return self._groups[0][0].sampling
+
+    @property
+    def state(self) -> Sequence[Array]:
+        """The arrays that go from one draw to the next."""
+        return [array for sampler, _ in self._groups for array in sampler.state]
+
+    def draw(self, logits: Array, seen: Array | None) -> Array:
+        """See `Sampler.draw`."""
+        if len(self._groups) == 1:
+            return self._groups[0][0].draw(logits, seen)
+        drawn, order = [], []
+        for sampler, rows in self._groups:
+            chosen = self._framework.integers(rows)
+            drawn.append(sampler.draw(logits[chosen], None if seen is None else seen[chosen]))
+            order += rows
+        places = sorted(range(len(order)), key=order.__getitem__)
+        return self._framework.concatenate(drawn, 0)[self._framework.integers(places)]
+
+    def join(self, other: RowSamplers, rows: int, others: int, vocabulary: int) -> None:
+        """Go on with the `others` sequences of another one behind these `rows`."""
+        groups = self._numbered(rows)
+        for sampler, theirs in other._numbered(others):
+            numbers = [rows + row for row in theirs]
+            for mine, own in groups:
+                if replace(mine.sampling, seed=None) == replace(sampler.sampling, seed=None):
+                    mine.join(sampler, len(own), len(numbers), vocabulary)
+                    own += numbers
+                    break
+            else:
+                groups.append((sampler, numbers))
+        self._set(groups)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences alone."""
+        if len(self._groups) == 1:
+            self._groups[0][0].keep(rows)
+            return
+        kept = []
+        for sampler, own in self._groups:
+            numbers = [new for new, row in enumerate(rows) if row in own]
+            if numbers:
+                sampler.keep([own.index(rows[new]) for new in numbers])
+                kept.append((sampler, numbers))
+        self._set(kept)
+
+    def _set(self, groups: list[tuple[Sampler, list[int]]]) -> None:
+        self._groups = groups if len(groups) > 1 else [(groups[0][0], [])]  # whose rows are in order
+
+    def _numbered(self, rows: int) -> list[tuple[Sampler, list[int]]]:
+        return [(sampler, list(own) or list(range(rows))) for sampler, own in self._groups]
 
 
 def penalised(logits: Array, seen: Array, penalty: float, where: Where) -> Array:

@@ -203,6 +203,10 @@ def decoding_options(max_tokens: int) -> Decorator:
         option("--top-k", default=Sampling.top_k, heading=DECODING, help=DECODING_HELP["top_k"]),
         option("--min-p", default=Sampling.min_p, heading=DECODING, help=DECODING_HELP["min_p"]),
         option("--repetition-penalty", default=Sampling.repetition_penalty, heading=DECODING, help=penalty),
+        *(
+            option(f"--{name}-penalty", default=0.0, heading=DECODING, help=DECODING_HELP[f"{name}_penalty"])
+            for name in ("frequency", "presence")
+        ),
         seed_option(DECODING_HELP["seed"], heading=DECODING),
         option("--stop", multiple=True, metavar="TEXT", heading=DECODING, help=DECODING_HELP["stop"]),
         option("--overflow", type=click.Choice(get_args(Overflow)), default="error", heading=DECODING, help=when_full),

@@ -157,12 +157,14 @@ def test_the_lowest_temperatures_draw_the_most_likely_token(backend: str, temper
 
 
 def test_16_bits_are_drawn_from_as_exactly_as_32() -> None:
+    from mlx_lqr.backends.mlx.framework import MLXFramework
     from mlx_lqr.backends.mlx.sampling import MLXSampler
 
+    framework = MLXFramework(mx.bfloat16)
     logits = (12 + 4 * mx.random.normal((256, 500), key=mx.random.key(0))).astype(mx.bfloat16)
     for options in ({}, {"top_p": 0.8}, {"min_p": 0.2}):
-        expected = MLXSampler(Sampling(1.0, seed=5, **options)).draw(logits.astype(mx.float32))
-        assert MLXSampler(Sampling(1.0, seed=5, **options)).draw(logits).tolist() == expected.tolist()
+        expected = MLXSampler(framework, Sampling(1.0, seed=5, **options)).draw(logits.astype(mx.float32), None)
+        assert MLXSampler(framework, Sampling(1.0, seed=5, **options)).draw(logits, None).tolist() == expected.tolist()
 
 
 def test_gemma_in_float16_is_refused_on_torch(gemma3_folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.protocol import Sampling, fresh_seed
 from mlx_lqr.backends.sampling import Sampler
 
@@ -15,9 +16,9 @@ _begin = Sampler.__init__
 def refuse_unseeded(patch: pytest.MonkeyPatch) -> None:
     """From now on whoever draws tokens gives a seed, or takes the likeliest (temperature 0)."""
 
-    def begin(self: Sampler, sampling: Sampling) -> None:
+    def begin(self: Sampler, framework: Framework, sampling: Sampling) -> None:
         assert sampling.seed is not None or sampling.temperature == 0, "give a seed, or temperature 0"
-        _begin(self, sampling)
+        _begin(self, framework, sampling)
 
     patch.setattr(Sampler, "__init__", begin)
     patch.setattr(CHAT, lambda: None)

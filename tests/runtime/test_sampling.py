@@ -41,6 +41,8 @@ def test_the_default_is_the_one_that_users_of_other_programs_know() -> None:
         "top_k": 0,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
     }
     assert GREEDY.temperature == 0
 

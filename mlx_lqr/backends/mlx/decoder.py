@@ -91,7 +91,7 @@ class MLXDecoder(HookedDecoder):
         return placed
 
     def _sampler_of(self, sampling: Sampling) -> MLXSampler:
-        return MLXSampler(sampling)
+        return MLXSampler(self._framework, sampling)
 
     def _fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         self._steps = 0

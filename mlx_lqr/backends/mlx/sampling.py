@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.mlx.device import on_gpu
+from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.library import filters
 from mlx_lqr.backends.protocol import Sampling
 from mlx_lqr.backends.sampling import Sampler
@@ -19,16 +21,18 @@ LIKELIEST = 2048
 class MLXSampler(Sampler):
     """Draws with a key for each sequence."""
 
-    def __init__(self, sampling: Sampling) -> None:
-        super().__init__(sampling)
+    def __init__(self, framework: MLXFramework, sampling: Sampling) -> None:
+        super().__init__(framework, sampling)
         self._keys: mx.array | None = None
         """(B, 2), made when the number of sequences is known."""
 
-    @property
-    def state(self) -> Sequence[mx.array]:
+    def _streams(self) -> Sequence[mx.array]:
         return () if self._keys is None else (self._keys,)
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def _join_streams(self, other: Any, rows: int, others: int) -> None:
+        self._keys = mx.concatenate([self._of(rows), other._of(others)])
+
+    def _keep_streams(self, rows: Sequence[int]) -> None:
         if self._keys is not None:
             self._keys = self._keys[mx.array(list(rows))]
 
@@ -49,12 +53,16 @@ class MLXSampler(Sampler):
         return logprobs - logprobs.max(axis=-1, keepdims=True)
 
     def _drawn(self, logprobs: mx.array) -> mx.array:
-        if self._keys is None:
-            self._keys = mx.stack([mx.random.key(self._seed + row) for row in range(len(logprobs))])
-        split = mx.vmap(mx.random.split)(self._keys)  # (B, 2, 2)
+        split = mx.vmap(mx.random.split)(self._of(len(logprobs)))  # (B, 2, 2)
         self._keys = split[:, 0]
         pick: Callable[[mx.array, mx.array], mx.array] = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))
         return pick(logprobs, split[:, 1]).astype(mx.int32)
+
+    def _of(self, rows: int) -> mx.array:
+        """The keys of so many sequences: (rows, 2)."""
+        if self._keys is None:
+            self._keys = mx.stack([mx.random.key(self._seed + row) for row in range(rows)])
+        return self._keys
 
 
 def nucleus(logprobs: mx.array, top_p: float) -> mx.array:

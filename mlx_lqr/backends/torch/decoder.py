@@ -77,7 +77,7 @@ class TorchDecoder(HookedDecoder):
         return law.to(self._framework.floats, self._framework.add_product, renew=self._framework.renewed)
 
     def _sampler_of(self, sampling: Sampling) -> TorchSampler:
-        return TorchSampler(sampling)
+        return TorchSampler(self._framework, sampling)
 
     def _settle(self) -> None:
         """The cache has one form alone."""
