@@ -133,7 +133,7 @@ class Fake:
             for concept, strength in steering.items():
                 shown[concept] += 0.35 * (strength - shown[concept])
                 if strength >= 1 and number % 2:
-                    word = WORDS.get(concept, [concept])[number // 2 % 4]
+                    word = WORDS.get(concept, [concept] * 4)[number // 2 % 4]
             delta = {"content": word + (".\n\n" if number % 20 == 19 else " ")}
             finish = "length" if number == count - 1 else None
             chunk = {"id": name, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}

@@ -119,6 +119,12 @@ def test_the_slider_changes_the_next_words_and_the_plot_follows(opened: Open, fa
     assert len(words) == 60
     of_the_ocean = [place for place, word in enumerate(words) if word in WORDS["ocean"]]
     assert of_the_ocean == [*range(1, 20, 2)]  # every second word, until the slider moved
+    before, after = prose(page, "steered").evaluate(
+        "prose => { const mark = prose.querySelector('.changed'), range = document.createRange();"
+        " range.setStart(prose, 0); range.setEndBefore(mark); const before = range.toString();"
+        " range.setEndAfter(prose.lastChild); range.setStartAfter(mark); return [before, range.toString()] }"
+    )
+    assert [len(re.findall(r"\w+", part)) for part in (before, after)] == [20, 40]  # a mark stands where it moved
     assert re.findall(r"\w+", prose(page, "unsteered").inner_text()) == [PLAIN[n % len(PLAIN)] for n in range(60)]
     assert said_to(fake, "/v1/steering/") == [{"steering": {"ocean": 0.5}}]
 
@@ -228,6 +234,7 @@ def test_fit_a_concept(opened: Open, fake: Fake) -> None:
     ask(page)
     ended(page)
     assert said_to(fake, "/v1/chat")[0]["steering"] == {"ocean": 2.229, "pirate": 2.229}
+    assert len(re.findall("pirate", prose(page, "steered").inner_text())) == 30
     expect(page.locator("[data-layer='28'] path.feature")).to_have_count(2)
 
 

@@ -13,6 +13,7 @@ export class Answer {
     this.track = track;
     this.onToken = onToken;
     this.text = "";
+    this.changes = []; // where in the text the steering changed
     this.tokens = 0;
     this.done = false;
     this.label = element("h3", {}, kind === "steered" ? "Steered" : "Unsteered");
@@ -30,7 +31,6 @@ export class Answer {
     this.strengths = strengths;
     this.used = [strengths];
     this.tell();
-    const started = performance.now();
     const track = this.track !== null && Object.keys(strengths).length > 0;
     try {
       for await (const chunk of events("v1/chat/completions", { ...body, steering: strengths, track, stream: true }, signal)) {
@@ -41,11 +41,10 @@ export class Answer {
       else say(this.error, error.message);
     }
     this.done = true;
-    const seconds = (performance.now() - started) / 1000;
     this.draw();
     this.element.classList.remove("writing");
     this.prose.setAttribute("aria-busy", "false");
-    this.made.textContent = this.ending(seconds);
+    this.made.textContent = this.ending();
     this.after.hidden = false;
     this.copy.hidden = !this.text;
     this.onToken();
@@ -59,6 +58,7 @@ export class Answer {
     if (chunk.usage) this.tokens = chunk.usage.completion_tokens;
     else if (choice && (text || chunk.tracking)) this.tokens += 1;
     if (chunk.tracking) this.track?.add(chunk.tracking, text);
+    if (this.tokens === 1) this.begun ??= performance.now();
     if (choice?.finish_reason) this.finish = choice.finish_reason;
     this.frame ??= requestAnimationFrame(() => this.draw());
     if (this.behind) this.steer(this.strengths);
@@ -68,15 +68,18 @@ export class Answer {
   draw() {
     cancelAnimationFrame(this.frame);
     this.frame = null;
-    show(this.prose, this.text);
+    show(this.prose, this.text, this.changes);
     this.onDrawn?.();
   }
 
-  ending(seconds) {
+  /** How it ended, and how fast it was from its first token on. */
+  ending() {
+    if (!this.tokens) return "";
     const counted = `${this.tokens} ${this.tokens === 1 ? "token" : "tokens"}`;
     if (this.finish === "stopped") return `${counted}, stopped`;
     if (this.finish === "length") return `${counted}, cut at the limit`;
-    return `${counted}, ${short(this.tokens / seconds, 1)} a second`;
+    const seconds = (performance.now() - this.begun) / 1000;
+    return `${counted}, ${short((this.tokens - 1) / seconds, 1)} a second`;
   }
 
   /** Steer the rest of this answer so. Changes that come in between are left out; the last is always sent. */
@@ -87,9 +90,10 @@ export class Answer {
     this.busy = true;
     try {
       for (let sent = this.used.at(-1); !this.done && different(sent, this.strengths); ) {
-        sent = this.begun(this.strengths);
+        sent = this.within(this.strengths);
         await request(`v1/steering/${encodeURIComponent(this.id)}`, { method: "POST", body: { steering: sent } });
         this.used.push(sent);
+        this.changes.push(this.text.length);
         this.tell();
         await new Promise((resolve) => setTimeout(resolve, PAUSE));
       }
@@ -101,7 +105,7 @@ export class Answer {
   }
 
   /** Of some strengths those of the concepts that this answer began with, which are all that can change. */
-  begun(strengths) {
+  within(strengths) {
     return Object.fromEntries(Object.entries(this.used[0]).map(([concept, value]) => [concept, strengths[concept] ?? value]));
   }
 
