@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from importlib import util
 from pathlib import Path
@@ -96,34 +97,39 @@ def serve(
             raise InputError(f"the server needs {package}, which is not installed: pip install 'mlx-lqr[serve]'")
     from mlx_lqr.serving.app import application
     from mlx_lqr.serving.guard import Access, is_loopback
-    from mlx_lqr.serving.listen import bound
-    from mlx_lqr.serving.listen import serve as listen
+    from mlx_lqr.serving.listen import bound, listen
     from mlx_lqr.serving.service import Service
 
     refuse_several("a model is served")
+    for origin in origins:
+        if not re.fullmatch(r"https?://[^/\s*]+", origin):
+            raise InputError(f"an origin is such as http://localhost:3000, without a path, not {origin!r}")
     for concept in concepts:
         bundled_prompts(concept)  # refuses an unknown one before the model is loaded
     key = _key(api_key_file)
     if key is None and not is_loopback(host):
         raise InputError(f"on {host} others can connect: give a key with --api-key-file FILE or {KEY}")
     chosen = [load_controller(choice, model) for choice in controllers]
-    listening = bound(host, port)
-    with progress_bars() as progress:
-        loaded = load(model, **loading, progress=progress)
-    place = Path(folder) if folder is not None else cache_folder() / "served" / loaded.fingerprint
-    service = Service(loaded, place, slots=slots, waiting=waiting)
-    for steering, strengths in chosen:
-        service.controllers.add_several(steering, strengths)
-    for concept in concepts:
-        service.controllers.add(concept, bundled_controller(loaded, concept))
-    for note in service.controllers.load_folder():
-        say(f"Note: {note}", err=True)
-    _log_to_stderr()
-    shown = f"[{host}]" if ":" in host else host
-    say(f"Serving {loaded.name} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops it)")
-    sys.stdout.flush()
-    listen(application(service, Access(host, key), origins=origins), listening)
-    say("Stopped.")
+    with bound(host, port) as listening:
+        with progress_bars() as progress:
+            loaded = load(model, **loading, progress=progress)
+        place = Path(folder) if folder is not None else cache_folder() / "served" / loaded.fingerprint
+        service = Service(loaded, place, slots=slots, waiting=waiting)
+        for steering, strengths in chosen:
+            service.controllers.add_several(steering, strengths)
+        for concept in concepts:
+            service.controllers.add(concept, bundled_controller(loaded, concept))
+        for note in service.controllers.load_folder():
+            say(f"Note: {note}", err=True)
+        _log_to_stderr()
+        shown = f"[{host}]" if ":" in host else host
+        say(f"Serving {loaded.name} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops it)")
+        sys.stdout.flush()
+        try:
+            listen(application(service, Access(host, key), origins=origins), listening, service.hurry)
+        finally:
+            service.close()
+        say("Stopped.")
 
 
 def _key(file: str | None) -> str | None:

@@ -170,8 +170,8 @@ def recommended(
     if abs(felt) < NO_RESPONSE:
         doubts.append(
             f"even at strength {found.at('strong'):g}, the strong budget, the positive prompts become likelier than "
-            f"the negative ones by {felt:.3f} nats a token only: steering hardly does anything for {steering.concepts[0]}; "
-            "give other prompts, or other layers"
+            f"the negative ones by {felt:.3f} nats a token only: steering hardly does anything for "
+            f"{steering.concepts[0]}; give other prompts, or other layers"
         )
     return steering.calibrated(found, budget), doubts
 

@@ -11,8 +11,6 @@ GET  /v1/controllers                  and POST, to fit one; /v1/controllers/ID/f
 from __future__ import annotations
 
 import mimetypes
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
 
@@ -30,11 +28,11 @@ from mlx_lqr.files.json_text import parse_json
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.serving.bodies import ChatBody, CompletionBody, FitBody, SteeringBody, parsed
 from mlx_lqr.serving.failures import RequestError, unusable
-from mlx_lqr.serving.guard import Access, Guard
+from mlx_lqr.serving.guard import GONE, Access, Guard
 from mlx_lqr.serving.metrics import CONTENT_TYPE
 from mlx_lqr.serving.replies import ChatForm, CompletionForm, new_id
 from mlx_lqr.serving.service import Service
-from mlx_lqr.serving.streaming import EventStream, until_gone
+from mlx_lqr.serving.streaming import EventStream, GoneError, until_gone
 
 PLACEHOLDER = b"<!doctype html><title>mlx-lqr</title><p>mlx-lqr serves a model here: /v1/chat/completions"
 
@@ -47,11 +45,6 @@ def application(service: Service, access: Access, *, origins: tuple[str, ...] = 
         access: who may ask.
         origins: pages from elsewhere that may ask, such as "http://localhost:3000".
     """
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await run_in_threadpool(service.close)
 
     routes = [
         Route("/health", health),
@@ -71,8 +64,13 @@ def application(service: Service, access: Access, *, origins: tuple[str, ...] = 
     ]
     app = Starlette(
         routes=routes,
-        exception_handlers={RequestError: _failed, InputError: _refused, HTTPException: _not_served},
-        lifespan=lifespan,
+        exception_handlers={
+            RequestError: _failed,
+            InputError: _refused,
+            HTTPException: _not_served,
+            GoneError: _gone,
+            Exception: _broken,
+        },
     )
     app.state.service = service
     paths: dict[object, str] = {route.endpoint: route.path for route in routes}
@@ -197,8 +195,9 @@ async def put_controller_file(request: HTTPRequest) -> Response:
 
 
 async def _json(request: HTTPRequest) -> Any:
+    body = await request.body()
     try:
-        return parse_json((await request.body()).decode())
+        return parse_json(body.decode())
     except ValueError as error:  # UnicodeDecodeError is one
         raise RequestError(400, f"the body is not JSON: {error}") from None
 
@@ -216,6 +215,15 @@ async def _failed(request: HTTPRequest, error: Exception) -> Response:
 async def _refused(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, InputError)
     return unusable(error).response()
+
+
+async def _gone(request: HTTPRequest, error: Exception) -> Response:
+    return Response(status_code=GONE)  # nobody reads it, but it is counted
+
+
+async def _broken(request: HTTPRequest, error: Exception) -> Response:
+    """The guard logs what has happened."""
+    return RequestError(500, "the server failed: its log says more").response()
 
 
 async def _not_served(request: HTTPRequest, error: Exception) -> Response:

@@ -90,7 +90,7 @@ class Controllers:
         for file in sorted(self._folder.glob(f"*{_ENDING}")):
             try:
                 self.add(check_id(file.name.removesuffix(_ENDING)), load_steering(file))
-            except (InputError, RequestError) as error:
+            except InputError as error:
                 notes.append(f"{file} is left out: {error}")
         return notes
 
@@ -137,9 +137,11 @@ class Controllers:
 
         Raises:
             InputError: it is damaged, of another kind or of another model.
+            RequestError: it cannot have this id, or see `add`.
         """
+        check_id(id)
         with tempfile.TemporaryDirectory() as place:
-            file = Path(place) / f"{id}{_ENDING}"
+            file = Path(place) / "controller.safetensors"
             file.write_bytes(content)
             try:
                 steering = load_steering(file)

@@ -14,7 +14,7 @@ TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 """By status; all else is the request's fault below 500 and the server's from there on."""
 
 
-class RequestError(Exception):
+class RequestError(InputError):
     """A request is not served.
 
     Args:
@@ -36,18 +36,17 @@ class RequestError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
-        self.message = str(InputError(message))  # one printable line of a bounded length
 
     @property
     def body(self) -> dict[str, object]:
         """As JSON."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, self.headers)
 
 
 def unusable(error: InputError, param: str | None = None) -> RequestError:
-    """The failure for what the library refuses."""
-    return RequestError(400, str(error), param=param)
+    """The error for what the library refuses."""
+    return error if isinstance(error, RequestError) else RequestError(400, str(error), param=param)

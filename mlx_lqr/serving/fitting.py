@@ -52,6 +52,11 @@ class Fitter:
         self._current = Fit(self._model, self._controllers, body)
         return self._current
 
+    def cancel(self) -> None:
+        """Cancel what is under way."""
+        if self._current is not None:
+            self._current.cancel()
+
     def close(self) -> None:
         """Cancel what is under way and wait for its end."""
         if self._current is not None:
@@ -105,10 +110,9 @@ class Fit:
             self._say(self._fitted())
         except CancelledError:
             log.info("a fit was cancelled")
+            self._say(RequestError(503, "the fit was cancelled, since the server is stopping"))
         except InputError as error:
             self._say(unusable(error))
-        except RequestError as error:
-            self._say(error)
         except Exception as error:  # of this fit alone
             log.error("a fit failed: %s: %s", type(error).__name__, first_line(error))
             self._say(RequestError(500, "the fit failed: the server's log says more"))

@@ -127,8 +127,6 @@ class Guard:
                 await failure.response()(scope, receive, answer)
         except Exception as error:
             log.error("%s: %s", type(error).__name__, _where(error))
-            if not status:
-                await RequestError(500, "the server failed: its log says more").response()(scope, receive, answer)
         finally:
             self._counted(scope.get("endpoint"), status or GONE)
             took = time.monotonic() - started

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -18,10 +19,12 @@ from mlx_lqr.errors import InputError
 
 GRACE = 20.0
 """Seconds in which answers under way may come to their ends"""
+HURRIED = 5.0
+"""Seconds after that in which their clients are told that the server stops"""
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that listens on a host and port; port 0 takes a free one.
+    """A socket for a host and port, on which nothing listens yet; port 0 takes a free one.
 
     Raises:
         InputError: there is no such host here, or the port is taken.
@@ -34,34 +37,44 @@ def bound(host: str, port: int) -> socket.socket:
         if sys.platform != "win32":  # where it would let two servers share a port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        listening.listen(128)
         return listening
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot listen on {host}, port {port} ({reason}): choose another --host or --port") from None
 
 
-def serve(app: ASGIApp, listening: socket.socket, *, grace: float = GRACE) -> None:
+def listen(app: ASGIApp, listening: socket.socket, hurry: Callable[[], None], *, grace: float = GRACE) -> None:
     """Serve until SIGTERM or SIGINT; then accept no more, and wait for the answers under way.
 
     Args:
-        grace: seconds to wait, at most. A second Ctrl-C ends the wait.
+        listening: see `bound`.
+        hurry: ends what is still under way after the grace time.
+        grace: seconds to wait. A second Ctrl-C ends the wait.
     """
     config = uvicorn.Config(
         app,
         access_log=False,
         log_config=None,
-        lifespan="on",
+        lifespan="off",
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(grace)),
+        timeout_graceful_shutdown=math.ceil(grace + HURRIED),
         ws="none",
     )
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    asyncio.run(_Server(config).serve([listening]))
+    asyncio.run(_Server(config, hurry, grace).serve([listening]))
 
 
 class _Server(uvicorn.Server):
     """A signal ends it as if it had been asked to end: the process goes on, and exits with status 0."""
+
+    def __init__(self, config: uvicorn.Config, hurry: Callable[[], None], grace: float) -> None:
+        super().__init__(config)
+        self._hurry, self._grace = hurry, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        hurrying = asyncio.get_running_loop().call_later(self._grace, self._hurry)
+        await super().shutdown(sockets)
+        hurrying.cancel()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

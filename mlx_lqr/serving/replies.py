@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mlx_lqr.backends.text.tokenizer import Tokenizer
@@ -28,13 +29,14 @@ class Reply:
         RequestError: a request that the engine refuses, or too many that wait.
     """
 
-    def __init__(self, engine: Engine, id: str, requests: Sequence[Request], strengths: dict[str, float]) -> None:
-        self.id = id
+    def __init__(self, engine: Engine, name: str, requests: Sequence[Request], strengths: dict[str, float]) -> None:
+        self.id = name
         self.created = int(time.time())
         self.requests = requests
         self.strengths = strengths
         """Of each concept that may be steered, in the steering's order"""
-        self.prompt_tokens = sum(len(request.prompt) for request in requests)
+        prompts = {id(request.prompt): request.prompt for request in requests}  # which several choices may follow
+        self.prompt_tokens = sum(map(len, prompts.values()))
         self.tokens = 0
         """Generated so far"""
         self.first_token: float | None = None
@@ -51,7 +53,7 @@ class Reply:
 
         try:
             for index, request in enumerate(requests):
-                self._tickets.append(engine.submit(request, lambda event, index=index: hand_over(index, event)))  # type: ignore[misc]
+                self._tickets.append(engine.submit(request, partial(hand_over, index)))
         except InputError as error:
             self.cancel()
             raise unusable(error) from None
@@ -159,7 +161,7 @@ class Form(ABC):
         for opening in self._openings():
             yield self._chunk([opening])
         async for index, event in self._reply.events():
-            choice = {"index": index, **self._delta(event), "finish_reason": event.finish}
+            choice = {"index": index, **self._delta(index, event), "finish_reason": event.finish}
             yield self._chunk([choice], event.tracking)
         if self._with_usage:
             yield {**self._head(self.chunk), "choices": [], "usage": self._usage()}
@@ -180,7 +182,7 @@ class Form(ABC):
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
-        written = {"index": index, **self._content(choice), "finish_reason": choice.finish}
+        written = {"index": index, **self._content(index, choice), "finish_reason": choice.finish}
         if self._tracked:
             tracked = [event.tracking for event in choice.events if event.tracking is not None]
             written["tracking"] = [self._tracking(one) for one in tracked]
@@ -203,11 +205,11 @@ class Form(ABC):
         """What is streamed before the first token."""
 
     @abstractmethod
-    def _delta(self, event: Event) -> dict[str, Any]:
+    def _delta(self, index: int, event: Event) -> dict[str, Any]:
         """One event of a streamed choice."""
 
     @abstractmethod
-    def _content(self, choice: _Choice) -> dict[str, Any]:
+    def _content(self, index: int, choice: _Choice) -> dict[str, Any]:
         """A whole choice."""
 
 
@@ -219,11 +221,11 @@ class ChatForm(Form):
         indices = range(len(self._reply.requests))
         return [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in indices]
 
-    def _delta(self, event: Event) -> dict[str, Any]:
+    def _delta(self, index: int, event: Event) -> dict[str, Any]:
         logprobs = self._logprobs([event])
         return {"delta": {"content": event.text} if event.text or logprobs else {}, "logprobs": logprobs}
 
-    def _content(self, choice: _Choice) -> dict[str, Any]:
+    def _content(self, index: int, choice: _Choice) -> dict[str, Any]:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
         return {"message": message, "logprobs": self._logprobs(choice.events)}
 
@@ -247,29 +249,34 @@ class CompletionForm(Form):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._offsets = [0] * len(self._reply.requests)
+        self._lengths = [0] * len(self._reply.requests)
+        """Characters of each choice so far"""
 
     def _openings(self) -> list[dict[str, Any]]:
         return []
 
-    def _delta(self, event: Event) -> dict[str, Any]:
-        return {"text": event.text, "logprobs": self._logprobs([event])}
+    def _delta(self, index: int, event: Event) -> dict[str, Any]:
+        return {"text": event.text, "logprobs": self._logprobs(index, [event])}
 
-    def _content(self, choice: _Choice) -> dict[str, Any]:
-        return {"text": choice.text, "logprobs": self._logprobs(choice.events)}
+    def _content(self, index: int, choice: _Choice) -> dict[str, Any]:
+        return {"text": choice.text, "logprobs": self._logprobs(index, choice.events)}
 
-    def _logprobs(self, events: Sequence[Event]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, events: Sequence[Event]) -> dict[str, Any] | None:
         known = [(event, event.token, event.logprob) for event in events if event.token is not None]
         if not known or all(logprob is None for _, _, logprob in known):
             return None
         texts = [self._token_text(token) for _, token, _ in known]
+        offsets = []
+        for text in texts:
+            offsets.append(self._lengths[index])
+            self._lengths[index] += len(text)
         return {
             "tokens": texts,
             "token_logprobs": [_number(logprob) for _, _, logprob in known],
             "top_logprobs": [
                 {self._token_text(other): _number(number) for other, number in event.top} for event, _, _ in known
             ],
-            "text_offset": [sum(map(len, texts[:i])) for i in range(len(texts))],
+            "text_offset": offsets,
         }
 
 
