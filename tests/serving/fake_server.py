@@ -136,7 +136,7 @@ class Fake:
                     word = WORDS.get(concept, [concept] * 4)[number // 2 % 4]
             delta = {"content": word + (".\n\n" if number % 20 == 19 else " ")}
             finish = "length" if number == count - 1 else None
-            chunk = {"id": name, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+            chunk: dict[str, Any] = {"id": name, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
             if body["track"]:
                 chunk["tracking"] = tracking(number, steering, shown)
             yield chunk
