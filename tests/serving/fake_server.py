@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +56,7 @@ class Fake:
     """Answers and fits stop here, at this token or step, until it is None."""
     says: list[str] = field(default_factory=lambda: PLAIN)
     """The words of an answer that is not steered, over and over."""
+    layers: Sequence[int] = (28, 29)
     key: str | None = None
     full: bool = False
     controllers: dict[str, dict[str, Any]] = field(default_factory=lambda: {"ocean": controller("ocean", 2.229)})
@@ -138,7 +139,7 @@ class Fake:
             finish = "length" if number == count - 1 else None
             chunk: dict[str, Any] = {"id": name, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
             if body["track"]:
-                chunk["tracking"] = tracking(number, steering, shown)
+                chunk["tracking"] = tracking(number, self.layers, steering, shown)
             yield chunk
 
     async def held(self, number: int) -> None:
@@ -160,11 +161,13 @@ class Fake:
         return body
 
 
-def tracking(number: int, steering: Mapping[str, float], shown: Mapping[str, float]) -> dict[str, Any]:
+def tracking(
+    number: int, layers: Sequence[int], steering: Mapping[str, float], shown: Mapping[str, float]
+) -> dict[str, Any]:
     """A feature that follows its setpoint from below, with a little noise."""
     setpoint, feature = [], []
-    for layer in (28, 29):
-        scale = layer - 25
+    for layer in layers:
+        scale = layer - 15
         setpoint.append([scale * strength for strength in steering.values()])
         noise = 0.1 * scale * ((number * 7 + layer) % 5 - 2)
         feature.append([scale * shown[concept] + noise if steering[concept] else None for concept in steering])
@@ -174,7 +177,7 @@ def tracking(number: int, steering: Mapping[str, float], shown: Mapping[str, flo
     ]
     push = [sum(abs(value or 0.0) for value in row) for row in error]
     fields = {"error": error, "feature": feature, "setpoint": setpoint, "push": push}
-    return {"layers": [28, 29], "concepts": list(steering), **fields}
+    return {"layers": list(layers), "concepts": list(steering), **fields}
 
 
 def stream(events: AsyncIterator[dict[str, Any]], ended: Any = lambda: None) -> Response:

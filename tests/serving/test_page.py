@@ -135,7 +135,7 @@ def test_the_slider_changes_the_next_words_and_the_plot_follows(opened: Open, fa
     assert feature[19] > feature[-1]
     page.locator(".charts").press("Home")
     expect(page.locator(".reading")).to_contain_text("Token 1, “I”. Layer 29: ocean ")
-    expect(page.locator(".reading")).to_contain_text("of 8.92, push")
+    expect(page.locator(".reading")).to_contain_text("of 31.2, push")
 
     slider.dblclick()  # the recommended strength
     assert number.input_value() == "2.229"
@@ -205,6 +205,18 @@ def test_everything_is_done_with_the_keyboard(opened: Open, fake: Fake) -> None:
     assert prose(page, "steered").get_attribute("aria-live") == "polite"
     while fake.running:  # the server hears of it
         page.wait_for_timeout(10)
+
+
+def test_of_many_layers_those_are_drawn_that_are_chosen(opened: Open, fake: Fake) -> None:
+    fake.layers = range(18, 30)
+    page = opened()
+    ask(page)
+    ended(page)
+    assert page.locator("figcaption").all_inner_texts() == ["Layer 27", "Layer 28", "Layer 29"]
+    choice = page.get_by_role("group", name="Layers")
+    choice.get_by_role("button", name="28").click()
+    choice.get_by_role("button", name="20").click()
+    expect(page.locator("figcaption")).to_have_text(["Layer 20", "Layer 27", "Layer 29"])
 
 
 def test_fit_a_concept(opened: Open, fake: Fake) -> None:

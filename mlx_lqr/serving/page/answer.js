@@ -17,13 +17,15 @@ export class Answer {
     this.tokens = 0;
     this.done = false;
     this.label = element("h3", {}, kind === "steered" ? "Steered" : "Unsteered");
-    this.prose = element("div", { className: "prose", "aria-live": "polite", "aria-busy": "true", "aria-label": `${kind} answer`, role: "group" });
+    const spoken = { role: "group", "aria-label": `${kind} answer`, "aria-live": "polite", "aria-busy": "true" };
+    this.prose = element("div", { className: "prose", ...spoken });
     this.error = element("p", { className: "error", role: "alert", hidden: true });
     this.made = element("span", { className: "made" });
     this.copy = element("button", { type: "button", className: "quiet", "aria-label": `Copy the ${kind} answer` }, "Copy");
     this.copy.addEventListener("click", () => this.copied());
     this.after = element("div", { className: "after", hidden: true }, this.copy, this.made);
-    this.element = element("section", { className: `answer ${kind} writing` }, this.label, this.prose, this.error, this.after);
+    const className = `answer ${kind} writing`;
+    this.element = element("section", { className }, this.label, this.prose, this.error, this.after);
   }
 
   /** Stream an answer; ends when it is whole, stopped or failed. body: the request without the steering. */
@@ -32,10 +34,9 @@ export class Answer {
     this.used = [strengths];
     this.tell();
     const track = this.track !== null && Object.keys(strengths).length > 0;
+    const asked = { ...body, steering: strengths, track, stream: true };
     try {
-      for await (const chunk of events("v1/chat/completions", { ...body, steering: strengths, track, stream: true }, signal)) {
-        this.take(chunk);
-      }
+      for await (const chunk of events("v1/chat/completions", asked, signal)) this.take(chunk);
     } catch (error) {
       if (error.name === "AbortError") this.finish = "stopped";
       else say(this.error, error.message);
@@ -74,7 +75,7 @@ export class Answer {
 
   /** How it ended, and how fast it was from its first token on. */
   ending() {
-    if (!this.tokens) return "";
+    if (!this.tokens) return this.finish === "stopped" ? "stopped" : "";
     const counted = `${this.tokens} ${this.tokens === 1 ? "token" : "tokens"}`;
     if (this.finish === "stopped") return `${counted}, stopped`;
     if (this.finish === "length") return `${counted}, cut at the limit`;
@@ -106,16 +107,19 @@ export class Answer {
 
   /** Of some strengths those of the concepts that this answer began with, which are all that can change. */
   within(strengths) {
-    return Object.fromEntries(Object.entries(this.used[0]).map(([concept, value]) => [concept, strengths[concept] ?? value]));
+    const all = Object.entries(this.used[0]).map(([concept, value]) => [concept, strengths[concept] ?? value]);
+    return Object.fromEntries(all);
   }
 
   /** Show the strengths, as in "ocean 2.2 → 3": those that it began and ended with. */
   tell() {
     if (!Object.keys(this.used[0]).length) return this.label.replaceChildren("Unsteered");
     const [first, last] = [this.used[0], this.used.at(-1)];
-    const said = Object.keys(first)
-      .filter((concept) => first[concept] || last[concept])
-      .map((concept) => `${concept} ${short(first[concept], 2)}${first[concept] === last[concept] ? "" : ` → ${short(last[concept], 2)}`}`);
+    const said = [];
+    for (const concept of Object.keys(first)) {
+      const [from, to] = [short(first[concept], 2), short(last[concept], 2)];
+      if (first[concept] || last[concept]) said.push(`${concept} ${from}${from === to ? "" : ` → ${to}`}`);
+    }
     this.label.replaceChildren("Steered", element("span", {}, said.join(", ") || "off"));
   }
 
@@ -138,4 +142,6 @@ export class Answer {
   }
 }
 
-const different = (one, other) => Object.keys(one).some((concept) => other[concept] !== undefined && one[concept] !== other[concept]);
+/** Whether some strength is another one, of the concepts that both have. */
+const different = (one, other) =>
+  Object.keys(one).some((concept) => concept in other && one[concept] !== other[concept]);

@@ -47,7 +47,10 @@ const messagesBefore = (turn, kind) => {
   const earlier = turns.slice(0, turns.indexOf(turn)).filter((other) => other[kind]?.text);
   return [
     ...(settings().system ? [{ role: "system", content: settings().system }] : []),
-    ...earlier.flatMap((other) => [{ role: "user", content: other.question }, { role: "assistant", content: other[kind].text }]),
+    ...earlier.flatMap((other) => [
+      { role: "user", content: other.question },
+      { role: "assistant", content: other[kind].text },
+    ]),
     { role: "user", content: turn.question },
   ];
 };
@@ -80,13 +83,13 @@ async function answer(turn) {
 
   const stopping = (running = new AbortController());
   busy(true);
-  const { temperature, top_p, max_tokens, seed } = settings();
-  const body = { model, max_tokens: max_tokens ?? MOST_TOKENS, temperature, top_p, seed: seed ?? Math.floor(Math.random() * 2 ** 31), stream_options: { include_usage: true } };
-  await Promise.all(
-    answers.map((one) =>
-      one.write({ ...body, messages: messagesBefore(turn, one.kind) }, one.kind === "steered" ? sliders.strengths : {}, stopping.signal),
-    ),
-  );
+  const { temperature, top_p, max_tokens = MOST_TOKENS, seed = Math.floor(Math.random() * 2 ** 31) } = settings();
+  const body = { model, temperature, top_p, max_tokens, seed, stream_options: { include_usage: true } };
+  const written = answers.map((one) => {
+    const strengths = one.kind === "steered" ? sliders.strengths : {};
+    return one.write({ ...body, messages: messagesBefore(turn, one.kind) }, strengths, stopping.signal);
+  });
+  await Promise.all(written);
   if (running !== stopping) return; // a new chat was begun meanwhile
   running = null;
   busy(false);
@@ -106,7 +109,7 @@ function busy(answering) {
   byId("send").hidden = answering;
   byId("stop").hidden = !answering;
   if (answering) byId("status").textContent = "Answering.";
-  if (held || !answering && document.activeElement === document.body) question.focus();
+  if (held || (!answering && document.activeElement === document.body)) question.focus();
 }
 
 function newChat() {

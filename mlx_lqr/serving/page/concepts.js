@@ -79,7 +79,8 @@ export class AddDialog {
 
   async fit() {
     const { name, positive, negative } = this.form.elements;
-    const body = { name: name.value, positive: sentences(positive.value), negative: sentences(negative.value), stream: true };
+    const sets = { positive: sentences(positive.value), negative: sentences(negative.value) };
+    const body = { name: name.value, ...sets, stream: true };
     this.state("fitting");
     byId("fit-stage").textContent = "Starting";
     byId("fit-bar").removeAttribute("value");
@@ -126,10 +127,13 @@ export class AddDialog {
 
   tell({ id, layers, notes = [] }) {
     const where = `${layers.length > 1 ? "layers" : "layer"} ${layers.join(", ")}`;
+    const ready = ` is ready, at ${where}. Its slider is set to the recommended strength.`;
+    byId("fit-result").replaceChildren(element("p", {}, element("strong", {}, id), ready));
+    if (!notes.length) return;
     const lines = notes.map((note) => element("li", {}, note));
-    byId("fit-result").replaceChildren(
-      element("p", {}, element("strong", {}, id), ` is ready, at ${where}. Its slider is set to the recommended strength.`),
-      ...(lines.length ? [element("p", { className: "note" }, "Notes of the fit:"), element("ul", { className: "note" }, ...lines)] : []),
+    byId("fit-result").append(
+      element("p", { className: "note" }, "Notes of the fit:"),
+      element("ul", { className: "note" }, ...lines),
     );
   }
 }

@@ -113,12 +113,14 @@ export class Plot {
   chart(layer, shown) {
     const { points, layers } = this.track;
     const index = layers.indexOf(layer);
-    const levels = points.flatMap((point) => shown.filter((m) => point.feature[index][m] !== null).flatMap((m) => [point.feature[index][m], point.setpoint[index][m]]));
+    const levels = points.flatMap(({ feature, setpoint }) =>
+      shown.filter((m) => feature[index][m] !== null).flatMap((m) => [feature[index][m], setpoint[index][m]]),
+    );
     const [low, high] = around(levels);
     const bottom = HEIGHT - BAND - 6;
     const y = (value) => bottom - ((bottom - TOP) * (value - low)) / (high - low);
     const most = Math.max(1e-9, ...points.map((point) => point.push[index]));
-    const svg = drawn("svg", { width: this.width, height: HEIGHT, viewBox: `0 0 ${this.width} ${HEIGHT}`, "data-layer": layer });
+    const svg = drawn("svg", { width: this.width, height: HEIGHT, "data-layer": layer });
     for (const value of [low, high]) {
       svg.append(
         drawn("line", { class: "grid", x1: LEFT, x2: this.width - RIGHT, y1: y(value), y2: y(value) }),
@@ -127,8 +129,9 @@ export class Plot {
     }
     const floor = HEIGHT - 1;
     const pushes = points.map((point, token) => `${this.x(token)},${floor - (BAND - 4) * (point.push[index] / most)}`);
+    const area = [`${this.x(0)},${floor}`, ...pushes, `${this.x(points.length - 1)},${floor}`];
     svg.append(
-      drawn("polygon", { class: "push", points: `${this.x(0)},${floor} ${pushes.join(" ")} ${this.x(points.length - 1)},${floor}` }),
+      drawn("polygon", { class: "push", points: area.join(" ") }),
       drawn("text", { class: "scale", x: LEFT - 5, y: floor - BAND + 11 }, tick(most, most)),
     );
     for (const kind of ["setpoint", "feature"]) {
@@ -145,7 +148,10 @@ export class Plot {
         }
       }
     }
-    if (this.at !== null) svg.append(drawn("line", { class: "cursor", x1: this.x(this.at), x2: this.x(this.at), y1: TOP, y2: floor }));
+    if (this.at !== null) {
+      const x = this.x(this.at);
+      svg.append(drawn("line", { class: "cursor", x1: x, x2: x, y1: TOP, y2: floor }));
+    }
     return element("figure", {}, element("figcaption", {}, `Layer ${layer}`), svg);
   }
 
@@ -161,17 +167,17 @@ export class Plot {
     if (this.legend.state === state) return;
     this.legend.state = state;
     const names = concepts.map((concept, m) => {
-      const made = element("button", { type: "button", className: "chip", "aria-pressed": String(this.isShown(concept)) }, concept);
+      const made = this.chip(concept, this.isShown(concept), () => this.switched.set(concept, !this.isShown(concept)));
       made.style.setProperty("--colour", this.colourOf(m));
-      made.addEventListener("click", () => {
-        this.switched.set(concept, !this.isShown(concept));
-        this.refresh();
-      });
       return made;
     });
     const key = ["setpoint", "feature", "push"].map((kind) => {
-      const sample = kind === "push" ? drawn("rect", { class: kind, x: 0, y: 2, width: 18, height: 8 }) : drawn("line", { class: kind, x1: 0, x2: 18, y1: 6, y2: 6 });
-      return element("span", { className: "sample" }, drawn("svg", { width: 18, height: 12, "aria-hidden": "true" }, sample), kind);
+      const sample =
+        kind === "push"
+          ? drawn("rect", { class: kind, x: 0, y: 2, width: 18, height: 8 })
+          : drawn("line", { class: kind, x1: 0, x2: 18, y1: 6, y2: 6 });
+      const svg = drawn("svg", { width: 18, height: 12, "aria-hidden": "true" }, sample);
+      return element("span", { className: "sample" }, svg, kind);
     });
     this.legend.replaceChildren(...(concepts.length > 1 ? names : []), ...key);
   }
@@ -184,20 +190,25 @@ export class Plot {
     const state = `${layers} ${shown}`;
     if (this.choice.state === state || this.choice.hidden) return;
     this.choice.state = state;
-    const held = this.choice.contains(document.activeElement) ? document.activeElement.textContent : null;
-    this.choice.replaceChildren(
-      element("span", {}, "Layers"),
-      ...layers.map((layer) => {
-        const made = element("button", { type: "button", className: "chip", "aria-pressed": String(shown.includes(layer)) }, String(layer));
-        made.addEventListener("click", () => {
-          this.chosen = new Set(shown);
-          if (!this.chosen.delete(layer)) this.chosen.add(layer);
-          this.refresh();
-        });
-        return made;
+    const chips = layers.map((layer) =>
+      this.chip(layer, shown.includes(layer), () => {
+        this.chosen = new Set(shown);
+        if (!this.chosen.delete(layer)) this.chosen.add(layer);
       }),
     );
-    if (held) [...this.choice.children].find((chip) => chip.textContent === held)?.focus();
+    const held = [...this.choice.children].indexOf(document.activeElement);
+    this.choice.replaceChildren(element("span", {}, "Layers"), ...chips);
+    if (held >= 0) this.choice.children[held].focus();
+  }
+
+  /** A switch for something that is drawn or not. */
+  chip(label, on, act) {
+    const made = element("button", { type: "button", className: "chip", "aria-pressed": String(on) }, String(label));
+    made.addEventListener("click", () => {
+      act();
+      this.refresh();
+    });
+    return made;
   }
 
   /** The numbers of the token under the pointer, or of the last. */
@@ -207,10 +218,12 @@ export class Plot {
     const point = points[token];
     const layer = this.layers.at(-1);
     const index = layers.indexOf(layer);
-    const steered = shown.filter((m) => point.feature[index][m] !== null);
-    const features = steered.map((m) => `${concepts[m]} ${figures(point.feature[index][m])} of ${figures(point.setpoint[index][m])}`);
+    const [feature, setpoint] = [point.feature[index], point.setpoint[index]];
+    const steered = shown.filter((m) => feature[m] !== null);
+    const levels = steered.map((m) => `${concepts[m]} ${figures(feature[m])} of ${figures(setpoint[m])}`);
+    const numbers = levels.length ? [...levels, `push ${figures(point.push[index])}`].join(", ") : "not steered";
     const said = point.text.trim() ? `“${point.text.trim()}”` : "no text";
-    const line = `Token ${token + 1}, ${said}. Layer ${layer}: ${features.length ? [...features, `push ${figures(point.push[index])}`].join(", ") : "not steered"}`;
+    const line = `Token ${token + 1}, ${said}. Layer ${layer}: ${numbers}`;
     this.reading.textContent = line;
     this.charts.setAttribute("aria-label", `Plot of ${points.length} tokens. ${line}. Arrow keys go from token to token.`);
   }

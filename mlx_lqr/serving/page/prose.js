@@ -14,7 +14,7 @@ export function show(place, text, marked = []) {
   blocks.forEach((block, index) => {
     const shown = place.children[index];
     if (shown?.source === block.kind + block.text) return;
-    const made = block.kind === "code" ? element("pre", {}, element("code", {}, block.text.replaceAll(MARK, ""))) : paragraph(block.text);
+    const made = block.kind === "code" ? code(block.text) : paragraph(block.text);
     made.source = block.kind + block.text;
     if (shown) shown.replaceWith(made);
     else place.append(made);
@@ -37,6 +37,8 @@ function blocksOf(text) {
   });
   return blocks;
 }
+
+const code = (text) => element("pre", {}, element("code", {}, text.replaceAll(MARK, "")));
 
 function paragraph(text) {
   const made = element("p");

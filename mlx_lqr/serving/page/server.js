@@ -23,9 +23,10 @@ export async function request(path, { method = "GET", body, signal } = {}) {
   if (key) headers.Authorization = `Bearer ${key}`;
   const isFile = body instanceof Blob;
   if (body !== undefined) headers["Content-Type"] = isFile ? "application/octet-stream" : "application/json";
+  const content = body === undefined || isFile ? body : JSON.stringify(body);
   let response;
   try {
-    response = await fetch(path, { method, headers, signal, body: body === undefined || isFile ? body : JSON.stringify(body) });
+    response = await fetch(path, { method, headers, signal, body: content });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServerError("The server does not answer. Is it still running?");

@@ -25,12 +25,12 @@ export class Sliders {
     const before = this.rows;
     this.rows = new Map();
     for (const controller of controllers) {
-      controller.concepts.forEach((concept, index) => {
-        const row = new Row(concept, controller, index, this.rows.size, this);
+      for (const concept of controller.concepts) {
+        const row = new Row(concept, controller, this.rows.size, this);
         const known = before.get(concept);
-        row.set(known && known.controller.id === controller.id ? known.value : row.initial);
+        row.set(known?.controller.id === controller.id ? known.value : controller.default);
         this.rows.set(concept, row);
-      });
+      }
     }
     this.place.replaceChildren(...[...this.rows.values()].map((row) => row.element));
   }
@@ -51,26 +51,23 @@ export class Sliders {
   }
 }
 
-/** One concept's entry of a number that a controller may have for each of its concepts. */
-const entry = (value, index) => (Array.isArray(value) ? value[index] : value) ?? null;
-
 class Row {
-  constructor(concept, controller, index, place, sliders) {
+  constructor(concept, controller, place, sliders) {
     this.controller = controller;
-    this.budgets = entry(controller.budgets, index);
-    const strength = entry(controller.strength, index);
-    this.initial = entry(controller.default, index) ?? 0;
-    this.recommended = strength ?? this.budgets?.normal ?? (this.initial || 1);
     this.sliders = sliders;
+    this.budgets = controller.budgets;
+    this.recommended = controller.strength ?? (controller.default || 1);
     const [low, high] = this.limits();
     this.low = low;
     this.high = high;
     const step = high - low > 20 ? 1 : 0.05;
     const name = `strength-${place}`;
-    this.range = element("input", { type: "range", id: name, min: low, max: high, step, title: "Double-click: the recommended strength", "aria-label": `${concept}, strength` });
+    const title = "Double-click: the recommended strength";
+    const limits = { min: low, max: high, step };
+    this.range = element("input", { type: "range", id: name, ...limits, title, "aria-label": `${concept}, strength` });
     this.number = element("input", { type: "number", step: "any", "aria-label": `${concept}, strength as a number` });
     this.presets = this.levels().map(([label, value]) => {
-      const made = element("button", { type: "button", title: `${label}: ${short(value)}`, "aria-label": `${concept}: ${label}` }, label);
+      const made = element("button", { type: "button", title: short(value), "aria-label": `${concept}: ${label}` }, label);
       made.value = value;
       made.addEventListener("click", () => this.change(value));
       return made;
@@ -96,17 +93,19 @@ class Row {
     this.element.style.setProperty("--colour", colour(place));
     this.range.addEventListener("input", () => this.change(Number(this.range.value)));
     this.range.addEventListener("dblclick", () => this.change(this.recommended));
-    this.number.addEventListener("change", () => this.change(this.number.value === "" ? this.recommended : Number(this.number.value)));
+    this.number.addEventListener("change", () => {
+      this.change(this.number.value === "" ? this.recommended : Number(this.number.value));
+    });
   }
 
   /** From minus the strong strength to one and a half times it; -5 to 5 where no budget is known. */
   limits() {
-    const known = BUDGETS.map((budget) => this.budgets?.[budget]).filter(Number.isFinite);
-    if (!known.length) {
+    if (!this.budgets) {
       const reach = Math.max(5, Math.ceil(1.5 * Math.abs(this.recommended)));
       return [-reach, reach];
     }
-    const most = known.reduce((one, other) => (Math.abs(other) > Math.abs(one) ? other : one));
+    const known = BUDGETS.map((budget) => this.budgets[budget]);
+    const most = known.reduce((one, other) => (Math.abs(other) > Math.abs(one) ? other : one)); // angles fall
     return most > 0 ? [-most, 1.5 * most] : [1.5 * most, -most];
   }
 
@@ -122,7 +121,10 @@ class Row {
   }
 
   moreFor(concept) {
-    const lines = [["Reset", () => this.change(this.recommended)], ...this.sliders.menu.map(([label, act]) => [label, () => act(this.controller)])];
+    const lines = [
+      ["Reset", () => this.change(this.recommended)],
+      ...this.sliders.menu.map(([label, act]) => [label, () => act(this.controller)]),
+    ];
     const menu = element("details", { className: "menu" });
     const buttons = lines.map(([label, act]) => {
       const made = element("button", { type: "button" }, label);
