@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.fake_server import PLAIN, WORDS, Fake, controller, serving
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
-from serving.fake_server import PLAIN, WORDS, Fake, controller, serving
 
 BROWSERS = (
     "chromium",

@@ -67,7 +67,8 @@ class Row {
     this.range = element("input", { type: "range", id: name, ...limits, title, "aria-label": `${concept}, strength` });
     this.number = element("input", { type: "number", step: "any", "aria-label": `${concept}, strength as a number` });
     this.presets = this.levels().map(([label, value]) => {
-      const made = element("button", { type: "button", title: short(value), "aria-label": `${concept}: ${label}` }, label);
+      const said = { title: short(value), "aria-label": `${concept}: ${label}` };
+      const made = element("button", { type: "button", ...said }, label);
       made.value = value;
       made.addEventListener("click", () => this.change(value));
       return made;
@@ -77,13 +78,14 @@ class Row {
       made.style.setProperty("--at", this.share(value));
       return made;
     });
+    const origin = `${controller.method}, layers ${controller.layers.join(", ")}`;
     this.element = element(
       "div",
       { className: "concept" },
       element(
         "div",
         { className: "name" },
-        element("label", { htmlFor: name, title: `${controller.method}, layers ${controller.layers.join(", ")}` }, concept),
+        element("label", { htmlFor: name, title: origin }, concept),
         this.number,
         this.moreFor(concept),
       ),

@@ -1,6 +1,6 @@
 """A server with the HTTP of `mlx-lqr serve` and no model: scripted words, which the steering changes.
 
-    python tests/serving/fake_server.py [PORT]
+    python tests/helpers/fake_server.py [PORT]
 
 What it was asked is kept in `Fake.requests`, so that tests can look.
 """
