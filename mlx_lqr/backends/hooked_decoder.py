@@ -6,7 +6,7 @@ A backend adds its caches, how a token is run through the model, and the trace o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,6 +15,7 @@ from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.hooks import BlockCall, BlockHooks, LawHooks
 from mlx_lqr.backends.overflow import Examined, located
 from mlx_lqr.backends.protocol import OVERFLOWED, Array, CarryingLaw, Law, Sampling, Scored, restart
+from mlx_lqr.backends.row_laws import RowLaws
 from mlx_lqr.backends.sampling import RowSamplers, Sampler
 from mlx_lqr.errors import InputError, OverflowingError
 
@@ -48,6 +49,8 @@ class HookedDecoder(ABC):
         self._vocabulary = vocabulary
         self._window = window
         self._cache: Any = None
+        self._lengths: list[int] = []
+        """How many tokens the cache holds of each sequence."""
         self._hooks: BlockHooks | None = None
         self._energy: Array | None = None
         """|z|^2 (B,) after the last steered block of the last step: not finite once activations overflow."""
@@ -85,6 +88,14 @@ class HookedDecoder(ABC):
         """Go on with these rows of the cache."""
 
     @abstractmethod
+    def _join(self, other: Any) -> None:
+        """Append what another decoder's cache holds; what is around it is as before."""
+
+    @abstractmethod
+    def _copy_of(self, row: int) -> Any:
+        """A decoder of this kind with a copy of what the cache holds of one sequence."""
+
+    @abstractmethod
     def _rewind(self, position: int) -> bool:
         """Let the cache forget what lies beyond; False where it cannot."""
 
@@ -102,25 +113,26 @@ class HookedDecoder(ABC):
         """Bring the cache into its usual form, where steps keep it in another."""
 
     @property
-    def law(self) -> Law | None:
+    def law(self) -> Any:
         return self._law
 
     @law.setter
     def law(self, law: Law | None) -> None:
         with self._framework.computing("the next token"):
-            self._law = self._place(law)
+            self._law: Law | RowLaws | None = self._place(law)
             self._hooks = self._hooks_of(self._law)
 
     def _computing(self, what: str) -> AbstractContextManager[None]:
         """See `Framework.running`."""
         return self._framework.running(self._blocks, what)
 
-    def _hooks_of(self, placed: Law | None) -> BlockHooks | None:
+    def _hooks_of(self, placed: Law | RowLaws | None) -> BlockHooks | None:
         """What steers with a placed law, and leaves in `_energy` what came of it."""
         if placed is None or not placed.layers:
             return None
         layers = self._hooked_layers(placed)
-        framework, steering, last = self._framework, LawHooks(placed), max(layers, default=None)
+        steering = placed.hooks() if isinstance(placed, RowLaws) else LawHooks(placed)
+        framework, last = self._framework, max(layers, default=None)
 
         def hook(k: int, z: Array, call: BlockCall) -> Array:
             output = steering.block(k, z, call)
@@ -130,7 +142,7 @@ class HookedDecoder(ABC):
 
         return framework.hooks(self._blocks, hook, layers, steering)
 
-    def _hooked_layers(self, law: Law) -> Sequence[int]:
+    def _hooked_layers(self, law: Law | RowLaws) -> Sequence[int]:
         """Those of the law's layers whose blocks run in this process."""
         return law.layers
 
@@ -146,6 +158,7 @@ class HookedDecoder(ABC):
         """See `Decoder`."""
         with self._computing("the prompts"):
             self._fill(prompts, steered=steered)
+            self._lengths = [held + len(prompt) for held, prompt in zip(self._lengths, prompts, strict=True)]
 
     def _fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         """`fill`, inside `_computing`."""
@@ -170,6 +183,7 @@ class HookedDecoder(ABC):
             tokens = self._framework.tokens(tokens)
             if self._seen is not None:
                 self._seen[self._framework.arange(len(tokens)), tokens] = True
+            self._lengths = [held + 1 for held in self._lengths]
             return self._step(tokens)
 
     def sample(self, logits: Array) -> Array:
@@ -200,18 +214,69 @@ class HookedDecoder(ABC):
             self._settle()
             chosen = self._framework.integers(list(rows))
             self._keep(chosen)
-            if isinstance(self._law, CarryingLaw):
+            self._lengths = [self._lengths[row] for row in rows]
+            if isinstance(self._law, RowLaws):
+                self._take(self._law.keep(rows))
+            elif isinstance(self._law, CarryingLaw):
                 self._law.keep(chosen)
             self._samplers.keep(rows)
             if self._seen is not None:
                 self._seen = self._seen[chosen]
             return tokens[chosen]
 
+    def join(self, other: HookedDecoder, tokens: Array, others: Array) -> Array:
+        """See `Decoder`."""
+        if self._window is not None or other._window is not None:
+            raise InputError("a batch cannot roll its context: decode one prompt at a time")
+        with self._framework.computing("the prompts"):
+            self._settle()
+            other._settle()
+            self._join(other)
+            rows, joining, vocabulary = len(self._lengths), len(other._lengths), self._vocabulary
+            self._lengths += other._lengths
+            self._take(RowLaws(self._framework, [*self._law_of_rows(rows), *other._law_of_rows(joining)]))
+            self._samplers.join(other._samplers, rows, joining, vocabulary)
+            if self._seen is not None or other._seen is not None:
+                both = [
+                    self._framework.none_seen(count, vocabulary) if seen is None else seen
+                    for seen, count in ((self._seen, rows), (other._seen, joining))
+                ]
+                self._seen = self._framework.concatenate(both, 0)
+            self._energy = other._cache = None
+            return self._framework.concatenate([tokens, others], 0)
+
+    def apart(self, row: int) -> Any:
+        """See `Decoder`."""
+        with self._framework.computing("the next token"):
+            self._settle()
+            alone = self._copy_of(row)
+            alone._lengths = [self._lengths[row]]
+            return alone
+
+    @property
+    def failures(self) -> Mapping[int, Exception]:
+        """See `Decoder`."""
+        return self._law.failures if isinstance(self._law, RowLaws) else {}
+
+    def _take(self, laws: RowLaws) -> None:
+        self._law, self._hooks = laws, self._hooks_of(laws)
+
+    def _law_of_rows(self, rows: int) -> Sequence[Law | None]:
+        """The law of each sequence."""
+        if isinstance(self._law, RowLaws):
+            return self._law.laws
+        if rows > 1 and isinstance(self._law, CarryingLaw):
+            raise InputError("a batch whose law carries something from token to token cannot be joined")
+        return [self._law] * rows
+
     def rewind(self, position: int) -> bool:
         """See `Decoder`."""
         with self._framework.computing("the next token"):
             self._settle()
-            return bool(self._cache) and self._seen is None and self._rewind(position)
+            if not self._cache or self._seen is not None or not self._rewind(position):
+                return False
+            self._lengths = [position]
+            return True
 
     def trace(self, token: int) -> Any:
         """See `TracingDecoder`."""
@@ -262,6 +327,6 @@ class HookedDecoder(ABC):
     def _start(self, padding: list[int]) -> None:
         if self._window is not None and len(padding) > 1:
             raise InputError("a batch cannot roll its context: decode one prompt at a time")
-        self._cache = self._new_cache(padding)
+        self._cache, self._lengths = self._new_cache(padding), [0] * len(padding)
         if self.sampling.repetition_penalty != 1:
             self._seen = self._framework.none_seen(len(padding), self._vocabulary)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -100,6 +100,17 @@ class CarryingLaw(Law, Protocol):
 
     def keep(self, rows: Array) -> None:
         """Go on with these rows, given as an index array of the backend."""
+
+
+@runtime_checkable
+class StackableLaw(Law, Protocol):
+    """A law that can steer sequences decoded side by side in one operation, each with other numbers."""
+
+    def stacked(self, laws: Sequence[Any]) -> Law:
+        """The law for a batch that steers row i as `laws[i]` does, a law with this very method, or None for not.
+
+        It follows the strengths of these laws.
+        """
 
 
 def restart(law: Law | None) -> None:
@@ -231,6 +242,21 @@ class Decoder(Protocol):
 
     def keep(self, rows: Sequence[int], tokens: Array) -> Array:
         """Go on with these sequences alone; returns their `tokens`."""
+
+    def join(self, other: Any, tokens: Array, others: Array) -> Array:
+        """Append the sequences of another decoder of this model, each with its own law and sampling; returns the
+        `tokens` of these sequences and of the `others`. The other decoder is of no use any more.
+
+        Raises:
+            InputError: one of them rolls its context, or several sequences share a `CarryingLaw`.
+        """
+
+    def apart(self, row: int) -> Any:
+        """A decoder with a copy of what is held of one sequence, without law; this one stays as it is."""
+
+    @property
+    def failures(self) -> Mapping[int, Exception]:
+        """By sequence, why its own law has failed in the last step, which has left it unsteered; others go on."""
 
     def rewind(self, position: int) -> bool:
         """Forget what a single sequence holds beyond its first `position` tokens; False where this cannot be done."""

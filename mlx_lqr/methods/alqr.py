@@ -23,6 +23,7 @@ from mlx_lqr.lqr.layers import Layers, choose_layers
 from mlx_lqr.lqr.linearize import Jacobians, linearize
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.lqr.riccati import WEIGHT, Weights
+from mlx_lqr.methods.feedback_rows import FeedbackRows
 from mlx_lqr.methods.law import AdjustableLaw
 from mlx_lqr.methods.method import (
     Column,
@@ -280,6 +281,18 @@ class LinearFeedback(AdjustableLaw):
         for k in self.layers:
             self._gain[k] = self._renew(self._gain[k], np.ascontiguousarray(gain[k].T))
 
+    def stacked(self, laws: Sequence[LinearFeedback | None]) -> FeedbackRows:
+        """See `StackableLaw`."""
+        return FeedbackRows(laws)
+
+    @property
+    def target(self) -> Float32:
+        """offset + strength o setpoint of every layer, at the strength in force: (T, m)"""
+        return self._aimed(np.asarray(self.strength, np.float32))
+
+    def note(self, layer: int, error: Array) -> None:
+        """Told alpha_k (..., m) by the law of a batch that this one is part of."""
+
     def _steered(self, layer: int, z: Array, output: Array) -> Array:
         return self._add_product(output, self._error(layer, z), self._gain[layer])
 
@@ -295,6 +308,5 @@ class LinearFeedback(AdjustableLaw):
     def _fixed(self, layer: int) -> tuple[np.ndarray, ...]:
         return (-self._controller.sensor[layer],)
 
-    def _aimed(self, strength: np.ndarray) -> np.ndarray:
-        """offset + strength o setpoint of every layer: (T, m)"""
+    def _aimed(self, strength: np.ndarray) -> Float32:
         return self._controller.offset + strength * self._controller.setpoint

@@ -78,8 +78,11 @@ class RecordedFeedback(LinearFeedback):
         """The same law without the recording."""
         return LinearFeedback(self._controller, self.strength)
 
+    def note(self, layer: int, error: Array) -> None:
+        self.recording._passed.append((layer, error, self.gain, self.on))
+
     def __call__(self, layer: int, z: Array, output: Array) -> Array:
         self.aim()
         error = self._error(layer, z)
-        self.recording._passed.append((layer, error, self.gain, self.on))
+        self.note(layer, error)
         return self._add_product(output, error, self._gain[layer]) if self.acts else output

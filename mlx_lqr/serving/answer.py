@@ -130,7 +130,7 @@ class Answer:
             self._say(Event(self._rest()[0], finish=finish, error=error))
 
     def _rest(self) -> tuple[str, bool]:
-        """The text that was still uncertain or held back, now that nothing follows, and whether a stop string ends it."""
+        """The text that was uncertain or held back, now that nothing follows, and whether a stop string ends it."""
         text, stopped = self._stops.add(self._detokenizer.finish())
         return (text, True) if stopped else (text + self._stops.rest(), False)
 

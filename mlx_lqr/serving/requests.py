@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mlx_lqr.backends.protocol import Float32, Sampling
@@ -14,7 +14,7 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 """Why an answer ended: an end token or a stop string; `max_tokens`; `Ticket.cancel` or `Engine.close`; a failure."""
 
 
-class Full(Exception):
+class Full(Exception):  # noqa: N818 - it says so itself
     """As many requests are waiting as may wait."""
 
 
@@ -28,7 +28,7 @@ class Request:
     """What steers, several controllers combined already; None: nothing does."""
     strength: Strength = None
     """One number for all concepts, or one for each; 0 does not steer. None is the recommended strength, or 1."""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""

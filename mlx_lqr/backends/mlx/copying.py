@@ -17,6 +17,8 @@ def copied(
     axis: int = 0,
     dtype: mx.Dtype | None = None,
     replaced: Sequence[tuple[mx.array, mx.array]] = (),
+    *,
+    lasting: bool = False,
 ) -> Any:
     """A copy of a call's arguments that may be spent: arrays and caches anew, modules and functions as they are.
 
@@ -25,17 +27,23 @@ def copied(
         axis: the state's axis of sequences.
         dtype: of all floating numbers; None leaves them.
         replaced: arrays in it, each with what is put in its place.
+        lasting: caches keep the room that they have for many more tokens.
     """
-    return _Copying(rows, axis, dtype, replaced).copy(thing, in_cache=False)
+    return _Copying(rows, axis, dtype, replaced, lasting).copy(thing, in_cache=False)
 
 
 class _Copying:
     """One copy of many things; see `copied`. What was one thing stays one: keys that layers share are shared."""
 
     def __init__(
-        self, rows: int, axis: int, dtype: mx.Dtype | None, replaced: Sequence[tuple[mx.array, mx.array]]
+        self,
+        rows: int,
+        axis: int,
+        dtype: mx.Dtype | None,
+        replaced: Sequence[tuple[mx.array, mx.array]],
+        lasting: bool,
     ) -> None:
-        self._rows, self._axis, self._dtype = rows, axis, dtype
+        self._rows, self._axis, self._dtype, self._lasting = rows, axis, dtype, lasting
         self._done: dict[int, tuple[Any, Any]] = {id(array): (array, other) for array, other in replaced}
         """By id, a thing and its copy; the thing too, or another one could get its id."""
 
@@ -57,7 +65,7 @@ class _Copying:
         elif _is_cache(thing):
             copy = object.__new__(type(thing))
             self._done[id(thing)] = thing, copy
-            for name, part in _trimmed(thing).items():
+            for name, part in (vars(thing) if self._lasting else _trimmed(thing)).items():
                 copy.__dict__[name] = self.copy(part, in_cache=True)
         self._done[id(thing)] = thing, copy
         return copy

@@ -14,13 +14,14 @@ import numpy as np
 from mlx_lqr.backends.hooked_decoder import SINKS, HookedDecoder
 from mlx_lqr.backends.hooks import BlockCall, Hook
 from mlx_lqr.backends.mlx.blocks import FrozenCache, hooked
-from mlx_lqr.backends.mlx.copying import arrays_in
+from mlx_lqr.backends.mlx.copying import arrays_in, copied
 from mlx_lqr.backends.mlx.framework import MLXFramework
-from mlx_lqr.backends.mlx.library import are_of_one_sequence, decoding_caches, in_order
+from mlx_lqr.backends.mlx.library import are_of_one_sequence, batched_caches, decoding_caches, in_order
 from mlx_lqr.backends.mlx.sampling import MLXSampler
 from mlx_lqr.backends.mlx.step import CompiledStep, FixedCache
 from mlx_lqr.backends.mlx.tensor_parallel import refuse_split
-from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law, Sampling
+from mlx_lqr.backends.protocol import GREEDY, CarryingLaw, Float32, Law, Sampling
+from mlx_lqr.backends.row_laws import RowLaws
 
 COMPILE_AFTER = 32
 """Steps of an answer before the compiled one takes over: to record it costs what it saves in about 100 tokens."""
@@ -66,6 +67,8 @@ class MLXDecoder(HookedDecoder):
         self._module = module
         self._compiled = compiled
         self._length = 0
+        self._merged = False
+        """Whether the cache is one of a batch, be it of a single sequence."""
         self._fixed: FixedCache | None = None
         """Holds what `_cache` does while steps are compiled."""
         self._steps = 0
@@ -121,6 +124,34 @@ class MLXDecoder(HookedDecoder):
     def _keep(self, rows: mx.array) -> None:
         for layer in self._cache:
             layer.filter(rows)
+
+    def _join(self, other: MLXDecoder) -> None:
+        self._cache, self._merged = self._batched(), True
+        for layer, joining in zip(self._cache, other._batched(), strict=True):
+            layer.extend(joining)
+        self._length = max(self._length, other._length)
+
+    def _batched(self) -> list[Any]:
+        """The caches, as those of a batch."""
+        return self._cache if self._merged else batched_caches(self._module, self._cache)
+
+    def _copy_of(self, row: int) -> MLXDecoder:
+        alone = self._another()
+        alone._cache, alone._length = self._cache_of(row), self._lengths[row]
+        self._framework.compute(arrays_in(alone._cache))  # or it would hold on to the whole batch
+        return alone
+
+    def _cache_of(self, row: int) -> list[Any]:
+        """A copy of what is held of one sequence."""
+        if not self._merged:
+            return list(copied(self._cache, lasting=True))
+        return [layer.extract(row) for layer in self._cache]
+
+    def _another(self) -> MLXDecoder:
+        """One that holds nothing."""
+        return MLXDecoder(
+            self._module, self._framework, self._blocks, self._vocabulary, None, GREEDY, compiled=self._compiled
+        )
 
     def _rewind(self, position: int) -> bool:
         if not all(layer.is_trimmable() for layer in self._cache):
@@ -181,8 +212,9 @@ class MLXDecoder(HookedDecoder):
                 else layer
                 for layer in self._cache
             ]
-        law = vars(self._law).values() if isinstance(self._law, CarryingLaw) else ()
-        return [*super()._left_over(), *arrays_in(caches), *arrays_in(list(law))]
+        laws = self._law.laws if isinstance(self._law, RowLaws) else [self._law]
+        carried = [list(vars(law).values()) for law in laws if isinstance(law, CarryingLaw)]
+        return [*super()._left_over(), *arrays_in(caches), *arrays_in(carried)]
 
     def _settle(self) -> None:
         """Take the cache back from compiled steps."""
@@ -191,6 +223,7 @@ class MLXDecoder(HookedDecoder):
             self._fixed = None
 
     def _new_cache(self, padding: list[int]) -> list[Any]:
+        self._merged = len(padding) > 1
         return decoding_caches(self._module, padding, self._window, SINKS)
 
 

@@ -147,9 +147,14 @@ def decoding_caches(module: nn.Module, padding: list[int], window: int | None, s
             kinds.BatchRotatingKVCache(layer.max_size, padding) if rotates(layer) else kinds.BatchKVCache(padding)
             for layer in caches
         ]
-        if module.model_type == "gemma2" and module.layers[0].self_attn.repeats > 1:
-            for layer in caches:
-                layer.make_mask = _for_grouped_heads(layer.make_mask)
+        _mask_grouped_heads(module, caches)
+    return caches
+
+
+def batched_caches(module: nn.Module, sequence: Sequence[Any]) -> list[Any]:
+    """The caches of a single sequence as those of a batch of one."""
+    caches = merged_caches([sequence])
+    _mask_grouped_heads(module, caches)
     return caches
 
 
@@ -187,6 +192,13 @@ def can_rewind(caches: Sequence[Any]) -> bool:
         else type(layer) in (kinds.KVCache, kinds.RotatingKVCache) and layer.is_trimmable()
         for layer in caches
     )
+
+
+def _mask_grouped_heads(module: nn.Module, caches: Sequence[Any]) -> None:
+    """Let the caches of a batch make masks as mlx-lm's Gemma 2 takes them."""
+    if module.model_type == "gemma2" and module.layers[0].self_attn.repeats > 1:
+        for layer in caches:
+            layer.make_mask = _for_grouped_heads(layer.make_mask)
 
 
 def _for_grouped_heads(make_mask: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -25,7 +25,8 @@ from mlx_lqr.backends.mlx.library import can_rewind, can_roll, decoding_caches, 
 from mlx_lqr.backends.mlx.measurement import Measurement
 from mlx_lqr.backends.mlx.step import CompiledStep, FixedCache
 from mlx_lqr.backends.overflow import Examined
-from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law, Sampling, restart
+from mlx_lqr.backends.protocol import GREEDY, CarryingLaw, Float32, Law, Sampling, restart
+from mlx_lqr.backends.row_laws import RowLaws
 from mlx_lqr.errors import InputError
 
 CLOSE = 1e-3
@@ -94,8 +95,8 @@ class MeasuredDecoder(MLXDecoder):
         self._tried = compiled
         self._apart = False
         """Whether `_cache` holds the caches of each sequence on its own."""
-        self._of_rows: list[tuple[Law, BlockHooks | None]] = []
-        """The law, and what steers each of these sequences, where the law carries something from token to token."""
+        self._hooks_of_rows: list[BlockHooks | None] = []
+        """What steers each of these sequences; empty until it is asked for."""
         self._is_examined = False
         super().__init__(module, framework, layout.blocks, layout.vocabulary, law, sampling, window, compiled)
 
@@ -134,6 +135,7 @@ class MeasuredDecoder(MLXDecoder):
         return all(bool(mx.allclose(a, b, rtol=0, atol=CLOSE * mx.abs(b).max().item()).item()) for a, b in pairs)
 
     def _place(self, law: Law | None) -> Law | None:
+        self._hooks_of_rows = []
         check_site(law, self._layout)
         return super()._place(law)
 
@@ -159,7 +161,7 @@ class MeasuredDecoder(MLXDecoder):
             return
         self._settle()
         restart(self._law)
-        self._of_rows, self._steps = [], 0
+        self._hooks_of_rows, self._steps = [], 0
         self._start([0] * len(prompts))
         for row, prompt in enumerate(prompts):
             if self._seen is not None and prompt:
@@ -170,7 +172,7 @@ class MeasuredDecoder(MLXDecoder):
                 self._compute(self._cache[row])
         self._length = max(map(len, prompts))
         if self._measurement.merges and all(prompts):
-            self._cache, self._apart = merged_caches(self._cache), False
+            self._cache, self._apart, self._merged = merged_caches(self._cache), False, True
 
     def _append(self, tokens: mx.array, *, steered: bool, head: bool = True) -> mx.array:
         self._length += tokens.shape[1]
@@ -183,8 +185,7 @@ class MeasuredDecoder(MLXDecoder):
                 rows.append(self._call(tokens[row : row + 1], cache, hooks))
                 energies.append(self._energy)
             logits = mx.concatenate(rows)
-            present = [energy for energy in energies if energy is not None]
-            self._energy = mx.concatenate(present) if present else None
+            self._energy = mx.concatenate([mx.zeros(1) if energy is None else energy for energy in energies])
         if not head:
             self._compute(self._cache)
         return logits
@@ -205,13 +206,18 @@ class MeasuredDecoder(MLXDecoder):
         return () if self._layout.spread is not None else super()._left_over()
 
     def _hooks_of_row(self, row: int) -> BlockHooks | None:
-        if not isinstance(self._law, CarryingLaw):
+        if self._law is None or not isinstance(self._law, CarryingLaw | RowLaws):
             return self._hooks
-        if self._of_rows and self._of_rows[0][0] is not self._law:
-            self._of_rows = []
-        while len(self._of_rows) <= row:
-            self._of_rows.append((self._law, self._hooks_of(self._place(self._law))))
-        return self._of_rows[row][1]
+        if not self._hooks_of_rows:
+            self._hooks_of_rows = [self._hooks_of(law) for law in self._laws_apart()]
+        return self._hooks_of_rows[row]
+
+    def _laws_apart(self) -> Sequence[Law | RowLaws | None]:
+        """A law for each sequence on its own."""
+        if isinstance(self._law, RowLaws):
+            return [self._law.of_row(row) for row in range(len(self._law.laws))]
+        law, framework = self._law, self._framework
+        return [law.to(framework.floats, framework.add_product, renew=framework.renewed) for _ in self._lengths]
 
     def _call(self, tokens: mx.array, cache: Any, hooks: BlockHooks | None) -> mx.array:
         self._energy = None
@@ -227,9 +233,33 @@ class MeasuredDecoder(MLXDecoder):
     def _keep(self, rows: mx.array) -> None:
         if self._apart:
             self._cache = [self._cache[row] for row in rows.tolist()]
-            self._of_rows = [self._of_rows[row] for row in rows.tolist()] if self._of_rows else []
+            own = self._hooks_of_rows
+            self._hooks_of_rows = [own[row] for row in rows.tolist()] if own else []
         else:
             super()._keep(rows)
+
+    def _take(self, laws: RowLaws) -> None:
+        self._hooks_of_rows = []
+        super()._take(laws)
+
+    def _join(self, other: MeasuredDecoder) -> None:  # type: ignore[override]
+        if self._measurement.merges and not (self._apart or other._apart):
+            super()._join(other)
+            return
+        self._cache = [*self._caches_apart(), *other._caches_apart()]
+        self._apart, self._length = True, max(self._length, other._length)
+
+    def _caches_apart(self) -> list[Any]:
+        """The caches of each sequence on its own."""
+        return self._cache if self._apart else [self._cache]
+
+    def _cache_of(self, row: int) -> list[Any]:
+        return list(copied(self._cache[row], lasting=True)) if self._apart else super()._cache_of(row)
+
+    def _another(self) -> MeasuredDecoder:
+        return MeasuredDecoder(
+            self._module, self._framework, self._layout, self._measurement, None, GREEDY, compiled=self._tried
+        )
 
     def _rewind(self, position: int) -> bool:
         return not self._apart and can_rewind(self._cache) and super()._rewind(position)
@@ -251,7 +281,7 @@ class MeasuredDecoder(MLXDecoder):
         return HookedDecoder._trace_prompt(self, prompt)
 
     def _new_cache(self, padding: list[int]) -> list[Any]:
-        self._apart = len(padding) > 1
+        self._apart, self._merged = len(padding) > 1, False
         if self._apart:
             return [new_caches(self._module) for _ in padding]
         if self._window is None:

@@ -123,6 +123,48 @@ class KeyValueCache:
         for parts in self._parts:
             parts[:] = [part[rows] for part in parts]
 
+        self._close_up()
+
+    def join(self, other: KeyValueCache) -> None:
+        """Append the sequences of another cache; all end in the same column, so that the shorter are padded."""
+        length = max(self.length, other.length)
+        capacity = max(self.capacity, other.capacity)
+        mine, theirs = self._ending_at(length, capacity), other._ending_at(length, capacity)
+        self._parts = [[torch.cat(pair) for pair in zip(*parts, strict=True)] for parts in zip(mine, theirs, strict=True)]
+        self._padding = torch.cat([self._padding + length - self.length, other._padding + length - other.length])
+        self._set_length(length, capacity)
+
+    def of_row(self, row: int) -> KeyValueCache:
+        """A copy of what one sequence has."""
+        first = int(self._padding[row])
+        alone = KeyValueCache(len(self._parts), [0], self.device)
+        alone._parts = [[part[row : row + 1, :, first : self.length].clone() for part in parts] for parts in self._parts]
+        alone._set_length(self.length - first, self.length - first)
+        return alone
+
+    def _close_up(self) -> None:
+        """Forget the columns that are padding of every sequence."""
+        least = int(self._padding.min()) if self._padded else 0
+        if least:
+            length = self.length - least
+            shorter = [[part[:, :, least : self.length] for part in parts] for parts in self._parts]
+            self._parts = [[_with_more_slots(part, self.capacity - length) for part in parts] for parts in shorter]
+            self._padding = self._padding - least
+            self._set_length(length, self.capacity)
+
+    def _ending_at(self, length: int, capacity: int) -> list[list[torch.Tensor]]:
+        """The buffers of every layer with so many slots, the last token in column `length` - 1."""
+        room = (0, 0, length - self.length, capacity - length)
+        return [[torch.nn.functional.pad(part[:, :, : self.length], room) for part in parts] for parts in self._parts]
+
+    def _set_length(self, length: int, capacity: int) -> None:
+        """Have the first `length` of so many slots written to; see `make_room` for the others."""
+        self.length, self.capacity = length, capacity
+        self._padded = bool(self._padding.any())
+        self._places = torch.arange(capacity, device=self.device)
+        self._places[length:] = torch.iinfo(torch.long).max
+        self._masks.clear()
+
     def rewind(self, length: int) -> bool:
         """Forget all but the first `length` tokens; False where a rolling cache has lost some of them."""
         if self._limit is not None and self.length > self._limit:

@@ -11,7 +11,7 @@ import torch
 
 from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, HookedDecoder
 from mlx_lqr.backends.hooks import BlockCall
-from mlx_lqr.backends.protocol import Float32, Law, Sampling
+from mlx_lqr.backends.protocol import GREEDY, Float32, Law, Sampling
 from mlx_lqr.backends.torch.attention import attending
 from mlx_lqr.backends.torch.blocks import FrozenBlock, hooked
 from mlx_lqr.backends.torch.cache import KeyValueCache
@@ -93,6 +93,15 @@ class TorchDecoder(HookedDecoder):
     def _keep(self, rows: torch.Tensor) -> None:
         self._cache.keep(rows)
         self._graph = None
+
+    def _join(self, other: TorchDecoder) -> None:
+        self._cache.join(other._cache)
+        self._graph = None
+
+    def _copy_of(self, row: int) -> TorchDecoder:
+        alone = TorchDecoder(self._module, self._framework, None, GREEDY)
+        alone._cache = self._cache.of_row(row)
+        return alone
 
     def _rewind(self, position: int) -> bool:
         return self._cache.rewind(position)

@@ -15,7 +15,8 @@ import torch
 from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, HookedDecoder
 from mlx_lqr.backends.hooks import BlockHooks, LawHooks
 from mlx_lqr.backends.overflow import Examined
-from mlx_lqr.backends.protocol import CarryingLaw, Float32, Law, Sampling, restart
+from mlx_lqr.backends.protocol import GREEDY, CarryingLaw, Float32, Law, Sampling, restart
+from mlx_lqr.backends.row_laws import RowLaws
 from mlx_lqr.backends.torch.copying import copied
 from mlx_lqr.backends.torch.framework import TorchFramework
 from mlx_lqr.backends.torch.frozen import FrozenBlock, frozen_at
@@ -130,8 +131,8 @@ class MeasuredDecoder(HookedDecoder):
                 logits = self._call(row, piece, steered=steered)
             rows.append(logits)
             energies.append(self._energy)
-        present = [energy for energy in energies if energy is not None]
-        self._energy = torch.cat(present) if present else None
+        none = torch.zeros(1, device=self._framework.device)
+        self._energy = torch.cat([none if energy is None else energy for energy in energies])
         self._length += tokens.shape[1]
         return torch.cat(rows)
 
@@ -150,6 +151,22 @@ class MeasuredDecoder(HookedDecoder):
         parts = [super(MeasuredDecoder, self)._examined(piece[0].tolist(), steering) for piece in pieces]
         energies = [[value for part, _ in parts for value in part[k]] for k in range(len(self._blocks) + 1)]
         return energies, all(finite for _, finite in parts)
+
+    def _join(self, other: MeasuredDecoder) -> None:
+        assert self._cache is not None
+        assert other._cache is not None
+        self._cache = [*self._cache, *other._cache]
+        self._length = max(self._length, other._length)
+
+    def _copy_of(self, row: int) -> MeasuredDecoder:
+        assert self._cache is not None
+        alone = MeasuredDecoder(self._module, self._framework, self._layout, self._measurement, None, GREEDY)
+        alone._cache, alone._length = [copied(self._cache[row])], self._lengths[row]
+        return alone
+
+    def _take(self, laws: RowLaws) -> None:
+        super()._take(laws)
+        self._own_hooks = [self._hooks_of(laws.of_row(row)) for row in range(len(laws.laws))]
 
     def _keep(self, rows: torch.Tensor) -> None:
         assert self._cache is not None
