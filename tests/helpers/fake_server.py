@@ -1,6 +1,6 @@
 """A server with the HTTP of `mlx-lqr serve` and no model: scripted words, which the steering changes.
 
-    python tests/helpers/fake_server.py [PORT]
+    PYTHONPATH=tests python -m helpers.fake_server
 
 What it was asked is kept in `Fake.requests`, so that tests can look.
 """
@@ -10,16 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -27,6 +23,8 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from helpers.serving import listening
 
 PAGE = Path(__file__).parents[2] / "mlx_lqr" / "serving" / "page"
 PLAIN = re.findall(r"\w+", "I went to the market and bought some bread and then I walked home along the road")
@@ -217,25 +215,7 @@ class Guard:
             await self.app(scope, receive, guarded)
 
 
-@contextmanager
-def serving(fake: Fake, port: int = 0) -> Iterator[str]:
-    """The address of the server, which runs in a thread of this process on a free port."""
-    config = uvicorn.Config(fake.app(), host="127.0.0.1", port=port, log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        if not thread.is_alive():
-            raise RuntimeError("the fake server did not start")
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 if __name__ == "__main__":
-    with serving(Fake(pause=0.08), int(sys.argv[1]) if sys.argv[1:] else 0) as address:
-        print(address, flush=True)
+    with listening(Fake(pause=0.08).app()) as port:
+        print(f"http://127.0.0.1:{port}", flush=True)
         threading.Event().wait()

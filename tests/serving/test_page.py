@@ -12,8 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.fake_server import PLAIN, WORDS, Fake, controller, serving
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+from helpers.fake_server import PLAIN, WORDS, Fake, controller
+from helpers.serving import MESSAGES, PROMPT, chat_folder, controllers_of, listening
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
+
+import mlx_lqr
+from mlx_lqr.serving.app import application
+from mlx_lqr.serving.guard import Access
+from mlx_lqr.serving.service import Service
 
 BROWSERS = (
     "chromium",
@@ -52,30 +58,33 @@ def fake() -> Fake:
 @pytest.fixture
 def opened(browser: Browser, fake: Fake) -> Iterator[Open]:
     """Opens the page. Whatever a test does, no request leaves the server and the console holds no complaint."""
-    outside: list[str] = []
     complaints: list[str] = []
     with ExitStack() as stack:
-        address = stack.enter_context(serving(fake))
+        port_of_fake = stack.enter_context(listening(fake.app()))
 
-        def noted(message: ConsoleMessage) -> None:
-            if message.type in ("error", "warning") and REFUSED not in message.text:
-                complaints.append(message.text)
-
-        def open_page(*, width: int = 1280, height: int = 800, scheme: str = "light") -> Page:
+        def open_page(*, port: int = port_of_fake, width: int = 1280, height: int = 800, scheme: str = "light") -> Page:
             context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
             stack.callback(context.close)
             context.set_default_timeout(TIMEOUT)
             context.grant_permissions(["clipboard-read", "clipboard-write"])
-            page = context.new_page()
-            page.on("console", noted)
+            page, address = context.new_page(), f"http://127.0.0.1:{port}/"
+
+            def message(message: ConsoleMessage) -> None:
+                if message.type in ("error", "warning") and REFUSED not in message.text:
+                    complaints.append(message.text)
+
+            def request(request: Request) -> None:
+                if not request.url.removeprefix("blob:").startswith(address):
+                    complaints.append(f"a request went to {request.url}")
+
+            page.on("console", message)
             page.on("pageerror", lambda error: complaints.append(str(error)))
-            page.on("request", lambda request: outside.append(request.url) if address not in request.url else None)
+            page.on("request", request)
             page.goto(address)
             return page
 
         yield open_page
     assert not complaints
-    assert not [url for url in outside if not url.startswith(f"blob:{address}")]
 
 
 def ask(page: Page, question: str = "What did you do?") -> None:
@@ -426,3 +435,32 @@ def test_text_stands_out_in_light_and_dark(opened: Open, scheme: str) -> None:
         contrasts[where] = (max(text, background) + 0.05) / (min(text, background) + 0.05)
     assert min(contrasts.values()) >= 4.5, contrasts
     assert backgrounds[0] > 0.8 if scheme == "light" else backgrounds[0] < 0.05
+
+
+def test_the_page_and_the_server_understand_each_other(opened: Open, tmp_path: Path) -> None:
+    """With the server's own application and a tiny model: the texts are those of the library."""
+    service = Service(mlx_lqr.load(chat_folder(), backend="mlx"), tmp_path)
+    dog = controllers_of(service.model)["dog"]
+    service.controllers.add("dog", dog, default=2.0)
+    greedy = {"temperature": 0, "max_tokens": 12}
+    with listening(application(service, Access())) as port:
+        page = opened(port=port)
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Most tokens").fill("12")
+        page.get_by_role("button", name="Done").click()
+        ask(page, MESSAGES[0]["content"])
+        ended(page)
+        steered = mlx_lqr.generate(service.model, PROMPT, controller=dog, strength=2.0, **greedy)
+        assert prose(page, "unsteered").inner_text() == mlx_lqr.generate(service.model, PROMPT, **greedy).strip()
+        assert prose(page, "steered").inner_text() == steered.strip()
+        assert page.locator(".answer .error:visible").count() == 0
+        assert page.locator("figcaption").count() == min(3, len(dog.active_layers))
+        assert len(levels(page, "feature", layer=dog.active_layers[-1])) == 12
+        page.get_by_label("More for dog").click()
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Save").click()
+        page.get_by_role("button", name="Add a concept").click()
+        page.get_by_label("Load a file").set_input_files(download.value.path())
+        expect(page.locator("#fit-error")).to_contain_text("delete it first")  # the browser's file has another name
+    service.close()
