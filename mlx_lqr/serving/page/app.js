@@ -156,7 +156,9 @@ document.addEventListener("keydown", (event) => {
 for (const example of byId("examples").children) example.addEventListener("click", () => ask(example.textContent));
 byId("new-chat").addEventListener("click", newChat);
 byId("open-add").addEventListener("click", () => add.open());
-byId("compare").addEventListener("change", (event) => document.body.classList.toggle("alone", !event.target.checked));
+const compared = () => document.body.classList.toggle("alone", !byId("compare").checked);
+byId("compare").addEventListener("change", compared);
+compared(); // a browser may restore the switch
 
 // Settings, kept by this browser
 
