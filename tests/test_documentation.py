@@ -8,6 +8,7 @@ numbers that take longer to measure than a test may, which are checked for their
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -15,6 +16,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from mlx_lqr.analysis import inputs, spectra
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.protocol import Model, Trace
 from mlx_lqr.commands import main
+from mlx_lqr.commands.bundled import bundled_controller
 from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.methods import calibration
 from mlx_lqr.methods.steering import Steering
@@ -58,6 +61,8 @@ NOT_RUN = {
     "installs": r"git clone|make |pip install |uv tool install |source ",
     "needs a CUDA GPU": r"mlx-lqr .*--device cuda",
     "fetches from the hub": r"mlx-lqr eval lm-eval ",
+    "serves until it is stopped": r"mlx-lqr serve ",
+    "asks a server": r"llm |lm_eval ",
     "needs a model of your own": r"mlx-lqr \w+ \S+\.gguf ",
     "needs an adapter of your own": r"mlx-lqr \w+ \S+ .*--adapter my-adapter\b",
     "needs several machines": r"mlx\.launch |scp ",
@@ -91,6 +96,7 @@ SMALLER = {
 }
 """Options that a command gets here besides its own, by how it begins, so that it takes seconds."""
 TYPED = {"mlx-lqr chat": "Hello\n/strength 3\nAnd now?\n/track\n/help\n/quit\n"}
+CALIBRATE = calibration.calibrate
 IN_FULL = {"dog"}
 """Concepts whose texts the pages show; of the others six prompts a side are enough here."""
 
@@ -125,8 +131,9 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 patch.setattr(module, "bundled_prompts", few_prompts)
             if vars(module).get("default_prompts") is half_sentences:
                 patch.setattr(module, "default_prompts", few_half_sentences)
-        for module in [module for name, module in sys.modules.items() if name.startswith("mlx_lqr.commands.")]:
-            if vars(module).get("calibrate") is calibration.calibrate:
+        commands = [module for name, module in sys.modules.items() if name.startswith("mlx_lqr.commands.")]
+        for module in [calibration, *commands]:
+            if vars(module).get("calibrate") is CALIBRATE:
                 patch.setattr(module, "calibrate", once(_calibrate, _steering_key))
         patch.setattr("mlx_lqr.tasks.damage.POSITIONS", 2)
         allow_unseeded(patch, seed=0)
@@ -169,7 +176,35 @@ def _calibrate(model: Model, steering: Steering) -> mlx_lqr.Calibration:
         if steering.concepts[0] not in IN_FULL:
             for texts in ("SENTENCES", "QUESTIONS", "OPENINGS"):
                 patch.setattr(calibration, texts, vars(calibration)[texts][:1])
-        return calibration.calibrate(model, steering)
+        return CALIBRATE(model, steering)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def served(quick: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whoever asks the server of the pages asks one with the concept ocean, which begins with the first client."""
+    import openai  # here, and the server, so that the tests without them are collected
+    from helpers.serving import listening
+
+    from mlx_lqr.serving.app import application
+    from mlx_lqr.serving.guard import Access
+    from mlx_lqr.serving.service import Service
+
+    client = openai.OpenAI
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+
+        @functools.cache
+        def port() -> int:
+            service = Service(mlx_lqr.load("demo"), tmp_path_factory.mktemp("served"))
+            stack.callback(service.close)
+            service.controllers.add("ocean", bundled_controller(service.model, "ocean"))
+            return stack.enter_context(listening(application(service, Access())))
+
+        def connected(*, base_url: str, **options: Any) -> openai.OpenAI:
+            assert base_url == "http://127.0.0.1:8080/v1"
+            return client(base_url=base_url.replace("8080", str(port())), **options)
+
+        patch.setattr(openai, "OpenAI", connected)
+        yield
 
 
 class Reading:
@@ -304,6 +339,8 @@ def test_a_command_that_is_not_run_would_be_understood(command: str) -> None:
         words = shlex.split(one, comments=True)
         match words:
             case ["git", "clone", *_] | ["cd", _] | ["source", ".venv/bin/activate"]:
+                pass
+            case ["llm", *_] | ["lm_eval", *_]:
                 pass
             case ["make", target]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

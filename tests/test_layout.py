@@ -49,7 +49,7 @@ FROM_BACKENDS = {
     "methods": PROTOCOL,
     "analysis": PROTOCOL,
     "runtime": {*PROTOCOL, "backends.text", "backends.overflow"},
-    "serving": PROTOCOL,
+    "serving": {*PROTOCOL, "backends.text", "backends.overflow"},
     "tasks": PROTOCOL,
     "tasks.lm_eval": {*PROTOCOL, "backends.borrowed", "backends.mlx"},  # mlx-lm's own evaluator
     "commands": {*PROTOCOL, "backends.registry"},

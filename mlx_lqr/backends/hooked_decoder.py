@@ -113,20 +113,20 @@ class HookedDecoder(ABC):
         """Bring the cache into its usual form, where steps keep it in another."""
 
     @property
-    def law(self) -> Any:
+    def law(self) -> Law | None:
         return self._law
 
     @law.setter
     def law(self, law: Law | None) -> None:
         with self._framework.computing("the next token"):
-            self._law: Law | RowLaws | None = self._place(law)
+            self._law: Law | None = self._place(law)
             self._hooks = self._hooks_of(self._law)
 
     def _computing(self, what: str) -> AbstractContextManager[None]:
         """See `Framework.running`."""
         return self._framework.running(self._blocks, what)
 
-    def _hooks_of(self, placed: Law | RowLaws | None) -> BlockHooks | None:
+    def _hooks_of(self, placed: Law | None) -> BlockHooks | None:
         """What steers with a placed law, and leaves in `_energy` what came of it."""
         if placed is None or not placed.layers:
             return None
@@ -142,7 +142,7 @@ class HookedDecoder(ABC):
 
         return framework.hooks(self._blocks, hook, layers, steering)
 
-    def _hooked_layers(self, law: Law | RowLaws) -> Sequence[int]:
+    def _hooked_layers(self, law: Law) -> Sequence[int]:
         """Those of the law's layers whose blocks run in this process."""
         return law.layers
 
@@ -202,7 +202,7 @@ class HookedDecoder(ABC):
         framework = self._framework
         with framework.computing("the next token"):
             logits = framework.float32(logits)
-            drawn = framework.log_probabilities(logits, tokens.tolist())
+            drawn = framework.log_probabilities(logits, framework.tokens(tokens).tolist())
             numbers, values = framework.likeliest(logits, top)
             ranked = zip(numbers.tolist(), values.tolist(), strict=True)
             likeliest = [tuple(zip(*row, strict=True)) for row in ranked]
@@ -257,6 +257,16 @@ class HookedDecoder(ABC):
     def failures(self) -> Mapping[int, Exception]:
         """See `Decoder`."""
         return self._law.failures if isinstance(self._law, RowLaws) else {}
+
+    @property
+    def shares_passes(self) -> bool:
+        """See `Decoder`."""
+        return True
+
+    @property
+    def fills_in_parts(self) -> bool:
+        """See `Decoder`."""
+        return True
 
     def _take(self, laws: RowLaws) -> None:
         self._law, self._hooks = laws, self._hooks_of(laws)

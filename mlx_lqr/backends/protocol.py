@@ -258,6 +258,14 @@ class Decoder(Protocol):
     def failures(self) -> Mapping[int, Exception]:
         """By sequence, why its own law has failed in the last step, which has left it unsteered; others go on."""
 
+    @property
+    def shares_passes(self) -> bool:
+        """Whether sequences that join run in one pass of the model; else each has passes of its own."""
+
+    @property
+    def fills_in_parts(self) -> bool:
+        """Whether to fill a single sequence bit by bit takes no longer than at once."""
+
     def rewind(self, position: int) -> bool:
         """Forget what a single sequence holds beyond its first `position` tokens; False where this cannot be done."""
 

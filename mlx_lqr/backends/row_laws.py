@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.hooks import BlockCall, LawHooks
-from mlx_lqr.backends.protocol import Array, Law, Site, StackableLaw
+from mlx_lqr.backends.protocol import AddProduct, Array, Law, Renew, Site, StackableLaw
 
 
 class RowLaws:
-    """Row i of a pass is steered by law i, if there is one.
+    """Row i of a pass is steered by law i, if there is one (see `Law`).
 
     Laws that can be stacked steer all their rows in one operation; any other steers its own row alone. One that fails
     leaves its row as it is, and its exception in `failures`, so that the others' passes go on.
@@ -19,6 +21,9 @@ class RowLaws:
     Args:
         laws: placed, a row each. One that carries something from token to token is of that row alone.
     """
+
+    site: Site = "block"
+    """Of calls; what its laws change inside attention is a matter of `hooks` alone."""
 
     def __init__(self, framework: Framework, laws: Sequence[Law | None]) -> None:
         self.laws = tuple(laws)
@@ -29,11 +34,15 @@ class RowLaws:
         """Under which number the first row's failure is noted"""
         present = [law for law in laws if law is not None]
         self.layers: Sequence[int] = sorted({k for law in present for k in law.layers})
-        self._sites = [_SiteLaws(framework, self, site) for site in sorted({law.site for law in present})]
+        self._sites = {site: _SiteLaws(framework, self, site) for site in {law.site for law in present}}
 
-    @property
-    def replayable(self) -> bool:
-        return all(law is None or law.replayable for law in self.laws)
+        self.replayable = all(law.replayable for law in present)
+
+    def to(
+        self, array: Callable[[np.ndarray], Array], add_product: AddProduct, *, renew: Renew | None = None
+    ) -> RowLaws:
+        """Itself, since its laws are placed."""
+        return self
 
     @property
     def acts(self) -> bool:
@@ -41,8 +50,12 @@ class RowLaws:
 
     def aim(self) -> None:
         """See `Law`."""
-        for site in self._sites:
-            site.aim()
+        for laws in self._sites.values():
+            laws.aim()
+
+    def __call__(self, layer: int, z: Array, output: Array) -> Array:
+        laws = self._sites.get("block")
+        return laws(layer, z, output) if laws is not None and layer in laws.layers else output
 
     def keep(self, rows: Sequence[int]) -> RowLaws:
         """The laws of these rows."""
@@ -65,14 +78,13 @@ class RowLaws:
 
     def hooks(self) -> LawHooks:
         """What steers blocks, and attention inside them."""
-        return _RowHooks(self._sites)
+        return _RowHooks(self, self._sites.get("attention"))
 
 
 class _SiteLaws:
     """Those of one site."""
 
     def __init__(self, framework: Framework, rows: RowLaws, site: Site) -> None:
-        self.site = site
         self._rows, self._framework = rows, framework
         own = [law if law is not None and law.site == site else None for law in rows.laws]
         self.layers: Sequence[int] = sorted({k for law in own if law is not None for k in law.layers})
@@ -111,16 +123,13 @@ class _SiteLaws:
 
 
 class _RowHooks(LawHooks):
-    """The laws of each site as hooks there."""
+    """The laws of a batch at blocks, and inside attention."""
 
-    def __init__(self, sites: Sequence[_SiteLaws]) -> None:
-        super().__init__(None)
-        self._sites = {laws.site: laws for laws in sites}
-        self.projections = self._sites["attention"].layers if "attention" in self._sites else ()
-
-    def block(self, k: int, z: Array, call: BlockCall) -> Array:
-        output, laws = call(z), self._sites.get("block")
-        return laws(k, z, output) if laws is not None and k in laws.layers else output
+    def __init__(self, laws: RowLaws, inside: _SiteLaws | None) -> None:
+        super().__init__(laws)
+        self._inside = inside
+        self.projections = inside.layers if inside is not None else ()
 
     def projection(self, k: int, heads: Array, call: BlockCall) -> Array:
-        return self._sites["attention"](k, heads, call(heads))
+        assert self._inside is not None
+        return self._inside(k, heads, call(heads))

@@ -213,8 +213,8 @@ def decoding_options(max_tokens: int) -> Decorator:
     )
 
 
-def concept_option(help: str, default: str | None = None) -> Decorator:
-    return option("--concept", metavar="NAME", default=default, heading=CONCEPT, help=help)
+def concept_option(help: str, default: str | None = None, name: str = "concept", **attributes: Any) -> Decorator:
+    return option("--concept", name, metavar="NAME", default=default, heading=CONCEPT, help=help, **attributes)
 
 
 contrast_options = together(

@@ -13,7 +13,7 @@ import click
 
 from mlx_lqr.commands.bundled import bundled_controller
 from mlx_lqr.commands.help import SERVER, command, option, together
-from mlx_lqr.commands.options import Loading, controller_option, loading_options, model_argument
+from mlx_lqr.commands.options import Loading, concept_option, controller_option, loading_options, model_argument
 from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.concepts import bundled_prompts
@@ -33,13 +33,10 @@ NEEDED = ("starlette", "uvicorn", "pydantic")
 @together(
     model_argument,
     controller_option(repeat="The server steers by itself with it; repeat it for several at once."),
-    option(
-        "--concept",
-        "concepts",
-        metavar="NAME",
+    concept_option(
+        "Offer a bundled concept (see `mlx-lqr concepts`), fitted at the first start; may be repeated.",
+        name="concepts",
         multiple=True,
-        heading=SERVER,
-        help="Offer a bundled concept (see `mlx-lqr concepts`), fitted at the first start; may be repeated.",
     ),
     option(
         "--folder",
@@ -113,8 +110,8 @@ def serve(
     with bound(host, port) as listening:
         with progress_bars() as progress:
             loaded = load(model, **loading, progress=progress)
-        place = Path(folder) if folder is not None else cache_folder() / "served" / loaded.fingerprint
-        service = Service(loaded, place, slots=slots, waiting=waiting)
+        kept = Path(folder) if folder is not None else cache_folder() / "served" / loaded.fingerprint
+        service = Service(loaded, kept, slots=slots, waiting=waiting)
         for steering, strengths in chosen:
             service.controllers.add_several(steering, strengths)
         for concept in concepts:
@@ -122,11 +119,15 @@ def serve(
         for note in service.controllers.load_folder():
             say(f"Note: {note}", err=True)
         _log_to_stderr()
-        shown = f"[{host}]" if ":" in host else host
-        say(f"Serving {loaded.name} at http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops it)")
-        sys.stdout.flush()
+        app = application(service, Access(host, key), origins=origins)
+        place = f"[{host}]" if ":" in host else host
+
+        def ready() -> None:
+            say(f"Serving {loaded.name} at http://{place}:{listening.getsockname()[1]} (Ctrl-C stops it)")
+            sys.stdout.flush()
+
         try:
-            listen(application(service, Access(host, key), origins=origins), listening, service.hurry)
+            listen(app, listening, ready=ready, hurry=service.hurry)
         finally:
             service.close()
         say("Stopped.")

@@ -288,7 +288,7 @@ class LinearFeedback(AdjustableLaw):
     @property
     def target(self) -> Float32:
         """offset + strength o setpoint of every layer, at the strength in force: (T, m)"""
-        return self._aimed(np.asarray(self.strength, np.float32))
+        return np.asarray(self._aimed(np.asarray(self.strength, np.float32)), np.float32)
 
     def note(self, layer: int, error: Array) -> None:
         """Told alpha_k (..., m) by the law of a batch that this one is part of."""
@@ -308,5 +308,5 @@ class LinearFeedback(AdjustableLaw):
     def _fixed(self, layer: int) -> tuple[np.ndarray, ...]:
         return (-self._controller.sensor[layer],)
 
-    def _aimed(self, strength: np.ndarray) -> Float32:
+    def _aimed(self, strength: np.ndarray) -> np.ndarray:
         return self._controller.offset + strength * self._controller.setpoint

@@ -53,6 +53,17 @@ class Answer:
         self.law: AdjustableLaw | None = None
         """What steers, not placed; of an adaptive controller from `adapt` on."""
         self.ended = False
+        self.finish: Finish | None = None
+        self.failure: Exception | None = None
+        """Why it cannot go on"""
+        self.drawn = 0
+        """Tokens that have been drawn, of which the last need not have been told"""
+        self.count = 0
+        """Tokens that have been told"""
+        self.strength: Strengths | None = None
+        """To be in force from the next pass on; may be set by any thread"""
+        self._tokens: list[int] = []
+        """Those told, and the end token"""
         self._model, self._on_event = model, on_event
         self._recording = Recording() if request.track else None
         self._controller: Controller | None = None
@@ -66,13 +77,25 @@ class Answer:
             self.law = law_on(model, request.steering, request.strength, self._recording)
         self._detokenizer = model.tokenizer.stream(self.prompt)
         self._stops = StopStrings(StopStrings.check(request.stop))
-        self.count = 0
-        """Tokens so far"""
 
     @property
     def steers_all(self) -> bool:
         """Whether every token of the prompt is steered, and not its last alone."""
         return self.request.steering is not None and self.request.steering.positions == "all"
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may come to, with its prompt."""
+        return len(self.prompt) + self.request.max_tokens
+
+    @property
+    def unsteered(self) -> list[int]:
+        """The tokens from the first on that have been run without steering."""
+        if self.steers_all:
+            return []
+        if self.request.steering is not None:
+            return self.prompt[:-1]
+        return [*self.prompt, *self._tokens][: len(self.prompt) + self.drawn - 1]
 
     def checked(self, strength: Strength) -> Strengths:
         """A strength for each concept of this answer.
@@ -93,6 +116,16 @@ class Answer:
         self.law = law_on(self._model, adapted, self.law.strength, self._recording)
         return self.law
 
+    def aim(self) -> None:
+        """Take over a strength that has been set since the last pass."""
+        if self.strength is None or self.law is None:
+            return
+        self.law.strength, self.strength = self.strength, None
+        try:
+            self.law.aim()  # here, where it fails alone: to form gains for other concepts may fail
+        except Exception as error:
+            self.failure = error
+
     def taken(self) -> tuple[Recording, Strengths] | None:
         """What has been recorded since the last call, and the strengths in force; None where nothing is tracked."""
         if self._recording is None:
@@ -108,6 +141,7 @@ class Answer:
         taken: tuple[Recording, Strengths] | None = None,
     ) -> None:
         """Go on with a token, and tell of it; an end token, a stop string or the last token that may be ends it."""
+        self._tokens.append(token)
         if token in self._model.tokenizer.end_tokens:
             self.end("stop")
             return
@@ -135,11 +169,11 @@ class Answer:
         return (text, True) if stopped else (text + self._stops.rest(), False)
 
     def _say(self, event: Event) -> None:
-        self.ended = event.finish is not None
+        self.ended, self.finish = event.finish is not None, event.finish
         try:
             self._on_event(event)
         except Exception:  # whoever listens has gone: nobody is left to be told why
-            self.ended = True
+            self.ended, self.finish = True, self.finish or "cancelled"
 
     def _tracking(self, taken: tuple[Recording, Strengths] | None) -> Tracking | None:
         """Of the last token in a recording. Waits for what is still being computed."""

@@ -1,25 +1,35 @@
-"""The engine answers requests, on a thread of its own, and tells of every token as it comes."""
+"""The engine answers many requests side by side, and tells of every token as it comes.
+
+One thread does all the work, turn by turn: a part of a prompt is read, then every answer gets a token. A request joins
+the batch when its prompt has been read, and leaves it with its last token.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
-from mlx_lqr.backends.protocol import OVERFLOWED, Runner, TracingDecoder
-from mlx_lqr.errors import InputError, OverflowingError, first_line
+from mlx_lqr.backends.overflow import first_overflow
+from mlx_lqr.backends.protocol import Decoder, Runner, TracingDecoder
+from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.launched import count
-from mlx_lqr.lqr.strength import Strengths
 from mlx_lqr.runtime.generate import Strength
 from mlx_lqr.serving.answer import Answer
+from mlx_lqr.serving.batch import Batch
+from mlx_lqr.serving.prefixes import Prefixes
 from mlx_lqr.serving.requests import Event, Full, OnEvent, Request, Stats, Tracking
 
 __all__ = ["Engine", "Event", "Full", "Request", "Stats", "Ticket", "Tracking"]
 
 PREFILL = 256
-"""Prompt tokens that are run before anything else is looked after"""
+"""Prompt tokens that are read before the answers under way get another token"""
+TOKENS = 32_768
+"""Of all answers under way"""
+KEPT = 16
+"""Requests that have ended whose states are kept"""
 
 
 @dataclass(eq=False)
@@ -28,8 +38,6 @@ class Ticket:
 
     _answer: Answer
     _cancelled: bool = False
-    _strength: Strengths | None = None
-    """To be in force from the next token on"""
 
     def cancel(self) -> None:
         """End the answer, at the latest after its next token; one that has ended stays as it is."""
@@ -46,31 +54,47 @@ class Ticket:
         """
         if self._answer.ended:
             raise InputError("this answer has ended: its strength can no longer change")
-        self._strength = self._answer.checked(strength)
+        self._answer.strength = self._answer.checked(strength)
 
 
 class Engine:
-    """Answers requests one at a time, in the order in which they come. All methods may be called from any thread.
+    """Answers requests in the order in which they come, as many side by side as there are slots.
+
+    Each gets the tokens that it would get alone. All methods may be called from any thread.
 
     Args:
         model: what `load` returned.
         slots: how many answers may be under way at once.
         waiting: how many requests may wait for a slot.
+        tokens: how many tokens the answers under way may come to together, prompts included and all of them as long as
+            the longest, since they are padded to it; others wait.
+        kept: how many tokens' states of requests that have ended are kept, for requests that begin alike.
+
+    Raises:
+        InputError: numbers that cannot be, or several processes.
     """
 
-    def __init__(self, model: Runner, *, slots: int = 8, waiting: int = 64) -> None:
-        if slots < 1 or waiting < 1:
-            raise InputError(f"slots and waiting must be at least 1, not {slots} and {waiting}")
+    def __init__(
+        self, model: Runner, *, slots: int = 8, waiting: int = 64, tokens: int = TOKENS, kept: int = TOKENS // 2
+    ) -> None:
+        if min(slots, waiting, tokens) < 1 or kept < 0:
+            raise InputError("slots, waiting and tokens must be at least 1, and kept at least 0")
         if count() > 1:
             raise InputError("serving runs in one process: start it without mlx.launch")
-        self._model, self._limit = model, waiting
+        self._model, self._slots, self._limit, self._room = model, slots, waiting, tokens
+        self._shares_passes = model.decoder().shares_passes
+        self._batch = Batch(model, self._keep_states)
+        self._prefixes = Prefixes(KEPT if kept else 0, kept)
+        self._reading: tuple[Answer, Iterator[int]] | None = None
+        """Whose prompt is being read, and what reads it: it yields the tokens of each part"""
         self._changed = threading.Condition()
-        """Guards all that follows, which several threads change."""
+        """Guards all that follows, which several threads change"""
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket] = []
         self._closing = False
-        self._stats = Stats(0, 0, 0, 0, 0, 0, 0, 0, side_by_side=False)
-        self._thread = threading.Thread(target=self._run, name="mlx-lqr engine", daemon=True)
+        self._ended = {"finished": 0, "cancelled": 0, "failed": 0}
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._thread = threading.Thread(target=self._work, name="mlx-lqr engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, on_event: OnEvent) -> Ticket:
@@ -83,7 +107,13 @@ class Engine:
             InputError: the request cannot be answered (see `Answer`), or the engine is closed.
             Full: too many requests are waiting.
         """
-        ticket = Ticket(Answer(self._model, request, on_event))
+        answer = Answer(self._model, request, on_event)
+        if answer.room > self._room:
+            raise InputError(
+                f"{len(answer.prompt)} prompt tokens and {request.max_tokens} new ones are more than the {self._room} "
+                "that there is memory for: shorten the prompt, or ask for fewer (max_tokens)"
+            )
+        ticket = Ticket(answer)
         with self._changed:
             if self._closing:
                 raise InputError("the engine is closed: it takes no more requests")
@@ -107,59 +137,119 @@ class Engine:
     @property
     def stats(self) -> Stats:
         with self._changed:
-            return replace(self._stats, waiting=len(self._waiting), running=len(self._running))
+            return Stats(
+                running=len(self._running),
+                waiting=len(self._waiting),
+                prompt_tokens=self._prompt_tokens,
+                generated_tokens=self._generated_tokens + sum(ticket._answer.count for ticket in self._running),
+                cached_tokens=self._cached_tokens,
+                side_by_side=self._shares_passes,
+                **self._ended,
+            )
 
-    def _run(self) -> None:
-        while (ticket := self._next()) is not None:
-            answer = ticket._answer
+    def _work(self) -> None:
+        """What the thread does."""
+        while self._has_work():
+            self._end_cancelled()
+            self._read()
             try:
-                for _ in self._steps(ticket):
-                    if ticket._cancelled and not answer.ended:
-                        answer.end("cancelled")
-                    if answer.ended:
-                        break
+                self._batch.step()
+            except Exception as error:  # not enough memory, say
+                self._batch.fail(error)
+            self._count_ended()
+        self._prefixes.clear()
+
+    def _has_work(self) -> bool:
+        """Wait until there is something to do; False when there will be nothing more."""
+        with self._changed:
+            while not self._waiting and not self._running:
+                if self._closing:
+                    return False
+                self._changed.wait()
+            return True
+
+    def _end_cancelled(self) -> None:
+        with self._changed:
+            gone = [ticket for ticket in self._waiting if ticket._cancelled]
+            for ticket in gone:
+                self._waiting.remove(ticket)
+            self._running += gone  # to be counted with the others
+            gone = [ticket for ticket in self._running if ticket._cancelled]
+        for ticket in gone:
+            ticket._answer.end("cancelled")
+
+    def _count_ended(self) -> None:
+        names = {"stop": "finished", "length": "finished", "cancelled": "cancelled", "error": "failed"}
+        with self._changed:
+            for ticket in self._running:
+                if (finish := ticket._answer.finish) is not None:
+                    self._ended[names[finish]] += 1
+                    self._generated_tokens += ticket._answer.count
+            self._running = [ticket for ticket in self._running if not ticket._answer.ended]
+
+    def _read(self) -> None:
+        """Read prompts, one after another, until `PREFILL` tokens have been read or there is no slot."""
+        spent = 0
+        while spent < PREFILL:
+            if self._reading is None and (answer := self._next()) is not None:
+                self._reading = answer, self._parts(answer)
+            if self._reading is None:
+                return
+            answer, parts = self._reading
+            try:
+                spent += next(parts, PREFILL) if not answer.ended else 0
             except Exception as error:  # of this request alone
                 answer.end("error", first_line(error))
-            with self._changed:
-                self._running.remove(ticket)
+            if answer.ended or answer in self._batch.answers:
+                self._reading = None
 
-    def _next(self) -> Ticket | None:
-        """The next request; waits for one. None when there will be no more."""
+    def _next(self) -> Answer | None:
+        """The request that has waited longest, if there is a slot and room for it."""
         with self._changed:
-            while not self._waiting and not self._closing:
-                self._changed.wait()
-            if not self._waiting:
+            if not self._waiting or len(self._running) >= self._slots:
                 return None
-            ticket = self._waiting.popleft()
-            self._running.append(ticket)
-            return ticket
+            rooms = [ticket._answer.room for ticket in [*self._running, self._waiting[0]]]
+            if (max(rooms) * len(rooms) if self._shares_passes else sum(rooms)) > self._room:
+                return None
+            self._running.append(self._waiting.popleft())
+            answer = self._running[-1]._answer
+            self._prompt_tokens += len(answer.prompt)
+            return answer
 
-    def _steps(self, ticket: Ticket) -> Iterator[None]:
-        """Work through a request; between two steps it may be ended."""
-        yield
-        answer, request = ticket._answer, ticket._answer.request
+    def _parts(self, answer: Answer) -> Iterator[int]:
+        """Read a prompt part by part, and let the answer join the batch; yields how many tokens each part has."""
         *before, last = answer.prompt
-        decoder = self._model.decoder(answer.law, request.sampling)
-        for start in range(0, len(before), PREFILL):
-            decoder.fill([before[start : start + PREFILL]], steered=answer.steers_all)
-            yield
+        decoder, held = self._begun(answer, before)
+        decoder.law, decoder.sampling = answer.law, answer.request.sampling
+        size = PREFILL if decoder.fills_in_parts else max(1, len(before))
+        for start in range(held, max(len(before), held + 1), size):
+            part = before[start : start + size]
+            decoder.fill([part], steered=answer.steers_all)
+            yield len(part)
         if answer.adaptive:
-            decoder.law = answer.adapt(cast(TracingDecoder, decoder).trace(last))
-        answer.taken()
-        token = last
-        while not answer.ended:
-            if ticket._strength is not None and answer.law is not None:
-                answer.law.strength, ticket._strength = ticket._strength, None
-            logits = decoder.step([token])
-            drawn = decoder.sample(logits)
-            (token,) = drawn.tolist()
-            if token == OVERFLOWED:
-                strength = answer.law.strength if answer.law is not None else ()
-                description = self._model.description
-                raise OverflowingError.at(None, self._model.num_layers, description.dtype, strength)
-            if request.top_logprobs is None:
-                answer.add(token, taken=answer.taken())
-            else:
-                ((logprob, top),) = decoder.log_probabilities(logits, drawn, request.top_logprobs)
-                answer.add(token, logprob, top, answer.taken())
-            yield
+            trace = cast(TracingDecoder, decoder).trace(last)
+            if first_overflow(trace.residual) is not None:
+                raise self._model.decoder().overflow(answer.prompt, len(answer.prompt) - 1)
+            decoder.law = answer.adapt(trace)
+        answer.taken()  # of a prompt that is steered as a whole
+        self._batch.begin(answer, decoder)
+        yield 1
+
+    def _begun(self, answer: Answer, tokens: list[int]) -> tuple[Decoder, int]:
+        """A decoder that may hold the first of the tokens already, and how many."""
+        penalised = answer.request.sampling.repetition_penalty != 1  # needs a decoder that has seen every token
+        begun = None if answer.steers_all or penalised else self._prefixes.longest(tokens)
+        if begun is None:
+            return self._model.decoder(), 0
+        with self._changed:
+            self._cached_tokens += begun[1]
+        return begun
+
+    def _keep_states(self, answer: Answer, decoder: Decoder, row: int) -> None:
+        """Keep the states of an answer that ends, as far as others may use them."""
+        if answer.finish == "error":
+            return
+        try:
+            self._prefixes.add(answer.unsteered, decoder, row)
+        except Exception:  # there is no memory for a copy, say: the next request reads its prompt anew
+            self._prefixes.clear()

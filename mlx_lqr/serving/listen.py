@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def bound(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listening = socket.socket(family, kind, protocol)
-        if sys.platform != "win32":  # where it would let two servers share a port
+        if os.name != "nt":  # where it would let two servers share a port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         return listening
@@ -43,11 +43,19 @@ def bound(host: str, port: int) -> socket.socket:
         raise InputError(f"cannot listen on {host}, port {port} ({reason}): choose another --host or --port") from None
 
 
-def listen(app: ASGIApp, listening: socket.socket, hurry: Callable[[], None], *, grace: float = GRACE) -> None:
+def listen(
+    app: ASGIApp,
+    listening: socket.socket,
+    *,
+    ready: Callable[[], None],
+    hurry: Callable[[], None],
+    grace: float = GRACE,
+) -> None:
     """Serve until SIGTERM or SIGINT; then accept no more, and wait for the answers under way.
 
     Args:
         listening: see `bound`.
+        ready: called when clients can connect.
         hurry: ends what is still under way after the grace time.
         grace: seconds to wait. A second Ctrl-C ends the wait.
     """
@@ -61,15 +69,21 @@ def listen(app: ASGIApp, listening: socket.socket, hurry: Callable[[], None], *,
         ws="none",
     )
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    asyncio.run(_Server(config, hurry, grace).serve([listening]))
+    asyncio.run(_Server(config, ready, hurry, grace).serve([listening]))
 
 
 class _Server(uvicorn.Server):
     """A signal ends it as if it had been asked to end: the process goes on, and exits with status 0."""
 
-    def __init__(self, config: uvicorn.Config, hurry: Callable[[], None], grace: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, ready: Callable[[], None], hurry: Callable[[], None], grace: float
+    ) -> None:
         super().__init__(config)
-        self._hurry, self._grace = hurry, grace
+        self._ready, self._hurry, self._grace = ready, hurry, grace
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         hurrying = asyncio.get_running_loop().call_later(self._grace, self._hurry)

@@ -21,7 +21,7 @@ from mlx_lqr.tasks.registry import TASKS
 
 def test_one_parser_serves_every_command() -> None:
     commands = steering_commands()
-    assert len(commands) == 4 + (len(TASKS) + 1) + len(TASKS)  # eval has lm-eval too
+    assert len(commands) == 5 + (len(TASKS) + 1) + len(TASKS)  # eval has lm-eval too
     for path, parameter in commands:
         assert isinstance(parameter.type, ControllerType)
         assert parameter.multiple

@@ -198,11 +198,11 @@ def test_show_prints_each_budget() -> None:
 def test_fit_recommends_the_strength_for_a_budget(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def calibrated(model: Any, steering: Any, budget: Any, prompts: Any, progress: Any) -> Any:
+    def recommended(model: Any, steering: Any, budget: Any, prompts: Any, progress: Any) -> Any:
         asked.append(budget)
-        return steering.calibrated(A, budget)
+        return steering.calibrated(A, budget), []
 
-    monkeypatch.setattr(importlib.import_module("mlx_lqr.commands.fit"), "calibrated", calibrated)
+    monkeypatch.setattr(importlib.import_module("mlx_lqr.commands.fit"), "recommended", recommended)
     fit = ("fit", "tiny", "--positive", "prompts.txt", "--negative", "other.txt", "--layers", "1", "-o", "out")
     Path("other.txt").write_text("Something else.\nNot that.\n")
     wrote, command = run(*fit).stdout.splitlines()

@@ -62,6 +62,7 @@ class ScriptedTicket:
 
     def cancel(self) -> None:
         self.cancelled.set()
+        self.on_event(Event("", finish="cancelled"))
 
     def steer(self, strength: Any) -> None:
         self.strengths.append(strength)

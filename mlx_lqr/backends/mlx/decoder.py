@@ -53,6 +53,8 @@ class MLXDecoder(HookedDecoder):
         compiled: the model's compiled step, which takes over in long answers of a single sequence; None for never.
     """
 
+    _framework: MLXFramework
+
     def __init__(
         self,
         module: nn.Module,

@@ -212,8 +212,9 @@ class MeasuredDecoder(MLXDecoder):
             self._hooks_of_rows = [self._hooks_of(law) for law in self._laws_apart()]
         return self._hooks_of_rows[row]
 
-    def _laws_apart(self) -> Sequence[Law | RowLaws | None]:
+    def _laws_apart(self) -> Sequence[Law]:
         """A law for each sequence on its own."""
+        assert self._law is not None
         if isinstance(self._law, RowLaws):
             return [self._law.of_row(row) for row in range(len(self._law.laws))]
         law, framework = self._law, self._framework
@@ -237,6 +238,10 @@ class MeasuredDecoder(MLXDecoder):
             self._hooks_of_rows = [own[row] for row in rows.tolist()] if own else []
         else:
             super()._keep(rows)
+
+    @property
+    def shares_passes(self) -> bool:
+        return self._measurement.merges
 
     def _take(self, laws: RowLaws) -> None:
         self._hooks_of_rows = []

@@ -159,8 +159,8 @@ class Measured:
         try:
             shorter, tokens = new_caches(self._module), self._prompt[-3:]
             self._run([self._prompt[:SHORTER]], shorter)
-            merged = merged_caches([copied(caches), copied(shorter)])
-            alone = [copied(caches), copied(shorter)]
+            if not all(self._agrees(merged, [copied(caches), copied(shorter)], tokens) for merged in self._ways(caches, shorter)):
+                return False
             for step, token in enumerate(tokens):
                 rows = [0, 1] if step < 2 else [1]
                 if step == 2:  # and one of them ends

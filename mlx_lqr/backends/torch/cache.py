@@ -130,7 +130,9 @@ class KeyValueCache:
         length = max(self.length, other.length)
         capacity = max(self.capacity, other.capacity)
         mine, theirs = self._ending_at(length, capacity), other._ending_at(length, capacity)
-        self._parts = [[torch.cat(pair) for pair in zip(*parts, strict=True)] for parts in zip(mine, theirs, strict=True)]
+        self._parts = [
+            [torch.cat(pair) for pair in zip(*parts, strict=True)] for parts in zip(mine, theirs, strict=True)
+        ]
         self._padding = torch.cat([self._padding + length - self.length, other._padding + length - other.length])
         self._set_length(length, capacity)
 
@@ -138,7 +140,9 @@ class KeyValueCache:
         """A copy of what one sequence has."""
         first = int(self._padding[row])
         alone = KeyValueCache(len(self._parts), [0], self.device)
-        alone._parts = [[part[row : row + 1, :, first : self.length].clone() for part in parts] for parts in self._parts]
+        alone._parts = [
+            [part[row : row + 1, :, first : self.length].clone() for part in parts] for parts in self._parts
+        ]
         alone._set_length(self.length - first, self.length - first)
         return alone
 

@@ -19,6 +19,9 @@ from mlx_lqr.backends.torch.framework import TorchFramework
 from mlx_lqr.backends.torch.library import cache_argument
 from mlx_lqr.backends.torch.sampling import TorchSampler
 
+RECORD_AFTER = 8
+"""Steps without a graph after sequences have joined or left: where they come and go, recording would take longer"""
+
 
 @dataclass(frozen=True)
 class TorchTrace:
@@ -46,6 +49,7 @@ class TorchDecoder(HookedDecoder):
     """
 
     _cache: KeyValueCache
+    _framework: TorchFramework
 
     def __init__(
         self,
@@ -59,6 +63,8 @@ class TorchDecoder(HookedDecoder):
         self._device = framework.device
         self._cache_argument = cache_argument(module.base_model)
         self._graph: _Graph | None = None
+        self._plain_steps = 0
+        """To come before a graph is recorded again"""
         self._graph_acts = False
         """Whether the law did when the graph was recorded."""
         self._records_graphs = self._device.type == "cuda" and _can_be_recorded(module)
@@ -86,17 +92,18 @@ class TorchDecoder(HookedDecoder):
         return KeyValueCache(len(self._blocks), padding, self._device, window=self._window, ahead=PREFILL_CHUNK)
 
     def _step(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self._records_graphs and (self._law is None or self._law.replayable):
+        if self._records_graphs and self._plain_steps == 0 and (self._law is None or self._law.replayable):
             return self._replay(tokens)
+        self._plain_steps = max(0, self._plain_steps - 1)
         return self._append(tokens[:, None], steered=True)
 
     def _keep(self, rows: torch.Tensor) -> None:
         self._cache.keep(rows)
-        self._graph = None
+        self._graph, self._plain_steps = None, RECORD_AFTER
 
     def _join(self, other: TorchDecoder) -> None:
         self._cache.join(other._cache)
-        self._graph = None
+        self._graph, self._plain_steps = None, RECORD_AFTER
 
     def _copy_of(self, row: int) -> TorchDecoder:
         alone = TorchDecoder(self._module, self._framework, None, GREEDY)

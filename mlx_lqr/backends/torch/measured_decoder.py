@@ -50,6 +50,7 @@ class MeasuredDecoder(HookedDecoder):
         law, sampling, window: see `HookedDecoder`.
     """
 
+    _framework: TorchFramework
     _cache: list[Any] | None
     """Of each sequence, what the model has returned; None for nothing yet."""
     _own_hooks: list[BlockHooks | None]
@@ -163,6 +164,14 @@ class MeasuredDecoder(HookedDecoder):
         alone = MeasuredDecoder(self._module, self._framework, self._layout, self._measurement, None, GREEDY)
         alone._cache, alone._length = [copied(self._cache[row])], self._lengths[row]
         return alone
+
+    @property
+    def shares_passes(self) -> bool:
+        return False
+
+    @property
+    def fills_in_parts(self) -> bool:
+        return self._measurement.appends
 
     def _take(self, laws: RowLaws) -> None:
         super()._take(laws)
