@@ -66,7 +66,6 @@ NOT_RUN = {
     "needs a model of your own": r"mlx-lqr \w+ \S+\.gguf ",
     "needs an adapter of your own": r"mlx-lqr \w+ \S+ .*--adapter my-adapter\b",
     "needs several machines": r"mlx\.launch |scp ",
-    "serves until it is stopped": r"mlx-lqr serve ",
     "takes long": r"python (-m )?benchmarks\b",
 }
 """Why a command is not run, and how such commands look."""
