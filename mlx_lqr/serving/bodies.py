@@ -6,7 +6,7 @@ A field that would change the answer and is not supported is refused by name; wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -86,6 +86,14 @@ def _prompts(prompt: Any) -> list[str] | list[list[int]]:
     return prompts
 
 
+def _strength(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float | str | None):
+        raise ValueError("a strength is a number, a text such as gentle or 1.5x, or null")
+    return value
+
+
+Strengths = dict[str, Annotated[float | str | None, BeforeValidator(_strength)]]
+"""By concept"""
 Text = Annotated[str, AfterValidator(_unicode)]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -139,7 +147,7 @@ class Decoding(Body):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     seed: int | None = None
-    steering: dict[str, float | str | None] | None = None
+    steering: Strengths | None = None
     track: bool | None = None
 
     def sampling(self) -> Sampling:
@@ -200,7 +208,7 @@ class SteeringBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    steering: dict[str, float | str | None]
+    steering: Strengths
 
 
 class FitBody(BaseModel):
@@ -216,7 +224,6 @@ class FitBody(BaseModel):
 
 
 B = TypeVar("B", bound=BaseModel)
-Kind = Literal["chat", "text"]
 
 
 def parsed(kind: type[B], value: Any) -> B:

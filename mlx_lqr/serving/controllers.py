@@ -89,16 +89,19 @@ class Controllers:
         notes = []
         for file in sorted(self._folder.glob(f"*{_ENDING}")):
             try:
-                self.add(check_id(file.name.removesuffix(_ENDING)), load_steering(file))
+                self._add_new(check_id(file.name.removesuffix(_ENDING)), load_steering(file))
             except InputError as error:
                 notes.append(f"{file} is left out: {error}")
         return notes
 
     def add_several(self, steering: Steering, strengths: Sequence[float]) -> None:
-        """Add a file's concepts, each as a controller of its own that steers by itself at its strength."""
+        """Add a file's concepts, each as a controller of its own that steers by itself at its strength.
+
+        Raises:
+            InputError: as `add` does, or there is one of this name already.
+        """
         for one, strength in zip(steering.split(), strengths, strict=True):
-            id = re.sub(r"[^A-Za-z0-9_-]+", "-", one.concepts[0])[:64] or "controller"
-            self.add(id, one, default=strength)
+            self._add_new(re.sub(r"[^A-Za-z0-9_-]+", "-", one.concepts[0])[:64], one, strength)
 
     def add(self, id: str, steering: Steering, *, default: float = 0.0, keep: bool = False) -> Loaded:
         """Add a controller, in place of the one with its id.
@@ -131,6 +134,12 @@ class Controllers:
         for one in others:
             if one.concept == concept:
                 raise RequestError(409, f"the controller {one.id!r} is for {concept!r} already: delete it first")
+
+    def _add_new(self, id: str, steering: Steering, default: float = 0.0) -> None:
+        """Add a controller, in place of no other."""
+        if any(one.id == id for one in self.all()):
+            raise InputError(f"there is a controller {id!r} already: leave one of the two out")
+        self.add(id, steering, default=default)
 
     def upload(self, id: str, content: bytes) -> Loaded:
         """Add the controller in a file's bytes, checked, and keep it.
