@@ -244,6 +244,7 @@ def test_of_many_layers_those_are_drawn_that_are_chosen(opened: Open, fake: Fake
     choice.get_by_role("button", name="28").click()
     choice.get_by_role("button", name="20").click()
     expect(page.locator("figcaption")).to_have_text(["Layer 20", "Layer 27", "Layer 29"])
+    expect(choice.get_by_role("button", name="20")).to_be_focused()  # though it was drawn again
 
 
 def test_fit_a_concept(opened: Open, fake: Fake) -> None:

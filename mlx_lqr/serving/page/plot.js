@@ -156,7 +156,7 @@ export class Plot {
   }
 
   colourOf(m) {
-    const place = this.order?.indexOf(this.track.concepts[m]) ?? -1;
+    const place = this.order.indexOf(this.track.concepts[m]);
     return colour(place < 0 ? m : place);
   }
 
@@ -179,7 +179,7 @@ export class Plot {
       const svg = drawn("svg", { width: 18, height: 12, "aria-hidden": "true" }, sample);
       return element("span", { className: "sample" }, svg, kind);
     });
-    this.legend.replaceChildren(...(concepts.length > 1 ? names : []), ...key);
+    renew(this.legend, ...(concepts.length > 1 ? names : []), ...key);
   }
 
   /** Where there are more layers than are shown at first: which to show. */
@@ -196,9 +196,7 @@ export class Plot {
         if (!this.chosen.delete(layer)) this.chosen.add(layer);
       }),
     );
-    const held = [...this.choice.children].indexOf(document.activeElement);
-    this.choice.replaceChildren(element("span", {}, "Layers"), ...chips);
-    if (held >= 0) this.choice.children[held].focus();
+    renew(this.choice, element("span", {}, "Layers"), ...chips);
   }
 
   /** A switch for something that is drawn or not. */
@@ -248,6 +246,13 @@ export class Plot {
     event.preventDefault();
     this.read(Math.min(last, Math.max(0, to)));
   }
+}
+
+/** Replace the children of an element; the focus stays at its place among them. */
+function renew(place, ...children) {
+  const held = [...place.children].indexOf(document.activeElement);
+  place.replaceChildren(...children);
+  if (held >= 0) place.children[held].focus();
 }
 
 /** A range with some room around numbers. */
