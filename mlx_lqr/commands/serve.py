@@ -8,6 +8,7 @@ import re
 import sys
 from importlib import util
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -24,6 +25,7 @@ from mlx_lqr.files.text import read_text
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.loading import load
 from mlx_lqr.runtime.arguments import ControllerChoice, load_controller
+from mlx_lqr.runtime.streams import drop_output
 
 KEY = "MLX_LQR_API_KEY"
 NEEDED = ("starlette", "uvicorn", "pydantic")
@@ -131,6 +133,13 @@ def serve(
         finally:
             service.close()
         say("Stopped.")
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """End the process here: MLX may abort where Python unloads it after other threads than the first have computed."""
+    drop_output()
+    os._exit(0)
 
 
 def _key(file: str | None) -> str | None:
