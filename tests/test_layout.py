@@ -207,6 +207,8 @@ def test_the_package_holds_everything(tmp_path: Path) -> None:
         "py.typed",
         "concepts/dog.positive.txt",
         "commands/chat.py",
+        "serving/page/index.html",
+        "serving/page/app.js",
         "tasks/bundled/words.json",
         "tasks/bundled/capability.jsonl",
     ):
