@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands.fit import to_try
 from mlx_lqr.commands.help import command
+from mlx_lqr.commands.kept_controllers import kept_controller
 from mlx_lqr.commands.options import Loading, concept_option, loading_options, max_tokens_option, prompt_option
 from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.commands.tables import show_table
 from mlx_lqr.concepts import bundled_prompts
-from mlx_lqr.errors import InputError
-from mlx_lqr.files.cache import cache_folder
-from mlx_lqr.files.locks import locked
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.loading import load
-from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.controller import Controller
-from mlx_lqr.lqr.fit import fit
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.lqr.strength import BUDGETS, Budget
 from mlx_lqr.lqr.tracking import as_strength
-from mlx_lqr.methods.calibration import calibrate
 from mlx_lqr.runtime import Options, stream
 
 QUESTION = "What would you like to do today?"
@@ -48,7 +41,8 @@ def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
     bundled_prompts(concept)  # refuses an unknown concept before the model is fetched
     with progress_bars() as progress:
         model = load("demo", **loading, progress=progress)
-    controller = _controller(model, concept)
+    with progress_bars() as progress:
+        file, controller = kept_controller(model, concept, progress)
     strengths = {budget: controller.strength_at(budget)[0] for budget in BUDGETS}
     say(f'\n{model.name} continues "{prompt}"\n')
     _samples(concept, model, prompt, prompt, controller, strengths, max_tokens)
@@ -57,38 +51,8 @@ def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
         asked = model.tokenizer.chat([{"role": "user", "content": QUESTION}])
         _samples(concept, model, asked, "", controller, strengths, max_tokens)
     _tracking_table(model, prompt, controller, list(strengths.values()))
-    file = _controller_file(model, concept)
     say(f"\nThe controller: {file} ({file.stat().st_size / 1000:.0f} kB). Go on with it:")
     say(f"  mlx-lqr chat demo -c {to_try(str(file), controller)}")
-
-
-def _controller(model: Model, concept: str) -> Controller:
-    """The demonstration's controller, fitted once and kept in the cache folder."""
-    file = _controller_file(model, concept)
-    if (kept := _kept(file, model)) is not None:
-        return kept
-    with progress_bars() as progress, locked(file, patience=math.inf):  # whoever else makes it
-        if (kept := _kept(file, model)) is not None:
-            return kept
-        prompts = framed(model, bundled_prompts(concept))
-        controller = fit(model, *prompts, concept=concept, progress=progress)
-        controller = controller.calibrated(calibrate(model, controller, progress=progress))
-        controller.save(file, force=True)  # even over a damaged one
-        return controller
-
-
-def _kept(file: Path, model: Model) -> Controller | None:
-    """The controller in a file, if it is whole, calibrated and the model's."""
-    try:
-        controller = Controller.load(file)
-        controller.check_model(model)
-    except InputError:
-        return None
-    return controller if any(controller.calibration) else None
-
-
-def _controller_file(model: Model, concept: str) -> Path:
-    return cache_folder() / "demo" / f"{concept}-{model.fingerprint}.safetensors"
 
 
 def _samples(
