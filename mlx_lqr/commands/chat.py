@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -33,6 +33,7 @@ from mlx_lqr.commands.options import (
 )
 from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
+from mlx_lqr.commands.wrapping import tell
 from mlx_lqr.errors import InputError
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.loading import load
@@ -104,18 +105,21 @@ def chat(
     # The line editor draws on a terminal, never into a pipe that takes the answers.
     alone = launched.count() == 1
     interactive = alone and sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
+    if interactive or not alone:
+        tell(f"{loaded.name}. {steering_line(conversation.chat)} /help lists the commands.")
+    if resume is not None:
+        say_resumed(conversation)
     if private:
         conversation.session = None
     elif interactive and resume is None:
         conversation.session = chat_sessions.new_name()
-    if interactive or not alone:
-        say(f"{loaded.name}. {steering_line(conversation.chat)} /help lists the commands.", err=True)
-    if resume is not None:
-        say_resumed(conversation)
-    read: Reader = piped_lines if alone else lines_of_the_first_process(loaded.backend)
-    _converse(conversation, edited_lines(conversation, history=not private) if interactive else read, interactive)
-    if interactive and conversation.chat.messages and conversation.session is not None:
-        say(f"Go on with it: mlx-lqr chat {model} --resume {conversation.session}", err=True)
+    if interactive:
+        with keys_unseen():  # what is typed during an answer goes to the next prompt
+            _converse(conversation, edited_lines(conversation, history=not private), interactive)
+    else:
+        _converse(conversation, piped_lines if alone else lines_of_the_first_process(loaded.backend), interactive)
+    if interactive and chat_sessions.is_kept(conversation):
+        say(f"Go on with it: mlx-lqr chat {shlex.quote(model)} --resume {conversation.session}", err=True)
 
 
 def _given() -> set[str]:
@@ -128,22 +132,21 @@ def _converse(conversation: Conversation, read: Reader, interactive: bool) -> No
     """Answer messages and carry out commands until there are no more. In a pipe the first mistake ends it."""
     while (line := read()) is not None:
         try:
-            with keys_unseen() if interactive else nullcontext():  # keys typed meanwhile go to the next prompt
-                if line.startswith("/"):
-                    if carry_out(conversation, line[1:].strip()):
-                        break
-                elif message := unquoted(line) if interactive else line.strip():
-                    answer(conversation, message)
+            if line.startswith("/"):
+                if carry_out(conversation, line[1:].strip()):
+                    break
+            elif message := unquoted(line) if interactive else line.strip():
+                answer(conversation, message)
         except KeyboardInterrupt:
             if launched.count() > 1:  # not all of them have stopped at the same token
                 raise
-            say("[stopped]", err=True)
+            tell("[stopped]")
         except InputError as error:
-            say(f"Error: {error}", err=True)
+            tell(f"Error: {error}")
             if not interactive:
                 raise click.exceptions.Exit(2) from error
         except (RuntimeError, MemoryError) as error:  # out of memory: the transcript can still be saved
             if not interactive:
                 raise
-            say(f"Error: {error}", err=True)
+            tell(f"Error: {error}")
         chat_sessions.keep(conversation)

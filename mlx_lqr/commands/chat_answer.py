@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mlx_lqr.commands.output import say
-from mlx_lqr.commands.wrapping import Wrapper
+from mlx_lqr.commands.wrapping import Wrapper, columns, tell
 from mlx_lqr.runtime import Piece
 from mlx_lqr.runtime.streams import is_terminal, printable
-
-COLUMNS = 80
-"""Of a terminal that does not say how wide it is"""
 
 
 @dataclass
@@ -37,11 +33,11 @@ def show_answer(pieces: Iterator[Piece], display: Display) -> None:
     else:
         _show_text(timed)
     if display.stats:
-        say(f"[{timed}]", err=True)
+        tell(f"[{timed}]")
 
 
 def _show_text(pieces: Iterator[Piece]) -> None:
-    wrapper = Wrapper(terminal_width) if is_terminal(sys.stdout) else None
+    wrapper = Wrapper(lambda: columns(sys.stdout)) if is_terminal(sys.stdout) else None
     begun = False
     try:
         for piece in pieces:
@@ -51,14 +47,6 @@ def _show_text(pieces: Iterator[Piece]) -> None:
     finally:
         if begun:
             say("" if wrapper is None else wrapper.finish())
-
-
-def terminal_width() -> int:
-    """The columns of the terminal that stdout is."""
-    try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or COLUMNS
-    except (AttributeError, OSError, ValueError):
-        return COLUMNS
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from mlx_lqr.commands.chat_fit import fit_and_add
 from mlx_lqr.commands.chat_settings import SETTINGS, set_value, setting_row
 from mlx_lqr.commands.chat_state import Conversation, steering_line
 from mlx_lqr.commands.chat_view import draw_comparison, draw_tracking
-from mlx_lqr.commands.output import say
 from mlx_lqr.commands.tables import show_definitions
 from mlx_lqr.commands.values import expanded
+from mlx_lqr.commands.wrapping import columns, tell
 from mlx_lqr.concepts import bundled_concepts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.private import others_may_open
@@ -62,38 +62,38 @@ def _regen(conversation: Conversation, rest: str) -> None:
     options = conversation.chat.options
     if options.get("temperature") == 0 or options.get("seed") is not None:
         fixed = "temperature 0" if options.get("temperature") == 0 else "a seed"
-        say(f"Note: with {fixed} the same steering gives the same answer again: /set changes it", err=True)
+        tell(f"Note: with {fixed} the same steering gives the same answer again: /set changes it")
     show_answer(conversation.chat.regenerate(), conversation.display)
     _note_excess(conversation)
 
 
 def _undo(conversation: Conversation, rest: str) -> None:
     question = textwrap.shorten(conversation.chat.undo(), 60, placeholder="...")
-    say(f"Forgot {question!r} and its answer.", err=True)
+    tell(f"Forgot {question!r} and its answer.")
 
 
 def _new(conversation: Conversation, rest: str) -> None:
     conversation.chat.restart()
     if conversation.session is not None:
         conversation.session = chat_sessions.new_name()
-    say("A new conversation.", err=True)
+    tell("A new conversation.")
 
 
 def _set(conversation: Conversation, rest: str) -> None:
     name, _, value = rest.partition(" ")
     if value.strip():
         set_value(conversation, name, value.strip())
-    show_definitions([setting_row(conversation, one) for one in ([name] if name else SETTINGS)], _width())
+    show_definitions([setting_row(conversation, one) for one in ([name] if name else SETTINGS)], columns(sys.stderr))
 
 
 def _concepts(conversation: Conversation, rest: str) -> None:
     chat = conversation.chat
-    say(textwrap.fill(f"Bundled, for /fit: {', '.join(bundled_concepts())}", _width()), err=True)
+    tell(f"Bundled, for /fit: {', '.join(bundled_concepts())}")
     for state, strengths in (("on", chat.strengths), ("off", chat.resting)):
         for name, strength in strengths.items():
-            say(f"{name} {strength:g}, {state}: {conversation.files.get(name, 'no file')}", err=True)
+            tell(f"{name} {strength:g}, {state}: {conversation.files.get(name, 'no file')}")
     if not chat.strengths and not chat.resting:
-        say("Loaded: none", err=True)
+        tell("Loaded: none")
 
 
 def _strength(conversation: Conversation, rest: str) -> None:
@@ -105,28 +105,28 @@ def _strength(conversation: Conversation, rest: str) -> None:
         chosen = {name: asked_strength(steering, asked) for name, steering in named.items()}
         for name, (number,) in chosen.items():
             chat.set_strength(number, name)
-    say(steering_line(chat), err=True)
+    tell(steering_line(chat))
 
 
 def _add(conversation: Conversation, rest: str) -> None:
     choice = parse_controller(_file(rest, "/add dog.safetensors:2"))
     conversation.add(choice.file, *load_controller(choice))
-    say(steering_line(conversation.chat), err=True)
+    tell(steering_line(conversation.chat))
 
 
 def _fit(conversation: Conversation, rest: str) -> None:
-    say(f"The controller: {fit_and_add(conversation, rest)}", err=True)
-    say(steering_line(conversation.chat), err=True)
+    tell(f"The controller: {fit_and_add(conversation, rest)}")
+    tell(steering_line(conversation.chat))
 
 
 def _off(conversation: Conversation, rest: str) -> None:
     conversation.chat.off(rest or None)
-    say(steering_line(conversation.chat), err=True)
+    tell(steering_line(conversation.chat))
 
 
 def _on(conversation: Conversation, rest: str) -> None:
     conversation.chat.on(rest or None)
-    say(steering_line(conversation.chat), err=True)
+    tell(steering_line(conversation.chat))
 
 
 def _compare(conversation: Conversation, rest: str) -> None:
@@ -144,7 +144,7 @@ def _save(conversation: Conversation, rest: str) -> None:
     file = _file(rest.removeprefix("--force").removesuffix("--force").strip() if force else rest, "/save chat.json")
     was_open = others_may_open(file)
     conversation.chat.save(file, force=force)
-    say(f"Wrote {file}", err=True)
+    tell(f"Wrote {file}")
     if was_open:
         say_private(file)
 
@@ -152,15 +152,15 @@ def _save(conversation: Conversation, rest: str) -> None:
 def _load(conversation: Conversation, rest: str) -> None:
     file = _file(rest, "/load chat.json")
     for note in conversation.chat.load(file):
-        say(f"Note: {note}", err=True)
-    say(f"{len(conversation.chat.messages)} messages of {file}. {steering_line(conversation.chat)}", err=True)
+        tell(f"Note: {note}")
+    tell(f"{len(conversation.chat.messages)} messages of {file}. {steering_line(conversation.chat)}")
 
 
 def _sessions(conversation: Conversation, rest: str) -> None:
     for name in chat_sessions.session_names():
-        say(f"{name}{' (this one)' if name == conversation.session else ''}", err=True)
+        tell(f"{name}{' (this one)' if name == conversation.session else ''}")
     if conversation.session is None:
-        say("This chat is not kept.", err=True)
+        tell("This chat is not kept.")
 
 
 def _resume(conversation: Conversation, rest: str) -> None:
@@ -172,19 +172,15 @@ def _name(conversation: Conversation, rest: str) -> None:
     if not rest:
         raise InputError("give a name: /name my-chat")
     chat_sessions.rename(conversation, rest)
-    say(f"This session is called {rest}.", err=True)
+    tell(f"This session is called {rest}.")
 
 
 def _help(conversation: Conversation, rest: str) -> None:
     for group, names in GROUPS.items():
-        say(f"{group}:", err=True)
+        tell(f"{group}:")
         rows = [(f"/{name} {COMMANDS[name].arguments}".rstrip(), COMMANDS[name].help) for name in names]
-        show_definitions(rows, _width(), indent=2)
-    say(textwrap.fill(KEYS, _width()), err=True)
-
-
-def _width() -> int:
-    return shutil.get_terminal_size().columns
+        show_definitions(rows, columns(sys.stderr), indent=2)
+    tell(KEYS)
 
 
 COMMANDS: dict[str, ChatCommand] = {
@@ -238,19 +234,19 @@ KEYS = (
 
 def say_private(file: str) -> None:
     """Say that a file was open to others."""
-    say(f"Note: others could open {file}: now its owner alone can", err=True)
+    tell(f"Note: others could open {file}: now its owner alone can")
 
 
 def say_resumed(conversation: Conversation) -> None:
     """Say which session goes on."""
     count = len(conversation.chat.messages)
-    say(f"{count} messages of {conversation.session}. {steering_line(conversation.chat)}", err=True)
+    tell(f"{count} messages of {conversation.session}. {steering_line(conversation.chat)}")
 
 
 def _note_excess(conversation: Conversation) -> None:
     excess = conversation.chat.excess()
     if excess is not None and excess.ratio > 1:
-        say(f"Note: {excess}", err=True)
+        tell(f"Note: {excess}")
 
 
 def _file(rest: str, example: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lqr.commands.chat_state import Conversation
-from mlx_lqr.commands.output import say
+from mlx_lqr.commands.wrapping import tell
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.methods.steering import Steering, load_steering
@@ -70,14 +70,20 @@ def known_session(name: str) -> str:
 
 def keep(conversation: Conversation) -> None:
     """Write the session, if it is to be kept and something was said. Where that cannot be, it is said once."""
-    if conversation.session is None or not any(one["role"] == "assistant" for one in conversation.chat.messages):
+    said = any(one["role"] == "assistant" for one in conversation.chat.messages)
+    if conversation.session is None or not (said or is_kept(conversation)):
         return
     try:
         _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
         save_session(session_file(conversation.session), conversation.chat, conversation.files)
     except (InputError, OSError) as error:
-        say(f"Note: this session is not kept: {error}", err=True)
+        tell(f"Note: this session is not kept: {error}")
         conversation.session = None
+
+
+def is_kept(conversation: Conversation) -> bool:
+    """Whether there is a file to go on with."""
+    return conversation.session is not None and session_file(conversation.session).exists()
 
 
 def rename(conversation: Conversation, name: str) -> None:
@@ -123,9 +129,9 @@ def resume(conversation: Conversation, name: str, given: Collection[str] = ()) -
             if not one.on:
                 chat.off(one.concept)
         except InputError as error:
-            say(f"Note: {one.concept} is left out: {error}", err=True)
+            tell(f"Note: {one.concept} is left out: {error}")
     for note in chat.load(file):
-        say(f"Note: {note}", err=True)
+        tell(f"Note: {note}")
     conversation.session = name
 
 

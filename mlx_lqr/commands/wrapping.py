@@ -6,9 +6,17 @@ characters: a Chinese character takes two, a combining mark none.
 
 from __future__ import annotations
 
+import os
+import sys
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
+from mlx_lqr.commands.output import say
+from mlx_lqr.runtime.streams import is_terminal, printable
+
+COLUMNS = 80
+"""Of a terminal that does not say how wide it is, and of what is none"""
 TAB = 8
 """Cells between tab stops"""
 GLUE = "\u00a0\u202f\u2007\u2060"
@@ -75,6 +83,22 @@ class Wrapper:
             lines[-1] += cluster
         self._column = _cells(lines[-1])
         return "\n".join(lines)
+
+
+def columns(stream: Any) -> int:
+    """How wide the terminal is that a stream writes to."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or COLUMNS
+    except (AttributeError, OSError, ValueError):
+        return COLUMNS
+
+
+def tell(message: str) -> None:
+    """Print a message on stderr, wrapped where that is a terminal."""
+    if is_terminal(sys.stderr):
+        wrapper = Wrapper(lambda: columns(sys.stderr))
+        message = wrapper.add(printable(message, sys.stderr)) + wrapper.finish()
+    say(message, err=True)
 
 
 def _may_break(before: str, after: str) -> bool:
