@@ -102,9 +102,8 @@ class Chat:
             InputError: the concept is not loaded.
         """
         before = self._strengths
-        if concept is None:
-            taken, kept = self._controllers, []
-        else:
+        taken, kept = self._controllers, list[Steering]()
+        if concept is not None:
             self._check_loaded(concept)
             taken, kept = _taken_out(self._controllers, concept)
         self._steer_with(kept, {})

@@ -93,7 +93,7 @@ def chat(
             f"{loaded.name} has no chat template (a base model?): use `mlx-lqr generate`, which takes plain text"
         )
     options: Options = {"adaptive": adaptive, **decoding}  # type: ignore[typeddict-item]
-    conversation = Conversation(Chat(loaded, options=options), Display(markdown, stats))
+    conversation = Conversation(Chat(loaded, options=options), Display(markdown, stats), private=private)
     if resume is not None:
         chat_sessions.resume(conversation, resume, _given())
     if system:
@@ -109,16 +109,19 @@ def chat(
         tell(f"{loaded.name}. {steering_line(conversation.chat)} /help lists the commands.")
     if resume is not None:
         say_resumed(conversation)
-    if private:
-        conversation.session = None
-    elif interactive and resume is None:
-        conversation.session = chat_sessions.new_name()
     if interactive:
-        with keys_unseen():  # what is typed during an answer goes to the next prompt
-            _converse(conversation, edited_lines(conversation, history=not private), interactive)
+        _on_a_terminal(conversation, model)
     else:
-        _converse(conversation, piped_lines if alone else lines_of_the_first_process(loaded.backend), interactive)
-    if interactive and chat_sessions.is_kept(conversation):
+        _converse(conversation, piped_lines if alone else lines_of_the_first_process(loaded.backend))
+
+
+def _on_a_terminal(conversation: Conversation, model: str) -> None:
+    """Converse on a terminal, and say how to go on with what is kept."""
+    if conversation.session is None:
+        conversation.session = chat_sessions.new_name()
+    with keys_unseen():  # what is typed during an answer goes to the next prompt
+        _converse(conversation, edited_lines(conversation), interactive=True)
+    if chat_sessions.is_kept(conversation):
         say(f"Go on with it: mlx-lqr chat {shlex.quote(model)} --resume {conversation.session}", err=True)
 
 
@@ -128,7 +131,7 @@ def _given() -> set[str]:
     return {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
-def _converse(conversation: Conversation, read: Reader, interactive: bool) -> None:
+def _converse(conversation: Conversation, read: Reader, interactive: bool = False) -> None:
     """Answer messages and carry out commands until there are no more. In a pipe the first mistake ends it."""
     while (line := read()) is not None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from mlx_lqr.commands.output import say
@@ -36,7 +36,7 @@ def show_answer(pieces: Iterator[Piece], display: Display) -> None:
         tell(f"[{timed}]")
 
 
-def _show_text(pieces: Iterator[Piece]) -> None:
+def _show_text(pieces: Iterable[Piece]) -> None:
     wrapper = Wrapper(lambda: columns(sys.stdout)) if is_terminal(sys.stdout) else None
     begun = False
     try:

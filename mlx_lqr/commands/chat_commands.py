@@ -159,7 +159,7 @@ def _load(conversation: Conversation, rest: str) -> None:
 def _sessions(conversation: Conversation, rest: str) -> None:
     for name in chat_sessions.session_names():
         tell(f"{name}{' (this one)' if name == conversation.session else ''}")
-    if conversation.session is None:
+    if conversation.session is None or conversation.private:
         tell("This chat is not kept.")
 
 

@@ -21,8 +21,8 @@ from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.launched import refuse_several
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.contrast import Contrast
-from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.fit import fit
+from mlx_lqr.methods.steering import Steering
 
 USAGE = "/fit NAME for one that /concepts lists, or /fit NAME POSITIVE NEGATIVE [FILE] for two files of prompts"
 _NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -52,11 +52,11 @@ def fit_and_add(conversation: Conversation, line: str) -> str:
     concept, *files = _words(line)
     with progress_bars() as progress:
         if files:
-            file, controller = _fitted(model, _wanted(concept, files), progress)
+            file, steering = _fitted(model, _wanted(concept, files), progress)
         else:
-            bundled_prompts(concept)
-            file, controller = kept_controller(model, concept, progress)
-    conversation.add(str(file), controller)
+            bundled_prompts(concept)  # refuses what is none
+            file, steering = kept_controller(model, concept, progress)
+    conversation.add(str(file), steering)
     return str(file)
 
 
@@ -77,7 +77,7 @@ def _wanted(concept: str, files: list[str]) -> Wanted:
     return Wanted(concept, read_prompts(positive), read_prompts(negative), output[0] if output else None)
 
 
-def _fitted(model: Differentiable, wanted: Wanted, progress: Progress) -> tuple[Path, Controller]:
+def _fitted(model: Differentiable, wanted: Wanted, progress: Progress) -> tuple[Path, Steering]:
     kept = controllers_folder() / "own" / f"{wanted.concept}-{model.fingerprint}.safetensors"
     file = wanted.output or kept
     contrasts: list[Contrast] = []

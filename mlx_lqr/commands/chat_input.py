@@ -42,12 +42,11 @@ def lines_of_the_first_process(backend: str) -> Reader:
     return lambda: said(piped_lines() if launched.rank() == 0 else None)
 
 
-def edited_lines(conversation: Conversation, *, history: bool = True) -> Reader:
+def edited_lines(conversation: Conversation) -> Reader:
     """Messages of one line or several that are edited on the terminal; Ctrl-C clears what is typed, Ctrl-D ends.
 
-    Args:
-        conversation: the chat, whose commands, concepts and sessions Tab completes.
-        history: keep what is typed for the next chat too.
+    Tab completes the chat's commands, concepts and sessions. What is typed is kept for the next chat too, unless this
+    one is private.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -76,7 +75,7 @@ def edited_lines(conversation: Conversation, *, history: bool = True) -> Reader:
         event.current_buffer.insert_text("\n")
 
     typed: History = InMemoryHistory()
-    if history:
+    if not conversation.private:
         file = cache_folder() / "chat_history"
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def known_session(name: str) -> str:
 def keep(conversation: Conversation) -> None:
     """Write the session, if it is to be kept and something was said. Where that cannot be, it is said once."""
     said = any(one["role"] == "assistant" for one in conversation.chat.messages)
-    if conversation.session is None or not (said or is_kept(conversation)):
+    if conversation.session is None or conversation.private or not (said or is_kept(conversation)):
         return
     try:
         _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -82,8 +82,10 @@ def keep(conversation: Conversation) -> None:
 
 
 def is_kept(conversation: Conversation) -> bool:
-    """Whether there is a file to go on with."""
-    return conversation.session is not None and session_file(conversation.session).exists()
+    """Whether the conversation is in a file to go on with."""
+    if conversation.session is None or conversation.private:
+        return False
+    return session_file(conversation.session).exists()
 
 
 def rename(conversation: Conversation, name: str) -> None:
@@ -92,7 +94,7 @@ def rename(conversation: Conversation, name: str) -> None:
     Raises:
         InputError: it is not kept, there is a session of that name, or it cannot be one.
     """
-    if conversation.session is None:
+    if conversation.session is None or conversation.private:
         raise InputError("this chat is not kept, so it has no name: start it on a terminal, without --private")
     old, new = session_file(conversation.session), session_file(name)
     if name in session_names():

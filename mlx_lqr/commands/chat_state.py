@@ -18,7 +18,9 @@ class Conversation:
     chat: Chat
     display: Display = field(default_factory=Display)
     session: str | None = None
-    """The name under which it is kept, if it is"""
+    """The name under which it is kept, if it has one"""
+    private: bool = False
+    """Nothing is kept."""
     files: dict[str, str] = field(default_factory=dict)
     """Concept -> the file of its controller"""
 

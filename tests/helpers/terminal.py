@@ -53,9 +53,13 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.ours, text.encode())
 
-    def until(self, shown: str, seconds: float = 60) -> None:
+    def until(self, shown: str) -> None:
         """Wait until the screen shows a text."""
-        self._wait(lambda: shown in "\n".join(self.lines), seconds)
+        self._wait(lambda: shown in "\n".join(self.lines))
+
+    def until_lines(self, count: int) -> None:
+        """Wait until the screen shows more lines than these."""
+        self._wait(lambda: len(self.lines) > count)
 
     def until_prompt(self, below: int = -1) -> None:
         """Wait until a new message can be typed in a line below this one."""
@@ -69,8 +73,8 @@ class Terminal:
         self.until_prompt(before)
         return self.lines[before + 1 : -1]
 
-    def _wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < deadline, "\n".join(self.lines)
             if select.select([self.ours], [], [], 0.2)[0]:

@@ -157,7 +157,7 @@ def test_a_damaged_session_is_refused_and_changes_nothing(entries: dict[str, Any
 def test_a_session_goes_on_in_a_pipe(conversation: Conversation, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert small(monkeypatch).fingerprint == conversation.chat.model.fingerprint
     given = ["chat", "tiny", "--resume", "first", "--seed", 4]
-    result = run(*given, "--private", text="more\n/set\n")
+    result = run(*given, "--private", text="more\n/set\n/resume\nmore\n")
     assert result.exit_code == 0, result.output
     assert "2 messages of first. Steered: a 2." in result.stderr
     rows = [line.split()[:2] for line in result.stderr.splitlines()]
