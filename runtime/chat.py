@@ -115,9 +115,10 @@ class Chat:
         Raises:
             InputError: nothing is put aside, or not this concept.
         """
-        if not self._resting or concept not in (None, *self._resting_strengths):
-            resting = ", ".join(self._resting_strengths) or "nothing"
-            raise InputError(f"{resting} was turned off by /off: add a controller with /add FILE")
+        if not self._resting:
+            raise InputError("nothing was turned off: /add FILE steers with a controller")
+        if concept not in (None, *self._resting_strengths):
+            raise InputError(f"no concept {concept!r} is off: {', '.join(self._resting_strengths)}")
         for controller in self._resting if concept is None else _taken_out(self._resting, concept)[0]:
             self.add(controller, [self._resting_strengths[name] for name in controller.concepts])
 

@@ -60,7 +60,7 @@ def carry_out(conversation: Conversation, line: str) -> bool:
 
 def _regen(conversation: Conversation, rest: str) -> None:
     options = conversation.chat.options
-    if options.get("temperature") == 0 or options.get("seed") is not None:
+    if conversation.chat.messages and (options.get("temperature") == 0 or options.get("seed") is not None):
         fixed = "temperature 0" if options.get("temperature") == 0 else "a seed"
         tell(f"Note: with {fixed} the same steering gives the same answer again: /set changes it")
     show_answer(conversation.chat.regenerate(), conversation.display)

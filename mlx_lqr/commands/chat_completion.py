@@ -64,4 +64,4 @@ def _beginning_with(typed: str, names: Iterable[str]) -> Iterable[Completion]:
 
 
 def _is_harmless(text: str) -> bool:
-    return printable(text, sys.__stderr__) == text and "\n" not in text
+    return printable(text, sys.stdin) == text and "\n" not in text  # the terminal that it is typed on

@@ -37,6 +37,8 @@ class Wrapper:
         """Cells of the line so far"""
         self._spaces = ""
         self._word = ""
+        self._torn = False
+        """Whether the word is one that is longer than a line, of which the beginning is shown already"""
 
     def add(self, text: str) -> str:
         """What can be shown once this text has come."""
@@ -44,12 +46,12 @@ class Wrapper:
         for character in text:
             if character == "\n":
                 shown += self._take_word() + "\n"
-                self._column, self._spaces = 0, ""
+                self._column, self._spaces, self._torn = 0, "", False
             elif character.isspace() and character not in GLUE:
                 shown += self._take_word()
-                self._spaces += character
+                self._spaces, self._torn = self._spaces + character, False
             else:
-                if self._word and _may_break(self._word[-1], character):
+                if self._word and self._may_end(character):
                     shown += self._take_word()
                 self._word += character
         return shown
@@ -57,6 +59,13 @@ class Wrapper:
     def finish(self) -> str:
         """What was held back."""
         return self._take_word()
+
+    def _may_end(self, following: str) -> bool:
+        """Whether what is held back can be shown before this character. A text without spaces does not wait for one."""
+        if _extends(following) or self._word[-1] == JOINER:
+            return False
+        self._torn = self._torn or len(self._word) > self._width()
+        return self._torn or _may_break(self._word[-1], following)
 
     def _take_word(self) -> str:
         word, spaces = self._word, self._spaces
@@ -104,8 +113,6 @@ def tell(message: str) -> None:
 def _may_break(before: str, after: str) -> bool:
     """Whether a line may end between two characters that no space parts: where one of them is Chinese or Japanese, or
     a wide symbol. No line begins with a full stop or a closing bracket, and none ends with an opening one."""
-    if _extends(after) or before == JOINER:
-        return False
     if unicodedata.category(after) in ("Pe", "Pf", "Po") or unicodedata.category(before) in ("Ps", "Pi"):
         return False
     return _is_wide(before) or _is_wide(after)

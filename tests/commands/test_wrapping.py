@@ -60,14 +60,19 @@ def test_words_longer_than_a_line_fill_lines_and_indentation_stays() -> None:
     assert (
         wrapped("see https://example.org/a/long/address now", 12) == "see\nhttps://exam\nple.org/a/lo\nng/address\nnow"
     )
+    assert len(Wrapper(lambda: 12).add("x" * 40)) > 30  # what has no spaces is shown while it comes
     assert wrapped("def f():\n\treturn 1\n    x", 40) == "def f():\n\treturn 1\n    x"
     assert wrapped("\tabcd efgh", 13) == "\tabcd\nefgh"  # a tab goes to the next of every eight cells
 
 
 def test_a_window_may_be_resized_meanwhile() -> None:
-    widths = iter([10, 10, 10, 30, 30, 30, 30, 30])
-    wrapper = Wrapper(lambda: next(widths))
-    assert wrapper.add("one two three four five six seven ") == "one two\nthree four five six seven"
+    width = 10
+    wrapper = Wrapper(lambda: width)
+    shown = wrapper.add("one two three ")
+    width = 30
+    assert shown + wrapper.add("four five six seven ") == "one two\nthree four five six seven"
+    width = 10
+    assert wrapper.add("eight ") == "\neight"
 
 
 DOCUMENT = (
