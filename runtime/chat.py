@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from os import PathLike
+from typing import Any
 
-import numpy as np
-
-from mlx_lqr.backends.protocol import Decoder, Law, Runner, fresh_seed
+from mlx_lqr.backends.protocol import Decoder, Runner, fresh_seed
 from mlx_lqr.backends.text.detokenizer import common_length
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
@@ -24,7 +23,8 @@ from mlx_lqr.runtime.forgetting import remembered
 from mlx_lqr.runtime.generate import Options, Piece, Strength, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
 from mlx_lqr.runtime.tracking import TrackedAnswer, track_answer
-from mlx_lqr.runtime.transcript import Given, read_transcript, write_transcript
+from mlx_lqr.runtime.transcript import Given, read_transcript, transcript_entries, write_transcript
+from mlx_lqr.runtime.turn import Turn
 
 NO_ANSWER = "there is no answer yet: say something first"
 
@@ -45,7 +45,10 @@ class Chat:
     _controllers: list[Steering] = field(default_factory=list, init=False, repr=False)
     """Replaced, never changed in place: the same list object means the same controllers."""
     _strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
-    _turn: _Turn | None = field(default=None, init=False, repr=False)
+    _resting: list[Steering] = field(default_factory=list, init=False, repr=False)
+    """What `off` has put aside."""
+    _resting_strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    _turn: Turn | None = field(default=None, init=False, repr=False)
     _given: list[Given] = field(default_factory=list, init=False, repr=False)
     """How each answer of the conversation was steered."""
     _alone: AbstractContextManager[object] = field(default_factory=threading.Lock, init=False, repr=False)
@@ -62,6 +65,11 @@ class Chat:
     def strengths(self) -> dict[str, float]:
         """The strength of every concept in force."""
         return dict(self._strengths)
+
+    @property
+    def resting(self) -> dict[str, float]:
+        """The strength of every concept that `off` has put aside, which `on` gives it again."""
+        return dict(self._resting_strengths)
 
     @property
     def controller(self) -> Steering | None:
@@ -84,22 +92,40 @@ class Chat:
         kept = [c for c in self._controllers if not set(c.concepts) & set(controller.concepts)]
         combine([*kept, controller])
         self._steer_with([*kept, controller], dict(zip(controller.concepts, strengths, strict=True)))
+        for concept in controller.concepts:
+            self._rest(_taken_out(self._resting, concept)[1])
 
     def off(self, concept: str | None = None) -> None:
-        """Stop steering from the next answer on, or stop steering towards one concept.
+        """Stop steering from the next answer on, or stop steering towards one concept, until `on`.
 
         Raises:
             InputError: the concept is not loaded.
         """
-        if concept is None:
-            self._steer_with([], {})
-            return
-        self._check_loaded(concept)
-        kept: list[Steering] = []
-        for controller in self._controllers:
-            others: Sequence[Steering] = controller.split() if concept in controller.concepts else [controller]
-            kept += [one for one in others if one.concepts != (concept,)]
+        before = self._strengths
+        taken, kept = self._controllers, list[Steering]()
+        if concept is not None:
+            self._check_loaded(concept)
+            taken, kept = _taken_out(self._controllers, concept)
         self._steer_with(kept, {})
+        self._rest([*self._resting, *taken], before)
+
+    def on(self, concept: str | None = None) -> None:
+        """Steer again with what `off` has put aside, or with one concept of it, at the strengths of then.
+
+        Raises:
+            InputError: nothing is put aside, or not this concept.
+        """
+        if not self._resting:
+            raise InputError("nothing was turned off: /add FILE steers with a controller")
+        if concept not in (None, *self._resting_strengths):
+            raise InputError(f"no concept {concept!r} is off: {', '.join(self._resting_strengths)}")
+        for controller in self._resting if concept is None else _taken_out(self._resting, concept)[0]:
+            self.add(controller, [self._resting_strengths[name] for name in controller.concepts])
+
+    def unload(self) -> None:
+        """Steer no more, and forget what steered, also what `off` has put aside."""
+        self._steer_with([], {})
+        self._rest([])
 
     def set_strength(self, strength: float, concept: str | None = None) -> None:
         """Set the strength of one concept, or of all. An answer being decoded follows from its next step on.
@@ -144,6 +170,60 @@ class Chat:
             if not reply["content"] and self.messages[-1] is reply:
                 del self.messages[-2:]
             raise
+
+    def regenerate(self) -> Iterator[Piece]:
+        """Another answer to the last question, piece by piece. The old one stays where not a piece of it comes.
+
+        Raises:
+            InputError: at the first piece, there is no answer yet; or see `answer`.
+        """
+        self._check_answered()
+        before = self.messages[-2:]
+        del self.messages[-2:]
+        count = len(self.messages)
+        try:
+            yield from self.answer(before[0]["content"])
+        finally:
+            if len(self.messages) == count or not self.messages[-1]["content"]:
+                self.messages[count:] = before
+
+    def undo(self) -> str:
+        """Forget the last question and its answer, and return the question.
+
+        Raises:
+            InputError: there is no answer yet.
+        """
+        self._check_answered()
+        with self._alone:
+            if self._turn is not None and self._turn.reply is self.messages[-1]:
+                self._turn.is_over = True
+            question = self.messages[-2]["content"]
+            del self.messages[-2:]
+        return question
+
+    def set_options(self, options: Options) -> None:
+        """Decode with these options from the next answer on; those that are not named stay as they are.
+
+        Raises:
+            InputError: options that cannot be used for decoding, of which then none is set.
+        """
+        before = self.options
+        self.options = {**before, **options}
+        try:
+            self.__post_init__()
+        except InputError:
+            self.options = before
+            raise
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system prompt."""
+        return self.messages[0]["content"] if self.messages and self.messages[0]["role"] == "system" else None
+
+    @system_prompt.setter
+    def system_prompt(self, text: str | None) -> None:
+        others = [message for message in self.messages if message["role"] != "system"]
+        self.messages = others if text is None else [{"role": "system", "content": text}, *others]
 
     def steered(self) -> Iterator[Piece]:
         """The answer to the last message with the present steering. The conversation stays as it is.
@@ -217,17 +297,19 @@ class Chat:
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self._given, self._forgotten = [], 0
 
-    def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
+    def save(self, path: str | PathLike[str], *, force: bool = False, session: Mapping[str, Any] | None = None) -> None:
         """Write the transcript as JSON: the model, the present strengths, and every message, each answer with the
         strengths it was steered with. The file is its owner's alone to read, and becomes so where it was not.
 
         Args:
             force: overwrite a file of any kind, not only a transcript.
+            session: entries that make the transcript a session (see `runtime.session`).
 
         Raises:
             InputError: the file cannot be written, or is of another kind.
         """
-        write_transcript(path, self.model.name, self._strengths, self.messages, self._given, force=force)
+        entries = transcript_entries(self.model.name, self._strengths, self.messages, self._given)
+        write_transcript(path, {**entries, **(session or {})}, force=force)
 
     def load(self, path: str | PathLike[str]) -> list[str]:
         """Continue the conversation of a transcript. Its strengths are restored for concepts that are loaded.
@@ -258,7 +340,9 @@ class Chat:
     def _named(self, concept: str | None) -> list[str]:
         """This concept, or all."""
         if not self._strengths:
-            raise InputError("no controller is loaded: /add FILE first")
+            raise InputError(
+                "steering is off: /on first" if self._resting else "no controller is loaded: /add FILE first"
+            )
         if concept is None:
             return list(self._strengths)
         self._check_loaded(concept)
@@ -269,10 +353,19 @@ class Chat:
             loaded = ", ".join(self._strengths) or "none; /add FILE first"
             raise InputError(f"no concept {concept!r} is loaded: {loaded}")
 
-    def _answered(self) -> list[int]:
-        """The prompt of the conversation's last answer."""
+    def _rest(self, controllers: list[Steering], strengths: Mapping[str, float] | None = None) -> None:
+        """Put these controllers aside. Concepts that are not in `strengths` keep the one that is remembered."""
+        known = {**self._resting_strengths, **(strengths or {})}
+        self._resting = controllers
+        self._resting_strengths = {name: known[name] for controller in controllers for name in controller.concepts}
+
+    def _check_answered(self) -> None:
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise InputError(NO_ANSWER)
+
+    def _answered(self) -> list[int]:
+        """The prompt of the conversation's last answer."""
+        self._check_answered()
         return self._prompt()
 
     def _prompt(self) -> list[int]:
@@ -301,7 +394,7 @@ class Chat:
             options["max_tokens"] = min(options.get("max_tokens", MAX_TOKENS), room)
         return options
 
-    def _begin(self, prompt: list[int], reply: Message) -> tuple[_Turn, Iterator[Piece]]:
+    def _begin(self, prompt: list[int], reply: Message) -> tuple[Turn, Iterator[Piece]]:
         controller, self._seed = self.controller, fresh_seed()
         options = self._decoding(controller, len(prompt))
         decoder = self._decoder_for(prompt, controller)
@@ -310,7 +403,7 @@ class Chat:
         pieces = stream(self.model, prompt, decoder=decoder, **options)
         if self._turn is not None:
             self._turn.is_over = True
-        self._turn = _Turn(prompt, reply, self._controllers, controller, decoder, self._rolling, options.get("record"))
+        self._turn = Turn(prompt, reply, self._controllers, controller, decoder, self._rolling, options.get("record"))
         self._given.append(Given(reply, tuple(self._strengths), self._turn.strengths))
         return self._turn, pieces
 
@@ -330,68 +423,12 @@ class Chat:
         return self.options.get("overflow") == "roll"
 
 
-@dataclass
-class _Turn:
-    """How the last answer was decoded: enough to run it again, and to continue from it."""
-
-    prompt: list[int]
-    reply: Message
-    controllers: list[Steering]
-    controller: Steering | None
-    """All of them in one."""
-    decoder: Decoder
-    """Holds prompt and answer, so that the next prompt does not start from its first token."""
-    rolling: bool
-    recording: Recording | None
-    tokens: list[int] = field(default_factory=list)
-    strengths: list[tuple[float, ...]] = field(default_factory=list)
-    """The strengths at the prompt's last token and then at each token of the answer."""
-    law: Law | None = None
-    """The law that steered; with adaptive gains, the one with this prompt's gains."""
-    is_over: bool = False
-    """Whether the next answer has begun."""
-    intact: bool = False
-    """False while the decoder works: an exception then, also Ctrl-C, leaves an incomplete cache."""
-
-    def recorded(self, pieces: Iterator[Piece], alone: AbstractContextManager[object]) -> Iterator[Piece]:
-        """Pass the pieces on, and note tokens, strengths and law.
-
-        Args:
-            alone: held while the decoder works.
-
-        Raises:
-            InputError: the next answer has begun, maybe with this decoder.
-        """
-        self.strengths.append(self._strength())
-        while True:
-            strength = self._strength()
-            with alone:
-                if self.is_over:
-                    raise InputError("the next answer of this conversation has begun: this one ends here")
-                self.intact = False
-                piece = next(pieces, None)
-                self.law = self.decoder.law
-                self.intact = True
-            if piece is None:
-                return
-            if piece.token is not None:
-                self.tokens.append(piece.token)
-                self.strengths.append(strength)  # of the step that began before this piece: see `decode`
-            yield piece
-
-    def measured(self) -> tuple[np.ndarray, np.ndarray]:
-        """alpha_k (n, T, m) and |u_k| (n, T) at the prompt's last token and at every token of the answer run so far."""
-        if self.recording is None or self.controller is None:
-            return np.empty((0, 0, 0)), np.empty((0, 0))
-        return self.recording.answer(self.controller, len(self.prompt), len(self.tokens))
-
-    @property
-    def clean(self) -> list[int]:
-        """The tokens from the first on that the decoder ran without steering."""
-        if not self.intact or (self.controller is not None and self.controller.positions == "all"):
-            return []
-        run = [*self.prompt, *self.tokens] if self.controller is None else self.prompt[:-1]
-        return run[: self.decoder.position]
-
-    def _strength(self) -> tuple[float, ...]:
-        return self.decoder.law.strength if isinstance(self.decoder.law, AdjustableLaw) else ()
+def _taken_out(controllers: Sequence[Steering], concept: str) -> tuple[list[Steering], list[Steering]]:
+    """What steers towards the concept, alone, and what steers towards the others."""
+    taken: list[Steering] = []
+    kept: list[Steering] = []
+    for controller in controllers:
+        parts: Sequence[Steering] = controller.split() if concept in controller.concepts else [controller]
+        for part in parts:
+            (taken if part.concepts == (concept,) else kept).append(part)
+    return taken, kept

@@ -83,7 +83,7 @@ def reader_has_gone(error: OSError) -> bool:
 
 @contextmanager
 def keys_unseen() -> Iterator[None]:
-    """Inside this context typed keys do not show on the terminal; they can be read afterwards.
+    """Inside this context typed keys do not show on the terminal; they can be read afterwards, Enter as Enter.
 
     On leaving it, also by an exception, the terminal is as it was before.
     """
@@ -99,6 +99,7 @@ def keys_unseen() -> Iterator[None]:
         yield
         return
     quiet = [*before]
+    quiet[0] &= ~termios.ICRNL
     quiet[3] &= ~(termios.ECHO | termios.ECHONL)
     terminated = signal.getsignal(signal.SIGTERM)
     try:

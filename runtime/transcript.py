@@ -65,36 +65,41 @@ class Given:
         return cls(reply, (), [], written)
 
 
-def write_transcript(
-    path: str | PathLike[str],
-    model: str,
-    strengths: Mapping[str, float],
-    messages: Sequence[Message],
-    given: Sequence[Given],
-    *,
-    force: bool = False,
-) -> None:
-    """Write a conversation to a file, atomically. Its owner alone may read it, whoever could read the one it replaces.
+def transcript_entries(
+    model: str, strengths: Mapping[str, float], messages: Sequence[Message], given: Sequence[Given]
+) -> dict[str, Any]:
+    """What a transcript holds.
 
     Args:
+        model: its name.
+        strengths: those in force.
+        messages: the conversation.
         given: how its answers were steered, as far as that is known.
-        force: overwrite a file of any kind, not only a transcript.
-
-    Raises:
-        InputError: the file cannot be written, or is of another kind.
     """
 
     def entries(message: Message) -> dict[str, Any]:
         return next((one.entries() for one in reversed(given) if one.reply is message), {})
 
-    transcript = {
+    return {
         "format": FORMAT,
         "model": model,
         "strengths": dict(strengths),
         "messages": [{**message, **entries(message)} for message in messages],
     }
+
+
+def write_transcript(path: str | PathLike[str], entries: Mapping[str, Any], *, force: bool = False) -> None:
+    """Write a conversation to a file, atomically. Its owner alone may read it, whoever could read the one it replaces.
+
+    Args:
+        entries: see `transcript_entries`.
+        force: overwrite a file of any kind, not only a transcript.
+
+    Raises:
+        InputError: the file cannot be written, or is of another kind.
+    """
     with writing(path, kind="transcript", force=force) as temporary:
-        text = json.dumps(transcript, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
         with open(temporary, "xb", opener=only_mine) as file:
             file.write(text.encode("utf-8", "backslashreplace"))
 
@@ -105,12 +110,7 @@ def read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], l
     Raises:
         InputError: the file is missing, damaged or no transcript.
     """
-    try:
-        transcript = parse_json(read_text(path), half_pairs=True)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({first_line(error)}): name a transcript that /save wrote") from None
+    transcript = read_entries(path)
     try:
         if transcript.get("format", FORMAT) != FORMAT:
             raise ValueError(f"its format is {quoted(transcript['format'])}, and this version reads {FORMAT!r}")
@@ -123,6 +123,20 @@ def read_transcript(path: str | PathLike[str]) -> tuple[str, dict[str, float], l
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else error
         raise InputError(f"{path} is a damaged transcript ({reason}): name one that /save wrote") from None
+
+
+def read_entries(path: str | PathLike[str]) -> Any:
+    """The JSON value in a file, which has not been checked.
+
+    Raises:
+        InputError: the file cannot be read, or is not JSON.
+    """
+    try:
+        return parse_json(read_text(path), half_pairs=True)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({first_line(error)}): name a transcript that /save wrote") from None
 
 
 def _checked(strengths: dict[str, Any]) -> dict[str, float]:

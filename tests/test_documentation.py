@@ -50,7 +50,7 @@ from mlx_lqr.analysis import inputs, spectra
 from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.protocol import Model, Trace
 from mlx_lqr.commands import main
-from mlx_lqr.commands.bundled import bundled_controller
+from mlx_lqr.commands.kept_controllers import kept_controller
 from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.methods import calibration
 from mlx_lqr.methods.steering import Steering
@@ -197,7 +197,7 @@ def served(quick: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         def port() -> int:
             service = Service(mlx_lqr.load("demo"), tmp_path_factory.mktemp("served"))
             stack.callback(service.close)
-            service.controllers.add("ocean", bundled_controller(service.model, "ocean"))
+            service.controllers.add("ocean", kept_controller(service.model, "ocean", lambda *_: None)[1])
             return stack.enter_context(listening(application(service, Access())))
 
         def connected(*, base_url: str, **options: Any) -> openai.OpenAI:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,12 @@ Marks = tuple[str, str, str]
 MARKS = "█", "┃", "○"
 PLAIN_MARKS = "#", "|", "o"
 """Where the output's encoding does not have the others"""
-OF_NUMBERS = 62
-"""Characters of a line of `draw_tracking` that its numbers may take"""
+NUMBERS = "layer", "setpoint", "feature", "without", "alpha", "|u|"
+"""The columns of `draw_tracking` before its bars"""
+LEFT_OUT_FIRST = "without", "|u|", "alpha", "setpoint"
+"""Of these, where a line is too short for all"""
+LEAST_BAR = 8
+"""Characters"""
 
 
 def draw_comparison(answers: Sequence[tuple[str, Iterator[Piece]]]) -> None:
@@ -65,39 +69,55 @@ def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
     console = _console()
     marks = _marks(console.encoding)
     for i in range(len(tracked.controller.concepts)):
-        _tracking_table(tracked, i, max(12, console.width - OF_NUMBERS), marks)
+        _tracking_table(tracked, i, console.width, marks)
         say()
     reached, aim, other = marks
-    say(f"{reached} feature  {aim} setpoint (-: no control here)  {other} feature without steering")
-    say("Numbers are in the residual stream's units, bars in strengths.")
-    say("alpha: setpoint less feature; |u|: length of what all concepts add to the layer.")
+    legend = [
+        f"{reached} feature  {aim} setpoint (-: no control here)  {other} feature without steering",
+        "Numbers are in the residual stream's units, bars in strengths.",
+        "alpha: setpoint less feature; |u|: length of what all concepts add to the layer.",
+    ]
     if excess is not None:
-        say(textwrap.fill(f"Over the whole answer: {excess}.", console.width))
+        legend.append(f"Over the whole answer: {excess}.")
+    for line in legend:
+        say(textwrap.fill(line, console.width))
 
 
 def _tracking_table(tracked: TrackedAnswer, i: int, width: int, marks: Marks) -> None:
-    """The table of concept i, with bars of this many characters."""
+    """The table of concept i. Columns of numbers that leave no place for bars in this width are left out."""
     controller = tracked.controller
     columns = tracked.steered.setpoint[:, i], tracked.steered.feature[:, i], tracked.unsteered.feature[:, i]
     strengths = [as_strength(controller, column, i) for column in columns]
-    axis = _Axis.over(strengths[0], strengths[1], width)
-    rows = []
     idle = [k for k in range(controller.num_layers) if not np.any(tracked.gain[k, :, i])]
+    numbers = {name: [name] for name in NUMBERS}
     for k in range(controller.num_layers):
         setpoint, feature, without = (f"{column[k]:.4g}" for column in columns)
+        control = ("-", "-") if k in idle else (f"{tracked.error[k, i]:.3g}", f"{tracked.push[k]:.3g}")
+        for name, number in zip(
+            NUMBERS, (str(k), "-" if k in idle else setpoint, feature, without, *control), strict=True
+        ):
+            numbers[name].append(number)
+    for name in LEFT_OUT_FIRST:
+        if width - _taken_by(numbers) < LEAST_BAR:
+            del numbers[name]
+    axis = _Axis.over(strengths[0], strengths[1], max(LEAST_BAR, width - _taken_by(numbers)))
+    bars = [axis.labels()]
+    for k in range(controller.num_layers):
         aim, reached, unsteered = (float(strength[k]) for strength in strengths)
-        if k in idle:
-            rows.append([str(k), "-", feature, without, "-", "-", axis.bar(reached, unsteered, None, marks)])
-        else:
-            control = f"{tracked.error[k, i]:.3g}", f"{tracked.push[k]:.3g}"
-            rows.append([str(k), setpoint, feature, without, *control, axis.bar(reached, unsteered, aim, marks)])
+        bars.append(axis.bar(reached, unsteered, None if k in idle else aim, marks))
+    head, *rows = ([*row] for row in zip(*numbers.values(), bars, strict=True))
     show_table(
-        ["layer", "setpoint", "feature", "without", "alpha", "|u|", axis.labels()],
+        head,
         rows,
-        left=(6,),
+        left=(len(head) - 1,),
         title=f"{controller.concepts[i]}, strength {tracked.strength[i]:g}, at the last token of the answer",
         dim=idle,
     )
+
+
+def _taken_by(columns: Mapping[str, Sequence[str]]) -> int:
+    """The characters of a line that columns take, with the spaces after them."""
+    return sum(max(map(len, column)) + 2 for column in columns.values())
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.commands.bundled import bundled_controller, bundled_file
 from mlx_lqr.commands.fit import to_try
 from mlx_lqr.commands.help import command
+from mlx_lqr.commands.kept_controllers import kept_controller
 from mlx_lqr.commands.options import Loading, concept_option, loading_options, max_tokens_option, prompt_option
 from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
@@ -41,7 +41,7 @@ def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
     bundled_prompts(concept)  # refuses an unknown concept before the model is fetched
     with progress_bars() as progress:
         model = load("demo", **loading, progress=progress)
-    controller = bundled_controller(model, concept)
+        file, controller = kept_controller(model, concept, progress)
     strengths = {budget: controller.strength_at(budget)[0] for budget in BUDGETS}
     say(f'\n{model.name} continues "{prompt}"\n')
     _samples(concept, model, prompt, prompt, controller, strengths, max_tokens)
@@ -50,7 +50,6 @@ def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
         asked = model.tokenizer.chat([{"role": "user", "content": QUESTION}])
         _samples(concept, model, asked, "", controller, strengths, max_tokens)
     _tracking_table(model, prompt, controller, list(strengths.values()))
-    file = bundled_file(model, concept)
     say(f"\nThe controller: {file} ({file.stat().st_size / 1000:.0f} kB). Go on with it:")
     say(f"  mlx-lqr chat demo -c {to_try(str(file), controller)}")
 

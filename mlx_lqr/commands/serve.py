@@ -12,8 +12,8 @@ from typing import NoReturn
 
 import click
 
-from mlx_lqr.commands.bundled import bundled_controller
 from mlx_lqr.commands.help import SERVER, command, option, together
+from mlx_lqr.commands.kept_controllers import kept_controller
 from mlx_lqr.commands.options import Loading, concept_option, controller_option, loading_options, model_argument
 from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
@@ -112,12 +112,13 @@ def serve(
     with bound(host, port) as listening:
         with progress_bars() as progress:
             loaded = load(model, **loading, progress=progress)
+            offered = [kept_controller(loaded, concept, progress)[1] for concept in concepts]
         kept = Path(folder) if folder is not None else cache_folder() / "served" / loaded.fingerprint
         service = Service(loaded, kept, slots=slots, waiting=waiting)
         for steering, strengths in chosen:
             service.controllers.add_several(steering, strengths)
-        for concept in concepts:
-            service.controllers.add(concept, bundled_controller(loaded, concept))
+        for concept, controller in zip(concepts, offered, strict=True):
+            service.controllers.add(concept, controller)
         for note in service.controllers.load_folder():
             say(f"Note: {note}", err=True)
         _log_to_stderr()

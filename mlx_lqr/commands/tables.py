@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Collection, Sequence
 
 from mlx_lqr.commands.output import say
@@ -12,6 +13,8 @@ from mlx_lqr.tasks import Estimate
 
 UNLIMITED = 10_000
 """Characters, wider than any table"""
+LEAST_MEANING = 30
+"""Characters of a line, for the second column of `show_definitions`"""
 
 
 def show_table(
@@ -68,6 +71,27 @@ def _draw(
     needed = console.measure(table, options=console.options.update(max_width=UNLIMITED)).minimum
     console.width = max(console.width, needed)  # cells are folded at spaces, never within a number
     console.print(table)
+
+
+def show_definitions(rows: Sequence[tuple[str, str]], width: int, *, indent: int = 0) -> None:
+    """Print names and what they mean on stderr, in two columns, or below one another where these would be narrow.
+
+    Args:
+        rows: name and meaning.
+        width: of the terminal.
+        indent: spaces before each name.
+    """
+    column = indent + max(len(name) for name, _ in rows) + 2
+    beside = width - column >= LEAST_MEANING
+    for name, meaning in rows:
+        margin = " " * (column if beside else indent + 4)
+        lines = textwrap.wrap(meaning, max(LEAST_MEANING, width), initial_indent=margin, subsequent_indent=margin)
+        if beside and lines:
+            lines[0] = " " * indent + name.ljust(column - indent) + lines[0][column:]
+        else:
+            say(" " * indent + name, err=True)
+        for line in lines:
+            say(line, err=True)
 
 
 def cell(estimate: Estimate) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -57,6 +58,14 @@ def parse_numbers(text: str, name: str) -> list[float]:
     if not all(math.isfinite(number) for number in numbers):
         raise InputError(f"{name} must be finite numbers, not {text!r}")
     return numbers
+
+
+def expanded(file: str) -> str:
+    """A file's name where a shell has not put the home folder in place of ~."""
+    try:
+        return str(Path(file).expanduser())
+    except RuntimeError:  # ~name, of a user who does not exist here
+        return file
 
 
 class ControllerType(click.ParamType[ControllerChoice]):

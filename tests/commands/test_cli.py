@@ -239,7 +239,7 @@ def test_demo_shows_samples_and_tracking_and_keeps_its_controller(
     (tmp_path / "demo" / "SmolLM2-135M-Instruct").symlink_to(demo_model())
     monkeypatch.setenv("MLX_LQR_CACHE", str(tmp_path))
     few = [texts[:8] for texts in mlx_lqr.bundled_prompts("dog")]
-    monkeypatch.setattr(sys.modules["mlx_lqr.commands.bundled"], "bundled_prompts", lambda concept: few)
+    monkeypatch.setattr(sys.modules["mlx_lqr.commands.kept_controllers"], "bundled_prompts", lambda concept: few)
     first = run("demo", "-n", "4")
     assert first.exit_code == 0, first.output
     samples = dict(line[1:].split("] ", 1) for line in first.stdout.splitlines() if line.startswith("["))
@@ -248,7 +248,7 @@ def test_demo_shows_samples_and_tracking_and_keeps_its_controller(
     assert titles == 2 * budgets  # of a text, and of an answer in the chat
     assert len(set(samples.values())) > 1
     rows = [line.split() for line in first.stdout.splitlines() if line.lstrip()[:2].isdigit()]
-    (kept,) = (tmp_path / "demo").glob("*.safetensors")
+    (kept,) = (tmp_path / "controllers").glob("*.safetensors")
     assert [int(row[0]) for row in rows] == list(mlx_lqr.Controller.load(kept).active_layers)
     written = kept.stat().st_mtime_ns
     assert run("demo", "-n", "4").stdout == first.stdout

@@ -121,7 +121,7 @@ def test_chat_shows_what_a_model_says(model: Path, tmp_path: Path, monkeypatch: 
     lines.write_text("w\n")
     with lines.open() as stdin, monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", stdin)
-        shown = on_terminal(monkeypatch, "chat", model, "-n", 2, "--temperature", 0)
+        shown = on_terminal(monkeypatch, "chat", model, "-n", 2, "--temperature", 0).replace("\n", "")
     assert COMMANDS.search(shown) is None
     assert shown.count(ESCAPED) == 2
 

@@ -149,18 +149,19 @@ def test_commands_refuse_before_any_work(tmp_path: Path, smollm2: Model, dog: Pa
 
 
 def test_save_in_a_chat(tmp_path: Path, monkeypatch: Any) -> None:
-    from mlx_lqr.commands.chat import _save
+    from mlx_lqr.commands.chat_commands import carry_out
+    from mlx_lqr.commands.chat_state import Conversation
 
-    chat, notes = talked(chatting()), tmp_path / "my notes"
+    chat, notes = Conversation(talked(chatting())), tmp_path / "my notes"
     notes.write_text("mine")
     with pytest.raises(InputError, match="--force"):
-        _save(chat, str(notes))
+        carry_out(chat, f"save {notes}")
     assert notes.read_text() == "mine"
     for rest in (f"--force {notes}", f"{notes} --force"):
         notes.write_text("mine")
-        _save(chat, rest)
+        carry_out(chat, f"save {rest}")
         assert kind_of(notes) == "transcript"
-    _save(chat, str(notes))
+    carry_out(chat, f"save {notes}")
 
 
 def test_a_model_folder_is_replaced_by_force_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

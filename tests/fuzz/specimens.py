@@ -135,7 +135,16 @@ def _chat(place: Path, model: Any) -> list[Specimen]:
         ],
     }
     (place / "transcript.json").write_text(json.dumps(transcript, indent=2), "utf-8")
-    return [Specimen("transcript", place.name, "transcript.json", mutate_object, uses.transcript, 4)]
+    session = {
+        **transcript,
+        "options": {"temperature": 0.5, "max_tokens": 4, "seed": None, "stop": ["w9"], "overflow": "roll"},
+        "steering": [{"concept": "one", "file": "one.safetensors", "strength": 1.0, "on": True}],
+    }
+    (place / "session.json").write_text(json.dumps(session, indent=2), "utf-8")
+    return [
+        Specimen("transcript", place.name, "transcript.json", mutate_object, uses.transcript, 4),
+        Specimen("session", place.name, "session.json", mutate_object, uses.session, 2),
+    ]
 
 
 _OLDER = ("llama",)

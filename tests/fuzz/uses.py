@@ -19,6 +19,7 @@ from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.methods.running import law_on
 from mlx_lqr.methods.steering import load_steering
 from mlx_lqr.runtime.chat import Chat
+from mlx_lqr.runtime.session import read_session, save_session
 from mlx_lqr.tasks.read import read_rows
 from mlx_lqr.tasks.records import Records
 
@@ -106,6 +107,15 @@ def transcript(folder: Path, file: Path) -> None:
     chat.save(file.with_name("again.json"), force=True)
     assert chat.messages == Chat(_sound(folder), list(chat.messages)).messages
     chat.model.tokenizer.chat([*chat.messages[:5], {"role": "user", "content": "w1"}])
+
+
+def session(folder: Path, file: Path) -> None:
+    """Read how a conversation is to go on, and set it."""
+    read = read_session(file)
+    chat = Chat(_sound(folder))
+    chat.set_options(read.options)
+    chat.load(file)
+    save_session(file.with_name("again.json"), chat, {one.concept: one.file for one in read.steering})
 
 
 def model_on(backend: str) -> Use:

@@ -18,7 +18,7 @@ from mlx_lqr.analysis import certify, linearity
 from mlx_lqr.analysis.rollout import roll_out
 from mlx_lqr.analysis.tracking import track
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.commands.chat import _state
+from mlx_lqr.commands.chat_state import steering_line
 from mlx_lqr.methods.registry import METHODS
 from mlx_lqr.methods.steering import Steering, combine, law_of
 from mlx_lqr.runtime import Chat, Options, batch_stream
@@ -206,7 +206,7 @@ def test_a_chat_at_strength_0_and_back() -> None:
     unsteered = [piece.token for piece in chat.answer("hello")]
     chat.restart()
     chat.add(controller, 0)
-    assert _state(chat) == "Not steered: a 0."
+    assert steering_line(chat) == "Not steered: a 0."
     assert [piece.token for piece in chat.answer("hello")] == unsteered
     assert not chat.track().push.any()
     chat.restart()

@@ -8,13 +8,10 @@ import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from helpers.terminal import EDITING, chat_on_a_terminal, read_until
 
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.convert.sources import demo_model
@@ -22,25 +19,7 @@ from mlx_lqr.convert.sources import demo_model
 if sys.platform == "win32":
     pytest.skip("needs the terminals and signals of POSIX", allow_module_level=True)
 
-import fcntl
-import pty
-import select
 import termios
-
-EDITING = b"\x1b[?2004h"
-"""What a line editor tells the terminal when it is ready: mark what is pasted."""
-
-
-def read_until(source: int, wanted: bytes, seconds: float = 60) -> bytes:
-    """What comes from a file descriptor until `wanted` has come."""
-    received, deadline = b"", time.monotonic() + seconds
-    while wanted not in received:
-        assert time.monotonic() < deadline, received
-        if select.select([source], [], [], 0.2)[0]:
-            part = os.read(source, 4096)
-            assert part, received
-            received += part
-    return received
 
 
 def test_ctrl_c_stops_an_answer_in_a_pipe(tmp_path: Path, smollm2: Model) -> None:
@@ -62,30 +41,13 @@ def test_ctrl_c_stops_an_answer_in_a_pipe(tmp_path: Path, smollm2: Model) -> Non
     assert (first + rest).decode() == answer["content"] + "\n"
 
 
-@contextmanager
-def on_a_terminal(*arguments: str, cache: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """`mlx-lqr chat demo` with a terminal for its input and messages and a pipe for its answers."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x28\x00\x78\x00\x00\x00\x00\x00")  # 40 rows, 120 columns
-    code = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from mlx_lqr.commands import main; main()"
-    command = [sys.executable, "-c", code, "chat", "demo", *arguments]
-    environment = {**os.environ, "TERM": "xterm", "MLX_LQR_CACHE": str(cache), "PROMPT_TOOLKIT_NO_CPR": "1"}
-    streams: dict[str, Any] = {"stdin": theirs, "stdout": subprocess.PIPE, "stderr": theirs}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-    os.close(theirs)
-    with process:
-        try:
-            yield process, ours
-        finally:
-            process.kill()
-            os.close(ours)
-
-
 def test_a_chat_on_a_terminal(tmp_path: Path, smollm2: Model) -> None:
     """Several lines in one message, Ctrl-C at the prompt and during an answer, a mistake, and Ctrl-D."""
     (tmp_path / "demo").symlink_to(demo_model().parent)
     saved = tmp_path / "chat.json"
-    with on_a_terminal("-n", "4000", "--temperature", "0", cache=tmp_path) as (process, terminal):
+    given = "-n", "4000", "--temperature", "0"
+    with chat_on_a_terminal(*given, cache=tmp_path, stdout=subprocess.PIPE) as chat:
+        process, terminal = chat.process, chat.ours
         assert process.stdout is not None
         read_until(terminal, EDITING)
         os.write(terminal, b"never sent\x03")

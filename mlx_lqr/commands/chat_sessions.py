@@ -1,0 +1,149 @@
+"""Conversations that are kept by name, so that `--resume` goes on with them.
+
+Each is a file in the folder `sessions` of the cache folder, which its owner alone can open: a transcript with the
+options of decoding and the controllers (`runtime.session`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from mlx_lqr.commands.chat_state import Conversation
+from mlx_lqr.commands.wrapping import tell
+from mlx_lqr.errors import InputError
+from mlx_lqr.files.cache import cache_folder
+from mlx_lqr.methods.steering import Steering, load_steering
+from mlx_lqr.runtime.session import SteeredBy, read_session, save_session
+from mlx_lqr.runtime.transcript import read_transcript
+
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+_ENDING = ".json"
+
+
+def new_name() -> str:
+    """A name that no session has: the time."""
+    now = time.strftime("%Y-%m-%d-%H%M%S")
+    taken = {*session_names()}
+    return next(name for i in range(len(taken) + 1) if (name := f"{now}-{i}" if i else now) not in taken)
+
+
+def session_names() -> list[str]:
+    """The names of all sessions, the last one first."""
+    try:
+        files = [(file.stat().st_mtime, file.name) for file in _folder().glob(f"*{_ENDING}")]
+    except OSError:
+        return []
+    return [name.removesuffix(_ENDING) for _, name in sorted(files, reverse=True)]
+
+
+def session_file(name: str) -> Path:
+    """Where a session of this name is kept.
+
+    Raises:
+        InputError: it cannot be a name.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(f"a session cannot be called {name!r}: use letters, digits, dots and dashes")
+    return _folder() / f"{name}{_ENDING}"
+
+
+def known_session(name: str) -> str:
+    """The name of a session; of the last one where the name is empty.
+
+    Raises:
+        InputError: there is none.
+    """
+    names = session_names()
+    if not names:
+        raise InputError("no session is kept yet: a chat on a terminal is one")
+    if not name:
+        return names[0]
+    if name not in names:
+        raise InputError(f"no session is called {name!r}: there are {', '.join(names[:10])}")
+    return name
+
+
+def keep(conversation: Conversation) -> None:
+    """Write the session, if it is to be kept and something was said. Where that cannot be, it is said once."""
+    said = any(one["role"] == "assistant" for one in conversation.chat.messages)
+    if conversation.session is None or conversation.private or not (said or is_kept(conversation)):
+        return
+    try:
+        _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        save_session(session_file(conversation.session), conversation.chat, conversation.files)
+    except (InputError, OSError) as error:
+        tell(f"Note: this session is not kept: {error}")
+        conversation.session = None
+
+
+def is_kept(conversation: Conversation) -> bool:
+    """Whether the conversation is in a file to go on with."""
+    if conversation.session is None or conversation.private:
+        return False
+    return session_file(conversation.session).exists()
+
+
+def rename(conversation: Conversation, name: str) -> None:
+    """Keep the session under another name.
+
+    Raises:
+        InputError: it is not kept, there is a session of that name, or it cannot be one.
+    """
+    if conversation.session is None or conversation.private:
+        raise InputError("this chat is not kept, so it has no name: start it on a terminal, without --private")
+    old, new = session_file(conversation.session), session_file(name)
+    if name in session_names():
+        raise InputError(f"there is a session {name}: choose another name, or go on with it (/resume {name})")
+    try:
+        if old.exists():
+            os.replace(old, new)
+    except OSError as error:
+        raise InputError(f"cannot write {new}: {error.strerror or error}") from error
+    conversation.session = name
+
+
+def resume(conversation: Conversation, name: str, given: Collection[str] = ()) -> None:
+    """Go on with a session: its messages, options, controllers and strengths. What has changed since is said.
+
+    Args:
+        name: of the session; empty for the last one.
+        given: options that stay as they are.
+
+    Raises:
+        InputError: there is no such session, or it is damaged. The conversation then stays as it is.
+    """
+    name = known_session(name)
+    file, chat = session_file(name), conversation.chat
+    session = read_session(file)
+    read_transcript(file)
+    kept: Any = {key: value for key, value in session.options.items() if key not in given}
+    chat.set_options(kept)
+    chat.unload()
+    conversation.files.clear()
+    for one in sorted(session.steering, key=lambda one: one.on):  # what is off need not go with what is on
+        try:
+            conversation.add(one.file, _alone(one), one.strength)
+            if not one.on:
+                chat.off(one.concept)
+        except InputError as error:
+            tell(f"Note: {one.concept} is left out: {error}")
+    for note in chat.load(file):
+        tell(f"Note: {note}")
+    conversation.session = name
+
+
+def _alone(one: SteeredBy) -> Steering:
+    """What steers towards the concept, from its file."""
+    for steering in load_steering(one.file).split():
+        if steering.concepts == (one.concept,):
+            return steering
+    raise InputError(f"{one.file} has no concept {one.concept!r} any more")
+
+
+def _folder() -> Path:
+    return cache_folder() / "sessions"
