@@ -110,6 +110,9 @@ class Framework(ABC):
     def start(self, arrays: Iterable[Array]) -> None:
         """Start to compute, without waiting for it."""
 
+    def leave_thread(self) -> None:  # noqa: B027 - most frameworks keep nothing
+        """Let go of what the framework keeps for the calling thread, which is about to end."""
+
     @abstractmethod
     def computing(self, what: str) -> AbstractContextManager[object]:
         """Around all that is computed: no other thread computes (`turn`), and nothing takes derivatives; running out of

@@ -147,6 +147,10 @@ class HookedModel(ABC):
             context_length=self.context_length if self.context_length < ENDLESS else None,
         )
 
+    def leave_thread(self) -> None:
+        """See `Runner`."""
+        self._framework.leave_thread()
+
     def place(self, law: Law | None) -> Law | None:
         """The law with its arrays on the model's device, in the dtype of the residual stream."""
         if law is None:

@@ -311,6 +311,9 @@ class Runner(Protocol):
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> Decoder:
         """A decoder without any tokens. A `rolling` one forgets the oldest but a few where the context is full."""
 
+    def leave_thread(self) -> None:
+        """Let go of what is kept for the calling thread, which has computed with the model and is about to end."""
+
     def steer(self, law: Law, *, steer_all: bool) -> AbstractContextManager[None]:
         """Inside the block, calls of the framework's own model object and of its generation functions are steered."""
 

@@ -158,6 +158,7 @@ class Engine:
                 self._batch.fail(error)
             self._count_ended()
         self._prefixes.clear()
+        self._model.leave_thread()
 
     def _has_work(self) -> bool:
         """Wait until there is something to do; False when there will be nothing more."""

@@ -59,6 +59,9 @@ class Engine:
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> Decoder:
         return self._model.decoder(law, sampling, rolling=rolling)
 
+    def leave_thread(self) -> None:
+        pass
+
     def steer(self, law: Law, *, steer_all: bool) -> AbstractContextManager[None]:
         return self._model.steer(law, steer_all=steer_all)
 

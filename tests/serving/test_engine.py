@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -433,3 +436,18 @@ def test_a_real_model_answers_side_by_side_as_alone(backend: str, dog: Path) -> 
     engine.close()
     assert answers == [alone(model, request) for request in requests]
     assert answers[4] != answers[5][:8]
+
+
+def test_a_process_ends_well_after_an_engine_has_been_closed() -> None:
+    code = (
+        "from helpers.backends import tiny_on\nfrom mlx_lqr.serving import Engine, Request\n"
+        f"engine = Engine(tiny_on({BACKENDS[0]!r}, 'llama'))\n"
+        "engine.submit(Request([1, 2, 3], max_tokens=20), lambda event: None)\nengine.close(finish=True)\n"
+        "assert engine.stats.finished == 1"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    for _ in range(3):  # it did not in five of eight
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr

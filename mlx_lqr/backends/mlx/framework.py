@@ -112,6 +112,12 @@ class MLXFramework(Framework):
     def start(self, arrays: Iterable[mx.array]) -> None:
         mx.async_eval(list(arrays))
 
+    def leave_thread(self) -> None:
+        """Or MLX may abort the process when it ends, over streams of a thread that has gone."""
+        with self.turn:
+            mx.synchronize()
+            mx.clear_streams()
+
     def computing(self, what: str) -> AbstractContextManager[object]:
         return self.turn
 
