@@ -10,8 +10,9 @@ from pathlib import Path
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
 from mlx_lqr.backends.protocol import Differentiable, Progress
 from mlx_lqr.commands.chat_state import Conversation
-from mlx_lqr.commands.fit import calibrated, note_prompts, note_separation
+from mlx_lqr.commands.fit import note_prompts, note_separation
 from mlx_lqr.commands.kept_controllers import controllers_folder, kept_controller
+from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
 from mlx_lqr.commands.values import expanded
 from mlx_lqr.concepts import bundled_prompts
@@ -22,6 +23,7 @@ from mlx_lqr.launched import refuse_several
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.fit import fit
+from mlx_lqr.methods.calibration import recommended
 from mlx_lqr.methods.steering import Steering
 
 USAGE = "/fit NAME for one that /concepts lists, or /fit NAME POSITIVE NEGATIVE [FILE] for two files of prompts"
@@ -84,8 +86,10 @@ def _fitted(model: Differentiable, wanted: Wanted, progress: Progress) -> tuple[
     with reserved(file, "controller"):
         prompts = framed(model, (wanted.positive, wanted.negative))
         controller = fit(model, *prompts, concept=wanted.concept, progress=progress, on_contrast=contrasts.append)
-        steering = calibrated(model, controller, "normal", prompts, progress)
+        steering, doubts = recommended(model, controller, "normal", prompts, progress)
         steering.save(file)
+    for doubt in doubts:
+        say(f"Note: {doubt}", err=True)
     note_prompts(model, wanted.positive, wanted.negative)
     note_separation(contrasts, steering.active_layers)
     return file, steering

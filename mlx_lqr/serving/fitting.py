@@ -116,6 +116,8 @@ class Fit:
         except Exception as error:  # of this fit alone
             log.error("a fit failed: %s: %s", type(error).__name__, first_line(error))
             self._say(RequestError(500, "the fit failed: the server's log says more"))
+        finally:
+            self._model.leave_thread()
 
     def _fitted(self) -> dict[str, Any]:
         body, contrasts = self._body, list[Contrast]()
