@@ -67,12 +67,12 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with suppress(GoneError, OSError):
-                await until_gone(receive, self._send(send))
+                await until_gone(receive, self.send_events(send))
         finally:
             self._after()
             await self._events.aclose()
 
-    async def _send(self, send: Send) -> None:
+    async def send_events(self, send: Send) -> None:
         async def write(text: str, *, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
