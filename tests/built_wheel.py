@@ -36,7 +36,8 @@ for module in pkgutil.walk_packages(mlx_lqr.__path__, "mlx_lqr."):
     try:
         importlib.import_module(module.name)
     except ModuleNotFoundError as error:
-        assert error.name in ("lm_eval", "matplotlib", "pydantic", "starlette", "torch", "uvicorn"), module  # each of them an extra
+        extras = "lm_eval", "matplotlib", "pydantic", "starlette", "torch", "uvicorn"
+        assert error.name in extras, module
 ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "mlx_lqr"}
 elsewhere = [name for name, module in ours.items() if not module.__file__.startswith(sys.prefix)]
 assert not elsewhere, elsewhere
