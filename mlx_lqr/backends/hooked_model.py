@@ -180,8 +180,7 @@ class HookedModel(ABC):
         framework = self._framework
         restart(law)
         with self._computing("the activations"):
-            read, past = self._shared(asked, steered=law is not None and steer_all)
-            tokens = self._padded([sequence[read:] for sequence in asked.sequences])
+            tokens, read, past = self._to_read(asked, steered=law is not None and steer_all)
             rows, last = framework.integers(asked.rows), framework.integers([last - read for last in asked.last])
             steering = self._from_positions(law, 0 if steer_all or law is None else last[:, None], tokens)
             recorded: list[Array] = []
@@ -209,8 +208,7 @@ class HookedModel(ABC):
         """(n, T, heads, head_dim) for n prompts"""
         framework = self._framework
         with self._computing("the activations"):
-            read, past = self._shared(asked, steered=False)
-            tokens = self._padded([sequence[read:] for sequence in asked.sequences])
+            tokens, read, past = self._to_read(asked, steered=False)
             rows, last = framework.integers(asked.rows), framework.integers([last - read for last in asked.last])
             recorded: list[Array] = []
 
@@ -294,8 +292,7 @@ class HookedModel(ABC):
         """The logits (n, V) in float32 at the n positions that are asked for, and 0 (n,), or NaN at those that
         overflow (see `HookedDecoder.sample`)."""
         framework = self._framework
-        read, past = self._shared(asked, steered=law is not None and steer_all)
-        tokens = self._padded([sequence[read:] for sequence in asked.sequences])
+        tokens, read, past = self._to_read(asked, steered=law is not None and steer_all)
         at = framework.integers(asked.rows), framework.integers([position - read for position in asked.positions])
         first = 0 if steer_all else framework.integers([first - read for first in asked.first])[:, None]
         steering = self._from_positions(law, first, tokens)
@@ -373,14 +370,16 @@ class HookedModel(ABC):
         assert placed is not None
         return placed
 
-    def _shared(self, asked: Reading | Stretches, *, steered: bool) -> tuple[int, Any]:
-        """How many tokens have been read that all sequences begin with, and what `_past` returned of them.
+    def _to_read(self, asked: Reading | Stretches, *, steered: bool) -> tuple[Array, int, Any]:
+        """The tokens (B, L) of a pass, how many that all sequences begin with have been read before them, and what
+        `_past` returned of these.
 
         Args:
             steered: at those tokens too, so that they are read with the others.
         """
         count = asked.shared if self._shares and not steered else 0
-        return count, self._past(asked.sequences[0][:count]) if count else None
+        past = self._past(asked.sequences[0][:count]) if count else None
+        return self._padded([sequence[count:] for sequence in asked.sequences]), count, past
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> Array:
         """Tokens (B, L) as `padded` makes them."""

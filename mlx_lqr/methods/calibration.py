@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -185,7 +185,7 @@ class Texts:
     kinds: Sequence[Sequence[Continued]]
     """Sentences, and answers"""
     reference: Sequence[Sequence[Float32]]
-    _kept: Sequence[dict[Any, Array]] = field(default_factory=list)
+    _kept: Sequence[dict[Any, Array]]
     """Of each kind, what blocks before the first steered one put out"""
 
     @classmethod

@@ -11,7 +11,6 @@ from helpers.controllers import NEGATIVE, POSITIVE, law_for
 
 import mlx_lqr
 from mlx_lqr.backends import batching
-from mlx_lqr.backends.hooked_model import HookedModel
 from mlx_lqr.methods.alqr import LinearFeedback
 
 BEGINNING = [3, 9, 27, 17, 51, 25, 11, 33, 35, 41]
@@ -130,7 +129,7 @@ def test_blocks_before_the_first_steered_one_are_run_once(monkeypatch: pytest.Mo
         return called(self, *args, **kwargs)
 
     monkeypatch.setattr(block, "__call__", counting)
-    monkeypatch.setattr(HookedModel, "_shared", lambda self, asked, steered: (0, None))
+    monkeypatch.setattr(type(model), "_shares", False)
     for law in laws:
         model.logits_along(pairs, law=law, kept=kept)
     assert len(run) == model.num_layers + 1
