@@ -13,6 +13,9 @@ from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.hooks import Where
 from mlx_lqr.backends.protocol import LEAST_TEMPERATURE, Array, Sampling, fresh_seed
 
+LIKELIEST = 2048
+"""Tokens that nearly always have the mass that top-p asks for."""
+
 
 class Sampler(ABC):
     """Draws a token for each of B sequences with the same settings, as it would be drawn for that sequence alone."""

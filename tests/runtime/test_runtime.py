@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from helpers.controllers import law_for
 from helpers.decoding import decoded
 from helpers.prompts import PROMPT
@@ -18,8 +20,10 @@ from helpers.tiny_tokenizers import with_tokenizer
 import mlx_lqr
 from mlx_lqr import InputError
 from mlx_lqr.backends.mlx.model import MLXModel
-from mlx_lqr.backends.mlx.sampling import LIKELIEST, nucleus
+from mlx_lqr.backends.mlx.sampling import nucleus
 from mlx_lqr.backends.protocol import Model, Sampling
+from mlx_lqr.backends.sampling import LIKELIEST
+from mlx_lqr.backends.torch.sampling import outside_top_p
 from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.runtime.decode import decode
@@ -183,14 +187,25 @@ def test_pieces_of_a_stream_make_the_text(smollm2: Model) -> None:
     )
 
 
+def mlx_nucleus(logprobs: np.ndarray, top_p: float) -> np.ndarray:
+    return np.isfinite(np.asarray(nucleus(mx.array(logprobs), top_p)))
+
+
+def torch_nucleus(logprobs: np.ndarray, top_p: float) -> np.ndarray:
+    return ~outside_top_p(torch.from_numpy(logprobs), top_p).numpy()
+
+
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.97])
-def test_the_nucleus_is_the_likeliest_tokens_with_the_mass_asked_for(flat: bool, top_p: float) -> None:
+@pytest.mark.parametrize("kept_by", [mlx_nucleus, torch_nucleus])
+def test_the_nucleus_is_the_likeliest_tokens_with_the_mass_asked_for(
+    kept_by: Callable[[np.ndarray, float], np.ndarray], flat: bool, top_p: float
+) -> None:
     """Against float64, for rows whose nucleus is among the tokens looked at first, and for rows where it is not."""
     logits = np.random.default_rng(0).normal(size=(3, 20 * LIKELIEST)) * (0.5 if flat else 6.0)
     probability = np.exp(logits - logits.max(axis=1, keepdims=True))
     probability /= probability.sum(axis=1, keepdims=True)
-    kept = np.isfinite(np.asarray(nucleus(mx.array(np.log(probability), mx.float32), top_p)))
+    kept = kept_by(np.log(probability).astype(np.float32), top_p)
     assert (kept.sum(axis=1) > LIKELIEST).all() == flat
     for own, chosen in zip(probability, kept, strict=True):
         assert own[chosen].min() >= own[~chosen].max()

@@ -12,10 +12,7 @@ from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.framework import MLXFramework
 from mlx_lqr.backends.mlx.library import filters
 from mlx_lqr.backends.protocol import Sampling
-from mlx_lqr.backends.sampling import Sampler
-
-LIKELIEST = 2048
-"""Tokens that nearly always have the mass that top-p asks for."""
+from mlx_lqr.backends.sampling import LIKELIEST, Sampler
 
 
 class MLXSampler(Sampler):
