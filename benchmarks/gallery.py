@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -38,7 +39,7 @@ factual questions in the chat template, which nothing was fitted or chosen on. *
 open questions with a word of the concept's family (styles have words that mark them); *facts* the share of factual
 questions answered rightly, {facts:.2f} unsteered; *perplexity* that of the answers under the unsteered model, times
 that of its own answers. With so few questions a share is known to about 0.1. `python benchmarks/gallery.py demo -o DIR`
-measures it all and writes this page."""
+measures it all and writes this page{how}."""
 
 
 @click.command()
@@ -46,8 +47,15 @@ measures it all and writes this page."""
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="Rows and files.")
 @click.option("--docs", default=Path("docs"), show_default=True, type=click.Path(path_type=Path), help="For the page.")
 @click.option("--concept", "concepts", multiple=True, help="These alone, without the page.")
-def main(model: str, output: Path, docs: Path, concepts: Sequence[str]) -> None:
-    loaded = mlx_lqr.load(model, dtype="float32")
+@click.option("--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True, help="What computes.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="In what."
+)
+def main(
+    model: str, output: Path, docs: Path, concepts: Sequence[str], backend: Literal["mlx", "torch"], dtype: str
+) -> None:
+    loaded = mlx_lqr.load(model, backend=backend, dtype=dtype)
+    how = "" if (backend, dtype) == ("mlx", "float32") else f", here with `--backend {backend} --dtype {dtype}`"
     lines, answers, head = [], [], ""
     for concept in concepts or mlx_lqr.bundled_concepts():
         steering = _fitted(loaded, concept, output / f"{concept}.safetensors")
@@ -56,7 +64,7 @@ def main(model: str, output: Path, docs: Path, concepts: Sequence[str]) -> None:
         rows = output / f"{concept}.jsonl"
         run = tasks.evaluate(loaded, task, tasks.NamedSteering(concept, steering), [0.0, strength], output=rows)
         before, after = (result.metrics for result in run.results())
-        head = HEAD.format(model=loaded.name, questions=QUESTIONS, facts=before["accuracy"].value)
+        head = HEAD.format(model=loaded.name, questions=QUESTIONS, how=how, facts=before["accuracy"].value)
         lines.append(_line(concept, steering, strength, before, after))
         click.echo(lines[-1])
         if concept in SHOWN:

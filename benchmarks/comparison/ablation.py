@@ -33,7 +33,7 @@ from mlx_lqr.tasks.chat import bundled_questions
 from mlx_lqr.tasks.concept import bundled_openings, word_pattern
 from mlx_lqr.tasks.generations import chat_prompt
 
-CONCEPTS = ("dog", "ocean")
+CONCEPTS = ("dog", "ocean", "church", "football", "joy", "love")
 BUDGET = BUDGETS["normal"]
 TOKENS = 16
 JACOBIAN_PROMPTS = 4
@@ -61,17 +61,21 @@ SURE = 0.9
 
 def unsure(model: Model) -> type[LinearFeedback]:
     """Leaves alone the tokens where the model is sure of the next: the norm and the head, applied to the input of the
-    first steered block, give one token more than `SURE`. For models of mlx-lm with tied embeddings."""
-    import mlx.core as mx
-
+    first steered block, give one token more than `SURE`. For models with tied embeddings."""
     body: Any = model.module.model  # type: ignore[attr-defined]
     norm = copy(body.norm)  # which the library reads nothing off
+
+    def likeliest(z: Array) -> Array:
+        if model.backend == "torch":
+            return (norm(z) @ body.embed_tokens.weight.mT).float().softmax(-1).amax(-1, keepdim=True)
+        import mlx.core as mx
+
+        return mx.softmax(body.embed_tokens.as_linear(norm(z)), axis=-1).max(-1, keepdims=True)
 
     class Unsure(LinearFeedback):
         def _error(self, layer: int, z: Array) -> Array:
             if layer == self.layers[0]:
-                likeliest = mx.softmax(body.embed_tokens.as_linear(norm(z)), axis=-1).max(-1, keepdims=True)
-                self._free = likeliest < SURE
+                self._free = likeliest(z) < SURE
             return super()._error(layer, z) * self._free
 
     return Unsure
@@ -151,15 +155,18 @@ LEVERS: Sequence[tuple[str, str, Callable[[Bench], Fitted]]] = (
     ("layers", "the last one", lambda bench: bench.fit(layers=[-1])),
     ("setpoint", "paper", lambda bench: bench.fit(setpoint="paper", readout="direction")),
     ("q/r", "0.3", lambda bench: bench.fit(q=0.3, qf=0.3)),
-    ("q/r", "30", lambda bench: bench.fit(q=30.0, qf=30.0)),
+    ("q/r", "3", lambda bench: bench.fit(q=3.0, qf=3.0)),
+    ("q/r", "100", lambda bench: bench.fit(q=100.0, qf=100.0)),
     ("measured", "after the block, by the direction", lambda bench: bench.after_block()),
     ("push", "only towards the concept", lambda bench: bench.fit(law=OneWay)),
     ("push", "for an error of mu at most", lambda bench: bench.fit(law=Capped)),
     ("tokens", f"not where one has {SURE:g} already", lambda bench: bench.fit(law=unsure(bench.model))),
     (
         "all of it",
-        "plain texts, direction, state cost, separation in sample",
-        lambda bench: bench.fit(plain=True, readout="direction", cost="state", layers=bench.separating(plain=True)),
+        "plain texts, direction, state cost, separation in sample, q/r 3",
+        lambda bench: bench.fit(
+            plain=True, readout="direction", cost="state", layers=bench.separating(plain=True), q=3.0, qf=3.0
+        ),
     ),
 )
 """(lever, setting, how it is fitted), the recipe first."""

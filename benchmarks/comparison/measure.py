@@ -55,6 +55,8 @@ def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = M
         "model": setting.model.name,
         "judge": setting.judge.name,
         "version": metadata.version("mlx-lqr"),
+        "backend": setting.model.backend,
+        "dtype": setting.dtype,
         "sizes": asdict(setting.sizes),
         "budgets": dict(setting.budgets),
         "prompts": [max(len(of_source[side]) for of_source in sets) for side in (0, 1)],

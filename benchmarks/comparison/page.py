@@ -61,7 +61,8 @@ def _head(results: Sequence[Result]) -> str:
     first = results[0]
     judged = "; ".join(f"where {_model(key)} is steered, {_judge(key)} judges" for key in TITLES)
     budgets = ", ".join(f"{name} {budget:g}" for name, budget in first["budgets"].items())
-    values = {**first["sizes"], "version": first["version"], "judged_by": judged, "budgets": budgets}
+    computed = {name: first[name] for name in ("version", "backend", "dtype")}
+    values = {**first["sizes"], **computed, "judged_by": judged, "budgets": budgets}
     return _text("method.md").format_map(values)
 
 

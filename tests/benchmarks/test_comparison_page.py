@@ -79,7 +79,8 @@ def test_one_text_in_a_few_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
 def synthetic(experiment: str, control: str, unsteered: dict[str, list[float]], told: list[Told]) -> Told:
     sizes = asdict(FULL)
     compared = sum("lead" in at for one in told for at in one["budgets"].values())
-    return {"experiment": experiment, "version": "1", "sizes": sizes, "budgets": dict(BUDGETS), "prompts": [70, 70],
+    return {"experiment": experiment, "version": "1", "backend": "mlx", "dtype": "float32", "sizes": sizes,
+            "budgets": dict(BUDGETS), "prompts": [70, 70],
             "rows": {"answers": 300}, "control": control, "control_label": "share", "comparisons": compared,
             "unsteered": unsteered, "methods": told}  # fmt: skip
 
