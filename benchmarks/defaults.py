@@ -19,8 +19,8 @@ CONCEPTS = "church,football,love,cloud"
 STRENGTHS = (1.0, 2.0, 3.0)
 PROMPTS, JACOBIAN_PROMPTS = 40, 4
 CHOICES = {
-    "paper's": {"layers": "all", "q": 0.1, "qf": 0.1, "setpoint": "paper"},
-    "paper's setpoint alone": {"setpoint": "paper"},
+    "paper's": {"layers": "all", "q": 0.1, "qf": 0.1, "setpoint": "paper", "feedback": 1.0},
+    "paper's setpoint alone": {"setpoint": "paper", "feedback": 1.0},
     "fit's": {},
     "fit's at q/r = 1": {"q": 1.0, "qf": 1.0},
 }

@@ -66,10 +66,11 @@ def main(docs: Path) -> None:
     """Measure, and draw the pictures of README.md."""
     model = mlx_lqr.load("demo")
     controller = mlx_lqr.fit(model, *mlx_lqr.bundled_prompts(CONCEPT), concept=CONCEPT)
+    whole = mlx_lqr.fit(model, *mlx_lqr.bundled_prompts(CONCEPT), concept=CONCEPT, feedback=1.0)
     exchanges = [exchange(model, controller, question) for question in QUESTIONS]
     pictures = {
         "chat": chat(exchanges),
-        "tracking": tracking(controller.active_layers, *features(model, controller)),
+        "tracking": tracking(controller.active_layers, *features(model, whole)),
     }
     for name, picture in pictures.items():
         with writing(docs / f"{name}.svg") as temporary:

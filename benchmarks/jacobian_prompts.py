@@ -86,7 +86,7 @@ def main(count: int, strength: float, q: float, lowest: int) -> None:
     for name, prompts in sets.items():
         stored = mlx_lqr.linearize(model, prompts)
         controllers[name] = mlx_lqr.compile(
-            mlx_lqr.solve(stored, q, 1.0, q, layers=layers), contrast, "dog", setpoint="paper"
+            mlx_lqr.solve(stored, q, 1.0, q, layers=layers), contrast, "dog", setpoint="paper", feedback=1.0
         )
     reference = controllers[f"{COUNTS[-1]} of the concept's sentences"].gain[lowest:, :, 0]
     print("| linearised at | cosine of g_k to 32's: median, least | share | perplexity | distinct-2 |")

@@ -106,7 +106,7 @@ def jacobians(smollm2: Model, golden: dict[str, Any]) -> mlx_lqr.Jacobians:
 
 @pytest.fixture(scope="session")
 def controller(jacobians: mlx_lqr.Jacobians, ocean: mlx_lqr.Contrast) -> mlx_lqr.Controller:
-    return mlx_lqr.compile(mlx_lqr.solve(jacobians, 0.1, 1.0, 0.1), ocean, "ocean", setpoint="paper")
+    return mlx_lqr.compile(mlx_lqr.solve(jacobians, 0.1, 1.0, 0.1), ocean, "ocean", setpoint="paper", feedback=1.0)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def jacobians(smollm2: Model, golden: dict[str, Any]) -> mlx_lqr.Jacobians:
 @pytest.fixture(scope="module")
 def controller(jacobians: mlx_lqr.Jacobians, ocean: mlx_lqr.Contrast) -> mlx_lqr.Controller:
     return mlx_lqr.compile(
-        mlx_lqr.solve(jacobians, 0.1, 1.0, 0.1), ocean, "ocean", setpoint="paper", readout="direction"
+        mlx_lqr.solve(jacobians, 0.1, 1.0, 0.1), ocean, "ocean", setpoint="paper", readout="direction", feedback=1.0
     )
 
 

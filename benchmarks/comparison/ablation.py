@@ -52,7 +52,7 @@ class Capped(LinearFeedback):
     """Pushes no harder than for an error of mu_k."""
 
     def _error(self, layer: int, z: Array) -> Array:
-        error, most = super()._error(layer, z), float(self.controller.setpoint[layer, 0])
+        error, most = super()._error(layer, z), float(self.controller.magnitude[layer, 0])
         return error * (error < most) + most * (error >= most)
 
 
@@ -67,7 +67,8 @@ def unsure(model: Model) -> type[LinearFeedback]:
 
     def likeliest(z: Array) -> Array:
         if model.backend == "torch":
-            return (norm(z) @ body.embed_tokens.weight.mT).float().softmax(-1).amax(-1, keepdim=True)
+            head = body.embed_tokens.weight
+            return (norm(z.to(head.dtype)) @ head.mT).float().softmax(-1).amax(-1, keepdim=True)
         import mlx.core as mx
 
         return mx.softmax(body.embed_tokens.as_linear(norm(z)), axis=-1).max(-1, keepdims=True)
@@ -115,7 +116,7 @@ class Bench:
 
     def after_block(self) -> Fitted:
         """u_k = alpha_{k+1} (S_{k+1} + R)^-1 S_{k+1} v_{k+1}, by the feature cost."""
-        (contrast, jacobians), (controller, _) = self.chat, self.fit(readout="direction")
+        (contrast, jacobians), (controller, _) = self.chat, self.fit(readout="direction", feedback=1.0)
         T, d = contrast.direction.shape
         e = np.vstack([contrast.direction, contrast.output_direction[None]]).astype(np.float64)
         mu = np.linalg.norm(e, axis=1)
@@ -153,19 +154,32 @@ LEVERS: Sequence[tuple[str, str, Callable[[Bench], Fitted]]] = (
     ("layers", "by separation in sample", lambda bench: bench.fit(layers=bench.separating())),
     ("layers", "the last third", lambda bench: bench.fit(layers=_last_third(bench.model.num_layers))),
     ("layers", "the last one", lambda bench: bench.fit(layers=[-1])),
-    ("setpoint", "paper", lambda bench: bench.fit(setpoint="paper", readout="direction")),
+    (
+        "setpoint",
+        "paper, and its feedback",
+        lambda bench: bench.fit(setpoint="paper", readout="direction", feedback=1.0),
+    ),
+    ("feedback", "the whole, as the paper has it", lambda bench: bench.fit(feedback=1.0)),
+    ("feedback", "half", lambda bench: bench.fit(feedback=0.5)),
+    ("feedback", "a tenth", lambda bench: bench.fit(feedback=0.1)),
     ("q/r", "0.3", lambda bench: bench.fit(q=0.3, qf=0.3)),
     ("q/r", "3", lambda bench: bench.fit(q=3.0, qf=3.0)),
     ("q/r", "100", lambda bench: bench.fit(q=100.0, qf=100.0)),
-    ("measured", "after the block, by the direction", lambda bench: bench.after_block()),
+    ("measured", "after the block, by the direction, whole feedback", lambda bench: bench.after_block()),
     ("push", "only towards the concept", lambda bench: bench.fit(law=OneWay)),
     ("push", "for an error of mu at most", lambda bench: bench.fit(law=Capped)),
     ("tokens", f"not where one has {SURE:g} already", lambda bench: bench.fit(law=unsure(bench.model))),
     (
         "all of it",
-        "plain texts, direction, state cost, separation in sample, q/r 3",
+        "plain texts, direction, state cost, separation in sample, whole feedback, q/r 3",
         lambda bench: bench.fit(
-            plain=True, readout="direction", cost="state", layers=bench.separating(plain=True), q=3.0, qf=3.0
+            plain=True,
+            readout="direction",
+            cost="state",
+            layers=bench.separating(plain=True),
+            feedback=1.0,
+            q=3.0,
+            qf=3.0,
         ),
     ),
 )

@@ -163,7 +163,7 @@ def linearity(
         prompt_count=n,
         concept=controller.concepts[0] if controller is not None else "",
         norm=norm,
-        magnitude=controller.setpoint[:, 0] if controller is not None else np.full(T, np.nan, np.float32),
+        magnitude=controller.magnitude[:, 0] if controller is not None else np.full(T, np.nan, np.float32),
         sizes=SIZES.astype(np.float32),
         error=error,
         trust={kind: trust_region(SIZES.astype(np.float32), errors) for kind, errors in error.items()},

@@ -10,7 +10,7 @@ from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
 from mlx_lqr.backends.protocol import Differentiable, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast
-from mlx_lqr.lqr.controller import Controller, Positions, Readout, Setpoint, assemble
+from mlx_lqr.lqr.controller import FEEDBACK, Controller, Positions, Readout, Setpoint, assemble
 from mlx_lqr.lqr.fit import layers_of
 from mlx_lqr.lqr.gains import directions_of, feature_gains, pull_back, side_of
 from mlx_lqr.lqr.layers import Layers
@@ -30,6 +30,7 @@ def adapt(
     layers: Layers = None,
     setpoint: Setpoint = "centred",
     readout: Readout = "discriminant",
+    feedback: float = FEEDBACK,
     positions: Positions = "last",
 ) -> Controller:
     """A controller whose gains are computed at the last token of the prompt that it will steer (feature cost).
@@ -40,7 +41,7 @@ def adapt(
             with any cost: it keeps its concepts, setpoints, layers, weights and positions, and the options are not
             used.
         prompt: the whole prompt; a string or token ids.
-        concept, q, r, qf, layers, setpoint, readout, positions: as in `fit`.
+        concept, q, r, qf, layers, setpoint, readout, feedback, positions: as in `fit`.
 
     Raises:
         InputError: an unusable prompt or option, or a contrast or controller of another model.
@@ -54,7 +55,7 @@ def adapt(
     weights, point = Weights(q, r, qf), model.trace(tokenise(model, prompt))
     chosen, product = layers_of(model, layers, contrast, [point]), pull_back(model, [point])
     gains = feature_gains(product, *directions_of(contrast), weights, chosen, side=side_of(model))
-    return assemble(contrast, gains, weights, 1, concept, positions, "feature", setpoint, readout)
+    return assemble(contrast, gains, weights, 1, concept, positions, "feature", setpoint, readout, feedback)
 
 
 def adapt_at(model: Differentiable, controller: Controller, trace: Trace) -> Controller:
@@ -68,11 +69,11 @@ def _with_gains_for(product: Product, side: int, controller: Controller) -> Cont
     gains = feature_gains(
         product,
         controller.direction[:, :, 0],
-        controller.setpoint[:, 0],
+        controller.magnitude[:, 0],
         controller.output_direction[:, 0],
         controller.weights,
         controller.active_layers,
         side=side,
     )
-    gain = gains.astype(np.float32)[:, :, None]
+    gain = (controller.shares[0] * gains).astype(np.float32)[:, :, None]
     return replace(controller, gain=gain, cost="feature", jacobian_prompts=1)

@@ -53,6 +53,8 @@ Positions = Literal["last", "all"]
 Setpoint = Literal["paper", "centred"]
 """What a strength asks of the feature: strength x mu_k, or the level of the negative prompts' mean + strength x mu_k,
 which is that of the positive prompts at 1. Strength 0 itself does not steer."""
+FEEDBACK = 0.25
+"""The default share of the feedback. The paper's 1 controls less at the same damage (docs/comparison.md)."""
 Readout = Literal["discriminant", "direction"]
 """What the feature is read by: Fisher's linear discriminant w_k of the two sets (`Contrast.discriminant`), or the
 direction v_k itself, as in the paper."""
@@ -65,9 +67,9 @@ class Controller:
     direction: Float32
     """(T, d, m): the unit vectors v_k of each concept, zero where a layer does not tell it apart"""
     gain: Float32
-    """(T, d, m): G_k = K_k V_k (W_k' V_k)^-1 for the sensors W_k, zero at layers without control"""
+    """(T, d, m): G_k = K_k V_k (W_k' V_k)^-1 for the sensors W_k, times `feedback`; zero at layers without control"""
     setpoint: Float32
-    """(T, m): mu_k, the setpoint's slope in the strength"""
+    """(T, m): mu_k / `feedback`, the setpoint's slope in the strength"""
     offset: Float32
     """(T, m): what the setpoint goes to as the strength goes to 0; at 0 itself nothing is steered"""
     output_direction: Float32
@@ -88,6 +90,9 @@ class Controller:
     """(T, m): |alpha_k| up to which the linear model was found good; infinite: no limit. See `analysis.linearity`"""
     checked_push: Float32 | None = None
     """(T, m): the same for |u_k|, along each concept's own gain"""
+    feedback: tuple[float, ...] = ()
+    """Of each concept, the share f of the feedback: u_k = (s mu_k - f (w_k . z_k - offset_k)) K_k v_k, see `fit`. Empty
+    where all have 1"""
     strength: Strengths | None = None
     """The strength recommended for each concept, which steers where no other is asked for; see `tasks.tune`"""
     calibration: Calibrations = ()
@@ -112,6 +117,16 @@ class Controller:
     def sensor(self) -> Float32:
         """(T, d, m): W_k, what the law reads the residual stream with: alpha_k = setpoint - W_k' z_k"""
         return self.direction if self.readout is None else self.readout
+
+    @property
+    def magnitude(self) -> Float32:
+        """(T, m): mu_k"""
+        return self.setpoint * np.asarray(self.shares, np.float32)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of the feedback of each concept."""
+        return self.feedback or (1.0,) * len(self.concepts)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -147,6 +162,7 @@ class Controller:
             "positions": self.positions,
             "cost": self.cost,
             "concepts": json.dumps(self.concepts),
+            "feedback": json.dumps(self.shares),
             "prompt_counts": json.dumps(self.prompt_counts),
             "jacobian_prompts": str(self.jacobian_prompts),
             "library_version": self.library_version,
@@ -186,6 +202,7 @@ class Controller:
                 fingerprint=entries.text("fingerprint"),
                 weights=Weights(entries.number("q"), entries.number("r"), entries.number("qf")),
                 positions="all" if positions == "all" else "last",
+                feedback=_feedback(entries, len(concepts)),
                 prompt_counts=entries.pairs("prompt_counts", len(concepts)),
                 jacobian_prompts=entries.count("jacobian_prompts"),
                 cost=next(known for known in get_args(Cost) if known == cost),
@@ -236,6 +253,7 @@ class Controller:
             fingerprint=first.fingerprint,
             weights=first.weights,
             positions=first.positions,
+            feedback=tuple(share for controller in controllers for share in controller.shares),
             prompt_counts=tuple(count for controller in controllers for count in controller.prompt_counts),
             jacobian_prompts=min(controller.jacobian_prompts for controller in controllers),
             cost=next((one.cost for one in controllers if one.cost != "adaptive"), "adaptive"),
@@ -274,6 +292,7 @@ class Controller:
                 offset=self.offset[:, [i]],
                 output_direction=self.output_direction[:, [i]],
                 concepts=(name,),
+                feedback=self.feedback[i : i + 1],
                 prompt_counts=(self.prompt_counts[i],),
                 checked_error=self.checked_error[:, [i]] if self.checked_error is not None else None,
                 checked_push=self.checked_push[:, [i]] if self.checked_push is not None else None,
@@ -301,8 +320,13 @@ def compile(
     positions: Positions = "last",
     setpoint: Setpoint = "centred",
     readout: Readout = "discriminant",
+    feedback: float = FEEDBACK,
 ) -> Controller:
     """Reduce gains and a contrast to a controller: v_k, g_k = K_k v_k and the linear feature setpoint (`Setpoint`).
+
+    Args:
+        gains, contrast: of one model.
+        concept, positions, setpoint, readout, feedback: as in `fit`.
 
     Raises:
         InputError: gains and contrast of different models.
@@ -311,9 +335,9 @@ def compile(
     if (len(gains), len(gains[0])) != sizes or gains.fingerprint != contrast.fingerprint:
         raise InputError("the gains and the contrast are of different models: make both with the same one")
     unit = contrast.unit_direction
-    feedback = np.stack([gains.apply(k, v) for k, v in enumerate(unit)])
+    pushes = np.stack([gains.apply(k, v) for k, v in enumerate(unit)])
     weights, prompts = gains.weights, gains.jacobian_prompts
-    return assemble(contrast, feedback, weights, prompts, concept, positions, "state", setpoint, readout)
+    return assemble(contrast, pushes, weights, prompts, concept, positions, "state", setpoint, readout, feedback)
 
 
 def assemble(
@@ -326,8 +350,10 @@ def assemble(
     cost: Cost,
     setpoint: Setpoint,
     readout: Readout,
+    feedback: float,
 ) -> Controller:
     """A controller of one concept from g_k = K_k v_k (T, d) (zero at layers without control)."""
+    check_feedback(feedback)
     check_choice("positions", positions, Positions)
     check_choice("setpoint", setpoint, Setpoint)
     check_choice("readout", readout, Readout)
@@ -339,8 +365,8 @@ def assemble(
     level = np.einsum("kd,kd->k", unit if read is None else read, contrast.mean_negative)
     return Controller(
         direction=unit[:, :, None],
-        gain=gain_direction.astype(np.float32)[:, :, None],
-        setpoint=magnitude[:, None].astype(np.float32),
+        gain=(feedback * gain_direction).astype(np.float32)[:, :, None],
+        setpoint=(magnitude / feedback)[:, None].astype(np.float32),
         offset=(level if setpoint == "centred" else np.zeros_like(level))[:, None],
         output_direction=contrast.output_direction[:, None],
         readout=None if read is None else read[:, :, None],
@@ -349,10 +375,25 @@ def assemble(
         fingerprint=contrast.fingerprint,
         weights=weights,
         positions=positions,
+        feedback=(feedback,),
         prompt_counts=(contrast.prompt_counts,),
         jacobian_prompts=jacobian_prompts,
         cost=cost,
     )
+
+
+def check_feedback(feedback: float) -> None:
+    """Raise `InputError` unless this is a share of the feedback."""
+    if not 0 < feedback <= 1:
+        raise InputError(f"feedback must be above 0 and at most 1, the whole feedback, not {feedback!r}")
+
+
+def _feedback(entries: Entries, concepts: int) -> tuple[float, ...]:
+    """The share of each concept; all of it in files from before there was one."""
+    shares = entries.numbers("feedback") if "feedback" in entries else (1.0,) * concepts
+    if len(shares) != concepts or not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"feedback is {list(shares)}")
+    return shares
 
 
 class Fitted(Protocol):

@@ -8,7 +8,17 @@ from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
 from mlx_lqr.backends.protocol import Differentiable, LinearAlgebra, Progress, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, contrast
-from mlx_lqr.lqr.controller import Controller, Cost, Positions, Readout, Setpoint, assemble, check_choice
+from mlx_lqr.lqr.controller import (
+    FEEDBACK,
+    Controller,
+    Cost,
+    Positions,
+    Readout,
+    Setpoint,
+    assemble,
+    check_choice,
+    check_feedback,
+)
 from mlx_lqr.lqr.gains import directions_of, feature_gains, pull_back, side_of, state_gains
 from mlx_lqr.lqr.layers import Layers, authority, check_layers, choose_layers, effective, is_auto
 from mlx_lqr.lqr.linearize import Jacobians, stream_jacobians, traces
@@ -29,6 +39,7 @@ def fit(
     cost: Cost = "feature",
     setpoint: Setpoint = "centred",
     readout: Readout = "discriminant",
+    feedback: float = FEEDBACK,
     positions: Positions = "last",
     jacobian_prompts: int = 8,
     jacobians: Jacobians | None = None,
@@ -53,6 +64,9 @@ def fit(
             "paper" asks for strength x mu_k, counted from zero. With either, strength 0 itself does not steer.
         readout: "discriminant" reads the feature by Fisher's linear discriminant of the two sets, which answers less to
             what has nothing to do with the concept; "direction" by the direction itself, as the paper does.
+        feedback: the share f of the push that the feature takes back as it rises (0 < f <= 1): u_k = (strength x mu_k -
+            f (w_k . z_k - offset_k)) K_k v_k. 1 is the paper's regulator, which holds the feature at its setpoint. With
+            less the push varies less from token to token, which gets more of the concept for the same divergence.
         positions: "last" steers the last prompt token and every generated token, "all" every prompt token too.
         jacobian_prompts: how many of the positive prompts to linearise at.
         jacobians: Jacobians of this model from `linearize`; then `jacobian_prompts` is not used.
@@ -64,7 +78,7 @@ def fit(
     """
     require(model, DIFFERENTIABLE, "fit controllers")
     weights = Weights(q, r, qf)
-    layers = _check_options(model.num_layers, layers, cost, setpoint, readout, positions)
+    layers = _check_options(model.num_layers, layers, cost, setpoint, readout, positions, feedback)
     if jacobians is not None and jacobians.fingerprint != model.fingerprint:
         raise InputError(f"the Jacobians are of {jacobians.model_name or 'another model'}, not of {model.name}")
     if jacobian_prompts < 1:
@@ -84,6 +98,7 @@ def fit(
             cost=cost,
             setpoint=setpoint,
             readout=readout,
+            feedback=feedback,
             positions=positions,
             algebra=model.algebra,
         )
@@ -97,7 +112,9 @@ def fit(
     else:
         descending = stream_jacobians(model, points, lowest=chosen[0], progress=progress)
         gains = state_gains(descending, prompt_contrast, weights, chosen, model.algebra)
-    return assemble(prompt_contrast, gains, weights, len(nominal), concept, positions, cost, setpoint, readout)
+    return assemble(
+        prompt_contrast, gains, weights, len(nominal), concept, positions, cost, setpoint, readout, feedback
+    )
 
 
 def solve_controller(
@@ -112,6 +129,7 @@ def solve_controller(
     cost: Cost = "feature",
     setpoint: Setpoint = "centred",
     readout: Readout = "discriminant",
+    feedback: float = FEEDBACK,
     positions: Positions = "last",
     algebra: LinearAlgebra | None = None,
 ) -> Controller:
@@ -119,14 +137,14 @@ def solve_controller(
 
     Args:
         contrast, jacobians: of the same model.
-        concept, q, r, qf, layers, cost, setpoint, readout, positions: as in `fit`.
+        concept, q, r, qf, layers, cost, setpoint, readout, feedback, positions: as in `fit`.
         algebra: where to solve, such as a model's `algebra`; by default NumPy.
 
     Raises:
         InputError: the contrast and the Jacobians are of different models, or an option cannot be used.
     """
     weights = Weights(q, r, qf)
-    layers = _check_options(len(contrast.direction), layers, cost, setpoint, readout, positions)
+    layers = _check_options(len(contrast.direction), layers, cost, setpoint, readout, positions, feedback)
     if jacobians.fingerprint != contrast.fingerprint:
         raise InputError("the Jacobians and the contrast are of different models: make both with the same one")
     chosen = choose_layers(layers, contrast, jacobians)
@@ -136,7 +154,9 @@ def solve_controller(
     else:
         descending = ((k, jacobians[k]) for k in reversed(range(chosen[0], len(jacobians))))
         gains = state_gains(descending, contrast, weights, chosen, algebra)
-    return assemble(contrast, gains, weights, jacobians.prompt_count, concept, positions, cost, setpoint, readout)
+    return assemble(
+        contrast, gains, weights, jacobians.prompt_count, concept, positions, cost, setpoint, readout, feedback
+    )
 
 
 AUTHORITY_PROMPTS = 2
@@ -152,11 +172,12 @@ def layers_of(model: Differentiable, layers: Layers, contrast: Contrast, points:
 
 
 def _check_options(
-    T: int, layers: Layers, cost: Cost, setpoint: Setpoint, readout: Readout, positions: Positions
+    T: int, layers: Layers, cost: Cost, setpoint: Setpoint, readout: Readout, positions: Positions, feedback: float
 ) -> Layers:
     """The layers as given or checked. Raises `InputError` for options that are wrong whatever the prompts are."""
     check_choice("cost", cost, Cost)
     check_choice("setpoint", setpoint, Setpoint)
     check_choice("readout", readout, Readout)
     check_choice("positions", positions, Positions)
+    check_feedback(feedback)
     return layers if is_auto(layers) else check_layers(layers, T)

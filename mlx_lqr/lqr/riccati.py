@@ -33,7 +33,7 @@ from mlx_lqr.lqr.layers import check_layers
 
 Product = Callable[[int, Matrix], Matrix]
 
-WEIGHT = 3.0
+WEIGHT = 10.0
 """The default q/r and qf/r. The paper's 0.1 controls less at the same damage (docs/comparison.md)."""
 
 

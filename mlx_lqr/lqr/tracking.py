@@ -18,7 +18,7 @@ class Tracking:
     feature: Float32
     """beta_k = W_k' z_k at the input of block k, W_k the controller's sensor"""
     setpoint: Float32
-    """beta*_k = offset_k + strength mu_k; at strength 0 nothing is steered towards it"""
+    """beta*_k = offset_k + strength setpoint_k; at strength 0 nothing is steered towards it"""
 
     @classmethod
     def at(cls, controller: Controller, residual: Float32, strength: Sequence[float]) -> Tracking:
@@ -30,6 +30,6 @@ class Tracking:
 
 
 def as_strength(controller: Controller, feature: Float32, concept: int = 0) -> Float32:
-    """The strength (T,) at which each layer's setpoint equals this feature (T,): (feature - offset_k) / mu_k."""
-    mu = controller.setpoint[:, concept]
-    return np.divide(feature - controller.offset[:, concept], mu, out=np.zeros_like(mu), where=mu > 0)
+    """The strength (T,) at which each layer's setpoint equals this feature (T,): (feature - offset_k) / setpoint_k."""
+    slope = controller.setpoint[:, concept]
+    return np.divide(feature - controller.offset[:, concept], slope, out=np.zeros_like(slope), where=slope > 0)

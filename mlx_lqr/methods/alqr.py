@@ -17,7 +17,7 @@ from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
 from mlx_lqr.backends.protocol import Array, Differentiable, Float32, Progress, Recorder
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, contrast
-from mlx_lqr.lqr.controller import Controller, Cost, Positions, Readout, Setpoint
+from mlx_lqr.lqr.controller import FEEDBACK, Controller, Cost, Positions, Readout, Setpoint, check_feedback
 from mlx_lqr.lqr.fit import fit, solve_controller
 from mlx_lqr.lqr.layers import Layers, choose_layers
 from mlx_lqr.lqr.linearize import Jacobians, linearize
@@ -56,7 +56,7 @@ class ALQR(Method[Controller]):
             float,
             WEIGHT,
             "Weight of the state. Only q/r and qf/r matter; a larger q/r steers harder.",
-            tries=(3.0, 1.0, 0.3),
+            tries=(10.0, 3.0, 1.0),
         ),
         Option("r", float, 1.0, "Weight of the control."),
         Option("qf", float, WEIGHT, "Weight of the last layer's output."),
@@ -81,6 +81,13 @@ class ALQR(Method[Controller]):
             "discriminant",
             "What the feature is read by: the linear discriminant of the two sets, or the direction (the paper's).",
             tries=("discriminant", "direction"),
+        ),
+        Option(
+            "feedback",
+            float,
+            FEEDBACK,
+            "How much of the push is taken back as the feature rises (0 to 1); 1: the paper's regulator.",
+            tries=(0.25, 1.0),
         ),
         Option("jacobians", Jacobians.load, None, "Jacobians stored by `mlx-lqr linearize`."),
         Option("jacobian_prompts", int, 8, "How many positive prompts to linearise at, without --jacobians.", least=1),
@@ -112,6 +119,7 @@ class ALQR(Method[Controller]):
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
         options = super().complete(given)
         Weights(options["q"], options["r"], options["qf"])  # refuses what are no weights
+        check_feedback(options["feedback"])
         return options
 
     def factors(self, num_layers: int, given: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -149,7 +157,10 @@ class ALQR(Method[Controller]):
             columns.append(Column(f"setpoint {concept}", 24, steering.setpoint[:, i]))
             columns.append(Column("gain", 9, gain_norm[:, i]))
         return Shown(
-            numbers={"weights": f"q = {weights.q:g}, r = {weights.r:g}, qf = {weights.qf:g}, {steering.cost} cost"},
+            numbers={
+                "weights": f"q = {weights.q:g}, r = {weights.r:g}, qf = {weights.qf:g}, {steering.cost} cost",
+                "feedback": ", ".join(f"{share:g}" for share in steering.shares),
+            },
             notes={"setpoint": centred} if steering.offset.any() else {},
             fitted=f"linearised at {steering.jacobian_prompts} prompts",
             columns=columns,
@@ -159,6 +170,7 @@ class ALQR(Method[Controller]):
                 "qf": weights.qf,
                 "cost": steering.cost,
                 "jacobian_prompts": steering.jacobian_prompts,
+                "feedback": list(steering.shares),
                 "setpoint": steering.setpoint.tolist(),
                 "offset": steering.offset.tolist(),
                 "gain_norm": gain_norm.tolist(),
@@ -177,6 +189,7 @@ class ALQR(Method[Controller]):
                     "cost": "state",
                     "setpoint": "paper",
                     "readout": "direction",
+                    "feedback": 1.0,
                 }
             },
         }

@@ -103,6 +103,8 @@ def test_the_command_line_fits_and_decodes_adaptively(tmp_path: Path) -> None:
         "--no-calibration",
         "--readout",
         "direction",
+        "--feedback",
+        "1",
     ]
     assert run(main, [*base, "--cost", "adaptive", "--jacobian-prompts", "1"]).exit_code == 0
     answers = [

@@ -39,7 +39,7 @@ def made(random: np.random.Generator, concept: str) -> Controller:
 
 def test_compiled_law_equals_the_full_gain_law(random: np.random.Generator) -> None:
     gains, contrast = made_gains(random), made_contrast(random)
-    law = LinearFeedback(mlx_lqr.compile(gains, contrast, setpoint="paper"), 2.5)
+    law = LinearFeedback(mlx_lqr.compile(gains, contrast, setpoint="paper", feedback=1.0), 2.5)
     z = random.standard_normal((3, D)).astype(np.float32)
     for k in range(T):
         v, mu = contrast.unit_direction[k], contrast.magnitude[k]
@@ -53,7 +53,8 @@ def test_joint_law_equals_the_full_gain_law_and_meets_both_setpoints(random: np.
     # directions that overlap
     contrasts[1] = replace(contrasts[1], direction=(contrasts[1].direction + contrasts[0].direction).astype(np.float32))
     single = [
-        mlx_lqr.compile(gains, contrast, name, setpoint="paper") for contrast, name in zip(contrasts, "ab", strict=True)
+        mlx_lqr.compile(gains, contrast, name, setpoint="paper", feedback=1.0)
+        for contrast, name in zip(contrasts, "ab", strict=True)
     ]
     joint = Controller.combine(*single)
     law, strengths = LinearFeedback(joint, [2.0, -1.0]), np.array([2.0, -1.0])
@@ -96,7 +97,7 @@ def test_on_the_real_model_the_joint_law_is_the_full_gain_law(
     other = mlx_lqr.contrast(smollm2, golden["positive"][:6], golden["negative"][:6])  # overlaps with the first
     joint = Controller.combine(
         *(
-            mlx_lqr.compile(gains, contrast, name, setpoint="paper", readout="direction")
+            mlx_lqr.compile(gains, contrast, name, setpoint="paper", readout="direction", feedback=1.0)
             for contrast, name in ((ocean, "a"), (other, "b"))
         )
     )
@@ -258,12 +259,51 @@ def test_stored_jacobians_give_the_same_controller() -> None:
         mlx_lqr.fit(tiny("qwen2", seed=1), *prompts, jacobians=stored, layers="all")
 
 
-def made_reading(random: np.random.Generator, concept: str, weights: Gains) -> Controller:
+def made_reading(random: np.random.Generator, concept: str, weights: Gains, feedback: float = 0.5) -> Controller:
     """With a discriminant that is not the direction."""
     contrast = made_contrast(random)
     w = contrast.unit_direction + 0.3 * random.standard_normal((T, D)).astype(np.float32)
     w /= np.einsum("kd,kd->k", w, contrast.unit_direction)[:, None]
-    return mlx_lqr.compile(weights, replace(contrast, discriminant=w), concept)
+    return mlx_lqr.compile(weights, replace(contrast, discriminant=w), concept, feedback=feedback)
+
+
+def test_a_share_of_the_feedback_takes_back_so_much_of_the_push(random: np.random.Generator) -> None:
+    """u_k = (s mu_k - f (w_k . z - offset_k)) K_k v_k, alone, from a file and beside another concept."""
+    gains, contrast, z = made_gains(random), made_contrast(random), random.standard_normal(D).astype(np.float32)
+    whole, part = (mlx_lqr.compile(gains, contrast, "a", readout="direction", feedback=f) for f in (1.0, 0.3))
+    assert np.allclose(part.magnitude, whole.setpoint)
+    for k in range(T):
+        v = contrast.unit_direction[k]
+        alpha = 1.7 * contrast.magnitude[k] - 0.3 * v @ (z - contrast.mean_negative[k])
+        assert np.allclose(LinearFeedback(part, 1.7)(k, z, 0.0), alpha * gains[k] @ v, atol=1e-3)
+    joint = Controller.combine(part, mlx_lqr.compile(gains, made_contrast(random), "b", feedback=0.8))
+    assert joint.shares == (0.3, 0.8)
+    alone = joint.split()[0]
+    assert (alone.shares, alone.gain) == ((0.3,), pytest.approx(part.gain, abs=1e-4))
+
+
+@pytest.mark.parametrize("feedback", [0.0, -0.5, 1.5, float("nan")])
+def test_what_is_no_share_of_the_feedback_is_refused(feedback: float, random: np.random.Generator) -> None:
+    with pytest.raises(InputError, match="feedback must be above 0 and at most 1"):
+        mlx_lqr.compile(made_gains(random), made_contrast(random), feedback=feedback)
+
+
+def test_files_keep_the_share_of_the_feedback_and_older_ones_have_all_of_it(
+    tmp_path: Path, random: np.random.Generator
+) -> None:
+    file = tmp_path / "a.safetensors"
+    mlx_lqr.compile(made_gains(random), made_contrast(random), feedback=0.3).save(file)
+    assert Controller.load(file).shares == (0.3,)
+    tensors = load_file(file)
+    with safe_open(file, "np") as opened:
+        metadata = opened.metadata()
+    for entry in ("[0.0]", "[2.0]", "[NaN]", "[0.3, 0.3]", "0.3"):
+        save_file(tensors, file, {**metadata, "feedback": entry})
+        with pytest.raises(InputError, match="damaged controller file"):
+            Controller.load(file)
+    del metadata["feedback"]
+    save_file(tensors, file, metadata)
+    assert Controller.load(file).shares == (1.0,)
 
 
 def test_a_readout_reads_and_the_gain_pushes(random: np.random.Generator) -> None:
@@ -271,7 +311,7 @@ def test_a_readout_reads_and_the_gain_pushes(random: np.random.Generator) -> Non
     gains, contrast = made_gains(random), made_contrast(random)
     w = (contrast.unit_direction + random.standard_normal((T, D)) * 0.2).astype(np.float32)
     w /= np.einsum("kd,kd->k", w, contrast.unit_direction)[:, None]
-    law = LinearFeedback(mlx_lqr.compile(gains, replace(contrast, discriminant=w)), 1.7)
+    law = LinearFeedback(mlx_lqr.compile(gains, replace(contrast, discriminant=w), feedback=1.0), 1.7)
     by_direction = mlx_lqr.compile(gains, replace(contrast, discriminant=w), readout="direction")
     assert by_direction.readout is None
     z = random.standard_normal(D).astype(np.float32)
@@ -285,7 +325,11 @@ def test_a_readout_reads_and_the_gain_pushes(random: np.random.Generator) -> Non
 def test_joint_control_of_readouts_meets_all_setpoints(random: np.random.Generator) -> None:
     """With K = I the push takes each reading to its setpoint, whatever the angle between the directions is."""
     identity = Gains([np.eye(D)] * T, Weights(), tuple(range(T)), "f", "m", 3)
-    single = [made_reading(random, "a", identity), made_reading(random, "b", identity), made(random, "c")]
+    single = [
+        made_reading(random, "a", identity, 1.0),
+        made_reading(random, "b", identity, 1.0),
+        made(random, "c"),
+    ]
     joint = Controller.combine(*single)
     law, z = LinearFeedback(joint, [2.0, -1.0, 0.0]), random.standard_normal(D).astype(np.float32)
     for k in range(T):

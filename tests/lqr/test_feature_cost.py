@@ -61,13 +61,13 @@ def test_equals_the_dense_recursion_on_smollm2(
     smollm2: Model, golden: dict[str, Any], jacobians: mlx_lqr.Jacobians
 ) -> None:
     prompts = golden["positive"], golden["negative"]
-    fitted = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobian_prompts=3, layers="all")
+    fitted = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobian_prompts=3, layers="all", feedback=1.0)
     contrast = mlx_lqr.contrast(smollm2, *prompts)
     V = np.vstack([contrast.unit_direction, contrast.output_direction / contrast.output_magnitude])
     expected = dense(jacobians, V, np.append(contrast.magnitude, contrast.output_magnitude), Weights(), set(range(30)))
     assert golden["positive"][:3] == golden["jacobian_prompts"]
     assert closest(fitted.gain[:, :, 0], expected) < 1e-5
-    stored = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobians=jacobians, layers="all")
+    stored = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobians=jacobians, layers="all", feedback=1.0)
     assert closest(stored.gain[:, :, 0], expected) < 1e-5
     assert fitted.cost == "feature"
 

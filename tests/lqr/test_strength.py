@@ -36,7 +36,7 @@ def made(model: Model, kind: str, concept: str = "one") -> Steering:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_centred_strengths_0_and_1_are_the_levels_of_the_sets(backend: str) -> None:
     model = tiny_on(backend, "llama")
-    controller = mlx_lqr.fit(model, *SETS, setpoint="centred", layers="all")
+    controller = mlx_lqr.fit(model, *SETS, setpoint="centred", layers="all", feedback=1.0)
     levels = [
         np.mean([track(model, prompt, controller, 0.0, steered=False).feature for prompt in prompts], axis=0)
         for prompts in reversed(SETS)
@@ -45,7 +45,7 @@ def test_centred_strengths_0_and_1_are_the_levels_of_the_sets(backend: str) -> N
         assert track(model, SETS[0][0], controller, float(strength)).setpoint == pytest.approx(
             level, rel=1e-3, abs=1e-4
         )
-    paper = mlx_lqr.fit(model, *SETS, layers="all", setpoint="paper")
+    paper = mlx_lqr.fit(model, *SETS, layers="all", setpoint="paper", feedback=1.0)
     assert not paper.offset.any()
     assert np.array_equal(paper.gain, controller.gain)
 
