@@ -68,7 +68,7 @@ def unsure(model: Model) -> type[LinearFeedback]:
     def likeliest(z: Array) -> Array:
         if model.backend == "torch":
             head = body.embed_tokens.weight
-            return (norm(z.to(head.dtype)) @ head.mT).float().softmax(-1).amax(-1, keepdim=True)
+            return (norm(z).to(head.dtype) @ head.mT).float().softmax(-1).amax(-1, keepdim=True)
         import mlx.core as mx
 
         return mx.softmax(body.embed_tokens.as_linear(norm(z)), axis=-1).max(-1, keepdims=True)
