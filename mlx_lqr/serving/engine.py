@@ -219,6 +219,10 @@ class Engine:
 
     def _parts(self, answer: Answer) -> Iterator[int]:
         """Read a prompt part by part, and let the answer join the batch; yields how many tokens each part has."""
+        if answer.request.scores is not None:
+            yield from answer.scored()
+        if answer.ended:  # where only scores were asked for
+            return
         *before, last = answer.prompt
         decoder, held = self._begun(answer, before)
         decoder.law, decoder.sampling = answer.law, answer.request.sampling
