@@ -65,6 +65,8 @@ class Answer:
         """Tokens that have been drawn, of which the last need not have been told"""
         self.count = 0
         """Tokens that have been told"""
+        self.cached = 0
+        """Tokens of the prompt that were not run, since an earlier request's states were reused"""
         self.strength: Strengths | None = None
         """To be in force from the next pass on; may be set by any thread"""
         self._tokens: list[int] = []

@@ -19,6 +19,7 @@ from mlx_lqr.serving.bodies import FitBody
 from mlx_lqr.serving.controllers import Controllers, check_id
 from mlx_lqr.serving.failures import RequestError, log, unusable
 
+FRAMED = "the sentences were fitted as answers in the model's chat template; chat_prompts: false fits them as they are"
 STOPPING = 10.0
 """Seconds to wait for a fit that has been cancelled; it ends at its next report of progress"""
 
@@ -48,7 +49,7 @@ class Fitter:
         if self._current is not None and self._current.running:
             message = "another controller is being fitted: wait for it, or cancel it by leaving"
             raise RequestError(409, message, code="busy")
-        self._controllers.check_room(check_id(body.name), body.name)
+        self._controllers.check_room(check_id(body.name), body.name, keep=True)
         self._current = Fit(self._model, self._controllers, body)
         return self._current
 
@@ -125,6 +126,8 @@ class Fit:
         prompts = framed(self._model, (body.positive, body.negative), body.chat_prompts)
         fitted = fit(self._model, *prompts, concept=body.name, progress=self._report, on_contrast=contrasts.append)
         notes += [review_separation(contrast, fitted.active_layers) for contrast in contrasts]
+        if body.chat_prompts is None and prompts[0] is not body.positive:
+            notes.append(FRAMED)
         steering, doubts = recommended(self._model, fitted, "normal", prompts, self._report)
         self._report("Saving", 1, 1)
         loaded = self._controllers.add(body.name, steering, keep=True)

@@ -36,8 +36,9 @@ class Reply:
         self.requests = requests
         self.strengths = strengths
         """Of each concept that may be steered, in the steering's order"""
-        prompts = {id(request.prompt): request.prompt for request in requests}  # which several choices may follow
-        self.prompt_tokens = sum(map(len, prompts.values()))
+        self._first = {id(one.prompt): i for i, one in reversed([*enumerate(requests)])}
+        """The first choice of each prompt, which several may follow"""
+        self.prompt_tokens = sum(len(requests[i].prompt) for i in self._first.values())
         self.tokens = 0
         """Generated so far"""
         self.first_token: float | None = None
@@ -67,6 +68,11 @@ class Reply:
     @property
     def ended(self) -> bool:
         return self._running == 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that were not run again, a prompt counted once."""
+        return sum(self._tickets[i].cached_tokens for i in self._first.values())
 
     @property
     def rate(self) -> float | None:
@@ -180,7 +186,12 @@ class Form(ABC):
 
     def _usage(self) -> dict[str, Any]:
         prompt, generated = self._reply.prompt_tokens, self._reply.tokens
-        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": self._reply.cached_tokens},
+        }
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         written = {"index": index, **self._content(index, choice), "finish_reason": choice.finish}
