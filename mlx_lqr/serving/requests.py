@@ -81,11 +81,11 @@ class Event:
     """The likeliest tokens with theirs, likeliest first."""
     tracking: Tracking | None = None
     """At the pass that gave this token."""
-    scores: tuple[Scored | None, ...] | None = None
-    """Of the prompt's tokens, None for the first: an event of its own, before those of tokens"""
     finish: Finish | None = None
     error: str | None = None
     """One line, with finish="error"."""
+    scores: tuple[Scored | None, ...] | None = None
+    """Of the prompt's tokens, None for the first: an event of its own, before those of tokens"""
 
 
 OnEvent = Callable[[Event], None]

@@ -354,6 +354,43 @@ def test_what_changes_nothing_is_ignored_and_parts_of_text_are_joined(served: Se
     assert response.json["choices"][0]["message"]["content"] == served.text({})
 
 
+def test_what_open_webui_sends_is_answered(served: Served) -> None:
+    """Its list of models, a conversation as its page streams it, and what it asks for a chat's title and tags."""
+    headers = {"Authorization": "Bearer local", "X-OpenWebUI-User-Name": "me"}
+    listed = served.ask("GET", "/v1/models", headers=headers).json
+    assert listed["object"] == "list"
+    assert all(one["id"] and one["object"] == "model" and one["owned_by"] for one in listed["data"])
+    conversation = [
+        {"role": "system", "content": "w9"},
+        {"role": "user", "content": [{"type": "text", "text": "w1 w2"}]},
+        {"role": "assistant", "content": "w4"},
+        {"role": "user", "content": "w3", "id": "5e1f", "timestamp": 1},
+    ]
+    streamed = served.chat(
+        model=f"{served.name}@dog",
+        messages=conversation,
+        stream=True,
+        stream_options={"include_usage": True},
+        temperature=0,
+        max_tokens=6,
+        stop=None,
+        user={"name": "me", "id": "1", "role": "admin"},
+        metadata={"chat_id": "c", "task": None},
+        tools=[],
+    )
+    *chunks, last = streamed.events
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks).split()
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 6
+    task = [{"role": "user", "content": "### Task:\nGenerate a concise title\n<chat_history>\nw1\n</chat_history>"}]
+    for limit in ({"max_tokens": 6}, {"max_completion_tokens": 6}):
+        body = {"model": served.name, "messages": task, "stream": False, **limit}
+        title = served.ask("POST", "/v1/chat/completions", {**body, "metadata": {"task": "title_generation"}}).json
+        assert title["choices"][0]["message"]["content"].split()
+        assert title["choices"][0]["finish_reason"] == "length"
+
+
 def test_bodies_that_are_no_json_or_too_large(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     path, as_json = "/v1/chat/completions", {"Content-Type": "application/json"}
     assert served.ask("POST", path, b"{", headers=as_json).status == 400
