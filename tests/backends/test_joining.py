@@ -104,7 +104,7 @@ def test_the_last_one_of_a_batch_goes_back_to_compiled_steps(
         return drawn
 
     assert tokens_of(joined=True) == tokens_of(joined=False)
-    assert compiled == [3 <= step < 4 or 13 <= step < 30 or step >= 37 for step in range(40)]
+    assert compiled == [2 <= step < 4 or 13 <= step < 30 or step >= 37 for step in range(40)]
 
 
 def mixed(model: Model) -> list[Sequence]:
