@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, RECORDER, require
-from mlx_lqr.backends.protocol import Differentiable, Runner, Scored, Trace
+from mlx_lqr.backends.protocol import Differentiable, Law, Runner, Scored, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.controller import Controller
@@ -117,8 +117,9 @@ class Answer:
 
     def scored(self) -> Iterator[int]:
         """Score the prompt and tell of it; yields how many tokens each part has."""
-        wanted, law = self.request.scores, None
+        wanted = self.request.scores
         assert wanted is not None
+        law: Law | None = None
         if self.request.steering is not None:
             law = law_on(self._model, self.request.steering, self.request.strength)
         first = 0 if self.steers_all else wanted.steered_from
