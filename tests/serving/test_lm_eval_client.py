@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.backends import BACKENDS
-from helpers.lm_eval_tasks import KINDS, write_tasks
+from helpers.lm_eval_tasks import write_tasks
 from helpers.serving import PROMPT, ask, chat_folder, controllers_of, listening
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 import mlx_lqr
 from mlx_lqr import tasks
 from mlx_lqr.backends.protocol import Model
-from mlx_lqr.convert.sources import demo_model
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.methods.running import law_on
+from mlx_lqr.runtime import steer
 from mlx_lqr.serving import scoring
 from mlx_lqr.serving.app import application
 from mlx_lqr.serving.guard import Access
@@ -47,72 +49,88 @@ class ToldContexts(LocalCompletionsAPI):
         return payload if generate else {**payload, "steer_from": [*self._first]}
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("own"))
+@dataclass
+class Both:
+    """One model, with mlx-lm's evaluator and behind a server."""
+
+    evaluator: Any
+    controllers: dict[str, Controller]
+    """dog steers from the last token of a context on, hound everywhere"""
+    port: int
+    folder: Path
+
+    def asking(self, client: type[LocalCompletionsAPI], concept: str | None) -> LocalCompletionsAPI:
+        """lm-eval's client of the server; all that it needs of the model's folder is the tokenizer."""
+        name = self.evaluator.model.name
+        return client(
+            base_url=f"http://127.0.0.1:{self.port}/v1/completions",
+            model=name if concept is None else f"{name}@{concept}:{STRENGTH}",
+            tokenizer=str(self.folder),
+            tokenizer_backend="huggingface",
+            batch_size=3,
+        )
 
 
 @pytest.fixture(scope="module")
-def steerings(dog: Path) -> dict[str, Controller]:
-    """One that steers from the last token of a context on, and one that steers everywhere."""
-    last = Controller.load(dog)
-    return {"dog": last, "hound": replace(last, concepts=("hound",), positions="all")}
-
-
-@pytest.fixture(scope="module")
-def address(
-    smollm2: Model, steerings: dict[str, Controller], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    service = Service(smollm2, tmp_path_factory.mktemp("controllers"))
-    for name, steering in steerings.items():
-        service.controllers.add(name, steering)
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    folder = chat_folder(template=False)
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "w61", "eos_token": "w63"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    evaluator = lm_eval.load_evaluator(folder, dtype="float32", apply_chat_template=False, max_tokens=6)
+    service = Service(mlx_lqr.load(folder, backend="mlx"), tmp_path_factory.mktemp("controllers"))
+    dog = controllers_of(service.model)["dog"]
+    controllers = {"dog": dog, "hound": replace(dog, concepts=("hound",), positions="all")}
+    for name, controller in controllers.items():
+        service.controllers.add(name, controller)
     with listening(application(service, Access())) as port:
-        yield f"http://127.0.0.1:{port}/v1/completions"
+        yield Both(evaluator, controllers, port, folder)
     service.close()
 
 
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What a client needs of the model's folder."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-        shutil.copy(Path(demo_model()) / name, folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize(
-    ("concept", "client", "kinds"),
-    [
-        (None, LocalCompletionsAPI, ["choice", "scored", "text", "written"]),
-        ("hound", LocalCompletionsAPI, ["choice", "scored", "text", "written"]),
-        ("dog", LocalCompletionsAPI, ["text", "written"]),
-        ("dog", ToldContexts, ["choice", "scored"]),
-    ],
+    ("concept", "client"), [(None, LocalCompletionsAPI), ("hound", LocalCompletionsAPI), ("dog", ToldContexts)]
 )
 def test_lm_eval_gets_the_numbers_of_eval_lm_eval(
-    address: str,
-    own: Path,
-    tokenizer_folder: str,
-    steerings: dict[str, Controller],
-    smollm2: Model,
-    concept: str | None,
-    client: type[LocalCompletionsAPI],
-    kinds: list[str],
+    both: Both, concept: str | None, client: type[LocalCompletionsAPI]
 ) -> None:
-    chosen = lm_eval.load_tasks([f"our_{kind}" for kind in kinds], own)
-    evaluator = lm_eval.load_evaluator("demo", dtype="float32", apply_chat_template=False, max_tokens=6)
-    named = tasks.NamedSteering(concept, steerings[concept]) if concept is not None else None
-    strength = STRENGTH if concept is not None else 0.0
-    expected = lm_eval.evaluate(evaluator, chosen, named, [strength]).results[strength]
-    model = smollm2.name if concept is None else f"{smollm2.name}@{concept}:{STRENGTH}"
-    asking = client(base_url=address, model=model, tokenizer=tokenizer_folder, tokenizer_backend="huggingface")
+    """Scores and whether they are what greedy decoding gives, and texts; contexts are short, long and none."""
+    asking = both.asking(client, concept)
+    scored = requests(
+        "loglikelihood",
+        *((context, after) for context in ("w1 w2 w3 w4 w5", "w7", "") for after in (" w8", " w9 w10 w11 w8")),
+    )
+    written = requests("generate_until", *((context, {"until": ["w12 "]}) for context in ("w1 w2 w3", "w9")))
+    steered = steer(both.evaluator.model, both.controllers[concept], STRENGTH) if concept is not None else nullcontext()
+    with steered:
+        expected, texts = both.evaluator.loglikelihood(scored), both.evaluator.generate_until(written)
+    got = asking.loglikelihood(scored)
+    assert [score for score, _ in got] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
+    options = [{**one.args[1], "max_gen_toks": 6} for one in written]
+    asked = requests("generate_until", *zip((one.args[0] for one in written), options, strict=True))
+    assert [text.split() for text in asking.generate_until(asked)] == [text.split() for text in texts]
+    if concept is not None:
+        assert (
+            np.abs(np.subtract([s for s, _ in got], [s for s, _ in both.evaluator.loglikelihood(scored)])).max() > 0.1
+        )
+
+
+def test_a_task_gives_the_same_metrics(both: Both, tmp_path: Path) -> None:
+    rows = [
+        {"question": "w1 w2 w3", "choices": ["w4", "w5 w6", "w7"], "answer": 1},
+        {"question": "w8 w9", "choices": ["w10 w11", "w12"], "answer": 0},
+    ]
+    chosen = lm_eval.load_tasks(["our_choice", "our_scored"], write_tasks(tmp_path, rows))
+    hound = tasks.NamedSteering("hound", both.controllers["hound"])
+    expected = lm_eval.evaluate(both.evaluator, chosen, hound, [STRENGTH]).results[STRENGTH]
+    asking = both.asking(LocalCompletionsAPI, "hound")
     results = simple_evaluate(asking, tasks=list(chosen.loaded), task_manager=chosen.manager, bootstrap_iters=0)
-    assert set(kinds) <= set(KINDS)
-    for kind in kinds:
-        for metric in ("acc,none", "acc_norm,none", "perplexity,none", "word_perplexity,none", "exact_match,none"):
-            if metric in expected[f"our_{kind}"]:
-                ours, theirs = expected[f"our_{kind}"][metric], results["results"][f"our_{kind}"][metric]
-                assert theirs == pytest.approx(ours, rel=1e-4), (kind, metric)
+    for name, metric in (("our_choice", "acc,none"), ("our_scored", "perplexity,none")):
+        assert results["results"][name][metric] == pytest.approx(expected[name][metric], rel=1e-4)
+
+
+def requests(kind: Any, *arguments: tuple[Any, ...]) -> list[Instance]:
+    return [Instance(kind, {}, values, i) for i, values in enumerate(arguments)]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
