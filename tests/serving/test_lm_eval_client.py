@@ -110,9 +110,8 @@ def test_lm_eval_gets_the_numbers_of_eval_lm_eval(
     asked = requests("generate_until", *zip((one.args[0] for one in written), options, strict=True))
     assert [text.split() for text in asking.generate_until(asked)] == [text.split() for text in texts]
     if concept is not None:
-        assert (
-            np.abs(np.subtract([s for s, _ in got], [s for s, _ in both.evaluator.loglikelihood(scored)])).max() > 0.1
-        )
+        unsteered = both.evaluator.loglikelihood(scored)
+        assert max(abs(a - b) for (a, _), (b, _) in zip(got, unsteered, strict=True)) > 0.1
 
 
 def test_a_task_gives_the_same_metrics(both: Both, tmp_path: Path) -> None:
