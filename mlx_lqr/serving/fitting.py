@@ -71,6 +71,7 @@ class Fit:
     def __init__(self, model: Differentiable, controllers: Controllers, body: FitBody) -> None:
         self._model, self._controllers, self._body = model, controllers, body
         self._cancelled = threading.Event()
+        self._ended = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[dict[str, Any] | RequestError] = asyncio.Queue()
         self._thread = threading.Thread(target=self._run, name="mlx-lqr fit", daemon=True)
@@ -78,7 +79,7 @@ class Fit:
 
     @property
     def running(self) -> bool:
-        return self._thread.is_alive()
+        return not self._ended
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """Objects of progress, and last the controller with `notes`.
@@ -107,18 +108,22 @@ class Fit:
         self._thread.join(seconds)
 
     def _run(self) -> None:
+        outcome = self._outcome()
+        self._ended = True  # before it is told: the client may ask for another one at once
+        self._say(outcome)
+        self._model.leave_thread()
+
+    def _outcome(self) -> dict[str, Any] | RequestError:
         try:
-            self._say(self._fitted())
+            return self._fitted()
         except CancelledError:
             log.info("a fit was cancelled")
-            self._say(RequestError(503, "the fit was cancelled, since the server is stopping"))
+            return RequestError(503, "the fit was cancelled, since the server is stopping")
         except InputError as error:
-            self._say(unusable(error))
+            return unusable(error)
         except Exception as error:  # of this fit alone
             log.error("a fit failed: %s: %s", type(error).__name__, first_line(error))
-            self._say(RequestError(500, "the fit failed: the server's log says more"))
-        finally:
-            self._model.leave_thread()
+            return RequestError(500, "the fit failed: the server's log says more")
 
     def _fitted(self) -> dict[str, Any]:
         body, contrasts = self._body, list[Contrast]()

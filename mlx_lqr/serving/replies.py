@@ -307,8 +307,11 @@ class CompletionForm(Form):
         }
 
     def _likeliest(self, scored: Scored) -> dict[str, float | None]:
-        """By their texts; of tokens with one text the likeliest counts."""
-        return {self._token_text(token): _number(logprob) for token, logprob in reversed(scored[1])}
+        """By their texts, the likeliest first; of tokens with one text the likeliest counts."""
+        texts: dict[str, float | None] = {}
+        for token, logprob in scored[1]:
+            texts.setdefault(self._token_text(token), _number(logprob))
+        return texts
 
 
 def new_id(prefix: str) -> str:

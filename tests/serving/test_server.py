@@ -180,7 +180,7 @@ def test_completions_continue_texts_and_token_ids(served: Served) -> None:
 
 def test_usage_says_what_was_not_read_again(served: Served) -> None:
     prompt = [7, 9, *range(20, 40)]
-    fields = {"model": served.name, "prompt": [prompt, [4, 5]], "n": 2, "max_tokens": 3, "steering": {}}
+    fields = {"model": served.name, "prompt": [prompt, [4, 5]], "n": 2, "max_tokens": 3, "seed": 1, "steering": {}}
     for cached in (0, len(prompt) - 1):
         for stream in (False, True):
             answers = served.ask(
@@ -188,6 +188,7 @@ def test_usage_says_what_was_not_read_again(served: Served) -> None:
                 "/v1/completions",
                 {**fields, "stream": stream, "stream_options": {"include_usage": True}},
             )
+            assert answers.status == 200, answers.content
             usage = (answers.events[-1] if stream else answers.json)["usage"]
             assert usage["prompt_tokens"] == len(prompt) + 2
             assert usage["prompt_tokens_details"] == {"cached_tokens": cached}
@@ -385,8 +386,10 @@ def test_what_open_webui_sends_is_answered(served: Served) -> None:
     assert last["usage"]["completion_tokens"] == 6
     task = [{"role": "user", "content": "### Task:\nGenerate a concise title\n<chat_history>\nw1\n</chat_history>"}]
     for limit in ({"max_tokens": 6}, {"max_completion_tokens": 6}):
-        body = {"model": served.name, "messages": task, "stream": False, **limit}
-        title = served.ask("POST", "/v1/chat/completions", {**body, "metadata": {"task": "title_generation"}}).json
+        body = {"model": served.name, "messages": task, "stream": False, "seed": 1, **limit}
+        response = served.ask("POST", "/v1/chat/completions", {**body, "metadata": {"task": "title_generation"}})
+        assert response.status == 200, response.content
+        title = response.json
         assert title["choices"][0]["message"]["content"].split()
         assert title["choices"][0]["finish_reason"] == "length"
 
