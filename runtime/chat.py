@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
-from mlx_lqr.backends.protocol import Decoder, Runner, fresh_seed
+from mlx_lqr.backends.protocol import Decoder, fresh_seed
 from mlx_lqr.backends.text.detokenizer import common_length
 from mlx_lqr.backends.text.tokenizer import Message
 from mlx_lqr.errors import InputError
-from mlx_lqr.lqr.strength import default_strength
 from mlx_lqr.methods.alqr import LinearFeedback
-from mlx_lqr.methods.law import AdjustableLaw, check_strength
+from mlx_lqr.methods.law import AdjustableLaw
 from mlx_lqr.methods.recording import RecordedFeedback, Recording
-from mlx_lqr.methods.steering import Steering, combine, only_controller
+from mlx_lqr.methods.steering import Steering, only_controller
+from mlx_lqr.runtime.chat_steering import ChatSteering
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
 from mlx_lqr.runtime.forgetting import remembered
-from mlx_lqr.runtime.generate import Options, Piece, Strength, stream
+from mlx_lqr.runtime.generate import Options, Piece, stream
 from mlx_lqr.runtime.monitor import Excess, largest_excess
 from mlx_lqr.runtime.tracking import TrackedAnswer, track_answer
 from mlx_lqr.runtime.transcript import Given, read_transcript, transcript_entries, write_transcript
@@ -30,24 +30,17 @@ NO_ANSWER = "there is no answer yet: say something first"
 
 
 @dataclass
-class Chat:
+class Chat(ChatSteering):
     """One conversation. Everything may change between two answers; strengths may also change during one.
 
     Raises:
         InputError: options that cannot be used for decoding.
     """
 
-    model: Runner
     messages: list[Message] = field(default_factory=list)
     options: Options = field(default_factory=Options)
     """How answers are decoded. Controller and strength come from the chat; `max_tokens` is cut to what fits. Every
     answer is drawn with `seed`; without one, each with another."""
-    _controllers: list[Steering] = field(default_factory=list, init=False, repr=False)
-    """Replaced, never changed in place: the same list object means the same controllers."""
-    _strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
-    _resting: list[Steering] = field(default_factory=list, init=False, repr=False)
-    """What `off` has put aside."""
-    _resting_strengths: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _turn: Turn | None = field(default=None, init=False, repr=False)
     _given: list[Given] = field(default_factory=list, init=False, repr=False)
     """How each answer of the conversation was steered."""
@@ -61,94 +54,16 @@ class Chat:
     def __post_init__(self) -> None:
         stream(self.model, [0], **self._decoding(None, 1))  # refuses wrong options without decoding anything
 
-    @property
-    def strengths(self) -> dict[str, float]:
-        """The strength of every concept in force."""
-        return dict(self._strengths)
-
-    @property
-    def resting(self) -> dict[str, float]:
-        """The strength of every concept that `off` has put aside, which `on` gives it again."""
-        return dict(self._resting_strengths)
-
-    @property
-    def controller(self) -> Steering | None:
-        """All that steers, combined into one controller, or one steering of another method."""
-        return combine(self._controllers) if self._controllers else None
-
-    def add(self, controller: Steering, strength: Strength = None) -> None:
-        """Steer with one more controller from the next answer on. It replaces any other controller of its concepts.
-
-        Args:
-            strength: one number, or one for each concept; by default the recommended strength, or 1.
-
-        Raises:
-            InputError: the controller is of another model or cannot be combined with the others, which stay as they
-                are.
-        """
-        controller.check_model(self.model)
-        chosen = default_strength(controller) if strength is None else strength
-        strengths = check_strength(chosen, len(controller.concepts))
-        kept = [c for c in self._controllers if not set(c.concepts) & set(controller.concepts)]
-        combine([*kept, controller])
-        self._steer_with([*kept, controller], dict(zip(controller.concepts, strengths, strict=True)))
-        for concept in controller.concepts:
-            self._rest(_taken_out(self._resting, concept)[1])
-
-    def off(self, concept: str | None = None) -> None:
-        """Stop steering from the next answer on, or stop steering towards one concept, until `on`.
-
-        Raises:
-            InputError: the concept is not loaded.
-        """
-        before = self._strengths
-        taken, kept = self._controllers, list[Steering]()
-        if concept is not None:
-            self._check_loaded(concept)
-            taken, kept = _taken_out(self._controllers, concept)
-        self._steer_with(kept, {})
-        self._rest([*self._resting, *taken], before)
-
-    def on(self, concept: str | None = None) -> None:
-        """Steer again with what `off` has put aside, or with one concept of it, at the strengths of then.
-
-        Raises:
-            InputError: nothing is put aside, or not this concept.
-        """
-        if not self._resting:
-            raise InputError("nothing was turned off: /add FILE steers with a controller")
-        if concept not in (None, *self._resting_strengths):
-            raise InputError(f"no concept {concept!r} is off: {', '.join(self._resting_strengths)}")
-        for controller in self._resting if concept is None else _taken_out(self._resting, concept)[0]:
-            self.add(controller, [self._resting_strengths[name] for name in controller.concepts])
-
-    def unload(self) -> None:
-        """Steer no more, and forget what steered, also what `off` has put aside."""
-        self._steer_with([], {})
-        self._rest([])
-
     def set_strength(self, strength: float, concept: str | None = None) -> None:
         """Set the strength of one concept, or of all. An answer being decoded follows from its next step on.
 
         Raises:
             InputError: the strength is not finite, the concept is not loaded, or there is no controller.
         """
-        names = self._named(concept)
-        (strength,) = check_strength(strength, 1)
-        self._strengths.update(dict.fromkeys(names, strength))
+        super().set_strength(strength, concept)
         law = self._turn.decoder.law if self._turn is not None else None
         if self._turn is not None and self._turn.controllers is self._controllers and isinstance(law, AdjustableLaw):
             law.strength = tuple(self._strengths.values())
-
-    def steerings(self, concept: str | None = None) -> dict[str, Steering]:
-        """What steers towards one concept, or towards each, alone.
-
-        Raises:
-            InputError: the concept is not loaded, or there is no controller.
-        """
-        names = self._named(concept)
-        alone = {one.concepts[0]: one for controller in self._controllers for one in controller.split()}
-        return {name: alone[name] for name in names}
 
     def answer(self, text: str) -> Iterator[Piece]:
         """The model's answer, piece by piece. If it is interrupted, the part so far stays in the conversation.
@@ -331,34 +246,6 @@ class Chat:
             notes.append(f"the transcript was steered by {', '.join(missing)}, which is not loaded now: /add FILE")
         return notes
 
-    def _steer_with(self, controllers: list[Steering], strengths: dict[str, float]) -> None:
-        """Steer with these controllers from now on. Concepts that are not in `strengths` keep their strength."""
-        names = [name for controller in controllers for name in controller.concepts]
-        self._controllers = controllers
-        self._strengths = {name: strengths.get(name, self._strengths.get(name, 1.0)) for name in names}
-
-    def _named(self, concept: str | None) -> list[str]:
-        """This concept, or all."""
-        if not self._strengths:
-            raise InputError(
-                "steering is off: /on first" if self._resting else "no controller is loaded: /add FILE first"
-            )
-        if concept is None:
-            return list(self._strengths)
-        self._check_loaded(concept)
-        return [concept]
-
-    def _check_loaded(self, concept: str) -> None:
-        if concept not in self._strengths:
-            loaded = ", ".join(self._strengths) or "none; /add FILE first"
-            raise InputError(f"no concept {concept!r} is loaded: {loaded}")
-
-    def _rest(self, controllers: list[Steering], strengths: Mapping[str, float] | None = None) -> None:
-        """Put these controllers aside. Concepts that are not in `strengths` keep the one that is remembered."""
-        known = {**self._resting_strengths, **(strengths or {})}
-        self._resting = controllers
-        self._resting_strengths = {name: known[name] for controller in controllers for name in controller.concepts}
-
     def _check_answered(self) -> None:
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise InputError(NO_ANSWER)
@@ -421,14 +308,3 @@ class Chat:
     @property
     def _rolling(self) -> bool:
         return self.options.get("overflow") == "roll"
-
-
-def _taken_out(controllers: Sequence[Steering], concept: str) -> tuple[list[Steering], list[Steering]]:
-    """What steers towards the concept, alone, and what steers towards the others."""
-    taken: list[Steering] = []
-    kept: list[Steering] = []
-    for controller in controllers:
-        parts: Sequence[Steering] = controller.split() if concept in controller.concepts else [controller]
-        for part in parts:
-            (taken if part.concepts == (concept,) else kept).append(part)
-    return taken, kept

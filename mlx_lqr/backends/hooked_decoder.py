@@ -108,6 +108,9 @@ class HookedDecoder(ABC):
         arrays = [self._seen, self._energy, *self._samplers.state]
         return [array for array in arrays if array is not None]
 
+    def _go_on_alone(self) -> None:  # noqa: B027 - where that is no faster, nothing changes
+        """A single sequence is left: decode it as one that has never been in a batch."""
+
     @abstractmethod
     def _settle(self) -> None:
         """Bring the cache into its usual form, where steps keep it in another."""
@@ -222,6 +225,8 @@ class HookedDecoder(ABC):
             self._samplers.keep(rows)
             if self._seen is not None:
                 self._seen = self._seen[chosen]
+            if len(rows) == 1:
+                self._go_on_alone()
             return tokens[chosen]
 
     def join(self, other: HookedDecoder, tokens: Array, others: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from shlex import quote, split
 
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
@@ -33,8 +34,8 @@ class ChatCompleter(Completer):
             return
         words = COMMANDS[name].words if name in COMMANDS else "nothing"
         if words == "bundled and files" and " " in rest:
-            words, rest = "files", rest.rpartition(" ")[2]
-        if words == "files":
+            yield from self._quoted_files(rest, complete_event)
+        elif words == "files":
             yield from self._files(rest, complete_event)
         else:
             yield from _beginning_with(rest, self._names(words))
@@ -56,11 +57,47 @@ class ChatCompleter(Completer):
             if _is_harmless(one.text) and _is_harmless(one.display_text):
                 yield one
 
+    def _quoted_files(self, typed: str, event: CompleteEvent) -> Iterable[Completion]:
+        """The last of several words, which are split as a shell splits them: a name that has to be is quoted."""
+        begun = _last_word(typed)
+        word = _plain(begun)
+        for one in self._files(word, event):
+            whole = word[: len(word) + one.start_position] + one.text
+            home, slash, rest = whole.partition("/") if whole.startswith("~") else ("", "", whole)
+            yield Completion(home + slash + quote(rest), start_position=-len(begun), display=one.display)
+
 
 def _beginning_with(typed: str, names: Iterable[str]) -> Iterable[Completion]:
     for name in names:
         if name.startswith(typed) and _is_harmless(name):
             yield Completion(f"{name} ", start_position=-len(typed), display=name)
+
+
+def _last_word(typed: str) -> str:
+    """What has been typed of the last word, quotes and backslashes included."""
+    begin, mark, escaped = 0, "", False
+    for i, letter in enumerate(typed):
+        if escaped:
+            escaped = False
+        elif letter == "\\" and mark != "'":
+            escaped = True
+        elif mark:
+            mark = "" if letter == mark else mark
+        elif letter in "\"'":
+            mark = letter
+        elif letter == " ":
+            begin = i + 1
+    return typed[begin:]
+
+
+def _plain(word: str) -> str:
+    """A word that may be unfinished, as it is meant."""
+    for end in ("", "'", '"'):
+        try:
+            return "".join(split(word.removesuffix("\\") + end))
+        except ValueError:  # a quote is still open
+            continue
+    return word
 
 
 def _is_harmless(text: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -80,8 +82,7 @@ def _wanted(concept: str, files: list[str]) -> Wanted:
 
 
 def _fitted(model: Differentiable, wanted: Wanted, progress: Progress) -> tuple[Path, Steering]:
-    kept = controllers_folder() / "own" / f"{wanted.concept}-{model.fingerprint}.safetensors"
-    file = wanted.output or kept
+    file = wanted.output or _kept(model, wanted)
     contrasts: list[Contrast] = []
     with reserved(file, "controller"):
         prompts = framed(model, (wanted.positive, wanted.negative))
@@ -93,3 +94,12 @@ def _fitted(model: Differentiable, wanted: Wanted, progress: Progress) -> tuple[
     note_prompts(model, wanted.positive, wanted.negative)
     note_separation(contrasts, steering.active_layers)
     return file, steering
+
+
+def _kept(model: Differentiable, wanted: Wanted) -> Path:
+    """Where a controller is kept that is given no file. Other prompts of the same name have another one, which
+    another chat may be using, or a session.
+    """
+    prompts = json.dumps([wanted.positive, wanted.negative]).encode()
+    name = f"{wanted.concept}-{model.fingerprint}-{hashlib.sha256(prompts).hexdigest()[:12]}.safetensors"
+    return controllers_folder() / "own" / name

@@ -6,10 +6,11 @@ options of decoding and the controllers (`runtime.session`).
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mlx_lqr.commands.chat_state import Conversation
 from mlx_lqr.commands.wrapping import tell
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
+from mlx_lqr.files.private import only_mine
 from mlx_lqr.methods.steering import Steering, load_steering
 from mlx_lqr.runtime.session import SteeredBy, read_session, save_session
 from mlx_lqr.runtime.transcript import read_transcript
@@ -26,18 +28,21 @@ _ENDING = ".json"
 
 
 def new_name() -> str:
-    """A name that no session has: the time."""
+    """A name that no session has: the time. Whoever keeps a session of this name first, has it (see `keep`)."""
     now = time.strftime("%Y-%m-%d-%H%M%S")
     taken = {*session_names()}
-    return next(name for i in range(len(taken) + 1) if (name := f"{now}-{i}" if i else now) not in taken)
+    return next(name for name in _numbered(now) if name not in taken)
 
 
 def session_names() -> list[str]:
     """The names of all sessions, the last one first."""
     try:
-        files = [(file.stat().st_mtime, file.name) for file in _folder().glob(f"*{_ENDING}")]
+        listed = [(file.stat(), file.name) for file in _folder().glob(f"*{_ENDING}")]
     except OSError:
         return []
+    files = [
+        (status.st_mtime, name) for status, name in listed if status.st_size
+    ]  # an empty one is about to be written
     return [name.removesuffix(_ENDING) for _, name in sorted(files, reverse=True)]
 
 
@@ -69,12 +74,16 @@ def known_session(name: str) -> str:
 
 
 def keep(conversation: Conversation) -> None:
-    """Write the session, if it is to be kept and something was said. Where that cannot be, it is said once."""
+    """Write the session, if it is to be kept and something was said. Where that cannot be, it is said once.
+
+    No other session's file is written over: where another one has taken the name since, this one gets the next.
+    """
     said = any(one["role"] == "assistant" for one in conversation.chat.messages)
     if conversation.session is None or conversation.private or not (said or is_kept(conversation)):
         return
     try:
-        _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+        if conversation.claimed != conversation.session:
+            conversation.session = conversation.claimed = _claimed(conversation.session)
         save_session(session_file(conversation.session), conversation.chat, conversation.files)
     except (InputError, OSError) as error:
         tell(f"Note: this session is not kept: {error}")
@@ -85,7 +94,7 @@ def is_kept(conversation: Conversation) -> bool:
     """Whether the conversation is in a file to go on with."""
     if conversation.session is None or conversation.private:
         return False
-    return session_file(conversation.session).exists()
+    return conversation.claimed == conversation.session and session_file(conversation.session).exists()
 
 
 def rename(conversation: Conversation, name: str) -> None:
@@ -97,11 +106,15 @@ def rename(conversation: Conversation, name: str) -> None:
     if conversation.session is None or conversation.private:
         raise InputError("this chat is not kept, so it has no name: start it on a terminal, without --private")
     old, new = session_file(conversation.session), session_file(name)
+    taken = f"there is a session {name}: choose another name, or go on with it (/resume {name})"
     if name in session_names():
-        raise InputError(f"there is a session {name}: choose another name, or go on with it (/resume {name})")
+        raise InputError(taken)
     try:
-        if old.exists():
+        if is_kept(conversation):
+            if not _claim(new):
+                raise InputError(taken)
             os.replace(old, new)
+            conversation.claimed = name
     except OSError as error:
         raise InputError(f"cannot write {new}: {error.strerror or error}") from error
     conversation.session = name
@@ -134,7 +147,7 @@ def resume(conversation: Conversation, name: str, given: Collection[str] = ()) -
             tell(f"Note: {one.concept} is left out: {error}")
     for note in chat.load(file):
         tell(f"Note: {note}")
-    conversation.session = name
+    conversation.session = conversation.claimed = name
 
 
 def _alone(one: SteeredBy) -> Steering:
@@ -143,6 +156,30 @@ def _alone(one: SteeredBy) -> Steering:
         if steering.concepts == (one.concept,):
             return steering
     raise InputError(f"{one.file} has no concept {one.concept!r} any more")
+
+
+def _claimed(name: str) -> str:
+    """This name, or the next one that no session has; from now on it is taken."""
+    return next(one for one in _numbered(name) if _claim(session_file(one)))
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}-{i}" for i in itertools.count(1))
+
+
+def _claim(file: Path) -> bool:
+    """Make a session's file, empty; False where there is one.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        open(file, "xb", opener=only_mine).close()
+    except FileExistsError:
+        return False
+    return True
 
 
 def _folder() -> Path:

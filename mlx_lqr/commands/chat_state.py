@@ -19,6 +19,8 @@ class Conversation:
     display: Display = field(default_factory=Display)
     session: str | None = None
     """The name under which it is kept, if it has one"""
+    claimed: str | None = None
+    """The name whose file is this conversation's own"""
     private: bool = False
     """Nothing is kept."""
     files: dict[str, str] = field(default_factory=dict)

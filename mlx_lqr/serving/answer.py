@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import numpy as np
 
-from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
-from mlx_lqr.backends.protocol import Differentiable, Runner, Trace
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, RECORDER, require
+from mlx_lqr.backends.protocol import Differentiable, Law, Runner, Scored, Trace
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.controller import Controller
@@ -20,7 +21,8 @@ from mlx_lqr.methods.steering import only_controller
 from mlx_lqr.runtime.decode import room_after
 from mlx_lqr.runtime.generate import Strength
 from mlx_lqr.runtime.stopping import StopStrings
-from mlx_lqr.serving.requests import Event, Finish, OnEvent, Request, Tracking
+from mlx_lqr.serving.requests import Event, Finish, OnEvent, PromptScores, Request, Tracking
+from mlx_lqr.serving.scoring import score_prompt
 
 
 class Answer:
@@ -38,8 +40,9 @@ class Answer:
 
     def __init__(self, model: Runner, request: Request, on_event: OnEvent) -> None:
         self.prompt = tokenise(model, request.prompt)
-        if request.max_tokens < 1:
-            raise InputError(f"max_tokens must be at least 1, not {request.max_tokens}")
+        least = 1 if request.scores is None else 0
+        if request.max_tokens < least:
+            raise InputError(f"max_tokens must be at least {least}, not {request.max_tokens}")
         if request.max_tokens > room_after(model, len(self.prompt)):
             raise InputError(
                 f"{len(self.prompt)} prompt tokens and {request.max_tokens} new ones do not fit the model's context of "
@@ -47,9 +50,11 @@ class Answer:
             )
         if request.top_logprobs is not None and not 0 <= request.top_logprobs <= model.vocab_size:
             raise InputError(f"top_logprobs must be between 0 and {model.vocab_size}, not {request.top_logprobs}")
+        self.request = request
+        if request.scores is not None:
+            self._check_scored(model, request.scores)
         if request.track and request.steering is None:
             raise InputError("nothing steers, so there is nothing to track: give steering")
-        self.request = request
         self.law: AdjustableLaw | None = None
         """What steers, not placed; of an adaptive controller from `adapt` on."""
         self.ended = False
@@ -60,6 +65,8 @@ class Answer:
         """Tokens that have been drawn, of which the last need not have been told"""
         self.count = 0
         """Tokens that have been told"""
+        self.cached = 0
+        """Tokens of the prompt that were not run, since an earlier request's states were reused"""
         self.strength: Strengths | None = None
         """To be in force from the next pass on; may be set by any thread"""
         self._tokens: list[int] = []
@@ -108,6 +115,36 @@ class Answer:
             raise InputError("this answer has no steering whose strength could change: begin another with some")
         return check_strength(default_strength(steering) if strength is None else strength, len(steering.concepts))
 
+    def scored(self) -> Iterator[int]:
+        """Score the prompt and tell of it; yields how many tokens each part has."""
+        wanted = self.request.scores
+        assert wanted is not None
+        law: Law | None = None
+        if self.request.steering is not None:
+            law = law_on(self._model, self.request.steering, self.request.strength)
+        first = 0 if self.steers_all else wanted.steered_from
+        model = require(self._model, RECORDER, "score prompts")
+        scores: list[Scored | None] = [None]
+        for part in score_prompt(model, self.prompt, law, steered_from=first, top=wanted.top):
+            scores += part
+            yield len(part)
+            if self.ended:
+                return
+        self._say(Event("", scores=tuple(scores), finish=None if self.request.max_tokens else "length"))
+
+    def _check_scored(self, model: Runner, wanted: PromptScores) -> None:
+        """Raise `InputError` where the prompt cannot be scored as it is asked for."""
+        require(model, RECORDER, "score prompts")
+        if not 0 <= wanted.top <= model.vocab_size:
+            raise InputError(f"top must be between 0 and {model.vocab_size}, not {wanted.top}")
+        if not 0 <= wanted.steered_from < len(self.prompt):
+            raise InputError(
+                f"scores are steered from one of the prompt's {len(self.prompt)} positions on (the first is 0), not "
+                f"from {wanted.steered_from}"
+            )
+        if adapts(self.request.steering):
+            raise InputError("adaptive gains are made for one prompt's end: they cannot score a whole prompt")
+
     def adapt(self, trace: Trace) -> AdjustableLaw:
         """The law with gains for this prompt, from the trace of its last token."""
         assert self._controller is not None
@@ -143,7 +180,10 @@ class Answer:
         """Go on with a token, and tell of it; an end token, a stop string or the last token that may be ends it."""
         self._tokens.append(token)
         if token in self._model.tokenizer.end_tokens:
-            self.end("stop")
+            if self.request.scores is None:
+                self.end("stop")
+            else:  # one entry for each token that was asked for: clients that score a prompt count them
+                self._say(Event(self._rest()[0], token, logprob, top, finish="stop"))
             return
         self.count += 1
         text, stopped = self._stops.add(self._detokenizer.add(token))

@@ -135,8 +135,12 @@ async def _answered(
     service = _service(request)
     requests, strengths = await run_in_threadpool(service.requests, body, prompts)
     reply = service.begin(id, requests, strengths)
-    kind = ChatForm if isinstance(body, ChatBody) else CompletionForm
-    form = kind(reply, body.model, service.model.tokenizer, with_usage=body.wants_usage(), tracked=bool(body.track))
+    options = {"with_usage": body.wants_usage(), "tracked": bool(body.track)}
+    form: ChatForm | CompletionForm
+    if isinstance(body, ChatBody):
+        form = ChatForm(reply, body.model, service.model.tokenizer, **options)
+    else:
+        form = CompletionForm(reply, body.model, service.model.tokenizer, echoed=service.echoed(body), **options)
     if body.stream:
         return EventStream(form.chunks(), after=lambda: service.end(reply))
     try:

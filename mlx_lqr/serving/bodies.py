@@ -16,6 +16,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.files.text import is_unicode
 from mlx_lqr.runtime.stopping import StopStrings
 from mlx_lqr.serving.failures import RequestError, unusable
+from mlx_lqr.serving.requests import PromptScores
 
 MAX_CHOICES = 16
 """Answers to one request"""
@@ -183,6 +184,10 @@ class ChatBody(Decoding):
             raise RequestError(400, "max_tokens and max_completion_tokens differ: give one of them", param="max_tokens")
         return new if new is not None else old
 
+    def prompt_scores(self, index: int) -> PromptScores | None:
+        """A conversation is not scored."""
+        return None
+
     def top(self) -> int | None:
         """For how many of the likeliest tokens log-probabilities are wanted; None for none at all."""
         if not self.logprobs and self.top_logprobs:
@@ -196,11 +201,36 @@ class CompletionBody(Decoding):
     prompt: Annotated[list[Text] | list[list[int]], BeforeValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
 
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
+    steer_from: Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]] | None = None
+    """The first token of the prompt, or of each prompt, that is steered while it is scored"""
+
     def limit(self) -> int | None:
+        if self.max_tokens == 0 and not self.scores_prompt:
+            raise RequestError(400, "max_tokens 0 needs echo and logprobs: nothing else is told", param="max_tokens")
         return self.max_tokens
 
     def top(self) -> int | None:
         return self.logprobs
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's own tokens are told with their log-probabilities."""
+        return bool(self.echo) and self.logprobs is not None
+
+    def prompt_scores(self, index: int) -> PromptScores | None:
+        """How prompt `index` is to be scored, if it is."""
+        if not self.scores_prompt:
+            if self.steer_from is not None:
+                raise RequestError(400, "steer_from needs echo and logprobs: it is about scores", param="steer_from")
+            return None
+        asked = self.steer_from or 0
+        if isinstance(asked, list) and len(asked) != len(self.prompt):
+            message = f"{len(asked)} numbers for {len(self.prompt)} prompts: give one number, or one for each"
+            raise RequestError(400, message, param="steer_from")
+        first = asked[index] if isinstance(asked, list) else asked
+        return PromptScores(self.logprobs or 0, first)
 
 
 class SteeringBody(BaseModel):

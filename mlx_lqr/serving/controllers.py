@@ -70,6 +70,8 @@ class Controllers:
         self._lock = threading.RLock()
         self._loaded: dict[str, Loaded] = {}
         self._combined: dict[tuple[str, ...], Steering] = {}
+        self._kept: set[str] = set()
+        """Whose files in the folder are these controllers'; others may be another server's"""
 
     def all(self) -> list[Loaded]:
         with self._lock:
@@ -89,7 +91,9 @@ class Controllers:
         notes = []
         for file in sorted(self._folder.glob(f"*{_ENDING}")):
             try:
-                self._add_new(check_id(file.name.removesuffix(_ENDING)), load_steering(file))
+                id = check_id(file.name.removesuffix(_ENDING))
+                self._add_new(id, load_steering(file))
+                self._kept.add(id)
             except InputError as error:
                 notes.append(f"{file} is left out: {error}")
         return notes
@@ -112,22 +116,24 @@ class Controllers:
 
         Raises:
             InputError: it is of another model or of several concepts, or cannot be saved.
-            RequestError: there are too many, or another one is of the same concept.
+            RequestError: there are too many, another one is of the same concept, or the folder has a file of this id
+                that is not this one's.
         """
         steering.check_model(self._model)
         if len(steering.concepts) != 1:
             raise InputError("a controller of several concepts: give the file of each concept alone")
         with self._lock:
-            self.check_room(id, steering.concepts[0])
+            self.check_room(id, steering.concepts[0], keep=keep)
             if keep:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                steering.save(self._file(id), force=True)
+                self._save(id, steering)
             self._loaded[id] = Loaded(id, steering, default)
             self._combined.clear()
             return self._loaded[id]
 
-    def check_room(self, id: str, concept: str) -> None:
-        """Raise `RequestError` 409 where a controller of this concept cannot be added under this id."""
+    def check_room(self, id: str, concept: str, *, keep: bool) -> None:
+        """Raise `RequestError` 409 where a controller of this concept cannot be added, and kept, under this id."""
+        if keep and id not in self._kept and self._file(id).exists():
+            raise _taken(id)
         others = [one for one in self.all() if one.id != id]
         if len(others) >= MOST:
             raise RequestError(409, f"there are {MOST} controllers already: delete one first")
@@ -172,7 +178,9 @@ class Controllers:
             self.get(id)
             del self._loaded[id]
             self._combined.clear()
-            self._file(id).unlink(missing_ok=True)
+            if id in self._kept:
+                self._kept.remove(id)
+                self._file(id).unlink(missing_ok=True)
 
     def named(self, concepts: str) -> Wanted:
         """What follows the @ in a model's name: concepts, each with a strength or without one: dog:2,ocean:gentle."""
@@ -227,8 +235,30 @@ class Controllers:
                 raise unusable(error, "steering") from None
         return combined, {concept: strengths[concept] for concept in combined.concepts}
 
+    def _save(self, id: str, steering: Steering) -> None:
+        """Save it into the folder, in place of no file that another server has made there meanwhile."""
+        file = self._file(id)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if id in self._kept:
+            steering.save(file, force=True)
+            return
+        try:
+            open(file, "xb").close()
+        except FileExistsError:
+            raise _taken(id) from None
+        try:
+            steering.save(file, force=True)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+        self._kept.add(id)
+
     def _file(self, id: str) -> Path:
         return self._folder / f"{check_id(id)}{_ENDING}"
+
+
+def _taken(id: str) -> RequestError:
+    return RequestError(409, f"the server's folder has a file for {id!r} that is not this one's: take another name")
 
 
 def check_id(id: str) -> str:

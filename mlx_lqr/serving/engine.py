@@ -43,6 +43,11 @@ class Ticket:
         """End the answer, at the latest after its next token; one that has ended stays as it is."""
         self._cancelled = True
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not run, since an earlier request's states were reused; once it is read."""
+        return self._answer.cached
+
     def steer(self, strength: Strength) -> None:
         """Steer at another strength from the next token on.
 
@@ -219,8 +224,13 @@ class Engine:
 
     def _parts(self, answer: Answer) -> Iterator[int]:
         """Read a prompt part by part, and let the answer join the batch; yields how many tokens each part has."""
+        if answer.request.scores is not None:
+            yield from answer.scored()
+        if answer.ended:  # where only scores were asked for
+            return
         *before, last = answer.prompt
         decoder, held = self._begun(answer, before)
+        answer.cached = held
         decoder.law, decoder.sampling = answer.law, answer.request.sampling
         size = PREFILL if decoder.fills_in_parts else max(1, len(before))
         for start in range(held, max(len(before), held + 1), size):

@@ -19,6 +19,7 @@ from mlx_lqr.serving.bodies import FitBody
 from mlx_lqr.serving.controllers import Controllers, check_id
 from mlx_lqr.serving.failures import RequestError, log, unusable
 
+FRAMED = "the sentences were fitted as answers in the model's chat template; chat_prompts: false fits them as they are"
 STOPPING = 10.0
 """Seconds to wait for a fit that has been cancelled; it ends at its next report of progress"""
 
@@ -48,7 +49,7 @@ class Fitter:
         if self._current is not None and self._current.running:
             message = "another controller is being fitted: wait for it, or cancel it by leaving"
             raise RequestError(409, message, code="busy")
-        self._controllers.check_room(check_id(body.name), body.name)
+        self._controllers.check_room(check_id(body.name), body.name, keep=True)
         self._current = Fit(self._model, self._controllers, body)
         return self._current
 
@@ -70,6 +71,7 @@ class Fit:
     def __init__(self, model: Differentiable, controllers: Controllers, body: FitBody) -> None:
         self._model, self._controllers, self._body = model, controllers, body
         self._cancelled = threading.Event()
+        self._ended = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[dict[str, Any] | RequestError] = asyncio.Queue()
         self._thread = threading.Thread(target=self._run, name="mlx-lqr fit", daemon=True)
@@ -77,7 +79,7 @@ class Fit:
 
     @property
     def running(self) -> bool:
-        return self._thread.is_alive()
+        return not self._ended
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """Objects of progress, and last the controller with `notes`.
@@ -106,18 +108,22 @@ class Fit:
         self._thread.join(seconds)
 
     def _run(self) -> None:
+        outcome = self._outcome()
+        self._ended = True  # before it is told: the client may ask for another one at once
+        self._say(outcome)
+        self._model.leave_thread()
+
+    def _outcome(self) -> dict[str, Any] | RequestError:
         try:
-            self._say(self._fitted())
+            return self._fitted()
         except CancelledError:
             log.info("a fit was cancelled")
-            self._say(RequestError(503, "the fit was cancelled, since the server is stopping"))
+            return RequestError(503, "the fit was cancelled, since the server is stopping")
         except InputError as error:
-            self._say(unusable(error))
+            return unusable(error)
         except Exception as error:  # of this fit alone
             log.error("a fit failed: %s: %s", type(error).__name__, first_line(error))
-            self._say(RequestError(500, "the fit failed: the server's log says more"))
-        finally:
-            self._model.leave_thread()
+            return RequestError(500, "the fit failed: the server's log says more")
 
     def _fitted(self) -> dict[str, Any]:
         body, contrasts = self._body, list[Contrast]()
@@ -125,6 +131,8 @@ class Fit:
         prompts = framed(self._model, (body.positive, body.negative), body.chat_prompts)
         fitted = fit(self._model, *prompts, concept=body.name, progress=self._report, on_contrast=contrasts.append)
         notes += [review_separation(contrast, fitted.active_layers) for contrast in contrasts]
+        if body.chat_prompts is None and prompts[0] is not body.positive:
+            notes.append(FRAMED)
         steering, doubts = recommended(self._model, fitted, "normal", prompts, self._report)
         self._report("Saving", 1, 1)
         loaded = self._controllers.add(body.name, steering, keep=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from mlx_lqr.backends.protocol import Scored
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError
 from mlx_lqr.serving.engine import Engine, Event, Full, Request, Ticket, Tracking
@@ -35,8 +36,9 @@ class Reply:
         self.requests = requests
         self.strengths = strengths
         """Of each concept that may be steered, in the steering's order"""
-        prompts = {id(request.prompt): request.prompt for request in requests}  # which several choices may follow
-        self.prompt_tokens = sum(map(len, prompts.values()))
+        self._first = {id(one.prompt): i for i, one in reversed([*enumerate(requests)])}
+        """The first choice of each prompt, which several may follow"""
+        self.prompt_tokens = sum(len(requests[i].prompt) for i in self._first.values())
         self.tokens = 0
         """Generated so far"""
         self.first_token: float | None = None
@@ -66,6 +68,11 @@ class Reply:
     @property
     def ended(self) -> bool:
         return self._running == 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that were not run again, a prompt counted once."""
+        return sum(self._tickets[i].cached_tokens for i in self._first.values())
 
     @property
     def rate(self) -> float | None:
@@ -179,7 +186,12 @@ class Form(ABC):
 
     def _usage(self) -> dict[str, Any]:
         prompt, generated = self._reply.prompt_tokens, self._reply.tokens
-        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": self._reply.cached_tokens},
+        }
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         written = {"index": index, **self._content(index, choice), "finish_reason": choice.finish}
@@ -245,39 +257,61 @@ class ChatForm(Form):
 
 
 class CompletionForm(Form):
+    """
+    Args:
+        reply, model, tokenizer, **options: see `Form`.
+        echoed: the text of each choice's prompt, where it stands before the answer.
+    """
+
     object, chunk = "text_completion", "text_completion"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._lengths = [0] * len(self._reply.requests)
+    def __init__(
+        self, reply: Reply, model: str, tokenizer: Tokenizer, *, echoed: Sequence[str] = (), **options: bool
+    ) -> None:
+        super().__init__(reply, model, tokenizer, **options)
+        self._echoed = [*echoed] or [""] * len(reply.requests)
+        self._lengths = [0] * len(reply.requests)
         """Characters of each choice so far"""
 
     def _openings(self) -> list[dict[str, Any]]:
-        return []
+        """A prompt whose scores follow goes with them."""
+        alone = [i for i, text in enumerate(self._echoed) if text and self._reply.requests[i].scores is None]
+        return [{"index": i, "text": self._echoed[i], "logprobs": None, "finish_reason": None} for i in alone]
 
     def _delta(self, index: int, event: Event) -> dict[str, Any]:
-        return {"text": event.text, "logprobs": self._logprobs(index, [event])}
+        text = event.text if event.scores is None else self._echoed[index] + event.text
+        return {"text": text, "logprobs": self._logprobs(index, [event])}
 
     def _content(self, index: int, choice: _Choice) -> dict[str, Any]:
-        return {"text": choice.text, "logprobs": self._logprobs(index, choice.events)}
+        return {"text": self._echoed[index] + choice.text, "logprobs": self._logprobs(index, choice.events)}
 
     def _logprobs(self, index: int, events: Sequence[Event]) -> dict[str, Any] | None:
-        known = [(event, event.token, event.logprob) for event in events if event.token is not None]
-        if not known or all(logprob is None for _, _, logprob in known):
+        scored: list[tuple[int, Scored | None]] = []
+        for event in events:
+            if event.scores is not None:
+                scored += zip(self._reply.requests[index].prompt, event.scores, strict=True)
+            if event.token is not None and event.logprob is not None:
+                scored.append((event.token, (event.logprob, event.top)))
+        if not scored:
             return None
-        texts = [self._token_text(token) for _, token, _ in known]
+        texts = [self._token_text(token) for token, _ in scored]
         offsets = []
         for text in texts:
             offsets.append(self._lengths[index])
             self._lengths[index] += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [_number(logprob) for _, _, logprob in known],
-            "top_logprobs": [
-                {self._token_text(other): _number(number) for other, number in event.top} for event, _, _ in known
-            ],
+            "token_logprobs": [None if one is None else _number(one[0]) for _, one in scored],
+            "top_logprobs": [None if one is None else self._likeliest(one) for _, one in scored],
             "text_offset": offsets,
         }
+
+    def _likeliest(self, scored: Scored) -> dict[str, float | None]:
+        """By their texts, the likeliest first; of tokens with one text the likeliest counts."""
+        texts: dict[str, float | None] = {}
+        for token, logprob in scored[1]:
+            texts.setdefault(self._token_text(token), _number(logprob))
+        return texts
 
 
 def new_id(prefix: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mlx_lqr.backends.protocol import Float32, Sampling
+from mlx_lqr.backends.protocol import Float32, Sampling, Scored
 from mlx_lqr.methods.steering import Steering
 from mlx_lqr.runtime.generate import Strength
 
@@ -16,6 +16,16 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 
 class Full(Exception):  # noqa: N818 - it says so itself
     """As many requests are waiting as may wait."""
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """That the prompt's own tokens are to be scored, before it is answered. The answer is the same without it."""
+
+    top: int = 0
+    """How many of the likeliest tokens are told at each position"""
+    steered_from: int = 0
+    """The first position that is steered while they are scored; with positions "all", every one is."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +40,13 @@ class Request:
     """One number for all concepts, or one for each; 0 does not steer. None is the recommended strength, or 1."""
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 256
+    """0 where the prompt is scored alone."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     top_logprobs: int | None = None
     """With how many of the likeliest tokens each token's log-probability is told; None: it is not."""
+    scores: PromptScores | None = None
+    """Whether and how the prompt is scored"""
     track: bool = False
     """Whether alpha_k and |u_k| are told at each token; of A-LQR controllers alone."""
 
@@ -71,6 +84,8 @@ class Event:
     finish: Finish | None = None
     error: str | None = None
     """One line, with finish="error"."""
+    scores: tuple[Scored | None, ...] | None = None
+    """Of the prompt's tokens, None for the first: an event of its own, before those of tokens"""
 
 
 OnEvent = Callable[[Event], None]

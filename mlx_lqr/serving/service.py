@@ -94,13 +94,22 @@ class Service:
             track=bool(body.track) and steering is not None,
         )
         requests: list[Request] = []
-        for prompt in prompts:
-            tokens = tokenise(self.model, prompt)
-            limit = body.limit() or max(1, min(DEFAULT_TOKENS, room_after(self.model, len(tokens))))
+        for index, prompt in enumerate(prompts):
+            tokens, limit, scores = tokenise(self.model, prompt), body.limit(), body.prompt_scores(index)
+            if limit is None:
+                limit = max(1, min(DEFAULT_TOKENS, room_after(self.model, len(tokens))))
             for _ in range(n):
                 sampling = seeded(shared.sampling, len(requests))
-                requests.append(replace(shared, prompt=tokens, sampling=sampling, max_tokens=limit))
+                requests.append(replace(shared, prompt=tokens, sampling=sampling, max_tokens=limit, scores=scores))
         return requests, strengths
+
+    def echoed(self, body: CompletionBody) -> list[str]:
+        """The text of each choice's prompt, if it is to stand before the answer."""
+        if not body.echo:
+            return []
+        decode = self.model.tokenizer.decode
+        texts = [one if isinstance(one, str) else decode(one, skip_special_tokens=False) for one in body.prompt]
+        return [text for text in texts for _ in range(body.n or 1)]
 
     def begin(self, id: str, requests: Sequence[Request], strengths: dict[str, float]) -> Reply:
         """Begin to answer; `end` has to follow."""

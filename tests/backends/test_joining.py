@@ -11,6 +11,8 @@ from helpers.controllers import NEGATIVE, POSITIVE, controller_for
 from helpers.decoding import decoded
 
 import mlx_lqr
+from mlx_lqr.backends.mlx import decoder as mlx_decoder
+from mlx_lqr.backends.mlx import step as mlx_step
 from mlx_lqr.backends.protocol import GREEDY, Law, Model, Sampling
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.methods.steering import law_of
@@ -63,6 +65,46 @@ def together(model: Model, sequences: list[Sequence]) -> list[list[int]]:
         running = [running[row] for row in rows]
         step += 1
     return answers
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("steered", [False, True])
+def test_the_last_one_of_a_batch_goes_back_to_compiled_steps(
+    family: str, steered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose strength is set in the batch and after it, and whom another one joins again."""
+    monkeypatch.setattr(mlx_decoder, "COMPILE_AFTER", 3)
+    monkeypatch.setattr(mlx_step, "STEP", 8)
+    model = tiny_on("mlx", family)
+    controller = controller_for(model)
+    strengths = {6: 1.0, 20: -2.0}
+    compiled: list[bool] = []
+
+    def tokens_of(*, joined: bool) -> list[int]:
+        law = LinearFeedback(controller, 2.0) if steered else None
+        decoder: Any = model.decoder(law)
+        decoder.fill([PROMPT[:-1]], steered=False)
+        token: Any = decoder.sample(decoder.step(PROMPT[-1:]))
+        drawn = [token.tolist()[0]]
+        for step in range(40):
+            if joined and step in (4, 30):
+                other = model.decoder(LinearFeedback(controller, -1.0))
+                other.fill([[7, 8]], steered=False)
+                first = other.sample(other.step([9]))
+                token = decoder.join(other, token, first) if step == 4 else other.join(decoder, first, token)
+                decoder = decoder if step == 4 else other
+            if joined and step in (10, 34):
+                token = decoder.keep([0 if step == 10 else 1], token)
+            if law is not None and step in strengths:
+                law.strength = strengths[step]
+            token = decoder.sample(decoder.step(token))
+            drawn.append(token.tolist()[1 if joined and 30 <= step < 34 else 0])
+            if joined:
+                compiled.append(decoder._fixed is not None)
+        return drawn
+
+    assert tokens_of(joined=True) == tokens_of(joined=False)
+    assert compiled == [2 <= step < 4 or 13 <= step < 30 or step >= 37 for step in range(40)]
 
 
 def mixed(model: Model) -> list[Sequence]:

@@ -59,6 +59,7 @@ class ScriptedTicket:
     on_event: Callable[[Event], None]
     cancelled: threading.Event = field(default_factory=threading.Event)
     strengths: list[Any] = field(default_factory=list)
+    cached_tokens: int = 0
 
     def cancel(self) -> None:
         self.cancelled.set()

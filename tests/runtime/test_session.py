@@ -87,6 +87,32 @@ def test_sessions_are_private_and_have_names(conversation: Conversation, cache: 
     assert len({chat_sessions.new_name() for _ in range(2)} - {"third"}) in (1, 2)
 
 
+def test_two_sessions_never_share_a_file(
+    conversation: Conversation, model: Model, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """Begun in the same second, or given a name that another one takes before they are written."""
+    monkeypatch.setattr(chat_sessions.time, "strftime", lambda _: "now")
+    both = [Conversation(Chat(model, options=OPTIONS), session=chat_sessions.new_name()) for _ in range(2)]
+    assert [one.session for one in both] == ["now", "now"], "neither is written yet"
+    for i, one in enumerate(both):
+        list(one.chat.answer(f"hello {i}"))
+        assert not chat_sessions.is_kept(one)
+        chat_sessions.keep(one)
+        assert chat_sessions.is_kept(one)
+    assert [one.session for one in both] == ["now", "now-1"]
+    for i, one in enumerate(both):
+        list(one.chat.answer("more"))
+        chat_sessions.keep(one)
+        assert one.session is not None
+        entries = json.loads(chat_sessions.session_file(one.session).read_text("utf-8"))
+        assert [m["content"] for m in entries["messages"][::2]] == [f"hello {i}", "more"]
+    chat_sessions.session_file("other").touch(mode=0o600)  # which somebody is about to write
+    assert set(chat_sessions.session_names()) == {"first", "now", "now-1"}
+    with pytest.raises(InputError, match="there is a session other"):
+        chat_sessions.rename(conversation, "other")
+    assert conversation.session == "first"
+
+
 def test_what_cannot_be_had_again_is_said(
     conversation: Conversation,
     controllers: list[Controller],

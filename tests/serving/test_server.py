@@ -33,6 +33,7 @@ from mlx_lqr.backends.protocol import Model
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.serving import Event, controllers, fitting, guard
 from mlx_lqr.serving.app import application
+from mlx_lqr.serving.failures import RequestError
 from mlx_lqr.serving.guard import Access, is_loopback
 from mlx_lqr.serving.service import Service
 
@@ -175,6 +176,23 @@ def test_completions_continue_texts_and_token_ids(served: Served) -> None:
         model=served.name, prompt=[60, 1, 2, 3, 62], temperature=0, max_tokens=12, extra_body={"steering": {}}
     )
     assert ids.choices[0].text == served.text({})
+
+
+def test_usage_says_what_was_not_read_again(served: Served) -> None:
+    prompt = [7, 9, *range(20, 40)]
+    fields = {"model": served.name, "prompt": [prompt, [4, 5]], "n": 2, "max_tokens": 3, "seed": 1, "steering": {}}
+    for cached in (0, len(prompt) - 1):
+        for stream in (False, True):
+            answers = served.ask(
+                "POST",
+                "/v1/completions",
+                {**fields, "stream": stream, "stream_options": {"include_usage": True}},
+            )
+            assert answers.status == 200, answers.content
+            usage = (answers.events[-1] if stream else answers.json)["usage"]
+            assert usage["prompt_tokens"] == len(prompt) + 2
+            assert usage["prompt_tokens_details"] == {"cached_tokens": cached}
+            cached = len(prompt) - 1
 
 
 def test_every_setting_of_decoding_reaches_the_engine(served: Served, scripted: ScriptedEngine) -> None:
@@ -337,6 +355,45 @@ def test_what_changes_nothing_is_ignored_and_parts_of_text_are_joined(served: Se
     assert response.json["choices"][0]["message"]["content"] == served.text({})
 
 
+def test_what_open_webui_sends_is_answered(served: Served) -> None:
+    """Its list of models, a conversation as its page streams it, and what it asks for a chat's title and tags."""
+    headers = {"Authorization": "Bearer local", "X-OpenWebUI-User-Name": "me"}
+    listed = served.ask("GET", "/v1/models", headers=headers).json
+    assert listed["object"] == "list"
+    assert all(one["id"] and one["object"] == "model" and one["owned_by"] for one in listed["data"])
+    conversation = [
+        {"role": "system", "content": "w9"},
+        {"role": "user", "content": [{"type": "text", "text": "w1 w2"}]},
+        {"role": "assistant", "content": "w4"},
+        {"role": "user", "content": "w3", "id": "5e1f", "timestamp": 1},
+    ]
+    streamed = served.chat(
+        model=f"{served.name}@dog",
+        messages=conversation,
+        stream=True,
+        stream_options={"include_usage": True},
+        temperature=0,
+        max_tokens=6,
+        stop=None,
+        user={"name": "me", "id": "1", "role": "admin"},
+        metadata={"chat_id": "c", "task": None},
+        tools=[],
+    )
+    *chunks, last = streamed.events
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks).split()
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 6
+    task = [{"role": "user", "content": "### Task:\nGenerate a concise title\n<chat_history>\nw1\n</chat_history>"}]
+    for limit in ({"max_tokens": 6}, {"max_completion_tokens": 6}):
+        body = {"model": served.name, "messages": task, "stream": False, "seed": 1, **limit}
+        response = served.ask("POST", "/v1/chat/completions", {**body, "metadata": {"task": "title_generation"}})
+        assert response.status == 200, response.content
+        title = response.json
+        assert title["choices"][0]["message"]["content"].split()
+        assert title["choices"][0]["finish_reason"] == "length"
+
+
 def test_bodies_that_are_no_json_or_too_large(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     path, as_json = "/v1/chat/completions", {"Content-Type": "application/json"}
     assert served.ask("POST", path, b"{", headers=as_json).status == 400
@@ -484,6 +541,10 @@ def test_a_controller_is_fitted_with_progress(served: Served) -> None:
     assert all(0 <= event["done"] <= event["total"] for event in progress)
     assert (last["object"], last["concepts"]) == ("controller", ["cat"])
     assert any("2 positive and 2 negative prompts are few" in note for note in last["notes"])
+    assert fitting.FRAMED not in last["notes"]
+    by_default = {name: value for name, value in FIT.items() if name != "chat_prompts"}
+    assert fitting.FRAMED in served.ask("POST", "/v1/controllers", by_default).json["notes"]
+    assert served.ask("POST", "/v1/controllers", FIT).json["concepts"] == ["cat"], "in place of its own"
     expected = mlx_lqr.fit(served.model, FIT["positive"], FIT["negative"], concept="cat")  # type: ignore[arg-type]
     fitted = served.service.controllers.get("cat").steering
     assert np.allclose(fitted.arrays["gain"], expected.gain)
@@ -491,6 +552,22 @@ def test_a_controller_is_fitted_with_progress(served: Served) -> None:
     assert served.ask("POST", "/v1/controllers", {**FIT, "name": "../cat"}).status == 400
     assert served.ask("POST", "/v1/controllers", {**FIT, "positive": []}).status == 400
     assert served.ask("DELETE", "/v1/controllers/cat").status == 200
+
+
+def test_servers_that_share_a_folder_write_over_nothing(served: Served, tmp_path: Path) -> None:
+    a, b = (controllers.Controllers(served.model, tmp_path) for _ in range(2))
+    dog, ocean = controllers_of(served.model).values()
+    a.add("one", dog, keep=True)
+    kept = (tmp_path / "one.safetensors").read_bytes()
+    with pytest.raises(RequestError, match="take another name"):
+        b.add("one", ocean, keep=True)
+    b.add("one", ocean)  # not to be kept
+    b.remove("one")
+    assert (tmp_path / "one.safetensors").read_bytes() == kept
+    a.add("one", ocean, keep=True)
+    assert (tmp_path / "one.safetensors").read_bytes() != kept, "it is its own"
+    a.remove("one")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_one_fit_at_a_time_which_ends_when_its_client_leaves(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,16 @@ class MLXDecoder(HookedDecoder):
         for layer in self._cache:
             layer.filter(rows)
 
+    def _go_on_alone(self) -> None:
+        """In caches and with a law that compiled steps can take; not at once, since it may soon have company."""
+        law = self._law.laws[0] if isinstance(self._law, RowLaws) else self._law
+        if self._compiled is None or not self._merged or isinstance(law, CarryingLaw):
+            return
+        self._cache = self._cache_of(0)
+        self._length, self._merged, self._steps = self._lengths[0], False, 0
+        self._law = self._place(law)
+        self._hooks = self._hooks_of(self._law)
+
     def _join(self, other: MLXDecoder) -> None:
         self._cache, self._merged = self._batched(), True
         for layer, joining in zip(self._cache, other._batched(), strict=True):
