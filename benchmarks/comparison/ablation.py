@@ -53,7 +53,7 @@ class Capped(LinearFeedback):
 
     def _error(self, layer: int, z: Array) -> Array:
         error, most = super()._error(layer, z), float(self.controller.magnitude[layer, 0])
-        return error * (error < most) + most * (error >= most)
+        return error - (error - most) * (error > most)
 
 
 SURE = 0.9
