@@ -23,6 +23,7 @@ TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 LAYERS = [
     {"errors", "starting"},
     {"launched"},
+    {"convert.gguf_file"},
     {"files", "backends.mlx.device"},
     {"concepts", "backends.blas", "backends.text", "backends.checkpoint"},
     {"backends.description", "backends.measurement"},
