@@ -35,6 +35,7 @@ LAYERS = [
     {"loading"},
     {"runtime", "analysis"},
     {"tasks", "serving"},
+    {"sharing"},
     {"commands"},
     {"__main__"},
 ]
@@ -52,6 +53,7 @@ FROM_BACKENDS = {
     "runtime": {*PROTOCOL, "backends.text", "backends.overflow"},
     "serving": {*PROTOCOL, "backends.text", "backends.overflow"},
     "tasks": PROTOCOL,
+    "sharing": PROTOCOL,
     "tasks.lm_eval": {*PROTOCOL, "backends.borrowed", "backends.mlx"},  # mlx-lm's own evaluator
     "commands": {*PROTOCOL, "backends.registry"},
 }

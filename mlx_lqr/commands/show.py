@@ -11,10 +11,11 @@ from mlx_lqr.commands.help import argument, command
 from mlx_lqr.commands.options import json_option
 from mlx_lqr.commands.output import say
 from mlx_lqr.files.results import as_json as to_json
+from mlx_lqr.loading import load_steering
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.method import Shown
 from mlx_lqr.methods.registry import METHODS
-from mlx_lqr.methods.steering import Steering, load_steering
+from mlx_lqr.methods.steering import Steering
 
 
 @command()

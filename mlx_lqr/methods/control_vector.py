@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.errors import InputError, quoted
-from mlx_lqr.files.control_vectors import read_control_vectors
+from mlx_lqr.files.control_vectors import ControlVectors, read_control_vectors
 from mlx_lqr.lqr.controller import Positions
 from mlx_lqr.methods.addition import Addition
 from mlx_lqr.methods.baseline import Baseline, BaselineMethod
@@ -103,7 +103,11 @@ def read_control_vector(path: str | PathLike[str]) -> Baseline:
     Raises:
         InputError: see `read_control_vectors`.
     """
-    vectors = read_control_vectors(path)
+    return as_steering(read_control_vectors(path), Path(path).stem)
+
+
+def as_steering(vectors: ControlVectors, name: str = "") -> Baseline:
+    """What a file holds as steering; the concept has this name where the file has none."""
     layers = tuple(vectors.directions)
     width = len(vectors.directions[layers[0]])
     shift = np.zeros((max(layers[-1] + 1, vectors.layer_count), width, 1), np.float32)
@@ -114,7 +118,7 @@ def read_control_vector(path: str | PathLike[str]) -> Baseline:
         tensors={"shift": shift},
         numbers={},
         active_layers=layers,
-        concepts=(vectors.concept or Path(path).stem or "control vector",),
+        concepts=(vectors.concept or name or "control vector",),
         positions="all",
         model_name=vectors.model_hint,
         fingerprint=vectors.fingerprint,

@@ -105,7 +105,8 @@ def load_steering(path: str | PathLike[str], model: str = "MODEL") -> Steering:
         model: what the model is called where a command to fit one is named.
 
     Raises:
-        InputError: see `Controller.load`, `Baseline.load` and `read_control_vectors`; or the name of a bundled concept instead of a file.
+        InputError: see `Controller.load`, `Baseline.load` and `read_control_vectors`; or the name of a bundled concept
+            instead of a file.
     """
     name = os.fspath(path)
     if name in bundled_concepts() and not os.path.exists(name):

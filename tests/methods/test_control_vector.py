@@ -1,4 +1,4 @@
-"""Control vectors of llama.cpp and repeng: read from GGUF, they add direction.N to the output of block N, everywhere."""
+"""Control vectors of llama.cpp and repeng: read from GGUF, they add direction.N to the output of block N."""
 
 from __future__ import annotations
 
