@@ -61,6 +61,8 @@ NOT_RUN = {
     "installs": r"git clone|make |pip install |uv tool install |source ",
     "needs a CUDA GPU": r"mlx-lqr .*--device cuda",
     "fetches from the hub": r"mlx-lqr eval lm-eval ",
+    "uses the hub": r"mlx-lqr push |mlx-lqr .* -c hf:",
+    "needs llama.cpp": r"llama-cli ",
     "serves until it is stopped": r"mlx-lqr serve ",
     "asks a server": r"llm |lm_eval ",
     "needs a model of your own": r"mlx-lqr \w+ \S+\.gguf ",

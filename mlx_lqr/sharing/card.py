@@ -27,7 +27,13 @@ ABOUT = (
 
 
 def card(
-    steering: Steering, repo: str, file: str, *, base_model: str | None, plot: str | None, before: str = ""
+    steering: Steering,
+    repo: str,
+    file: str,
+    *,
+    base_model: str | None = None,
+    plot: str | None = None,
+    before: str = "",
 ) -> str:
     """The text of README.md.
 
@@ -62,7 +68,7 @@ def picture(steering: Steering) -> bytes | None:
     with style():
         columns = _columns(steering)
         figure = Figure(figsize=(6.4, 1.9 * len(columns)), layout="constrained")
-        axes = np.atleast_1d(figure.subplots(len(columns), sharex=True))  # type: ignore[arg-type]
+        axes = np.atleast_1d(figure.subplots(len(columns), sharex=True))
         for i, (column, one) in enumerate(zip(columns, axes, strict=True)):
             one.bar(np.arange(steering.num_layers), column.values, color=SERIES[i % len(SERIES)])
             one.set_ylabel(column.header.strip())
@@ -83,8 +89,7 @@ def _front_matter(steering: Steering, base_model: str | None) -> str:
     from huggingface_hub import ModelCardData
 
     tags = ["activation-steering", "mlx-lqr", steering.method]
-    known = {} if base_model is None else {"base_model": base_model}
-    return f"---\n{ModelCardData(library_name='mlx-lqr', tags=tags, **known).to_yaml()}\n---\n\n"
+    return f"---\n{ModelCardData(base_model=base_model, library_name='mlx-lqr', tags=tags).to_yaml()}\n---\n\n"
 
 
 def _part(steering: Steering, repo: str, file: str, base_model: str | None, plot: str | None) -> str:

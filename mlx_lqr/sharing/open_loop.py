@@ -83,7 +83,7 @@ def open_loop(
     if not any(strength):
         raise InputError("strength 0 is not steered, so that there is nothing to export: give another --strength")
     push, described = law_of(steering, strength).constant, f"what {steering.method} adds"
-    measured = push is None
+    closed: Controller | None = None
     if push is None:
         if not isinstance(steering, Controller):
             formula = METHODS[steering.method].formula.replace("`", "")
@@ -96,7 +96,8 @@ def open_loop(
                 "A-LQR pushes each text as far as it needs, and the mean of that is measured on the model: name the "
                 "MODEL too, mlx-lqr export FILE MODEL --control-vector OUT"
             )
-        push, described = _mean_push(model, steering, strength, progress), "the mean push of A-LQR on neutral text"
+        closed = steering
+        push, described = _mean_push(model, closed, strength, progress), "the mean push of A-LQR on neutral text"
     if not np.all(np.isfinite(push)):
         raise InputError("the pushes are not finite at this strength: give a lower --strength")
     directions: Mapping[int, Float32] = {k: push[k] for k in range(1, len(push)) if push[k].any()}
@@ -111,7 +112,7 @@ def open_loop(
         description=f"{described}, strength {named}",
         fingerprint=steering.fingerprint,
     )
-    left = _left(model, steering, strength, vectors, progress) if measured and model is not None else None
+    left = None if closed is None or model is None else _left(model, closed, strength, vectors, progress)
     return OpenLoop(vectors, left, float(np.linalg.norm(push[0])), steering.positions == "all")
 
 

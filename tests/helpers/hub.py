@@ -23,7 +23,6 @@ from urllib.parse import unquote
 import pytest
 
 TOKEN = "hf_of_this_test"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @dataclass
@@ -35,6 +34,10 @@ class Hub:
     """Whose repositories the token may write"""
     requests: list[tuple[str, str]] = field(default_factory=list)
     address: str = ""
+
+    def commit(self, repo: str) -> str:
+        """Of what the repository holds now."""
+        return hashlib.sha1(repr(sorted(self.repos[repo].items())).encode(), usedforsecurity=False).hexdigest()
 
     def environment(self, home: Path, *, token: str | None = TOKEN, **others: str) -> dict[str, str]:
         """For a process whose hub this is, with a cache and a login of its own."""
@@ -75,7 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
             repo = path.removeprefix("/api/models/").partition("/revision")[0]
             if repo not in self.hub.repos:
                 return self._missing("RepoNotFound")
-            return self._json({"id": repo, "sha": COMMIT, "siblings": [{"rfilename": n} for n in self.hub.repos[repo]]})
+            return self._json(
+                {"id": repo, "sha": self.hub.commit(repo), "siblings": [{"rfilename": n} for n in self.hub.repos[repo]]}
+            )
         repo, resolve, rest = path.lstrip("/").partition("/resolve/")
         files = self.hub.repos.get(repo)
         if not resolve or files is None:
@@ -84,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             return self._missing("EntryNotFound")
         etag = hashlib.sha256(content).hexdigest()
-        return self._answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+        return self._answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.commit(repo)})
 
     def do_POST(self) -> None:
         path = self._begin()
@@ -114,8 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
             entry = json.loads(line)
             if entry["key"] == "file":
                 self.hub.repos[repo][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-        url = f"{self.hub.address}/{repo}/commit/{COMMIT}"
-        return self._json({"commitUrl": url, "commitOid": COMMIT, "success": True})
+        commit = self.hub.commit(repo)
+        url = f"{self.hub.address}/{repo}/commit/{commit}"
+        return self._json({"commitUrl": url, "commitOid": commit, "success": True})
 
     def _begin(self) -> str:
         path = unquote(self.path.partition("?")[0])

@@ -105,7 +105,7 @@ def test_a_second_controller_joins_the_page_of_the_first(there: Hub, mlx_lqr_the
     assert there.private["me/pets"]
     page = there.repos["me/pets"]["README.md"].decode()
     assert page.count(MARK) == page.count("<!-- mlx-lqr: cat.safetensors -->") == 1
-    assert page.count("---\n") == 2 + page.count("|---|---|\n")
+    assert page.count("---\n") == 2
     there.repos["me/mine"] = {"README.md": b"# My own page\n"}
     assert "has a README.md that mlx-lqr did not write" in mlx_lqr_there.refused(
         "push", files / "dog.safetensors", "me/mine"
@@ -141,7 +141,7 @@ def test_in_a_process_of_its_own(there: Hub, files: Path, tmp_path: Path) -> Non
     for address, status in ((there.address, 0), ("http://127.0.0.1:9", 0), ("http://127.0.0.1:9", 2)):
         home = tmp_path / ("home" if status == 0 else "empty")
         environment = os.environ | there.environment(home, HF_ENDPOINT=address)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100)
         assert done.returncode == status, done.stderr
     assert done.stderr == (
         "Error: cannot download hf:me/dog/dog.safetensors, and it was not downloaded before: check the network, or "

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.command_line import run
 from helpers.tiny_gguf import VOCABULARY, write
 
 import mlx_lqr
@@ -60,16 +61,13 @@ def applied(context: Any, file: Path, layers: int, shifted: int = 0) -> None:
     assert llama_cpp.llama_set_adapter_cvec(context, pointer, rows.size, rows.shape[1], 1, layers) == 0
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_llama_cpp_moves_as_we_do(arch: str, tmp_path: Path) -> None:
-    layers = 4
-    file = write(tmp_path / "tiny.gguf", arch, num_hidden_layers=layers).path
+@pytest.mark.parametrize(("arch", "changes"), [("llama", {"num_hidden_layers": 4}), ("gemma3", {})])
+def test_llama_cpp_moves_as_we_do(arch: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    file = write(tmp_path / "tiny.gguf", arch, **changes).path
     model = mlx_lqr.load(file, dtype="float32")
     fitted = mlx_lqr.fit_baseline(model, "actadd", *SETS, concept="one", layers=[1, 2], positions="all")
     fitted.save(tmp_path / "one.safetensors")
     vector = tmp_path / "one.gguf"
-    from helpers.command_line import run
-
     result = run("export", tmp_path / "one.safetensors", file, "--control-vector", vector, "--strength", "2")
     assert result.exit_code == 0, result.output
     plain = model.logits(TOKENS)
@@ -77,9 +75,9 @@ def test_llama_cpp_moves_as_we_do(arch: str, tmp_path: Path) -> None:
     with loaded(file) as (_, context):
         theirs = logits(context)
         assert np.allclose(theirs, plain, atol=2e-3 * np.abs(plain).max())
-        applied(context, vector, layers)
+        applied(context, vector, model.num_layers)
         error = np.linalg.norm(logits(context) - theirs - moved) / np.linalg.norm(moved)
-        applied(context, vector, layers, shifted=1)
+        applied(context, vector, model.num_layers, shifted=1)
         wrong = np.linalg.norm(logits(context) - theirs - moved) / np.linalg.norm(moved)
     assert error < 0.01
     assert wrong > 0.1

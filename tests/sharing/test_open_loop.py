@@ -22,7 +22,6 @@ from mlx_lqr.sharing import open_loop as module
 from mlx_lqr.sharing.open_loop import open_loop
 from mlx_lqr.tasks.read import bundled_lines
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_ocean.safetensors"
 SETS = [[1, 2, 3], [4, 5, 6], [7, 9]], [[9, 8, 7], [6, 5], [11, 12]]
 
 
@@ -87,20 +86,29 @@ def test_every_method_is_exact_or_says_why_not(method: str) -> None:
 
 @pytest.fixture(scope="module")
 def controller() -> Controller:
-    return Controller.load(GOLDEN)
+    positive, negative = mlx_lqr.bundled_prompts("ocean")
+    return mlx_lqr.fit(smollm2_on("mlx"), positive[:12], negative[:12], concept="ocean", layers=[27, 28, 29])
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fewer and shorter sentences than the export takes."""
+    lines = bundled_lines("neutral.txt")[:6]
+    monkeypatch.setattr(module, "LENGTH", 3)
+    monkeypatch.setattr(module, "bundled_lines", lambda _: lines)
+    return lines
 
 
 def prefixes(texts: Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(text[:end]) for text in texts for end in range(module.START, len(text) + 1)]
 
 
-def test_the_mean_push_is_that_of_the_closed_loop(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_push_is_that_of_the_closed_loop(controller: Controller, short: list[str]) -> None:
     """By residual streams at every prefix and the law's formula; the export decodes and records."""
-    monkeypatch.setattr(module, "LENGTH", 3)
     model = smollm2_on("mlx")
     whole = replace(controller, positions="all")
     opened = open_loop(whole, [2.0], model)
-    texts = [tokenise(model, line)[: module.START + 3] for line in bundled_lines("neutral.txt")][::2]
+    texts = [tokenise(model, line)[: module.START + 3] for line in short[::2]]
     states = model.residuals(prefixes(texts), law=law_of(whole, 2.0), steer_all=True)
     for k in range(1, whole.num_layers):
         error = whole.offset[k] + 2.0 * whole.setpoint[k] - states[:, k] @ whole.sensor[k]
@@ -113,10 +121,9 @@ def test_the_mean_push_is_that_of_the_closed_loop(controller: Controller, monkey
 
 
 def test_what_is_left_is_all_without_feedback_and_a_half_of_half_the_push(
-    controller: Controller, monkeypatch: pytest.MonkeyPatch
+    controller: Controller, short: list[str]
 ) -> None:
     """A controller that reads nothing pushes all texts alike: its vector leaves all of it."""
-    monkeypatch.setattr(module, "LENGTH", 3)
     model = smollm2_on("mlx")
     blind = replace(controller, readout=np.zeros_like(controller.direction), positions="all")
     small = replace(blind, setpoint=blind.setpoint * 0.1, offset=blind.offset * 0)
@@ -131,27 +138,28 @@ def test_what_is_left_is_all_without_feedback_and_a_half_of_half_the_push(
     seeing = open_loop(controller, [2.0], model)
     assert seeing.left is not None
     assert 0 < seeing.left.share < 0.99
-    assert seeing.left.sentences == 8
+    assert seeing.left.sentences == 3
 
 
-def test_the_vector_carries_on_where_the_controller_would(controller: Controller) -> None:
+def test_the_vector_carries_on_where_the_controller_would(controller: Controller, short: list[str]) -> None:
     """Read back, it is steering of the same concept on the same model, and makes its words likelier."""
     model = smollm2_on("mlx")
     vector = as_steering(open_loop(controller, [2.5], model).vectors)
     assert vector.concepts == controller.concepts
-    assert "ocean" in mlx_lqr.generate(
-        model, "Once upon a time,", controller=vector, max_tokens=25, temperature=0
-    ) or "sea" in mlx_lqr.generate(model, "Once upon a time,", controller=vector, max_tokens=25, temperature=0)
+    said = [(tokenise(model, "They looked at the"), tokenise(model, text)) for text in (" ocean", " sea", " waves")]
+    plain = np.concatenate(model.log_probabilities(said))
+    assert np.all(np.concatenate(model.log_probabilities(said, law=law_of(vector), steer_all=True)) > plain + 1)
 
 
 def test_mistakes_are_one_line(tmp_path: Path, controller: Controller) -> None:
-    out = tmp_path / "out.gguf"
-    assert "name the MODEL too, mlx-lqr export FILE MODEL" in refused("export", GOLDEN, "--control-vector", out)
-    assert "strength 0 is not steered" in refused("export", GOLDEN, "--control-vector", out, "--strength", "0")
-    assert "strength must be a number" in refused("export", GOLDEN, "--control-vector", out, "--strength", "much")
+    file, out = tmp_path / "ocean.safetensors", tmp_path / "out.gguf"
+    controller.save(file)
+    assert "name the MODEL too, mlx-lqr export FILE MODEL" in refused("export", file, "--control-vector", out)
+    assert "strength 0 is not steered" in refused("export", file, "--control-vector", out, "--strength", "0")
+    assert "strength must be a number" in refused("export", file, "--control-vector", out, "--strength", "much")
     assert "there is no file" in refused("export", tmp_path / "no.safetensors", "--control-vector", out)
     out.write_text("something of mine")
-    assert "is not a control vector" in refused("export", GOLDEN, "--control-vector", out)
+    assert "is not a control vector" in refused("export", file, "--control-vector", out)
     assert out.read_text() == "something of mine"
     with pytest.raises(InputError, match="this controller was fitted on"):
         open_loop(controller, [1.0], tiny_on("mlx", "llama"))
