@@ -10,7 +10,7 @@ import click
 import numpy as np
 
 from mlx_lqr.commands.help import OUTPUT, STEERING, argument, command, option
-from mlx_lqr.commands.options import Loading, force_option, json_option, loading_options
+from mlx_lqr.commands.options import MODEL_HELP, Loading, force_option, json_option, loading_options
 from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import NOTHING_WRITTEN, progress_bars, stopping
 from mlx_lqr.files.atomic import reserved, writing
@@ -24,7 +24,7 @@ from mlx_lqr.sharing.open_loop import OpenLoop, open_loop
 
 @command()
 @argument("file", help="The controller file, of any method, or hf:REPO/FILE.")
-@argument("model", required=False, help="The model that it was fitted on, as for `generate`; A-LQR needs it.")
+@argument("model", required=False, help=f"{MODEL_HELP} A-LQR needs it.")
 @option(
     "--control-vector",
     "output",
