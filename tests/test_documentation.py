@@ -61,7 +61,7 @@ NOT_RUN = {
     "installs": r"git clone|make |pip install |uv tool install |source ",
     "needs a CUDA GPU": r"mlx-lqr .*--device cuda",
     "fetches from the hub": r"mlx-lqr eval lm-eval ",
-    "uses the hub": r"mlx-lqr push |mlx-lqr .* -c hf:",
+    "uses the hub": r"mlx-lqr push (?!.*--dry-run)|mlx-lqr .* -c hf:",
     "needs llama.cpp": r"llama-cli ",
     "serves until it is stopped": r"mlx-lqr serve ",
     "asks a server": r"llm |lm_eval ",
