@@ -343,7 +343,7 @@ def test_a_command_that_is_not_run_would_be_understood(command: str) -> None:
         match words:
             case ["git", "clone", *_] | ["cd", _] | ["source", ".venv/bin/activate"]:
                 pass
-            case ["llm", *_] | ["lm_eval", *_]:
+            case ["llm", *_] | ["lm_eval", *_] | ["llama-cli", *_]:
                 pass
             case ["make", target]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
