@@ -20,7 +20,7 @@ blas.preload()  # before anything imports mlx.core
 from mlx_lqr.concepts import bundled_concepts, bundled_prompts  # noqa: E402
 from mlx_lqr.errors import InputError  # noqa: E402
 from mlx_lqr.files.prompts import read_prompts  # noqa: E402
-from mlx_lqr.loading import load  # noqa: E402
+from mlx_lqr.loading import load, load_steering  # noqa: E402
 from mlx_lqr.lqr.adapt import adapt  # noqa: E402
 from mlx_lqr.lqr.concept_prompts import chat_prompts, concept_prompts, style_prompts  # noqa: E402
 from mlx_lqr.lqr.contrast import Contrast, contrast  # noqa: E402
@@ -36,7 +36,6 @@ from mlx_lqr.methods.calibration import calibrate  # noqa: E402
 from mlx_lqr.methods.fitting import fit_baseline  # noqa: E402
 from mlx_lqr.methods.recording import Recording  # noqa: E402
 from mlx_lqr.methods.registry import METHODS  # noqa: E402
-from mlx_lqr.methods.steering import load_steering  # noqa: E402
 from mlx_lqr.runtime import Options, Piece, batch_generate, batch_stream, generate, steer, stream  # noqa: E402
 
 __version__ = metadata.version("mlx-lqr")

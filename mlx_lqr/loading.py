@@ -16,6 +16,7 @@ from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.adapter_folder import read_adapter
 from mlx_lqr.backends.protocol import ADAPTED, Model, Progress
 from mlx_lqr.errors import InputError
+from mlx_lqr.methods import steering
 
 BackendName = Literal["auto", registry.Name]
 
@@ -61,6 +62,35 @@ def load(
     return cast(
         Model, chosen.load(folder, name + suffix, dtype=dtype, device=device, adapter=adapted, pipeline=pipeline)
     )
+
+
+def load_steering(source: str | PathLike[str], model: str = "MODEL") -> steering.Steering:
+    """Read a controller, the steering of any other method, or a control vector, whichever the file holds.
+
+    Args:
+        source: a file of safetensors, one of GGUF for a control vector of llama.cpp or repeng, or "hf:REPO/FILE" for
+            either on the Hugging Face hub, downloaded once.
+        model: what the model is called where a command to fit one is named.
+
+    Raises:
+        InputError: no such file, or one that is damaged or of another kind; the name of a bundled concept instead of a
+            file; or a hub that cannot be reached.
+    """
+    name = os.fspath(source)
+    if not is_on_hub(name):
+        return steering.load_steering(source, model)
+    from mlx_lqr.convert.hub import hub_file
+
+    file = hub_file(name)
+    try:
+        return steering.load_steering(file, model)
+    except InputError as error:  # which would name a file in the hub's cache
+        raise InputError(str(error).replace(str(file), name)) from error
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a controller is named by its place on the hub, and there is no file of this name."""
+    return source.startswith("hf:") and not os.path.exists(source)
 
 
 def named_adapter(folder: str | PathLike[str] | None) -> tuple[Adapter | None, str]:

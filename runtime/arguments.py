@@ -12,8 +12,9 @@ from pathlib import Path
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.text import is_unicode
 from mlx_lqr.launched import count
+from mlx_lqr.loading import load_steering
 from mlx_lqr.lqr.strength import BUDGETS, Budget, Strengths, default_strength
-from mlx_lqr.methods.steering import Steering, combine, load_steering
+from mlx_lqr.methods.steering import Steering, combine
 
 DECODING_HELP: Mapping[str, str] = {
     "max_tokens": "At most this many tokens.",

@@ -61,6 +61,8 @@ NOT_RUN = {
     "installs": r"git clone|make |pip install |uv tool install |source ",
     "needs a CUDA GPU": r"mlx-lqr .*--device cuda",
     "fetches from the hub": r"mlx-lqr eval lm-eval ",
+    "uses the hub": r"mlx-lqr push (?!.*--dry-run)|mlx-lqr .* -c hf:",
+    "needs llama.cpp": r"llama-cli ",
     "serves until it is stopped": r"mlx-lqr serve ",
     "asks a server": r"llm |lm_eval ",
     "needs a model of your own": r"mlx-lqr \w+ \S+\.gguf ",
@@ -341,7 +343,7 @@ def test_a_command_that_is_not_run_would_be_understood(command: str) -> None:
         match words:
             case ["git", "clone", *_] | ["cd", _] | ["source", ".venv/bin/activate"]:
                 pass
-            case ["llm", *_] | ["lm_eval", *_]:
+            case ["llm", *_] | ["lm_eval", *_] | ["llama-cli", *_]:
                 pass
             case ["make", target]:
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

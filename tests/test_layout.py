@@ -23,6 +23,7 @@ TENSOR_FRAMEWORKS = {"mlx", "mlx_lm", "torch", "transformers"}
 LAYERS = [
     {"errors", "starting"},
     {"launched"},
+    {"convert.gguf_file"},
     {"files", "backends.mlx.device"},
     {"concepts", "backends.blas", "backends.text", "backends.checkpoint"},
     {"backends.description", "backends.measurement"},
@@ -34,6 +35,7 @@ LAYERS = [
     {"loading"},
     {"runtime", "analysis"},
     {"tasks", "serving"},
+    {"sharing"},
     {"commands"},
     {"__main__"},
 ]
@@ -51,6 +53,7 @@ FROM_BACKENDS = {
     "runtime": {*PROTOCOL, "backends.text", "backends.overflow"},
     "serving": {*PROTOCOL, "backends.text", "backends.overflow"},
     "tasks": PROTOCOL,
+    "sharing": PROTOCOL,
     "tasks.lm_eval": {*PROTOCOL, "backends.borrowed", "backends.mlx"},  # mlx-lm's own evaluator
     "commands": {*PROTOCOL, "backends.registry"},
 }

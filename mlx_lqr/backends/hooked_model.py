@@ -62,6 +62,7 @@ class HookedModel(ABC):
     """
 
     backend: str
+    family: str
     _framework: Framework
 
     def __init__(

@@ -292,6 +292,8 @@ class Runner(Protocol):
     backend: str
     """The name under which its backend is registered."""
     name: str
+    family: str
+    """Its architecture, by the name that its config.json has for it (`model_type`) or its GGUF file."""
     num_layers: int
     hidden_size: int
     vocab_size: int

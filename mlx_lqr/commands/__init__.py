@@ -20,12 +20,14 @@ from mlx_lqr.commands.concepts import concepts
 from mlx_lqr.commands.convert import convert
 from mlx_lqr.commands.demo import demo
 from mlx_lqr.commands.evaluate import eval_group
+from mlx_lqr.commands.export import export
 from mlx_lqr.commands.fit import fit, linearize
 from mlx_lqr.commands.generate import generate
 from mlx_lqr.commands.help import Group
 from mlx_lqr.commands.linearity import linearity
 from mlx_lqr.commands.lm_eval import lm_eval
 from mlx_lqr.commands.output import say
+from mlx_lqr.commands.push import push
 from mlx_lqr.commands.serve import serve
 from mlx_lqr.commands.show import show
 from mlx_lqr.commands.tune import tuning
@@ -124,5 +126,5 @@ main.add_section("Start here", [demo, check, concepts])
 main.add_section("Fit a controller", [fit, tuning, linearize])
 main.add_section("Steer a model", [generate, chat, serve])
 main.add_section("Measure", [eval_group, compare_group, linearity, certify])
-main.add_section("Files", [show, convert])
+main.add_section("Files", [show, convert, export, push])
 eval_group.add_command(lm_eval)

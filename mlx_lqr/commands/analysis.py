@@ -37,9 +37,9 @@ from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.files.results import as_json as to_json
 from mlx_lqr.files.results import write_json
-from mlx_lqr.loading import load
+from mlx_lqr.loading import load, load_steering
 from mlx_lqr.lqr.controller import Controller
-from mlx_lqr.methods.steering import load_steering, only_controller
+from mlx_lqr.methods.steering import only_controller
 from mlx_lqr.runtime.arguments import Asked, ControllerChoice, asked_strength
 
 if TYPE_CHECKING:

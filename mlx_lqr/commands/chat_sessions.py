@@ -19,7 +19,8 @@ from mlx_lqr.commands.wrapping import tell
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.files.private import only_mine
-from mlx_lqr.methods.steering import Steering, load_steering
+from mlx_lqr.loading import load_steering
+from mlx_lqr.methods.steering import Steering
 from mlx_lqr.runtime.session import SteeredBy, read_session, save_session
 from mlx_lqr.runtime.transcript import read_transcript
 

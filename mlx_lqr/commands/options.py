@@ -40,7 +40,8 @@ from mlx_lqr.runtime.arguments import (
 )
 from mlx_lqr.runtime.decode import Overflow
 
-model_argument = argument("model", help='An MLX or Hugging Face folder, a hub id, a .gguf file, or "demo".')
+MODEL_HELP = 'An MLX or Hugging Face folder, a hub id, a .gguf file, or "demo".'
+model_argument = argument("model", help=MODEL_HELP)
 
 
 class Loading(TypedDict):

@@ -11,14 +11,15 @@ from mlx_lqr.commands.help import argument, command
 from mlx_lqr.commands.options import json_option
 from mlx_lqr.commands.output import say
 from mlx_lqr.files.results import as_json as to_json
+from mlx_lqr.loading import load_steering
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.method import Shown
 from mlx_lqr.methods.registry import METHODS
-from mlx_lqr.methods.steering import Steering, load_steering
+from mlx_lqr.methods.steering import Steering
 
 
 @command()
-@argument("file", type=click.Path(), help="What `mlx-lqr fit` or `mlx-lqr tune` wrote.")
+@argument("file", type=click.Path(), help="What `mlx-lqr fit` or `mlx-lqr tune` wrote, or a control vector.")
 @json_option("Print all of it as JSON, for scripts.")
 def show(file: str, as_json: bool) -> None:
     """Show what a controller file holds."""
@@ -56,7 +57,7 @@ def _fields(steering: Steering) -> dict[str, object]:
 def _rows(steering: Steering, shown: Shown) -> dict[str, str]:
     """Label -> text, in the order in which they are printed."""
     counts = ", ".join(
-        f"{name} ({positive} + {negative} prompts)"
+        f"{name} ({positive} + {negative} prompts)" if positive or negative else name
         for name, (positive, negative) in zip(steering.concepts, steering.prompt_counts, strict=True)
     )
     rows = {

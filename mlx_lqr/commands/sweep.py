@@ -13,7 +13,8 @@ from mlx_lqr.commands.help import STEERING, option
 from mlx_lqr.commands.output import say
 from mlx_lqr.commands.values import NumbersType
 from mlx_lqr.errors import InputError
-from mlx_lqr.methods.steering import Steering, load_steering
+from mlx_lqr.loading import load_steering
+from mlx_lqr.methods.steering import Steering
 from mlx_lqr.runtime.arguments import Asked, ControllerChoice, Times, asked_strength
 from mlx_lqr.tasks import NamedSteering, named_steering
 

@@ -17,7 +17,7 @@ from mlx_lqr.files.locks import followed, locked
 from mlx_lqr.files.tensors import read_format
 from mlx_lqr.launched import rank
 
-Kind = Literal["controller", "Jacobians", "transcript", "results", "PNG image", "SVG image"]
+Kind = Literal["controller", "control vector", "Jacobians", "transcript", "results", "PNG image", "SVG image"]
 """What this library writes for its user. The steering of other methods is of the kind "controller" too."""
 
 _FORMATS: dict[str, Kind] = {
@@ -125,6 +125,8 @@ def kind_of(path: str | os.PathLike[str]) -> Kind | None:
     try:
         with open(path, "rb") as file:
             head = file.read(1024).lstrip()
+            if head.startswith(b"GGUF"):
+                return "control vector" if b"controlvector" in head else None
             if head.startswith(b"\x89PNG"):
                 return "PNG image"
             if head.startswith((b"<?xml", b"<svg")) and b"<svg" in head:
@@ -162,6 +164,7 @@ def _check_replaceable(target: Path, folder: bool, kind: Kind | None, force: boo
 
 _NAMES: dict[Kind, str] = {
     "controller": "a controller",
+    "control vector": "a control vector",
     "Jacobians": "a file of Jacobians",
     "transcript": "a transcript",
     "results": "a file of results",

@@ -169,7 +169,8 @@ class Baseline:
 
     def check_model(self, model: Runner) -> None:
         """Raise `InputError` unless this was fitted on `model`."""
-        check_fitted_on(self, model.name, model.fingerprint, model.num_layers, model.hidden_size, "this")
+        method: BaselineMethod = METHODS[self.method]  # type: ignore[assignment]
+        method.check_model(self, model)
 
     def recommending(self, strength: Strengths) -> Baseline:
         """The same with a recommended strength."""
@@ -237,6 +238,11 @@ class BaselineMethod(Method[Baseline]):
     def numbers(self) -> dict[str, float]:
         """The numbers that a file keeps, with their defaults."""
         return {option.name: option.default for option in self.options if option.kept}
+
+    def check_model(self, steering: Baseline, model: Runner) -> None:
+        """Raise `InputError` unless it was fitted on `model`."""
+        sizes = model.num_layers, model.hidden_size
+        check_fitted_on(steering, model.name, model.fingerprint, *sizes, "this")
 
     def blank(self, problem: Problem, options: Mapping[str, Any]) -> Baseline:
         """Steering of this method before anything is fitted."""

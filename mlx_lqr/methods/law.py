@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import AddProduct, Array, Renew, Site
+from mlx_lqr.backends.protocol import AddProduct, Array, Float32, Renew, Site
 from mlx_lqr.errors import InputError
 from mlx_lqr.methods.method import StrengthScale
 
@@ -73,6 +73,11 @@ class AdjustableLaw:
     def acts(self) -> bool:
         """Whether anything is steered: False where every strength is 0."""
         return any(self._shared[0])
+
+    @property
+    def constant(self) -> Float32 | None:
+        """What is added to each block's output, whatever the text is: (T, d); None where that depends on the text."""
+        return None
 
     def _checked(self, strength: float | Sequence[float]) -> tuple[float, ...]:
         numbers = check_strength(strength, self._concepts)

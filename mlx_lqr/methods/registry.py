@@ -36,6 +36,8 @@ OWN = {
     "adaptive-angular": "mlx_lqr.methods.angular:AdaptiveAngular",
     "pca": "mlx_lqr.methods.pca:PCA",
 }
+READ = {"control-vector": "mlx_lqr.methods.control_vector:ControlVector"}
+"""What files of other programs steer by. They are not fitted here, so that no list of methods to fit has them."""
 
 
 class UnknownMethodError(InputError, KeyError):
@@ -45,17 +47,18 @@ class UnknownMethodError(InputError, KeyError):
 
 
 class Methods(Mapping[str, Method[Any]]):
-    """Name -> method."""
+    """Name -> method. A loop goes over those that can be fitted; those that are only read are there by their names."""
 
-    def __init__(self, own: Mapping[str, str]) -> None:
+    def __init__(self, own: Mapping[str, str], read: Mapping[str, str]) -> None:
         self._own = own
+        self._builtin = {**own, **read}
         self._loaded: dict[str, Method[Any]] = {}
         self._others: dict[str, metadata.EntryPoint] | None = None
 
     def __getitem__(self, name: str) -> Method[Any]:
         if name not in self._loaded:
-            if name in self._own:
-                module, _, attribute = self._own[name].partition(":")
+            if name in self._builtin:
+                module, _, attribute = self._builtin[name].partition(":")
                 self._loaded[name] = _registered(name, getattr(import_module(module), attribute), "mlx-lqr")
             elif name in self._plugins():
                 self._loaded[name] = _load(self._plugins()[name])
@@ -79,8 +82,8 @@ class Methods(Mapping[str, Method[Any]]):
         if self._others is None:
             others: dict[str, metadata.EntryPoint] = {}
             for entry in metadata.entry_points(group=GROUP):
-                if entry.name in self._own or entry.name in others:
-                    owner = "mlx-lqr" if entry.name in self._own else _package(others[entry.name])
+                if entry.name in self._builtin or entry.name in others:
+                    owner = "mlx-lqr" if entry.name in self._builtin else _package(others[entry.name])
                     raise InputError(
                         f"{_package(entry)} adds a method {entry.name!r}, which {owner} has already: uninstall "
                         f"{_package(entry)}, or rename its method"
@@ -90,7 +93,7 @@ class Methods(Mapping[str, Method[Any]]):
         return self._others
 
 
-METHODS = Methods(OWN)
+METHODS = Methods(OWN, READ)
 """Every method by name, A-LQR first."""
 
 

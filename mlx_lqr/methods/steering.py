@@ -16,10 +16,12 @@ import numpy as np
 from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.concepts import bundled_concepts
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.control_vectors import is_gguf
 from mlx_lqr.files.tensors import read_format
 from mlx_lqr.lqr.controller import Controller, Fitted, Positions
 from mlx_lqr.lqr.strength import Budget, Calibration, Recommending, Strengths, default_strength
 from mlx_lqr.methods.baseline import Baseline
+from mlx_lqr.methods.control_vector import read_control_vector
 from mlx_lqr.methods.law import AdjustableLaw
 from mlx_lqr.methods.registry import METHODS
 
@@ -96,14 +98,15 @@ def combine(steerings: Sequence[Steering]) -> Steering:
 
 
 def load_steering(path: str | PathLike[str], model: str = "MODEL") -> Steering:
-    """Read a controller, or the steering of any other method, whichever the file holds.
+    """Read a controller, the steering of any other method, or a control vector, whichever the file holds.
 
     Args:
-        path: the file.
+        path: the file, of safetensors, or of GGUF for a control vector of llama.cpp or repeng.
         model: what the model is called where a command to fit one is named.
 
     Raises:
-        InputError: see `Controller.load` and `Baseline.load`; or the name of a bundled concept instead of a file.
+        InputError: see `Controller.load`, `Baseline.load` and `read_control_vectors`; or the name of a bundled concept
+            instead of a file.
     """
     name = os.fspath(path)
     if name in bundled_concepts() and not os.path.exists(name):
@@ -114,6 +117,8 @@ def load_steering(path: str | PathLike[str], model: str = "MODEL") -> Steering:
             f"{name} is a bundled concept and no file: mlx-lqr fit {model} --concept {name} -o {file} makes one, then "
             f"steer with {file}"
         )
+    if is_gguf(path):
+        return read_control_vector(path)
     return Baseline.load(path) if read_format(path).startswith("mlx-lqr baseline") else Controller.load(path)
 
 

@@ -14,10 +14,11 @@ import numpy as np
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
 from mlx_lqr.backends.protocol import Continued, Float32, Law, Recorder, Runner
 from mlx_lqr.errors import InputError
+from mlx_lqr.loading import load_steering
 from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.methods.running import adapts, law_on
-from mlx_lqr.methods.steering import Steering, combine, load_steering, only_controller
+from mlx_lqr.methods.steering import Steering, combine, only_controller
 from mlx_lqr.runtime import Options, batch_stream
 
 

@@ -40,7 +40,7 @@ class Engine:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.name = model.name
+        self.name, self.family = model.name, model.family
         self.num_layers, self.hidden_size = model.num_layers, model.hidden_size
         self.vocab_size, self.context_length = model.vocab_size, model.context_length
 

@@ -17,7 +17,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 import mlx_lqr
 from fuzz import uses
+from fuzz.gguf_mutations import mutate_gguf
 from fuzz.mutations import Mutator, mutate_lines, mutate_object, mutate_tensors, mutate_text
+from mlx_lqr.files.control_vectors import ControlVectors, write_control_vectors
 from mlx_lqr.lqr.strength import BUDGETS, Calibration
 from mlx_lqr.methods.registry import METHODS
 
@@ -77,8 +79,16 @@ def _steering(place: Path, model: Any) -> list[Specimen]:
     for name in METHODS:
         if name != "alqr":
             mlx_lqr.fit_baseline(model, name, POSITIVE, NEGATIVE, concept="one").save(place / f"{name}.safetensors")
+    vectors = {1: np.ones(model.hidden_size, np.float32), 2: np.full(model.hidden_size, -0.5, np.float32)}
+    write_control_vectors(place / "vector.gguf", ControlVectors(vectors, "llama", 3, "one", "", model.fingerprint))
     made = [
-        Specimen("steering", place.name, file.name, mutate_tensors, uses.steering)
+        Specimen(
+            "steering",
+            place.name,
+            file.name,
+            mutate_gguf if file.suffix == ".gguf" else mutate_tensors,
+            uses.steering,
+        )
         for file in sorted(place.iterdir())
         if file.name != "jacobians.safetensors"
     ]

@@ -90,6 +90,7 @@ class MLXModel(HookedModel):
     def __init__(self, module: nn.Module, name: str, tokenizer: Tokenizer | None = None) -> None:
         check_borrowed("mlx")
         super().__init__(module, module.layers, vars(module.args), name, tokenizer)
+        self.family = str(module.args.model_type)
         self._framework: MLXFramework = MLXFramework.of(self.blocks[0])
         check_computed(module, self._dtype)
 

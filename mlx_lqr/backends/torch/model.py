@@ -82,6 +82,7 @@ class TorchModel(HookedModel):
         check_family(str(module.config.model_type))
         check_parts(module)
         super().__init__(module, module.base_model.layers, vars(module.config), name, tokenizer)
+        self.family = str(module.config.model_type)
         self._framework: TorchFramework = TorchFramework.of(module, self.blocks[0])
 
     @property
