@@ -1,0 +1,75 @@
+"""What is taken of llama-cpp-python and of ggml, the tensor library beneath it.
+
+llama-cpp-python binds the whole of llama.h, and of ggml.h next to nothing. The few functions that read and write a
+tensor are called by ctypes here, in the library that it brings along. They work for tensors on any device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import sys
+import threading
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+from mlx_lqr.errors import InputError
+
+PACKAGE = "llama-cpp-python"
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_get_name": (ctypes.c_char_p, [ctypes.c_void_p]),
+    "ggml_op_desc": (ctypes.c_char_p, [ctypes.c_void_p]),
+    "ggml_nelements": (ctypes.c_int64, [ctypes.c_void_p]),
+    "ggml_element_size": (ctypes.c_size_t, [ctypes.c_void_p]),
+    "ggml_backend_tensor_get": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
+    "ggml_backend_tensor_set": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
+}
+"""Name -> what it returns and takes, as ggml.h and ggml-backend.h declare it"""
+_one_import = threading.Lock()
+
+
+@functools.cache
+def llama() -> Any:
+    """The module with the functions of llama.h, at its own cost alone.
+
+    The package's `__init__` also brings what its own generation needs, which takes five times as long to import.
+    """
+    with _one_import:
+        if "llama_cpp" in sys.modules:
+            return importlib.import_module("llama_cpp.llama_cpp")
+        found = importlib.util.find_spec("llama_cpp")
+        if found is None or found.submodule_search_locations is None:
+            raise InputError(f'{PACKAGE} is not installed: pip install "mlx-lqr[llama]"')
+        stand_in = ModuleType("llama_cpp")
+        stand_in.__path__ = list(found.submodule_search_locations)
+        sys.modules["llama_cpp"] = stand_in
+        try:
+            return importlib.import_module("llama_cpp.llama_cpp")
+        except (OSError, RuntimeError, FileNotFoundError) as error:
+            raise InputError(f"{PACKAGE} cannot load llama.cpp ({error}): install it again") from error
+        finally:
+            del sys.modules["llama_cpp"]
+
+
+@functools.cache
+def ggml() -> Any:
+    """The library with the functions of ggml.h and ggml-backend.h that are named above.
+
+    Raises:
+        InputError: it is not there, or one of the functions is not.
+    """
+    importlib.import_module(llama().__name__)
+    extensions = sys.modules["llama_cpp._ctypes_extensions"]
+    try:
+        library = extensions.load_shared_library("ggml-base", llama()._base_path)
+        for name, (returns, takes) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = returns, takes
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise InputError(
+            f"{PACKAGE} {metadata.version(PACKAGE)} brings no ggml that mlx-lqr can steer with ({error}): install "
+            'another version (pip install -U "mlx-lqr[llama]")'
+        ) from error
+    return library
