@@ -113,6 +113,34 @@ class StackableLaw(Law, Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Affine:
+    """What an affine law does at one block: u = (target - z R - y S) G' for its input z and its output y, both (d,).
+
+    All arrays are float32, for the m numbers that are measured.
+    """
+
+    target: Float32
+    """(m,)"""
+    gain: Float32
+    """G: (d, m)"""
+    read_input: Float32 | None = None
+    """R: (d, m); None where z plays no part"""
+    read_output: Float32 | None = None
+    """S: (d, m); None where y plays no part"""
+
+
+@runtime_checkable
+class AffineLaw(Law, Protocol):
+    """A law of the site "block" whose numbers an engine can take over, to evaluate it without calling it."""
+
+    def affine(self) -> Mapping[int, Affine] | None:
+        """By layer what it does at present, nothing where it does not act; None where only a call can tell.
+
+        The very same mapping as before as long as nothing has been set.
+        """
+
+
 def restart(law: Law | None) -> None:
     """Tell a law, if it is of the kind that has to know, that another prompt begins."""
     if isinstance(law, CarryingLaw):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Array
+from mlx_lqr.backends.protocol import Affine, Array
 from mlx_lqr.methods.baseline import BaselineLaw
 
 
@@ -15,6 +15,9 @@ class Addition(BaselineLaw):
 
     def _steered(self, layer: int, z: Array, output: Array) -> Array:
         return output + self._target[layer]
+
+    def _affine(self, layer: int, aimed: np.ndarray) -> Affine:
+        return Affine(np.ones(1, np.float32), aimed[:, None])
 
     def _fixed(self, layer: int) -> tuple[np.ndarray, ...]:
         return ()
