@@ -197,4 +197,8 @@ def hook_for(num_layers: int, hidden_size: int, n_ubatch: int) -> Hook:
         num_layers, hidden_size: T and d.
         n_ubatch: how many rows of a batch llama.cpp runs at once, at most.
     """
-    return PythonHook(num_layers, hidden_size)
+    from mlx_lqr.backends.llama.native import NativeHook, native  # which is built on this module
+
+    if native() is None:
+        return PythonHook(num_layers, hidden_size)
+    return NativeHook(num_layers, hidden_size, n_ubatch)

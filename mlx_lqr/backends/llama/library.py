@@ -22,6 +22,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_get_name": (ctypes.c_char_p, [ctypes.c_void_p]),
     "ggml_op_desc": (ctypes.c_char_p, [ctypes.c_void_p]),
     "ggml_nelements": (ctypes.c_int64, [ctypes.c_void_p]),
+    "ggml_nbytes": (ctypes.c_size_t, [ctypes.c_void_p]),
     "ggml_element_size": (ctypes.c_size_t, [ctypes.c_void_p]),
     "ggml_backend_tensor_get": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "ggml_backend_tensor_set": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
