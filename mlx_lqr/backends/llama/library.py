@@ -1,13 +1,15 @@
 """What is taken of llama-cpp-python and of ggml, the tensor library beneath it.
 
 llama-cpp-python binds the whole of llama.h, and of ggml.h next to nothing. The few functions that read and write a
-tensor are called by ctypes here, in the library that it brings along. They work for tensors on any device.
+tensor, or look into a file, are called by ctypes here, in the library that it brings along. They work for tensors on
+any device.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 import sys
 import threading
@@ -18,6 +20,14 @@ from typing import Any
 from mlx_lqr.errors import InputError
 
 PACKAGE = "llama-cpp-python"
+
+
+class GGUFParameters(ctypes.Structure):
+    """`gguf_init_params`: how a file is opened."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_get_name": (ctypes.c_char_p, [ctypes.c_void_p]),
     "ggml_op_desc": (ctypes.c_char_p, [ctypes.c_void_p]),
@@ -25,8 +35,15 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_element_size": (ctypes.c_size_t, [ctypes.c_void_p]),
     "ggml_backend_tensor_get": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "ggml_backend_tensor_set": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
+    "gguf_init_from_file": (ctypes.c_void_p, [ctypes.c_char_p, GGUFParameters]),
+    "gguf_free": (None, [ctypes.c_void_p]),
+    "gguf_get_data_offset": (ctypes.c_size_t, [ctypes.c_void_p]),
+    "gguf_find_tensor": (ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]),
+    "gguf_get_tensor_offset": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_get_tensor_type": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_get_tensor_size": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int64]),
 }
-"""Name -> what it returns and takes, as ggml.h and ggml-backend.h declare it"""
+"""Name -> what it returns and takes, as ggml.h, ggml-backend.h and gguf.h declare it"""
 _one_import = threading.Lock()
 
 
@@ -60,7 +77,7 @@ def ggml() -> Any:
     Raises:
         InputError: it is not there, or one of the functions is not.
     """
-    importlib.import_module(llama().__name__)
+    llama()
     extensions = sys.modules["llama_cpp._ctypes_extensions"]
     try:
         library = extensions.load_shared_library("ggml-base", llama()._base_path)
