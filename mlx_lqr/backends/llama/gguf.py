@@ -6,6 +6,7 @@ stores some as what is multiplied by, where the model's own norm multiplies by 1
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ ARCHITECTURES: Mapping[str, Norms] = {
 }
 """Those that are run and steered, by `general.architecture`"""
 
+_STRING = 8
+"""GGUF_TYPE_STRING"""
 _F32, _F16, _BF16 = 0, 1, 30
 _KINDS = {_F32: np.dtype("<f4"), _F16: np.dtype("<f2"), _BF16: np.dtype("<u2")}
 
@@ -81,10 +84,25 @@ def in_bfloat16(weight: np.ndarray) -> bytes:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
 
 
+def architecture_of(file: Path) -> str | None:
+    """What a file says of its architecture; None where it does not, or is no GGUF file."""
+    library = ggml()
+    opened = library.gguf_init_from_file(os.fsencode(file), GGUFParameters(no_alloc=True, ctx=None))
+    if not opened:
+        return None
+    try:
+        key = library.gguf_find_key(opened, b"general.architecture")
+        if key < 0 or library.gguf_get_kv_type(opened, key) != _STRING:
+            return None
+        return str(library.gguf_get_val_str(opened, key), "utf-8", "replace")
+    finally:
+        library.gguf_free(opened)
+
+
 def _read(file: Path, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Those of the named tensors that a file holds: (n,) in float32."""
     library = ggml()
-    opened = library.gguf_init_from_file(str(file).encode(), GGUFParameters(no_alloc=True, ctx=None))
+    opened = library.gguf_init_from_file(os.fsencode(file), GGUFParameters(no_alloc=True, ctx=None))
     if not opened:
         raise InputError(f"llama.cpp cannot read {file}: download it again")
     try:

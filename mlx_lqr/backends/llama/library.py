@@ -13,6 +13,8 @@ import importlib
 import importlib.util
 import sys
 import threading
+from collections import deque
+from collections.abc import Mapping
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -36,6 +38,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_tensor_get": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "ggml_backend_tensor_set": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "gguf_init_from_file": (ctypes.c_void_p, [ctypes.c_char_p, GGUFParameters]),
+    "gguf_find_key": (ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]),
+    "gguf_get_kv_type": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_get_val_str": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int64]),
     "gguf_free": (None, [ctypes.c_void_p]),
     "gguf_get_data_offset": (ctypes.c_size_t, [ctypes.c_void_p]),
     "gguf_find_tensor": (ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]),
@@ -55,7 +60,7 @@ def llama() -> Any:
     """
     with _one_import:
         if "llama_cpp" in sys.modules:
-            return importlib.import_module("llama_cpp.llama_cpp")
+            return _quiet(importlib.import_module("llama_cpp.llama_cpp"))
         found = importlib.util.find_spec("llama_cpp")
         if found is None or found.submodule_search_locations is None:
             raise InputError(f'{PACKAGE} is not installed: pip install "mlx-lqr[llama]"')
@@ -63,7 +68,7 @@ def llama() -> Any:
         stand_in.__path__ = list(found.submodule_search_locations)
         sys.modules["llama_cpp"] = stand_in
         try:
-            return importlib.import_module("llama_cpp.llama_cpp")
+            return _quiet(importlib.import_module("llama_cpp.llama_cpp"))
         except (OSError, RuntimeError, FileNotFoundError) as error:
             raise InputError(f"{PACKAGE} cannot load llama.cpp ({error}): install it again") from error
         finally:
@@ -85,8 +90,58 @@ def ggml() -> Any:
             function = getattr(library, name)
             function.restype, function.argtypes = returns, takes
     except (OSError, RuntimeError, AttributeError) as error:
-        raise InputError(
-            f"{PACKAGE} {metadata.version(PACKAGE)} brings no ggml that mlx-lqr can steer with ({error}): install "
-            'another version (pip install -U "mlx-lqr[llama]")'
-        ) from error
+        raise changed(f"brings another ggml ({error})") from error
     return library
+
+
+def parameters(kind: str, values: Mapping[str, Any]) -> Any:
+    """llama.cpp's default parameters of a "model" or a "context", but for these values.
+
+    Raises:
+        InputError: there is no such parameter.
+    """
+    made = getattr(llama(), f"llama_{kind}_default_params")()
+    for name, value in values.items():
+        if not hasattr(made, name):  # ctypes would set it, and nobody would read it
+            raise changed(f"has no {kind} parameter {name}")
+        setattr(made, name, value)
+    return made
+
+
+def why() -> str:
+    """The last error that llama.cpp has reported, after a colon; empty where there is none."""
+    return f": {_reported[-1]}" if _reported else ""
+
+
+def changed(what: str) -> InputError:
+    """The refusal of a version in which something is not as it was."""
+    return InputError(
+        f"{PACKAGE} {metadata.version(PACKAGE)} {what}: this version is not one that mlx-lqr is made for, install "
+        'another (pip install -U "mlx-lqr[llama]")'
+    )
+
+
+def _quiet(module: Any) -> Any:
+    """llama.cpp, started, and with nothing to say on the terminal."""
+    global _log
+    if _log is None:
+        _log = module.llama_log_callback(_keep_errors)
+        module.llama_log_set(_log, None)
+        module.llama_backend_init()
+    return module
+
+
+_ERROR = 4
+"""GGML_LOG_LEVEL_ERROR"""
+_reported: deque[str] = deque(maxlen=1)
+_log: Any = None
+
+
+def _keep_errors(level: int, text: bytes, _: Any) -> None:
+    if level == _ERROR and (said := text.decode("utf-8", "replace").strip()):
+        _reported.append(said.partition("\n")[0][:200])
+
+
+def device_name() -> str:
+    """What computes, as a person would call it."""
+    return "GPU" if llama().llama_supports_gpu_offload() else "CPU"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import codecs
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 from mlx_lqr.backends.llama.library import llama
+from mlx_lqr.backends.llama.load import Loaded
 from mlx_lqr.backends.text.text_tokenizer import TextTokenizer, check_text
 from mlx_lqr.convert.ends import END_OF_TURN
 from mlx_lqr.errors import InputError
@@ -29,17 +29,15 @@ class LlamaTokenizer(TextTokenizer):
     """The tokenizer of a loaded model.
 
     Args:
-        model: a `llama_model *`, which has to live as long.
-        metadata: what the file says, all of it as texts.
+        loaded: the model.
     """
 
-    def __init__(self, model: Any, metadata: Mapping[str, str]) -> None:
-        self._library, self._metadata = llama(), metadata
-        self._vocab = self._library.llama_model_get_vocab(model)
-        self._model = model
+    def __init__(self, loaded: Loaded) -> None:
+        self._library, self._loaded, self._metadata = llama(), loaded, loaded.metadata
+        self._vocab = self._library.llama_model_get_vocab(loaded.pointer)
         self.size: int = self._library.llama_vocab_n_tokens(self._vocab)
         is_sentencepiece = self._library.llama_vocab_type(self._vocab) == _SENTENCEPIECE
-        self.strips_space = is_sentencepiece and metadata.get("tokenizer.ggml.add_space_prefix", "true") == "true"
+        self.strips_space = is_sentencepiece and self._metadata.get("tokenizer.ggml.add_space_prefix", "true") == "true"
         """Whether a text's first token is spelled with a space that is not the text's"""
         defaults = _DEFAULT_IDS if is_sentencepiece else {}
         stated = {role: self._stated(key, defaults.get(role)) for role, key in _SPECIAL.items()}
@@ -81,7 +79,7 @@ class LlamaTokenizer(TextTokenizer):
 
     @cached_property
     def _template(self) -> str | None:
-        template: bytes | None = self._library.llama_model_chat_template(self._model, None)
+        template: bytes | None = self._library.llama_model_chat_template(self._loaded.pointer, None)
         if template is None:
             return None
         try:
