@@ -31,6 +31,7 @@ LAYERS = [
     {"lqr"},
     {"methods"},
     {"convert"},
+    {"backends.llama"},  # runs GGUF files, which convert knows
     {"loading"},
     {"runtime", "analysis"},
     {"tasks", "serving"},

@@ -32,7 +32,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from mlx_lqr.backends.description import Description
 from mlx_lqr.backends.measurement import Measurement
-from mlx_lqr.backends.text.tokenizer import Tokenizer
+from mlx_lqr.backends.text.text_tokenizer import TextTokenizer
 from mlx_lqr.errors import InputError, OverflowingError
 
 Array = Any
@@ -326,7 +326,7 @@ class Runner(Protocol):
     context_length: int
 
     @property
-    def tokenizer(self) -> Tokenizer: ...
+    def tokenizer(self) -> TextTokenizer: ...
 
     @property
     def fingerprint(self) -> str:

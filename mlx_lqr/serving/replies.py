@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from mlx_lqr.backends.text.tokenizer import Tokenizer
+from mlx_lqr.backends.text.text_tokenizer import TextTokenizer
 from mlx_lqr.errors import InputError
 from mlx_lqr.serving.engine import Engine, Event, Full, Request, Ticket, Tracking
 from mlx_lqr.serving.failures import RequestError, unusable
@@ -140,7 +140,7 @@ class Form(ABC):
     chunk: str
 
     def __init__(
-        self, reply: Reply, model: str, tokenizer: Tokenizer, *, with_usage: bool = False, tracked: bool = False
+        self, reply: Reply, model: str, tokenizer: TextTokenizer, *, with_usage: bool = False, tracked: bool = False
     ) -> None:
         self._reply, self._model, self._tokenizer = reply, model, tokenizer
         self._with_usage, self._tracked = with_usage, tracked

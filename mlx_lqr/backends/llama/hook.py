@@ -141,35 +141,40 @@ class PythonHook:
         self._get(tensor, stream.ctypes.data, 0, stream.nbytes)
         if k != self._last:
             part.end = part.start + len(stream)
-        if k in self._acting and self._act(k, part, stream):
+        rows = np.arange(part.start, part.end)
+        if k == self._last:
+            rows = self._outputs[(self._outputs >= part.start) & (self._outputs < part.end)]
+        if len(rows) != len(stream):
+            raise InputError("llama.cpp has computed other rows than those asked for: use --backend mlx")
+        if k in self._acting and self._act(k, part, stream, rows):
             self._set(tensor, stream.ctypes.data, 0, stream.nbytes)
         part.z, part.z_layer = stream, k
+        self._shown(k, stream, rows)
 
-    def _act(self, k: int, part: _Part, output: Float32) -> bool:
+    def _shown(self, k: int, stream: Float32, rows: np.ndarray) -> None:
+        """Told z_{k+1} (n, d) of these rows (n,) of the batch, ascending, as it goes into the next block."""
+
+    def _act(self, k: int, part: _Part, output: Float32, computed: np.ndarray) -> bool:
         """Let the laws of block k change its output in place; whether there was any in these rows."""
         if part.z is None or part.z_layer != k - 1:
             raise InputError("llama.cpp does not show the stream between this model's blocks: use --backend mlx")
-        computed = np.arange(part.start, part.end)
-        if k == self._last:
-            computed = self._outputs[(self._outputs >= part.start) & (self._outputs < part.end)]
-            if len(computed) != len(output):
-                raise InputError("llama.cpp has computed other rows of the last block than those asked for")
         acted = False
         for number, law, rows in self._acting[k]:
             own = rows[(rows >= part.start) & (rows < part.end)]
             if not len(own) or number in self.failures:
                 continue
-            z, places = part.z[own - part.start], np.searchsorted(computed, own)
+            z = part.z[own - part.start]
             there = np.isin(own, computed)
+            places = np.searchsorted(computed, own[there])
             before = z.copy()
-            before[there] = output[places[there]]
+            before[there] = output[places]
             try:
                 with np.errstate(all="ignore"):  # what overflows is noticed by whoever decodes
                     after = law(k, z[:, None], before[:, None])[:, 0]
             except Exception as error:
                 self.failures = {**self.failures, number: error}
                 continue
-            output[places[there]] = after[there]
+            output[places] = after[there]
             acted = True
         return acted
 

@@ -1,16 +1,20 @@
 """What is taken of llama-cpp-python and of ggml, the tensor library beneath it.
 
 llama-cpp-python binds the whole of llama.h, and of ggml.h next to nothing. The few functions that read and write a
-tensor are called by ctypes here, in the library that it brings along. They work for tensors on any device.
+tensor, or look into a file, are called by ctypes here, in the library that it brings along. They work for tensors on
+any device.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 import sys
 import threading
+from collections import deque
+from collections.abc import Mapping
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -18,6 +22,14 @@ from typing import Any
 from mlx_lqr.errors import InputError
 
 PACKAGE = "llama-cpp-python"
+
+
+class GGUFParameters(ctypes.Structure):
+    """`gguf_init_params`: how a file is opened."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_get_name": (ctypes.c_char_p, [ctypes.c_void_p]),
     "ggml_op_desc": (ctypes.c_char_p, [ctypes.c_void_p]),
@@ -26,8 +38,18 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_element_size": (ctypes.c_size_t, [ctypes.c_void_p]),
     "ggml_backend_tensor_get": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "ggml_backend_tensor_set": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
+    "gguf_init_from_file": (ctypes.c_void_p, [ctypes.c_char_p, GGUFParameters]),
+    "gguf_find_key": (ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]),
+    "gguf_get_kv_type": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_get_val_str": (ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_free": (None, [ctypes.c_void_p]),
+    "gguf_get_data_offset": (ctypes.c_size_t, [ctypes.c_void_p]),
+    "gguf_find_tensor": (ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]),
+    "gguf_get_tensor_offset": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_get_tensor_type": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]),
+    "gguf_get_tensor_size": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int64]),
 }
-"""Name -> what it returns and takes, as ggml.h and ggml-backend.h declare it"""
+"""Name -> what it returns and takes, as ggml.h, ggml-backend.h and gguf.h declare it"""
 _one_import = threading.Lock()
 
 
@@ -39,7 +61,7 @@ def llama() -> Any:
     """
     with _one_import:
         if "llama_cpp" in sys.modules:
-            return importlib.import_module("llama_cpp.llama_cpp")
+            return _quiet(importlib.import_module("llama_cpp.llama_cpp"))
         found = importlib.util.find_spec("llama_cpp")
         if found is None or found.submodule_search_locations is None:
             raise InputError(f'{PACKAGE} is not installed: pip install "mlx-lqr[llama]"')
@@ -47,7 +69,7 @@ def llama() -> Any:
         stand_in.__path__ = list(found.submodule_search_locations)
         sys.modules["llama_cpp"] = stand_in
         try:
-            return importlib.import_module("llama_cpp.llama_cpp")
+            return _quiet(importlib.import_module("llama_cpp.llama_cpp"))
         except (OSError, RuntimeError, FileNotFoundError) as error:
             raise InputError(f"{PACKAGE} cannot load llama.cpp ({error}): install it again") from error
         finally:
@@ -61,7 +83,7 @@ def ggml() -> Any:
     Raises:
         InputError: it is not there, or one of the functions is not.
     """
-    importlib.import_module(llama().__name__)
+    llama()
     extensions = sys.modules["llama_cpp._ctypes_extensions"]
     try:
         library = extensions.load_shared_library("ggml-base", llama()._base_path)
@@ -69,8 +91,58 @@ def ggml() -> Any:
             function = getattr(library, name)
             function.restype, function.argtypes = returns, takes
     except (OSError, RuntimeError, AttributeError) as error:
-        raise InputError(
-            f"{PACKAGE} {metadata.version(PACKAGE)} brings no ggml that mlx-lqr can steer with ({error}): install "
-            'another version (pip install -U "mlx-lqr[llama]")'
-        ) from error
+        raise changed(f"brings another ggml ({error})") from error
     return library
+
+
+def parameters(kind: str, values: Mapping[str, Any]) -> Any:
+    """llama.cpp's default parameters of a "model" or a "context", but for these values.
+
+    Raises:
+        InputError: there is no such parameter.
+    """
+    made = getattr(llama(), f"llama_{kind}_default_params")()
+    for name, value in values.items():
+        if not hasattr(made, name):  # ctypes would set it, and nobody would read it
+            raise changed(f"has no {kind} parameter {name}")
+        setattr(made, name, value)
+    return made
+
+
+def why() -> str:
+    """The last error that llama.cpp has reported, after a colon; empty where there is none."""
+    return f": {_reported[-1]}" if _reported else ""
+
+
+def changed(what: str) -> InputError:
+    """The refusal of a version in which something is not as it was."""
+    return InputError(
+        f"{PACKAGE} {metadata.version(PACKAGE)} {what}: this version is not one that mlx-lqr is made for, install "
+        'another (pip install -U "mlx-lqr[llama]")'
+    )
+
+
+def _quiet(module: Any) -> Any:
+    """llama.cpp, started, and with nothing to say on the terminal."""
+    global _log
+    if _log is None:
+        _log = module.llama_log_callback(_keep_errors)
+        module.llama_log_set(_log, None)
+        module.llama_backend_init()
+    return module
+
+
+_ERROR = 4
+"""GGML_LOG_LEVEL_ERROR"""
+_reported: deque[str] = deque(maxlen=1)
+_log: Any = None
+
+
+def _keep_errors(level: int, text: bytes, _: Any) -> None:
+    if level == _ERROR and (said := text.decode("utf-8", "replace").strip()):
+        _reported.append(said.partition("\n")[0][:200])
+
+
+def device_name() -> str:
+    """What computes, as a person would call it."""
+    return "GPU" if llama().llama_supports_gpu_offload() else "CPU"
