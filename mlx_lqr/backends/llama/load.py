@@ -53,7 +53,7 @@ class Loaded:
             self.context_length = min(self.context_length, int(original))
         self.parameters: int = library.llama_model_n_params(self.pointer)
         self.nbytes: int = library.llama_model_size(self.pointer)
-        self.threads = _cores()
+        self.threads = _threads()
 
     @property
     def packing(self) -> str:
@@ -86,8 +86,11 @@ def _text(write: Callable[[Any, int], int]) -> str:
     return buffer.value.decode("utf-8", "replace")
 
 
-def _cores() -> int:
-    """The processor's cores, each counted once, which is how many threads llama.cpp is quickest with."""
+def _threads() -> int:
+    """As many as the processor has cores, with which llama.cpp is quickest, or what OMP_NUM_THREADS says."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    if stated.isdecimal() and int(stated) > 0:
+        return int(stated)
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     siblings = set()
     for number in allowed:
