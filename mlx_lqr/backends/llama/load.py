@@ -6,6 +6,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Loaded:
     @property
     def packing(self) -> str:
         """What llama.cpp calls the kind of most weights, such as "Q4_1"; empty where they are plain numbers."""
-        said = _text(lambda buffer, size: llama().llama_model_desc(self.pointer, buffer, size)).rpartition(" ")[2]
+        said = _text(partial(llama().llama_model_desc, self.pointer)).rpartition(" ")[2]
         return "" if said in ("F32", "F16", "BF16") else said
 
     @property
@@ -71,8 +72,8 @@ def _metadata(model: Any) -> dict[str, str]:
     """What the file says, as texts, but for lists."""
     library, said = llama(), {}
     for i in range(library.llama_model_meta_count(model)):
-        key = _text(lambda buffer, size, i=i: library.llama_model_meta_key_by_index(model, i, buffer, size))
-        said[key] = _text(lambda buffer, size, i=i: library.llama_model_meta_val_str_by_index(model, i, buffer, size))
+        key = _text(partial(library.llama_model_meta_key_by_index, model, i))
+        said[key] = _text(partial(library.llama_model_meta_val_str_by_index, model, i))
     return said
 
 
