@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ ARCHITECTURES: Mapping[str, Norms] = {
 _STRING = 8
 """GGUF_TYPE_STRING"""
 _F32, _F16, _BF16 = 0, 1, 30
-_KINDS = {_F32: np.dtype("<f4"), _F16: np.dtype("<f2"), _BF16: np.dtype("<u2")}
+_KINDS: Mapping[int, np.dtype[Any]] = {_F32: np.dtype("<f4"), _F16: np.dtype("<f2"), _BF16: np.dtype("<u2")}
 
 
 def norms(files: Sequence[Path], architecture: str, layers: int) -> Iterator[tuple[str, bytes]]:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,12 @@ class Loaded:
             self.context_length = min(self.context_length, int(original))
         self.parameters: int = library.llama_model_n_params(self.pointer)
         self.nbytes: int = library.llama_model_size(self.pointer)
-        self.threads = _cores()
+        self.threads = _threads()
 
     @property
     def packing(self) -> str:
         """What llama.cpp calls the kind of most weights, such as "Q4_1"; empty where they are plain numbers."""
-        said = _text(lambda buffer, size: llama().llama_model_desc(self.pointer, buffer, size)).rpartition(" ")[2]
+        said = _text(partial(llama().llama_model_desc, self.pointer)).rpartition(" ")[2]
         return "" if said in ("F32", "F16", "BF16") else said
 
     @property
@@ -71,8 +72,8 @@ def _metadata(model: Any) -> dict[str, str]:
     """What the file says, as texts, but for lists."""
     library, said = llama(), {}
     for i in range(library.llama_model_meta_count(model)):
-        key = _text(lambda buffer, size, i=i: library.llama_model_meta_key_by_index(model, i, buffer, size))
-        said[key] = _text(lambda buffer, size, i=i: library.llama_model_meta_val_str_by_index(model, i, buffer, size))
+        key = _text(partial(library.llama_model_meta_key_by_index, model, i))
+        said[key] = _text(partial(library.llama_model_meta_val_str_by_index, model, i))
     return said
 
 
@@ -86,8 +87,11 @@ def _text(write: Callable[[Any, int], int]) -> str:
     return buffer.value.decode("utf-8", "replace")
 
 
-def _cores() -> int:
-    """The processor's cores, each counted once, which is how many threads llama.cpp is quickest with."""
+def _threads() -> int:
+    """As many as the processor has cores, with which llama.cpp is quickest, or what OMP_NUM_THREADS says."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    if stated.isdecimal() and int(stated) > 0:
+        return int(stated)
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     siblings = set()
     for number in allowed:

@@ -185,7 +185,7 @@ class LlamaModel:
                     for row in sorted(set(rows)):
                         parts[row].append(logits[np.asarray(rows) == row])
             along = [np.concatenate(part) for part in parts]
-            asked.check([bool(f) for part in along for f in np.isfinite(part).all(-1)], decoder, steer_all=steer_all)
+            asked.check(np.isfinite(np.concatenate(along)).all(axis=-1).tolist(), decoder, steer_all=steer_all)
             yield from zip(batch, along, strict=True)
 
     def _run(
