@@ -208,7 +208,11 @@ class _Arrays:
     def part(self, rows: np.ndarray) -> _Part:
         pointers = {name: own.ctypes.data for name, own in self._rows.items() if own is not None}
         return _Part(
-            target=self.target.ctypes.data, rows=rows.ctypes.data, concepts=len(self.target), count=len(rows), **pointers
+            target=self.target.ctypes.data,
+            rows=rows.ctypes.data,
+            concepts=len(self.target),
+            count=len(rows),
+            **pointers,
         )
 
 
