@@ -5,8 +5,8 @@ A GGUF file runs in llama.cpp, as it is, with nothing installed but
     pip install llama-cpp-python
     pip install --no-deps mlx-lqr
 
-of whose dependencies numpy is used, and jinja2 with --chat. A folder in MLX's format runs in MLX, and imports mlx, numpy,
-safetensors, tokenizers and jinja2. mlx-lm has to be there as well, since the model's own code is a file of its
+of whose dependencies numpy is used, and jinja2 with --chat. A folder in MLX's format runs in MLX, and imports mlx,
+numpy, safetensors, tokenizers and jinja2. mlx-lm has to be there as well, since the model's own code is a file of its
 `mlx_lm.models`; that file is read without the package's `__init__`, so mlx-lm needs none of its dependencies:
 
     pip install "mlx[cpu]" numpy safetensors tokenizers jinja2    # on macOS: mlx

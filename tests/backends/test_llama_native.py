@@ -17,10 +17,10 @@ from mlx_lqr.backends.protocol import Affine, AffineLaw
 
 pytest.importorskip("llama_cpp")
 
-from mlx_lqr.backends.llama import native  # noqa: E402
-from mlx_lqr.backends.llama.hook import Hook, PythonHook, Rows, hook_for  # noqa: E402
-from mlx_lqr.backends.llama.library import llama, parameters  # noqa: E402
-from mlx_lqr.backends.llama.load import Loaded  # noqa: E402
+from mlx_lqr.backends.llama import native
+from mlx_lqr.backends.llama.hook import Hook, PythonHook, Rows, hook_for
+from mlx_lqr.backends.llama.library import llama, parameters
+from mlx_lqr.backends.llama.load import Loaded
 
 pytestmark = posix
 
