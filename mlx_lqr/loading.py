@@ -11,10 +11,10 @@ from typing import Any, Literal, cast
 from mlx_lqr import launched
 from mlx_lqr.backends import registry
 from mlx_lqr.backends.backend import Backend, Suitability
-from mlx_lqr.backends.capabilities import RUNNER
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, RUNNER, require
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.adapter_folder import read_adapter
-from mlx_lqr.backends.protocol import ADAPTED, Model, Progress
+from mlx_lqr.backends.protocol import ADAPTED, Differentiable, Model, Progress, Runner
 from mlx_lqr.errors import InputError
 
 BackendName = Literal["auto", registry.Name]
@@ -134,6 +134,20 @@ def running_backend(source: str, name: BackendName, *, as_it_is: bool = True) ->
         return name
     reading = (backend.name for backend in backends if backend.reads_gguf and backend.reads(file))
     return cast(BackendName, next(reading, name))
+
+
+def able_to_fit(model: Runner, *, progress: Progress | None = None) -> Differentiable:
+    """The model, or the same one on a backend that can differentiate it, where this one only runs its file.
+
+    Raises:
+        InputError: there is no such file, or it cannot be loaded.
+    """
+    if DIFFERENTIABLE.is_of(model):
+        return cast(Differentiable, model)
+    file = getattr(model, "file", None)
+    if file is None:
+        return require(model, DIFFERENTIABLE, "fit controllers")
+    return load(file, progress=progress)
 
 
 def gguf_source(source: str | PathLike[str], *, progress: Progress | None = None) -> tuple[Path, str]:

@@ -7,8 +7,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
-from mlx_lqr.backends.protocol import Differentiable, Progress
+from mlx_lqr.backends.capabilities import RECORDER, require
+from mlx_lqr.backends.protocol import Progress, Recorder
 from mlx_lqr.commands.chat_state import Conversation
 from mlx_lqr.commands.fit import note_prompts, note_separation
 from mlx_lqr.commands.kept_controllers import controllers_folder, kept_controller
@@ -20,6 +20,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import reserved
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.launched import refuse_several
+from mlx_lqr.loading import able_to_fit
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.fit import fit
@@ -50,7 +51,7 @@ def fit_and_add(conversation: Conversation, line: str) -> str:
         InputError: the words, a file or a prompt cannot be used; what steers is as it was.
     """
     refuse_several("a concept is fitted in a chat")
-    model = require(conversation.chat.model, DIFFERENTIABLE, "fit controllers")
+    model = require(conversation.chat.model, RECORDER, "fit controllers")
     concept, *files = _words(line)
     with progress_bars() as progress:
         if files:
@@ -79,13 +80,14 @@ def _wanted(concept: str, files: list[str]) -> Wanted:
     return Wanted(concept, read_prompts(positive), read_prompts(negative), output[0] if output else None)
 
 
-def _fitted(model: Differentiable, wanted: Wanted, progress: Progress) -> tuple[Path, Steering]:
+def _fitted(model: Recorder, wanted: Wanted, progress: Progress) -> tuple[Path, Steering]:
     kept = controllers_folder() / "own" / f"{wanted.concept}-{model.fingerprint}.safetensors"
     file = wanted.output or kept
     contrasts: list[Contrast] = []
     with reserved(file, "controller"):
         prompts = framed(model, (wanted.positive, wanted.negative))
-        controller = fit(model, *prompts, concept=wanted.concept, progress=progress, on_contrast=contrasts.append)
+        able = able_to_fit(model, progress=progress)
+        controller = fit(able, *prompts, concept=wanted.concept, progress=progress, on_contrast=contrasts.append)
         steering, doubts = recommended(model, controller, "normal", prompts, progress)
         steering.save(file)
     for doubt in doubts:

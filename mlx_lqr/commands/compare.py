@@ -68,7 +68,7 @@ def _run(
     name = f"{wanted.task_name}-comparison"
     file = wanted.output / f"{name}.json"
     with reserved(file, "results", force=wanted.force), going_on_later(), progress_bars() as progress:
-        model, task = wanted.load(progress)
+        model, task = wanted.load(progress, [method.steering.controller for method in methods])
         comparison = compare_methods(
             model, task, methods, folder=wanted.output, loading=wanted.recorded_loading, progress=progress
         )

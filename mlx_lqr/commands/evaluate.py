@@ -55,7 +55,7 @@ def _run(
         going_on_later(),
         progress_bars() as progress,
     ):
-        model, task = wanted.load(progress)
+        model, task = wanted.load(progress, () if steering is None else [steering.controller])
         evaluation = evaluate(
             model,
             task,

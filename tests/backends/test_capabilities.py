@@ -123,7 +123,7 @@ def test_a_backend_lists_what_its_models_can_do(backend: str) -> None:
         name for name, capability in ALL.items() if capability in row.capabilities
     }
     assert RUNNER.is_of(model)
-    assert get_args(loading.BackendName) == ("auto", *BACKENDS)
+    assert get_args(loading.BackendName) == ("auto", *(backend.name for backend in registry.backends()))
 
 
 def test_nothing_is_computed_to_learn_what_a_model_can_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.decoding import decoded, decoded_together
 
 import mlx_lqr
 from mlx_lqr import Controller, InputError
-from mlx_lqr.backends.protocol import Sampling
 
 pytest.importorskip("llama_cpp")
 
-from helpers.gguf_float32 import in_float32  # noqa: E402
+from helpers.gguf_float32 import in_float32
 
-from mlx_lqr.methods.alqr import LinearFeedback  # noqa: E402
+from mlx_lqr.methods.alqr import LinearFeedback
 
 PROMPTS = ("Once upon a time,", "The best thing about my home is that", "What would you like to do today?")
 

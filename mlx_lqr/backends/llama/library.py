@@ -19,6 +19,7 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
+from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.errors import InputError
 
 PACKAGE = "llama-cpp-python"
@@ -50,6 +51,54 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "gguf_get_tensor_size": (ctypes.c_size_t, [ctypes.c_void_p, ctypes.c_int64]),
 }
 """Name -> what it returns and takes, as ggml.h, ggml-backend.h and gguf.h declare it"""
+USED = (
+    "ggml_backend_sched_eval_callback",
+    "llama_backend_init",
+    "llama_batch",
+    "llama_context_default_params",
+    "llama_decode",
+    "llama_free",
+    "llama_get_logits",
+    "llama_get_memory",
+    "llama_init_from_model",
+    "llama_log_callback",
+    "llama_log_set",
+    "llama_memory_seq_cp",
+    "llama_memory_seq_rm",
+    "llama_model_chat_template",
+    "llama_model_default_params",
+    "llama_model_desc",
+    "llama_model_free",
+    "llama_model_get_vocab",
+    "llama_model_load_from_file",
+    "llama_model_meta_count",
+    "llama_model_meta_key_by_index",
+    "llama_model_meta_val_str_by_index",
+    "llama_model_n_ctx_train",
+    "llama_model_n_embd",
+    "llama_model_n_layer",
+    "llama_model_n_params",
+    "llama_model_size",
+    "llama_pos",
+    "llama_seq_id",
+    "llama_state_seq_get_data",
+    "llama_state_seq_get_size",
+    "llama_state_seq_set_data",
+    "llama_supports_gpu_offload",
+    "llama_token",
+    "llama_token_to_piece",
+    "llama_tokenize",
+    "llama_vocab_bos",
+    "llama_vocab_eos",
+    "llama_vocab_eot",
+    "llama_vocab_get_add_bos",
+    "llama_vocab_get_add_eos",
+    "llama_vocab_get_text",
+    "llama_vocab_is_eog",
+    "llama_vocab_n_tokens",
+    "llama_vocab_type",
+)
+"""Of llama.h, what any module here uses"""
 _one_import = threading.Lock()
 
 
@@ -84,6 +133,7 @@ def ggml() -> Any:
         InputError: it is not there, or one of the functions is not.
     """
     llama()
+    check_borrowed("llama")
     extensions = sys.modules["llama_cpp._ctypes_extensions"]
     try:
         library = extensions.load_shared_library("ggml-base", llama()._base_path)
@@ -125,6 +175,8 @@ def changed(what: str) -> InputError:
 def _quiet(module: Any) -> Any:
     """llama.cpp, started, and with nothing to say on the terminal."""
     global _log
+    if lacking := [name for name in USED if not hasattr(module, name)]:
+        raise changed(f"has no {lacking[0]}")
     if _log is None:
         _log = module.llama_log_callback(_keep_errors)
         module.llama_log_set(_log, None)

@@ -56,7 +56,7 @@ class LlamaModel:
     backend = "llama"
 
     def __init__(self, file: Path, name: str) -> None:
-        self.name = name
+        self.name, self.file = name, file
         self._loaded = loaded = Loaded(file)
         self.num_layers, self.hidden_size = loaded.num_layers, loaded.hidden_size
         self.vocab_size, self.context_length = loaded.vocab_size, loaded.context_length
@@ -185,7 +185,8 @@ class LlamaModel:
                     for row in sorted(set(rows)):
                         parts[row].append(logits[np.asarray(rows) == row])
             along = [np.concatenate(part) for part in parts]
-            asked.check(np.isfinite(np.concatenate(along)).all(axis=-1).tolist(), decoder, steer_all=steer_all)
+            finite = [bool(one) for part in along for one in np.atleast_1d(np.isfinite(part).all(axis=-1))]
+            asked.check(finite, decoder, steer_all=steer_all)
             yield from zip(batch, along, strict=True)
 
     def _run(
