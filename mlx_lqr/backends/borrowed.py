@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -187,11 +186,6 @@ def _module(name: str) -> Any:
         from mlx_lqr.backends.mlx.library import import_mlx_lm
 
         return import_mlx_lm(name.removeprefix("mlx_lm."))
-    if name.startswith("llama_cpp."):
-        from mlx_lqr.backends.llama.library import llama
-
-        llama()  # imports both at their own cost
-        return sys.modules[name]
     return importlib.import_module(name)
 
 
