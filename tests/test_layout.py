@@ -207,6 +207,7 @@ def test_the_package_holds_everything(tmp_path: Path) -> None:
         "convert/sources.py",
         "py.typed",
         "concepts/dog.positive.txt",
+        "backends/llama/native.c",
         "commands/chat.py",
         "serving/page/index.html",
         "serving/page/app.js",

@@ -22,6 +22,7 @@ from mlx_lqr.backends.llama.gguf import norms
 from mlx_lqr.backends.llama.hook import Rows, hook_for
 from mlx_lqr.backends.llama.library import device_name
 from mlx_lqr.backends.llama.load import Loaded
+from mlx_lqr.backends.llama.native import why_not
 from mlx_lqr.backends.llama.recording import RecordingHook
 from mlx_lqr.backends.llama.tokenizer import LlamaTokenizer
 from mlx_lqr.backends.overflow import Examined, first_overflow, located
@@ -79,7 +80,7 @@ class LlamaModel:
     def description(self) -> Description:
         """See `Runner`."""
         return Description(
-            device=self._framework.device_name,
+            device=self._framework.device_name + (f" (laws in Python: {reason})" if (reason := why_not()) else ""),
             dtype=self._framework.dtype_name,
             packing=self._loaded.packing,
             parameters=self._loaded.parameters,
