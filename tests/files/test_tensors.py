@@ -48,7 +48,7 @@ def test_files_are_read_as_the_library_of_the_format_reads_them(tmp_path: Path) 
     write_tensors(tmp_path / "ours", CONTENT, {"format": "f"})
     metadata = {"format": "f", "text": "é 𝄞 \n"}
     halves = {name: tensor.astype(np.float16) for name, tensor in CONTENT.items()}
-    save_file({"one": np.float32(3.5).reshape(()), **halves}, tmp_path / "theirs", metadata)
+    save_file({"one": np.array(3.5, np.float32), **halves}, tmp_path / "theirs", metadata)
     for name in ("ours", "theirs"):
         read, expected = read_tensors(tmp_path / name, "f", "a file")[0], load_file(tmp_path / name)
         assert read.keys() == expected.keys()
