@@ -1,7 +1,7 @@
 """llama.cpp's own loop against ours on the same GGUF file, steered and not: for decode.py.
 
-What all are measured against is the shortest loop that there is: llama_decode and llama.cpp's own greedy sampler, in a
-context without a callback.
+What all are measured against is the shortest loop that there is: llama_decode in a context without a callback, and the
+largest logit (which takes NumPy half a millisecond less than llama.cpp's greedy sampler).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from report import ratio
 
 import mlx_lqr
@@ -40,7 +41,6 @@ class OwnLoop:
         threads = self._loaded.threads
         asked = {"n_ctx": 512, "n_batch": 512, "n_ubatch": 512, "n_threads": threads, "n_threads_batch": threads}
         self._context = library.llama_init_from_model(self._loaded.pointer, parameters("context", asked))
-        self._sampler = library.llama_sampler_init_greedy()
 
     def stream(self, prompt: list[int], tokens: int) -> Iterator[int]:
         library = llama()
@@ -49,8 +49,9 @@ class OwnLoop:
         library.llama_decode(self._context, library.llama_batch_get_one(batch, len(prompt)))
         one = (library.llama_token * 1)()
         for _ in range(tokens):
-            one[0] = library.llama_sampler_sample(self._sampler, self._context, -1)
-            yield int(one[0])
+            logits = np.ctypeslib.as_array(library.llama_get_logits_ith(self._context, -1), (self._loaded.vocab_size,))
+            one[0] = int(logits.argmax())
+            yield one[0]
             library.llama_decode(self._context, library.llama_batch_get_one(one, 1))
 
 

@@ -49,7 +49,7 @@ struct hook {
     set_function set;
     eval_function instead; /* not NULL: answers everything in the place of this one */
     void *instead_data;
-    const char *const *inputs; /* names of the tensor that z_0 is, the last of those in a graph; ends with NULL */
+    const char *const *inputs; /* names that z_0 has in graphs, the last of them in any; none begins with an l */
     const struct block *blocks;
     const int32_t *outputs; /* rows of the batch whose logits are wanted, ascending */
     float *input;           /* (ubatch, d): rows of z_k, of the block that comes next */
@@ -57,6 +57,7 @@ struct hook {
     float *errors;          /* as many as the law with the most concepts has */
     int32_t layers, width, ubatch;
     int32_t tokens, output_count; /* of the batch */
+    int32_t reads_first;          /* whether any law at block 0 reads z_0 */
     /* Where the callback is. */
     int32_t start, rows; /* of the graph at hand, in the batch */
     int32_t asked;       /* the block last asked about, -1 for z_0; `layers` before a batch */
@@ -258,8 +259,12 @@ static bool steer_block(struct hook *hook, int32_t layer, struct span span) {
     return true;
 }
 
+/* Asked a thousand times a token, so that most names are told by their first letter. */
 static bool wanted(struct hook *hook, const char *name) {
-    bool input = is_input(hook, name);
+    bool input = name[0] != 'l';
+    if (input && !(hook->reads_first && is_input(hook, name))) {
+        return false;
+    }
     int32_t layer = input ? -1 : block_of(name);
     if ((!input && layer < 0) || layer >= hook->layers) {
         return false;

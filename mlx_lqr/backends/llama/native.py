@@ -61,7 +61,7 @@ class _State(ctypes.Structure):
     _fields_ = [
         *((name, _Address) for name in ("name", "elements", "bytes", "get", "set", "instead", "instead_data")),
         *((name, _Address) for name in ("inputs", "blocks", "outputs", "input", "output", "errors")),
-        *((name, _Number) for name in ("layers", "width", "ubatch", "tokens", "output_count")),
+        *((name, _Number) for name in ("layers", "width", "ubatch", "tokens", "output_count", "reads_first")),
         *((name, _Number) for name in ("start", "rows", "asked", "held", "held_first", "held_count", "applied")),
         *((name, _Number) for name in ("failure", "failed_layer")),
     ]
@@ -186,6 +186,7 @@ class NativeHook:
         errors = np.empty(most, np.float32)
         self._kept += [blocks, errors]
         state.blocks, state.errors = ctypes.addressof(blocks) if parts else None, errors.ctypes.data
+        state.reads_first = any(part.read_input for part in parts.get(0, ()))
         state.outputs, state.output_count, state.tokens = wanted.ctypes.data, len(wanted), tokens
 
     def _arrays(self, affines: Mapping[int, Affine]) -> dict[int, _Arrays]:
