@@ -121,7 +121,8 @@ def test_a_quantised_file_is_near_mlx_own_of_it(smollm2_gguf: Path, exact: tuple
     quantised = mlx_lqr.load(smollm2_gguf, backend="llama")
     prompts = [mlx.tokenizer.encode(text) for text in PROMPTS]
     ours, expected = quantised.residuals(prompts), mlx.residuals(prompts)
-    assert 0 < relative(ours, expected) < 0.03
+    assert 0 < np.linalg.norm(ours - expected) / np.linalg.norm(expected) < 0.03
+    assert relative(ours, expected) < 0.05  # the worst layer of the worst prompt
     assert quantised.fingerprint == mlx.fingerprint
     assert quantised.description.packing == "Q4_1"
     assert quantised.description.nbytes < 100e6
