@@ -13,6 +13,15 @@ from mlx_lqr.methods.running import runs_on_any_backend
 from mlx_lqr.methods.steering import Steering
 
 
+def chosen_to_run(
+    model: str, loading: Loading, steerings: Iterable[Steering] = (), adaptive: bool | None = None
+) -> Loading:
+    """How a model is loaded by a command that only runs it; see `load_to_run`."""
+    options = loading["dtype"], loading["device"], loading["adapter"], loading["pipeline"]
+    as_it_is = not any(options) and all(runs_on_any_backend(steering, adaptive) for steering in steerings)
+    return {**loading, "backend": running_backend(model, loading["backend"], as_it_is=as_it_is)}
+
+
 def load_to_run(
     model: str,
     loading: Loading,
@@ -27,10 +36,7 @@ def load_to_run(
     Args:
         steerings, adaptive: what is to steer it.
     """
-    options = loading["dtype"], loading["device"], loading["adapter"], loading["pipeline"]
-    as_it_is = not any(options) and all(runs_on_any_backend(steering, adaptive) for steering in steerings)
-    chosen = running_backend(model, loading["backend"], as_it_is=as_it_is)
-    if chosen != loading["backend"]:
-        say(f"Note: {registry.backend(chosen).title} runs this file (--backend mlx for MLX)", err=True)
-    asked: Loading = {**loading, "backend": chosen}
-    return load(model, **asked, progress=progress)
+    chosen = chosen_to_run(model, loading, steerings, adaptive)
+    if chosen["backend"] != loading["backend"]:
+        say(f"Note: {registry.backend(chosen['backend']).title} runs this file (--backend mlx for MLX)", err=True)
+    return load(model, **chosen, progress=progress)

@@ -25,7 +25,7 @@ from mlx_lqr.commands.options import (
     temperature_option,
     top_p_option,
 )
-from mlx_lqr.commands.running import load_to_run
+from mlx_lqr.commands.running import chosen_to_run, load_to_run
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
 from mlx_lqr.methods.steering import Steering
@@ -73,10 +73,10 @@ class Request:
         """Whose perplexity is reported."""
         return self.judge or "the unsteered model itself"
 
-    @property
-    def recorded_loading(self) -> dict[str, str | None]:
-        """Without the adapter, which the model's name and fingerprint say."""
-        parts = {"backend": self.loading["backend"], "device": self.loading["device"], "dtype": self.loading["dtype"]}
+    def recorded_loading(self, steerings: Iterable[Steering] | None = None) -> dict[str, str | None]:
+        """How the model is loaded by `load`, without the adapter, which the model's name and fingerprint say."""
+        loading = self.loading if steerings is None else chosen_to_run(self.model, self.loading, steerings)
+        parts = {"backend": loading["backend"], "device": loading["device"], "dtype": loading["dtype"]}
         return {name: None if value is None else str(value) for name, value in parts.items()}
 
 

@@ -90,7 +90,7 @@ def _run(
             limit=limit,
             evaluations=evaluations,
             folder=folder,
-            loading=wanted.recorded_loading,
+            loading=wanted.recorded_loading(),
             progress=progress,
         )
         if tuned.steering is not None:

@@ -29,6 +29,8 @@ _CELLS = 512
 _SEQUENCES = (1, 16, 64, 256)
 _F32 = 0
 """GGML_TYPE_F32"""
+_DISABLED = 0
+"""LLAMA_FLASH_ATTN_TYPE_DISABLED"""
 
 
 class Slot:
@@ -120,7 +122,8 @@ class Context:
         """Append the rows of a batch to their sequences.
 
         Returns:
-            The logits (n, V) of the outputs, and by number in `steered` which laws have failed.
+            The logits (n, V) of the outputs, NaN for rows whose activations overflow, and by number in `steered` why
+            laws have failed.
 
         Raises:
             InputError: there is no memory for it, or llama.cpp cannot run it.
@@ -147,7 +150,10 @@ class Context:
                 failures = self._hook.failures
                 if not failures:
                     raise
-        return self._logits(len(batch.outputs)), failures
+        logits = self._logits(len(batch.outputs))
+        if self._hook is not None and self._hook.overflowed:
+            logits[[row in self._hook.overflowed for row in batch.outputs]] = np.nan
+        return logits, failures
 
     def _logits(self, count: int) -> Float32:
         vocabulary = self._loaded.vocab_size
@@ -197,7 +203,8 @@ class Context:
             "no_perf": True,
         }
         if loaded.unquantised:
-            asked |= {"type_k": _F32, "type_v": _F32}
+            # or keys and values would be the one thing in 16 bits; llama.cpp's flash attention computes in 16 bits too
+            asked |= {"type_k": _F32, "type_v": _F32, "flash_attn_type": _DISABLED}
         if hook is not None:
             asked |= {"cb_eval": hook.callback, "cb_eval_user_data": hook.user_data}
         pointer = library.llama_init_from_model(loaded.pointer, parameters("context", asked))

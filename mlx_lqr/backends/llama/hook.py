@@ -11,7 +11,7 @@ nobody has asked for, once attention has used them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,6 +43,8 @@ class Hook(Protocol):
     """What the callback is given, an address."""
     failures: Mapping[int, Exception]
     """By number in `steered`, what a law raised in the last llama_decode, which left its rows as they were."""
+    overflowed: Collection[int]
+    """The rows whose |z|^2 was not finite after the last steered block; llama.cpp's norms would make zeros of them."""
 
     def prepare(self, steered: Sequence[Rows], tokens: int, outputs: Sequence[int]) -> None:
         """Before every llama_decode.
@@ -75,6 +77,7 @@ class PythonHook:
     def __init__(self, num_layers: int, hidden_size: int) -> None:
         self.user_data: int | None = None
         self.failures: Mapping[int, Exception] = {}
+        self.overflowed: Collection[int] = ()
         self._last, self._width = num_layers - 1, hidden_size
         self._acting: dict[int, list[tuple[int, Law, np.ndarray]]] = {}
         """Layer -> what steers there: its number, the law, and its rows (n,)"""
@@ -92,6 +95,7 @@ class PythonHook:
     def prepare(self, steered: Sequence[Rows], tokens: int, outputs: Sequence[int]) -> None:
         """See `Hook`."""
         self.failures, self._interruption, self._part, self._acting = {}, None, _Part(0), {}
+        self.overflowed = set()
         self._tokens, self._outputs = tokens, np.asarray(outputs, np.int64)
         for number, own in enumerate(steered):
             if not own.rows or (own.law.replayable and not own.law.acts):
@@ -148,6 +152,10 @@ class PythonHook:
             raise InputError("llama.cpp has computed other rows than those asked for: use --backend mlx")
         if k in self._acting and self._act(k, part, stream, rows):
             self._set(tensor, stream.ctypes.data, 0, stream.nbytes)
+            if k == max(self._acting):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    energy = np.square(stream).sum(axis=-1)
+                self.overflowed = {*self.overflowed, *rows[~np.isfinite(energy)].tolist()}
         part.z, part.z_layer = stream, k
         self._shown(k, stream, rows)
 
