@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON_OLDEST ?= $(PYTHON)
 OLDEST := .venv-oldest
 
-.PHONY: help demo test test-families test-oldest test-gpu test-metal test-wheel fuzz lint docs figures families clean
+.PHONY: help demo test test-families test-oldest test-gpu test-llama test-metal test-wheel fuzz lint docs figures families clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | column -t -s '#'
@@ -41,6 +41,11 @@ test-oldest: $(OLDEST)/test ## what other libraries can change, with their oldes
 test-gpu: $(VENV)/test ## on a machine with a CUDA GPU: its tests, and a benchmark
 	$(BIN)/python -m pytest -m gpu -rs
 	$(BIN)/python benchmarks/backends.py --device cuda
+
+# The tests of the llama.cpp backend, which the others' environment lacks: building it takes minutes.
+test-llama: $(VENV)/llama ## the tests that need llama.cpp, which it builds
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/backends/test_borrowed.py tests/backends/test_llama*.py \
+		tests/commands/test_llama*.py
 
 # On a Mac: the tests, then decoding, start-up and synthesis as one table to paste into an issue.
 test-metal: $(VENV)/test ## on a Mac: all tests, and a benchmark
@@ -81,6 +86,10 @@ $(VENV)/core: $(BIN)/python pyproject.toml
 
 $(VENV)/test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/llama: $(VENV)/test
+	$(BIN)/python -m pip install --quiet --editable '.[test,llama]'
 	touch $@
 
 $(OLDEST)/test: pyproject.toml tests/oldest.py

@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py
     python benchmarks/decode.py --tokens 200 --rounds 20
+    python benchmarks/decode.py --llama          # llama.cpp steered, over its own loop
 
 Everything decodes the same prompt in turn, in one process, and is timed from the first new token to the last; ratios
 are medians over rounds. The controllers act at every layer, which is the dearest case.
@@ -10,6 +11,7 @@ are medians over rounds. The controllers act at every layer, which is the deares
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import statistics
 import time
@@ -22,6 +24,7 @@ from report import ratio
 import mlx_lqr  # first, so that MLX gets its BLAS
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.model import MLXModel
+from mlx_lqr.lqr.layers import Layers
 
 PROMPT = "Once upon a time, in a small town by a river,"
 Stream = Callable[[], Iterable[Any]]
@@ -36,10 +39,10 @@ def pace(stream: Iterable[Any]) -> float:
     return (time.perf_counter() - start) / count
 
 
-def fitted(model: MLXModel, concept: str) -> mlx_lqr.Controller:
+def fitted(model: MLXModel, concept: str, layers: Layers = "all") -> mlx_lqr.Controller:
     positive, negative = mlx_lqr.bundled_prompts(concept)
     return mlx_lqr.fit(
-        model, positive[:20], negative[:20], concept=concept, layers="all", cost="feature", jacobian_prompts=1
+        model, positive[:20], negative[:20], concept=concept, layers=layers, cost="feature", jacobian_prompts=1
     )
 
 
@@ -109,10 +112,21 @@ def batch_gain(model: MLXModel, size: int, tokens: int, rounds: int) -> list[flo
 @click.command()
 @click.option("--tokens", default=100, show_default=True, help="The compiled step takes over after 32.")
 @click.option("--rounds", default=12, show_default=True, help="Many short ones: a shared machine's speed drifts.")
-def main(tokens: int, rounds: int) -> None:
+@click.option("--llama", is_flag=True, help="Measure llama.cpp alone, over its own loop without a callback.")
+@click.option("--busy", is_flag=True, help="With --llama: one thread, and its processor time, for a machine in use.")
+def main(tokens: int, rounds: int, llama: bool, busy: bool) -> None:
     """Measure decoding on SmolLM2-135M-Instruct."""
-    model = mlx_lqr.load("demo")
+    if busy:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    model = mlx_lqr.load("demo", backend="mlx")
     assert isinstance(model, MLXModel)
+    if llama:
+        import llama_rows
+
+        controllers = [fitted(model, concept) for concept in ("ocean", "dog", "formal")]
+        laws = (fitted(model, "ocean", "auto"), controllers[0], mlx_lqr.Controller.combine(*controllers))
+        llama_rows.measure(dict(zip(llama_rows.STEERED, laws, strict=True)), tokens, rounds, busy=busy)
+        return
     streams = contenders(model, tokens)
     for stream in streams.values():
         pace(stream())  # a round that does not count

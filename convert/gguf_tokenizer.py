@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from mlx_lqr.errors import InputError, quoted
 
+from .ends import END_OF_TURN
 from .gguf_file import GGUFFile
 from .pre_tokenizers import PreTokenizer, pre_tokenizer
 from .write import write_json
@@ -31,26 +32,6 @@ _SPECIAL = {
     "pad_token": "padding_token_id",
 }
 _SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}  # llama.cpp's defaults, if the file does not say
-# Tokens that end a turn, known by their text as in llama.cpp. Many files name only one of them in their metadata, and
-# some have them as ordinary tokens.
-_END_OF_TURN = (
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<end_of_turn>",
-    "<end_of_utterance>",
-    "<EOT>",
-    "_<EOT>",
-    "<|return|>",
-    "<|call|>",
-    "[EOT]",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "<turn|>",
-    "[e~[",
-)
 # DeepSeek's have a wide bar.
 _CONTROL_LOOKING = re.compile("<([|\uff5c])[^\\s<>|\uff5c]+\\1>|<(?:start|end)_of_turn>")
 
@@ -110,7 +91,7 @@ class GGUFTokenizer:
     def eos_token_ids(self) -> list[int]:
         """All tokens that end generation: the end of the text first, then ends of a turn."""
         stated = [self._file.metadata.get(f"{_KEY}{name}_token_id") for name in ("eot", "eom")]
-        named = [token for token in _END_OF_TURN if token in self._vocabulary]
+        named = [token for token in END_OF_TURN if token in self._vocabulary]
         if {"<|return|>", "<|call|>"} <= set(named):  # gpt-oss ends a message with <|end|>, after which it goes on
             named = [token for token in named if token != "<|end|>"]
         known = [self._vocabulary[token] for token in named]
@@ -225,7 +206,7 @@ def _type(token: str, stated: int) -> int:
 
     Otherwise the marks of a chat template would be split into pieces, and no answer would end.
     """
-    return _CONTROL if token in _END_OF_TURN or _CONTROL_LOOKING.fullmatch(token) else stated
+    return _CONTROL if token in END_OF_TURN or _CONTROL_LOOKING.fullmatch(token) else stated
 
 
 def _pair(merge: str) -> tuple[str, str]:

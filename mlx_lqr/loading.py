@@ -10,11 +10,11 @@ from typing import Any, Literal, cast
 
 from mlx_lqr import launched
 from mlx_lqr.backends import registry
-from mlx_lqr.backends.backend import Backend
-from mlx_lqr.backends.capabilities import RUNNER
+from mlx_lqr.backends.backend import Backend, Suitability
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE, RUNNER, require
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.adapter_folder import read_adapter
-from mlx_lqr.backends.protocol import ADAPTED, Model, Progress
+from mlx_lqr.backends.protocol import ADAPTED, Differentiable, Model, Progress, Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.methods import steering
 
@@ -36,8 +36,9 @@ def load(
     Args:
         source: an MLX or Hugging Face folder (safetensors), a hub id such as `mlx-community/Qwen3-0.6B-4bit`, a .gguf
             file (converted once, kept in the cache folder), or "demo" for the demonstration model.
-        backend: "mlx", "torch" (PyTorch and transformers: `pip install "mlx-lqr[torch]"`), or "auto": MLX on Metal,
-            torch where it finds a CUDA GPU, else MLX on the CPU.
+        backend: "mlx", "torch" (PyTorch and transformers: `pip install "mlx-lqr[torch]"`), "llama" (llama.cpp, for a
+            .gguf file or "demo" as they are: `pip install "mlx-lqr[llama]"`; it runs models and records them, and
+            fits nothing), or "auto": MLX on Metal, torch where it finds a CUDA GPU, else MLX on the CPU.
         device: "cpu", "cuda" or "cuda:NUMBER", for torch, which it chooses; by default a GPU where there is one.
         dtype: "float32", "float16" or "bfloat16"; by default the checkpoint's own on a GPU and float32 on the CPU.
         adapter: the folder of a LoRA adapter, of mlx-lm's format or PEFT's, with which the model is to compute.
@@ -58,7 +59,7 @@ def load(
         others = " or ".join(backend.name for backend in registry.backends() if backend.spreads)
         raise InputError(f"{chosen.title} runs a model in one process: --pipeline and mlx.launch are for {others}")
     adapted, suffix = named_adapter(adapter)
-    folder, name = resolve(source, progress=progress)
+    folder, name = (gguf_source if chosen.reads_gguf else resolve)(source, progress=progress)
     return cast(
         Model, chosen.load(folder, name + suffix, dtype=dtype, device=device, adapter=adapted, pipeline=pipeline)
     )
@@ -142,10 +143,61 @@ def adopt(model: Any) -> Model:
     for backend in backends:
         if (adopted := backend.adopt(model)) is not None:
             return cast(Model, adopted)
-    *others, last = (backend.adopts for backend in backends)
+    *others, last = (backend.adopts for backend in backends if backend.adopts)
     raise InputError(
         f"cannot steer a {type(model).__name__}: give what {', '.join(['mlx_lqr.load', *others])} or {last} returned"
     )
+
+
+def running_backend(source: str, name: BackendName, *, as_it_is: bool = True) -> BackendName:
+    """The backend for somebody who only runs a model: where "auto" would take a bare CPU for a GGUF file, one that
+    runs such files as they are, if there is one.
+
+    Args:
+        source, name: see `load`.
+        as_it_is: whether the file is to be run with nothing else, such as an adapter, and in its own dtype.
+    """
+    backends, file = registry.backends(), Path(source).expanduser()
+    if name != "auto" or not as_it_is or launched.count() > 1 or file.suffix != ".gguf" or not file.is_file():
+        return name
+    if _most_suitable(backends).suitability() > Suitability.CPU:
+        return name
+    reading = (backend.name for backend in backends if backend.reads_gguf and backend.reads(file))
+    return cast(BackendName, next(reading, name))
+
+
+def able_to_fit(model: Runner, *, progress: Progress | None = None) -> Differentiable:
+    """The model, or the same one on a backend that can differentiate it, where this one only runs its file.
+
+    Raises:
+        InputError: there is no such file, or it cannot be loaded.
+    """
+    if DIFFERENTIABLE.is_of(model):
+        return cast(Differentiable, model)
+    file = getattr(model, "file", None)
+    if file is None:
+        return require(model, DIFFERENTIABLE, "fit controllers")
+    return load(file, progress=progress)
+
+
+def gguf_source(source: str | PathLike[str], *, progress: Progress | None = None) -> tuple[Path, str]:
+    """The GGUF file behind a source, and the model's name.
+
+    Raises:
+        InputError: it is another one.
+    """
+    from mlx_lqr.convert import sources
+
+    text = os.fspath(source)
+    if text == "demo":
+        return sources.demo_gguf_file(progress=progress), sources.DEMO_NAME
+    path = Path(text).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path, path.stem
+    if path.suffix == ".gguf":
+        raise InputError(f"{text} does not exist: give a .gguf file")
+    able = " or ".join(backend.name for backend in registry.backends() if not backend.reads_gguf)
+    raise InputError(f"llama.cpp runs .gguf files, and {text} is none: use --backend {able}")
 
 
 def resolve(source: str | PathLike[str], *, progress: Progress | None = None) -> tuple[Path, str]:

@@ -1,13 +1,18 @@
-"""`python -m mlx_lqr.runtime MODEL -p TEXT -c FILE`: run a converted model with a controller, and need little for it.
+"""`python -m mlx_lqr.runtime MODEL -p TEXT -c FILE`: run a model with a controller, and need little for it.
 
-Nothing is imported but mlx, numpy, safetensors, tokenizers and, with --chat, jinja2: no transformers, no click, none of
-the library's converters. mlx-lm has to be there as well, since the model's own code is a file of its `mlx_lm.models`;
-that file is read without the package's `__init__`, so mlx-lm needs none of its dependencies:
+A GGUF file runs in llama.cpp, as it is, with nothing installed but
+
+    pip install llama-cpp-python
+    pip install --no-deps mlx-lqr
+
+of whose dependencies numpy is used, and jinja2 with --chat. A folder in MLX's format runs in MLX, and imports mlx,
+numpy, safetensors, tokenizers and jinja2. mlx-lm has to be there as well, since the model's own code is a file of its
+`mlx_lm.models`; that file is read without the package's `__init__`, so mlx-lm needs none of its dependencies:
 
     pip install "mlx[cpu]" numpy safetensors tokenizers jinja2    # on macOS: mlx
     pip install --no-deps mlx-lm mlx-lqr
 
-On Linux, `pip install mkl` (x86-64) or OpenBLAS makes long prompts many times faster.
+On Linux, `pip install mkl` (x86-64) or OpenBLAS makes long prompts many times faster there.
 """
 
 from __future__ import annotations
@@ -15,17 +20,19 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, get_args
 
 from mlx_lqr.backends.protocol import Sampling
 from mlx_lqr.errors import InputError
-from mlx_lqr.loading import load
+from mlx_lqr.loading import BackendName, load, running_backend
 from mlx_lqr.lqr.strength import Budget
-from mlx_lqr.runtime import Options, stream
+from mlx_lqr.methods.running import runs_on_any_backend
+from mlx_lqr.runtime import Chat, Options, Piece, stream
 from mlx_lqr.runtime.arguments import (
     ADAPTER_HELP,
+    BACKEND_HELP,
     BUDGET_HELP,
     DECODING_HELP,
     DTYPE_DEFAULT,
@@ -41,6 +48,7 @@ from mlx_lqr.runtime.streams import (
     describe,
     drop_output,
     first_process_speaks,
+    is_terminal,
     printable,
     reader_has_gone,
 )
@@ -68,15 +76,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _generate(given: argparse.Namespace) -> None:
-    text = given_or_piped(given.prompt)
+    talks = given.chat and given.prompt is None and is_terminal(sys.stdin)
+    text = "" if talks else given_or_piped(given.prompt)
     choices = with_budget([parse_controller(text) for text in given.controllers], given.budget)
     controller, strengths = load_controllers(choices, given.model)
-    model = load(given.model, dtype=given.dtype, adapter=given.adapter)
+    as_it_is = given.dtype is None and given.adapter is None
+    as_it_is = as_it_is and (controller is None or runs_on_any_backend(controller, None))
+    backend = running_backend(given.model, given.backend, as_it_is=as_it_is)
+    model = load(given.model, backend=backend, dtype=given.dtype, adapter=given.adapter)
     options: Options = {name: getattr(given, name) for name in Options.__annotations__ if hasattr(given, name)}  # type: ignore[assignment]
+    if talks:
+        chat = Chat(model, options=options)
+        if controller is not None:
+            chat.add(controller, strengths)
+        _talk(chat)
+        return
     if controller is not None:
         options |= {"controller": controller, "strength": strengths}
     prompt = model.tokenizer.chat([{"role": "user", "content": text}]) if given.chat else text
-    for piece in stream(model, prompt, **options):
+    _print(stream(model, prompt, **options))
+
+
+def _talk(chat: Chat) -> None:
+    """Answer what is typed, until the end of the input (Ctrl-D)."""
+    with suppress(EOFError):
+        while True:
+            if text := input("> ").strip():
+                _print(chat.answer(text))
+    print(flush=True)
+
+
+def _print(pieces: Iterable[Piece]) -> None:
+    for piece in pieces:
         print(printable(piece.text, sys.stdout), end="", flush=True)
     print(flush=True)
 
@@ -90,13 +121,19 @@ def _parser() -> argparse.ArgumentParser:
     """The options of `mlx_lqr.Options` that are plain values go under its names, and are absent where not given."""
     parser = _Parser(
         prog="python -m mlx_lqr.runtime",
-        description="Continue a text with a converted model, steered or not.",
+        description="Continue a text, or talk with a model, steered or not.",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("model", help='A folder with config.json and safetensors, "demo", or a .gguf file that has been converted.')
+    add("model", help='A .gguf file, a folder with config.json and safetensors, or "demo".')
     add("-p", "--prompt", default=None, help="The text to continue; without it, what comes through a pipe.")
-    add("--chat", action="store_true", default=False, help="Put the text as a message into the model's chat template.")
+    add(
+        "--chat",
+        action="store_true",
+        default=False,
+        help="Put the text as a message into the model's chat template; without one, talk in the terminal.",
+    )
+    add("--backend", choices=get_args(BackendName), default="auto", help=BACKEND_HELP)
     add(
         *("-c", "--controller"),
         dest="controllers",

@@ -31,6 +31,9 @@ DECODING_HELP: Mapping[str, str] = {
 }
 """What the options of decoding do, by the names of `mlx_lqr.Options`"""
 ADAPTER_HELP = "Run the model with the LoRA adapter in FOLDER, in the format of mlx-lm or of PEFT."
+BACKEND_HELP = (
+    "What computes; by default llama.cpp for a .gguf file, where it is installed and there is no GPU for MLX."
+)
 STRENGTH_HELP = "STRENGTH is a number, a multiple of the recommended one such as 1.5x, or gentle, normal or strong."
 BUDGET_HELP = (
     "The strength of each FILE without one: what keeps its divergence from the unsteered model near "

@@ -10,8 +10,7 @@ from os import PathLike
 from typing import Any
 
 from mlx_lqr.backends.protocol import Decoder, fresh_seed
-from mlx_lqr.backends.text.detokenizer import common_length
-from mlx_lqr.backends.text.tokenizer import Message
+from mlx_lqr.backends.text.text_tokenizer import Message, common_length
 from mlx_lqr.errors import InputError
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.methods.law import AdjustableLaw

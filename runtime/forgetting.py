@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mlx_lqr.backends.text.tokenizer import Message
+from mlx_lqr.backends.text.text_tokenizer import Message
 
 ROOM = 4
 """One part in so many of the context is left for an answer, or what the answer may take, where that is less."""

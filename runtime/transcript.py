@@ -13,7 +13,7 @@ from itertools import groupby
 from os import PathLike
 from typing import Any
 
-from mlx_lqr.backends.text.tokenizer import Message
+from mlx_lqr.backends.text.text_tokenizer import Message
 from mlx_lqr.errors import InputError, first_line, quoted
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.json_text import parse_json

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mlx_lqr.backends.protocol import Decoder, Law
-from mlx_lqr.backends.text.tokenizer import Message
+from mlx_lqr.backends.text.text_tokenizer import Message
 from mlx_lqr.errors import InputError
 from mlx_lqr.methods.law import AdjustableLaw
 from mlx_lqr.methods.recording import Recording

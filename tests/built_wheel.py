@@ -36,7 +36,7 @@ for module in pkgutil.walk_packages(mlx_lqr.__path__, "mlx_lqr."):
     try:
         importlib.import_module(module.name)
     except ModuleNotFoundError as error:
-        extras = "lm_eval", "matplotlib", "pydantic", "starlette", "torch", "uvicorn"
+        extras = "llama_cpp", "lm_eval", "matplotlib", "pydantic", "starlette", "torch", "uvicorn"
         assert error.name in extras, module
 ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "mlx_lqr"}
 elsewhere = [name for name, module in ours.items() if not module.__file__.startswith(sys.prefix)]

@@ -32,6 +32,7 @@ LAYERS = [
     {"lqr"},
     {"methods"},
     {"convert"},
+    {"backends.llama"},  # runs GGUF files, which convert knows
     {"loading"},
     {"runtime", "analysis"},
     {"tasks", "serving"},
@@ -209,6 +210,7 @@ def test_the_package_holds_everything(tmp_path: Path) -> None:
         "convert/sources.py",
         "py.typed",
         "concepts/dog.positive.txt",
+        "backends/llama/native.c",
         "commands/chat.py",
         "serving/page/index.html",
         "serving/page/app.js",

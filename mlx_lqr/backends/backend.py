@@ -18,9 +18,11 @@ class Suitability(IntEnum):
     """How well a backend suits this machine; "auto" takes the one that suits it best."""
 
     NOT_INSTALLED = 0
-    CPU = 1
-    GPU = 2
-    MADE_FOR_IT = 3
+    ON_REQUEST = 1
+    """For whoever names it, and for files that it alone reads as they are."""
+    CPU = 2
+    GPU = 3
+    MADE_FOR_IT = 4
     """The machine's own GPU, which no other backend uses as well."""
 
 
@@ -37,7 +39,9 @@ class Backend(ABC):
     spreads: ClassVar[bool]
     """Whether several processes under `mlx.launch` can share a model."""
     adopts: ClassVar[str]
-    """Which models of its framework `adopt` takes, as a message names them."""
+    """Which models of its framework `adopt` takes, as a message names them; empty where it takes none."""
+    reads_gguf: ClassVar[bool] = False
+    """Whether it runs GGUF files as they are, and nothing else; others run folders."""
 
     @abstractmethod
     def suitability(self) -> Suitability:
@@ -58,9 +62,10 @@ class Backend(ABC):
         adapter: Adapter | None,
         pipeline: bool,
     ) -> Runner:
-        """The model in a folder of config.json, safetensors and tokenizer files.
+        """The model in a folder of config.json, safetensors and tokenizer files, or in a GGUF file (`reads_gguf`).
 
         Args:
+            folder: it, or the file.
             device: None where the backend takes none.
             adapter: what the model is to compute with; it is a part of its fingerprint.
             pipeline: whether processes that share the model are to have blocks each; False where none can share it.
@@ -69,6 +74,10 @@ class Backend(ABC):
             InputError: an unsupported architecture, a device that is not there, files that are missing or damaged, or
                 an adapter of another model.
         """
+
+    def reads(self, file: Path) -> bool:
+        """Whether it is installed and can run the model in a GGUF file, as far as the file's header tells."""
+        return False
 
     def said(self, text: str | None) -> str | None:
         """What rank 0 of several processes says, on all of them; called after a model has been loaded."""

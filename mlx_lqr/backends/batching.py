@@ -127,10 +127,12 @@ class Stretches:
     pairs: Sequence[Continued]
 
     @classmethod
-    def batches(cls, vocabulary: int, pairs: Sequence[Continued]) -> Iterator[tuple[list[int], Stretches]]:
-        """The numbers of the pairs of each batch, and the batch."""
+    def batches(
+        cls, vocabulary: int, pairs: Sequence[Continued], *, most: int | None = None
+    ) -> Iterator[tuple[list[int], Stretches]]:
+        """The numbers of the pairs of each batch, and the batch; at most so many pairs in one."""
         lengths = [len(prompt) + len(continuation) for prompt, continuation in pairs]
-        for batch in batches(lengths, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary)):
+        for batch in batches(lengths, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary), most=most):
             yield batch, cls([pairs[i] for i in batch])
 
     @property
@@ -189,11 +191,12 @@ class Stretches:
         return [start + i for start, count in zip(self.first, self.counts, strict=True) for i in range(count)]
 
 
-def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, each of `limit` tokens at most, padding included."""
+def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS, *, most: int | None = None) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, each of `limit` tokens at most, padding included, and of
+    `most` sequences."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > limit:
+        if batch and ((len(batch) + 1) * lengths[batch[0]] > limit or len(batch) == most):
             yield batch
             batch = []
         batch.append(index)

@@ -20,7 +20,9 @@ from typing import Any, Literal
 
 from mlx_lqr.errors import InputError
 
-Moment = Literal["mlx", "mlx sampling", "mlx steer", "mlx evaluator", "convert", "torch", "torch steer", "lm-eval"]
+Moment = Literal[
+    "mlx", "mlx sampling", "mlx steer", "mlx evaluator", "convert", "torch", "torch steer", "llama", "lm-eval"
+]
 """When rows are looked for: a backend loads, a model of its library is steered, something is used for the first time"""
 
 
@@ -72,6 +74,7 @@ _CONVERT = "mlx_lqr.backends.mlx.library: converts what mlx-lm reads, and keeps 
 _ATTENTION = "mlx_lqr.backends.torch.library: attends in its own way"
 _GENERATE = "mlx_lqr.backends.torch.library: learns of prompts; steps are not compiled"
 _BATCHING = "mlx_lqr.backends.torch.library: steers generate_batch"
+_GGML = "mlx_lqr.backends.llama.library: calls ggml, whose functions llama-cpp-python does not bind"
 _REQUESTS = "transformers.generation.continuous_batching.requests"
 
 BORROWED: tuple[Borrowed, ...] = (
@@ -147,6 +150,9 @@ BORROWED: tuple[Borrowed, ...] = (
              parameters=("request_id", "initial_tokens", "generated_tokens")),
     Borrowed("transformers", f"{_REQUESTS}:RequestState.create_equivalent_initial_request", _BATCHING, "torch steer",
              parameters=("self",)),
+    Borrowed("llama-cpp-python", "llama_cpp._ctypes_extensions:load_shared_library", _GGML, "llama",
+             parameters=("lib_base_name", "base_path")),
+    Borrowed("llama-cpp-python", "llama_cpp.llama_cpp:_base_path", _GGML, "llama"),
     Borrowed("lm-eval", "lm_eval:simple_evaluate", "mlx_lqr.tasks.lm_eval: runs the tasks", "lm-eval",
              parameters=("model", "tasks", "num_fewshot", "limit")),
     Borrowed("lm-eval", "lm_eval.tasks:TaskManager", "mlx_lqr.tasks.lm_eval: chooses tasks", "lm-eval",

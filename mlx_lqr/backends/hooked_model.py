@@ -35,7 +35,7 @@ from mlx_lqr.backends.protocol import (
     Sampling,
     restart,
 )
-from mlx_lqr.backends.text.tokenizer import Tokenizer
+from mlx_lqr.backends.text.text_tokenizer import TextTokenizer
 from mlx_lqr.errors import InputError
 
 
@@ -66,7 +66,7 @@ class HookedModel(ABC):
     _framework: Framework
 
     def __init__(
-        self, module: Any, blocks: Sequence[Any], config: Mapping[str, Any], name: str, tokenizer: Tokenizer | None
+        self, module: Any, blocks: Sequence[Any], config: Mapping[str, Any], name: str, tokenizer: TextTokenizer | None
     ) -> None:
         self.module = module
         self.blocks = blocks
@@ -125,7 +125,7 @@ class HookedModel(ABC):
         return self.hidden_size
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> TextTokenizer:
         if self._tokenizer is None:
             raise InputError("this model came without its tokenizer: use mlx_lqr.load, or give token ids")
         return self._tokenizer

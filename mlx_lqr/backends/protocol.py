@@ -32,7 +32,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from mlx_lqr.backends.description import Description
 from mlx_lqr.backends.measurement import Measurement
-from mlx_lqr.backends.text.tokenizer import Tokenizer
+from mlx_lqr.backends.text.text_tokenizer import TextTokenizer
 from mlx_lqr.errors import InputError, OverflowingError
 
 Array = Any
@@ -110,6 +110,34 @@ class StackableLaw(Law, Protocol):
         """The law for a batch that steers row i as `laws[i]` does, a law with this very method, or None for not.
 
         It follows the strengths of these laws.
+        """
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What an affine law does at one block: u = (target - z R - y S) G' for its input z and its output y, both (d,).
+
+    All arrays are float32, for the m numbers that are measured.
+    """
+
+    target: Float32
+    """(m,)"""
+    gain: Float32
+    """G: (d, m)"""
+    read_input: Float32 | None = None
+    """R: (d, m); None where z plays no part"""
+    read_output: Float32 | None = None
+    """S: (d, m); None where y plays no part"""
+
+
+@runtime_checkable
+class AffineLaw(Law, Protocol):
+    """A law of the site "block" whose numbers an engine can take over, to evaluate it without calling it."""
+
+    def affine(self) -> Mapping[int, Affine] | None:
+        """By layer what it does at present, nothing where it does not act; None where only a call can tell.
+
+        The very same mapping as before as long as nothing has been set.
         """
 
 
@@ -300,7 +328,7 @@ class Runner(Protocol):
     context_length: int
 
     @property
-    def tokenizer(self) -> Tokenizer: ...
+    def tokenizer(self) -> TextTokenizer: ...
 
     @property
     def fingerprint(self) -> str:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from mlx_lqr.backends.backend import Backend
 
-Name = Literal["mlx", "torch"]
+Name = Literal["mlx", "torch", "llama"]
 """A further backend is a folder beside this file, whose `backend.py` has a `BACKEND`, and its name here. Where several
 suit a machine equally well, "auto" takes the first."""
 

@@ -33,10 +33,10 @@ from mlx_lqr.commands.options import (
 )
 from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
+from mlx_lqr.commands.running import load_to_run
 from mlx_lqr.commands.wrapping import tell
 from mlx_lqr.errors import InputError
 from mlx_lqr.launched import refuse_several
-from mlx_lqr.loading import load
 from mlx_lqr.methods.steering import combine
 from mlx_lqr.runtime import Options
 from mlx_lqr.runtime.arguments import ControllerChoice, load_controller
@@ -87,7 +87,8 @@ def chat(
     if parsed:
         combine([controller for _, controller, _ in parsed])  # refuses those that do not go together
     with progress_bars() as progress:
-        loaded = load(model, **loading, progress=progress)
+        steerings = [controller for _, controller, _ in parsed]
+        loaded = load_to_run(model, loading, progress, steerings=steerings, adaptive=adaptive)
     if not loaded.tokenizer.has_chat_template:
         raise InputError(
             f"{loaded.name} has no chat template (a base model?): use `mlx-lqr generate`, which takes plain text"

@@ -9,8 +9,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
-from mlx_lqr.backends.protocol import Differentiable, Progress
+from mlx_lqr.backends.capabilities import RECORDER, require
+from mlx_lqr.backends.protocol import Progress, Recorder
 from mlx_lqr.commands.chat_state import Conversation
 from mlx_lqr.commands.fit import note_prompts, note_separation
 from mlx_lqr.commands.kept_controllers import controllers_folder, kept_controller
@@ -22,6 +22,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import reserved
 from mlx_lqr.files.prompts import read_prompts
 from mlx_lqr.launched import refuse_several
+from mlx_lqr.loading import able_to_fit
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.fit import fit
@@ -52,7 +53,7 @@ def fit_and_add(conversation: Conversation, line: str) -> str:
         InputError: the words, a file or a prompt cannot be used; what steers is as it was.
     """
     refuse_several("a concept is fitted in a chat")
-    model = require(conversation.chat.model, DIFFERENTIABLE, "fit controllers")
+    model = require(conversation.chat.model, RECORDER, "fit controllers")
     concept, *files = _words(line)
     with progress_bars() as progress:
         if files:
@@ -81,12 +82,13 @@ def _wanted(concept: str, files: list[str]) -> Wanted:
     return Wanted(concept, read_prompts(positive), read_prompts(negative), output[0] if output else None)
 
 
-def _fitted(model: Differentiable, wanted: Wanted, progress: Progress) -> tuple[Path, Steering]:
+def _fitted(model: Recorder, wanted: Wanted, progress: Progress) -> tuple[Path, Steering]:
     file = wanted.output or _kept(model, wanted)
     contrasts: list[Contrast] = []
     with reserved(file, "controller"):
         prompts = framed(model, (wanted.positive, wanted.negative))
-        controller = fit(model, *prompts, concept=wanted.concept, progress=progress, on_contrast=contrasts.append)
+        able = able_to_fit(model, progress=progress)
+        controller = fit(able, *prompts, concept=wanted.concept, progress=progress, on_contrast=contrasts.append)
         steering, doubts = recommended(model, controller, "normal", prompts, progress)
         steering.save(file)
     for doubt in doubts:
@@ -96,7 +98,7 @@ def _fitted(model: Differentiable, wanted: Wanted, progress: Progress) -> tuple[
     return file, steering
 
 
-def _kept(model: Differentiable, wanted: Wanted) -> Path:
+def _kept(model: Recorder, wanted: Wanted) -> Path:
     """Where a controller is kept that is given no file. Other prompts of the same name have another one, which
     another chat may be using, or a session.
     """

@@ -68,9 +68,10 @@ def _run(
     name = f"{wanted.task_name}-comparison"
     file = wanted.output / f"{name}.json"
     with reserved(file, "results", force=wanted.force), going_on_later(), progress_bars() as progress:
-        model, task = wanted.load(progress)
+        steerings = [method.steering.controller for method in methods]
+        model, task = wanted.load(progress, steerings)
         comparison = compare_methods(
-            model, task, methods, folder=wanted.output, loading=wanted.recorded_loading, progress=progress
+            model, task, methods, folder=wanted.output, loading=wanted.recorded_loading(steerings), progress=progress
         )
         numbers = {**as_json(comparison), "budget": comparison.budget, "judge": wanted.judge_name}
         write_json(file, numbers, force=wanted.force)

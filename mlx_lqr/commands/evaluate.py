@@ -55,14 +55,15 @@ def _run(
         going_on_later(),
         progress_bars() as progress,
     ):
-        model, task = wanted.load(progress)
+        steerings = () if steering is None else (steering.controller,)
+        model, task = wanted.load(progress, steerings)
         evaluation = evaluate(
             model,
             task,
             steering,
             [0.0, *chosen],
             output=file,
-            loading=wanted.recorded_loading,
+            loading=wanted.recorded_loading(steerings),
             progress=progress,
         )
         summary = _summary(evaluation)

@@ -27,9 +27,9 @@ from mlx_lqr.commands.options import (
 )
 from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
+from mlx_lqr.commands.running import load_to_run
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.prompts import read_prompts
-from mlx_lqr.loading import load
 from mlx_lqr.lqr.adapt import adapt
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.prompts import tokenise
@@ -86,7 +86,8 @@ def generate(
     if tracked and controller is not None:
         only_controller(controller, "tracked")
     with progress_bars() as progress:
-        loaded = load(model, **loading, progress=progress)
+        steerings = () if controller is None else (controller,)
+        loaded = load_to_run(model, loading, progress, steerings=steerings, adaptive=adaptive)
     settings: Options = {**options, "adaptive": adaptive}  # type: ignore[typeddict-item]
     if controller is not None:
         settings |= {"controller": controller, "strength": strengths}

@@ -6,19 +6,21 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from mlx_lqr.backends.protocol import Differentiable, Progress
+from mlx_lqr.backends.protocol import Progress, Recorder
 from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.files.locks import locked
+from mlx_lqr.loading import able_to_fit
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.fit import fit
 from mlx_lqr.methods.calibration import calibrate
 
 
-def kept_controller(model: Differentiable, concept: str, progress: Progress) -> tuple[Path, Controller]:
-    """A bundled concept's calibrated controller and its file, fitted if it is not there.
+def kept_controller(model: Recorder, concept: str, progress: Progress) -> tuple[Path, Controller]:
+    """A bundled concept's calibrated controller and its file, fitted if it is not there; by another backend, where the
+    model's cannot.
 
     Raises:
         InputError: there is no such concept, or the file cannot be written.
@@ -30,7 +32,8 @@ def kept_controller(model: Differentiable, concept: str, progress: Progress) -> 
     with locked(file, patience=math.inf):  # whoever else makes it
         if (kept := _whole(file, model)) is not None:
             return file, kept
-        controller = fit(model, *framed(model, texts), concept=concept, progress=progress)
+        able = able_to_fit(model, progress=progress)
+        controller = fit(able, *framed(model, texts), concept=concept, progress=progress)
         controller = controller.calibrated(calibrate(model, controller, progress=progress))
         controller.save(file, force=True)  # even over a damaged one
         return file, controller
@@ -41,7 +44,7 @@ def controllers_folder() -> Path:
     return cache_folder() / "controllers"
 
 
-def _whole(file: Path, model: Differentiable) -> Controller | None:
+def _whole(file: Path, model: Recorder) -> Controller | None:
     """The controller in a file, if it is whole, calibrated and the model's."""
     try:
         controller = Controller.load(file)

@@ -67,7 +67,8 @@ def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(get_args(BackendName)),
             default="auto",
             heading=LOADING,
-            help="What computes. auto is MLX on a Mac's GPU, torch with CUDA, and MLX where there is only a CPU.",
+            help="What computes. auto is MLX on a Mac's GPU, torch with CUDA, and MLX where there is only a CPU; "
+            "commands that only run a .gguf file take llama (llama.cpp) there, if it is installed.",
         ),
         option(
             "--device",

@@ -17,13 +17,13 @@ from mlx_lqr.commands.kept_controllers import kept_controller
 from mlx_lqr.commands.options import Loading, concept_option, controller_option, loading_options, model_argument
 from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import progress_bars
+from mlx_lqr.commands.running import load_to_run
 from mlx_lqr.concepts import bundled_prompts
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
 from mlx_lqr.files.private import others_may_open
 from mlx_lqr.files.text import read_text
 from mlx_lqr.launched import refuse_several
-from mlx_lqr.loading import load
 from mlx_lqr.runtime.arguments import ControllerChoice, load_controller
 from mlx_lqr.runtime.streams import drop_output
 
@@ -111,7 +111,8 @@ def serve(
     chosen = [load_controller(choice, model) for choice in controllers]
     with bound(host, port) as listening:
         with progress_bars() as progress:
-            loaded = load(model, **loading, progress=progress)
+            steerings = [controller for controller, _ in chosen]
+            loaded = load_to_run(model, loading, progress, steerings=steerings)
             offered = [kept_controller(loaded, concept, progress)[1] for concept in concepts]
         kept = Path(folder) if folder is not None else cache_folder() / "served" / loaded.fingerprint
         service = Service(loaded, kept, slots=slots, waiting=waiting)

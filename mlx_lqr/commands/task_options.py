@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from mlx_lqr.commands.options import (
     temperature_option,
     top_p_option,
 )
+from mlx_lqr.commands.running import chosen_to_run, load_to_run
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load
+from mlx_lqr.methods.steering import Steering
 from mlx_lqr.tasks import Capability, Decoding, Judge, NeutralText, Task
 from mlx_lqr.tasks.kind import Purpose, TaskKind, TaskOption, TaskSettings
 from mlx_lqr.tasks.registry import TASKS
@@ -51,9 +53,16 @@ class Request:
         """The task without its judge; raises `InputError` for mistakes in data and options before a model is loaded."""
         return self.make(Judge(), self.concepts)
 
-    def load(self, progress: Progress) -> tuple[Model, Task]:
-        """The model and the task."""
-        model = load(self.model, **self.loading, progress=progress)
+    def load(self, progress: Progress, steerings: Iterable[Steering] | None = None) -> tuple[Model, Task]:
+        """The model and the task.
+
+        Args:
+            steerings: what is to steer the model, where it is only run; None where it is also fitted for.
+        """
+        if steerings is None:
+            model = load(self.model, **self.loading, progress=progress)
+        else:
+            model = load_to_run(self.model, self.loading, progress, steerings=steerings)
         if self.judge is None:
             return model, self.make(Judge(), self.concepts)
         without_adapter: Loading = {**self.loading, "adapter": None}
@@ -64,10 +73,10 @@ class Request:
         """Whose perplexity is reported."""
         return self.judge or "the unsteered model itself"
 
-    @property
-    def recorded_loading(self) -> dict[str, str | None]:
-        """Without the adapter, which the model's name and fingerprint say."""
-        parts = {"backend": self.loading["backend"], "device": self.loading["device"], "dtype": self.loading["dtype"]}
+    def recorded_loading(self, steerings: Iterable[Steering] | None = None) -> dict[str, str | None]:
+        """How the model is loaded by `load`, without the adapter, which the model's name and fingerprint say."""
+        loading = self.loading if steerings is None else chosen_to_run(self.model, self.loading, steerings)
+        parts = {"backend": loading["backend"], "device": loading["device"], "dtype": loading["dtype"]}
         return {name: None if value is None else str(value) for name, value in parts.items()}
 
 

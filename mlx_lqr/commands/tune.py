@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlx_lqr.backends.protocol import Model, Progress
+from mlx_lqr.backends.protocol import Differentiable, Progress
 from mlx_lqr.commands.fit import contrast_prompts, note_prompts, say_how_to_use
 from mlx_lqr.commands.help import MEASURING, SEARCH, Decorator, Group, option
 from mlx_lqr.commands.method_options import MethodChoice, MethodCommand, method_choice
@@ -24,6 +24,7 @@ from mlx_lqr.files.atomic import check_writable
 from mlx_lqr.files.locks import locked
 from mlx_lqr.files.results import as_json
 from mlx_lqr.launched import refuse_several
+from mlx_lqr.loading import able_to_fit
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.linearize import Jacobians, linearize
 from mlx_lqr.lqr.prompts import Prompt
@@ -68,14 +69,15 @@ def _run(
     with locked(wanted.output), locked(folder), going_on_later(), progress_bars() as progress:
         model, task = wanted.load(progress)
         prompts = framed(model, (positive_prompts, negative_prompts), chat_prompts)
+        able = able_to_fit(model, progress=progress)
         space = baseline_space(
-            model,
+            able,
             choice.method.name,
             *prompts,
             concept=name,
             layers=choice.layers,
             positions=choice.positions,
-            options=_with_jacobians(choice, model, prompts[0], folder, progress),
+            options=_with_jacobians(choice, able, prompts[0], folder, progress),
             strengths=between,
             progress=progress,
         )
@@ -88,7 +90,7 @@ def _run(
             limit=limit,
             evaluations=evaluations,
             folder=folder,
-            loading=wanted.recorded_loading,
+            loading=wanted.recorded_loading(),
             progress=progress,
         )
         if tuned.steering is not None:
@@ -100,7 +102,7 @@ def _run(
 
 
 def _with_jacobians(
-    choice: MethodChoice, model: Model, positive: Sequence[Prompt], folder: Path, progress: Progress
+    choice: MethodChoice, model: Differentiable, positive: Sequence[Prompt], folder: Path, progress: Progress
 ) -> dict[str, Any]:
     """The options, with Jacobians where the method takes some: computed once for all candidates, and kept in the folder
     for when the command is run again."""

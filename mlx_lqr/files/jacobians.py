@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, overload
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.atomic import check_writable
@@ -166,6 +165,8 @@ class StoredJacobians(Sequence[np.ndarray]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        from safetensors import SafetensorError, safe_open  # which running a controller does without
+
         self._path = Path(path)
         if not self._path.is_file():
             raise InputError(f"there is no file {path}")

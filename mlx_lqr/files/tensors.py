@@ -1,18 +1,15 @@
-"""The library's safetensors files: NumPy arrays written and read; the format is checked before anything else."""
+"""The library's own files: NumPy arrays written and read; what a file says it is comes before anything else."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.tensor_file import TensorFile, tensor_bytes
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -20,16 +17,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
     The same ones give the same bytes.
     """
-    contiguous = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
-    path.write_bytes(_in_order(save(contiguous, metadata=dict(metadata))))
-
-
-def _in_order(content: bytes) -> bytes:
-    """A safetensors file with its header sorted: the library writes metadata in another order in every process."""
-    size = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header = header.ljust(-(-len(header) // 8) * 8)  # the format wants the data aligned to 8 bytes
-    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+    path.write_bytes(tensor_bytes(tensors, metadata))
 
 
 def read_tensors(
@@ -45,44 +33,29 @@ def read_tensors(
     if not file.is_file():
         raise InputError(f"{file} is a folder: name a file" if file.is_dir() else f"there is no file {file}")
     try:
-        with safe_open(file, framework="numpy") as opened:
-            metadata = dict(opened.metadata() or {})
-            stated = metadata.get("format", "")
-            known = (expected,) if isinstance(expected, str) else expected
-            if stated not in known:
-                family = known[0].rsplit(" ", 1)[0]
-                if stated.startswith(family):
-                    reads = " and ".join(map(repr, known))
-                    raise InputError(f"{file} has the format {stated!r}, this version reads {reads}: make it again")
-                holds = f", but {stated!r}" if stated.startswith("mlx-lqr") else ""
-                raise InputError(f"{file} is not {what} of mlx-lqr{holds}")
-            return {name: read_tensor(opened, name) for name in opened.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        opened = TensorFile.opened(file)
+        stated = opened.metadata.get("format", "")
+        known = (expected,) if isinstance(expected, str) else expected
+        if stated not in known:
+            family = known[0].rsplit(" ", 1)[0]
+            if stated.startswith(family):
+                reads = " and ".join(map(repr, known))
+                raise InputError(f"{file} has the format {stated!r}, this version reads {reads}: make it again")
+            holds = f", but {stated!r}" if stated.startswith("mlx-lqr") else ""
+            raise InputError(f"{file} is not {what} of mlx-lqr{holds}")
+        return opened.tensors(), dict(opened.metadata)
+    except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} is damaged or not a safetensors file: make it again ({error})") from error
-
-
-def read_tensor(opened: Any, name: str) -> np.ndarray:
-    """A tensor of an open file.
-
-    Raises:
-        ValueError: of a dtype that this library does not write.
-    """
-    dtype = opened.get_slice(name).get_dtype()
-    if dtype not in ("F16", "F32"):
-        raise ValueError(f"{name} is of {dtype}, which it never is")
-    tensor: np.ndarray = opened.get_tensor(name)
-    return tensor
 
 
 def read_format(path: str | PathLike[str]) -> str:
     """The format stated in a file's metadata; "" if there is none, or if the file cannot be read (`read_tensors` says
     why)."""
     try:
-        with safe_open(path, framework="numpy") as opened:
-            return (opened.metadata() or {}).get("format", "")
-    except (SafetensorError, OSError, ValueError):
+        return TensorFile.opened(path).metadata.get("format", "")
+    except (OSError, ValueError):
         return ""
 
 

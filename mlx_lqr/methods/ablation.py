@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Array
+from mlx_lqr.backends.protocol import Affine, Array
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import unit
 from mlx_lqr.lqr.controller import Positions
@@ -73,6 +73,10 @@ class Removal(BaselineLaw):
     def _steered(self, layer: int, z: Array, output: Array) -> Array:
         (column,) = self._constant[layer]
         return self._add_product(output, output @ column, self._target[layer])
+
+    def _affine(self, layer: int, aimed: np.ndarray) -> Affine:
+        direction = self._tensors["direction"][layer][:, None]
+        return Affine(np.zeros(1, np.float32), -aimed.T, read_output=direction)
 
     def _fixed(self, layer: int) -> tuple[np.ndarray, ...]:
         return (self._tensors["direction"][layer][:, None],)

@@ -6,19 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Array, Float32
+from mlx_lqr.backends.protocol import Affine, Array
 from mlx_lqr.methods.baseline import BaselineLaw
 
 
 class Addition(BaselineLaw):
     """y + sum_i s_i b_ki with the `shift` b_k (d,) of each concept, whatever y is."""
 
-    @property
-    def constant(self) -> Float32 | None:
-        return np.asarray(self._aimed(np.asarray(self.strength, np.float32))) if self.site == "block" else None
-
     def _steered(self, layer: int, z: Array, output: Array) -> Array:
         return output + self._target[layer]
+
+    def _affine(self, layer: int, aimed: np.ndarray) -> Affine:
+        return Affine(np.ones(1, np.float32), aimed[:, None])
 
     def _fixed(self, layer: int) -> tuple[np.ndarray, ...]:
         return ()

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, require
-from mlx_lqr.backends.protocol import Array, Differentiable, Float32, Progress, Recorder
+from mlx_lqr.backends.protocol import Affine, Array, Differentiable, Float32, Progress, Recorder
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, contrast
 from mlx_lqr.lqr.controller import FEEDBACK, Controller, Cost, Positions, Readout, Setpoint, check_feedback
@@ -312,6 +312,9 @@ class LinearFeedback(AdjustableLaw):
     def _error(self, layer: int, z: Array) -> Array:
         """alpha_k: (..., m)"""
         return self._add_product(self._target[layer], z, self._constant[layer][0])
+
+    def _affine(self, layer: int, aimed: np.ndarray) -> Affine:
+        return Affine(aimed, self.gain[layer], read_input=self._controller.sensor[layer])
 
     def _arrange(self) -> None:
         super()._arrange()

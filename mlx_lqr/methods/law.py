@@ -7,18 +7,21 @@ arrays share. A backend places the arrays (`place`) and calls the law with each 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import AddProduct, Array, Float32, Renew, Site
+from mlx_lqr.backends.protocol import AddProduct, Affine, Array, Renew, Site
 from mlx_lqr.errors import InputError
 from mlx_lqr.methods.method import StrengthScale
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_CALLED = {"__call__", "_steered", "_error"}
+"""What a call goes through"""
 
 
 class AdjustableLaw:
@@ -50,6 +53,8 @@ class AdjustableLaw:
         self._add_product: AddProduct = lambda c, a, b: c + a @ b
         self._renew: Renew = lambda _, values: values
         self._concepts = concepts
+        self._affine_at: tuple[float, ...] | None = None
+        self._affines: dict[int, Affine] = {}
         self._shared = [self._checked(strength)]
         """The strength, in a list that this law and those placed from it have in common."""
         self._arrange()
@@ -74,11 +79,6 @@ class AdjustableLaw:
         """Whether anything is steered: False where every strength is 0."""
         return any(self._shared[0])
 
-    @property
-    def constant(self) -> Float32 | None:
-        """What is added to each block's output, whatever the text is: (T, d); None where that depends on the text."""
-        return None
-
     def _checked(self, strength: float | Sequence[float]) -> tuple[float, ...]:
         numbers = check_strength(strength, self._concepts)
         largest = max(numbers, key=abs)
@@ -99,6 +99,34 @@ class AdjustableLaw:
             return output
         self.aim()
         return self._steered(layer, z, output)
+
+    def affine(self) -> Mapping[int, Affine] | None:
+        """See `AffineLaw`. None too of a subclass that changes what a call does, and not `_affine` with it."""
+        if not self._is_affine():
+            return None
+        strength = self._shared[0]
+        if self._affine_at is not strength:
+            with np.errstate(over="ignore"):  # what overflows is reported by whoever decodes
+                aimed = self._aimed(np.asarray(strength, np.float32)) if any(strength) else {}
+                layers = self.layers if any(strength) else ()
+                self._affines = {k: self._affine(k, np.asarray(aimed[k], np.float32)) for k in layers}
+            self._affine_at = strength
+        return self._affines
+
+    def _affine(self, layer: int, aimed: np.ndarray) -> Affine:
+        """What `_steered` does, of laws that are affine; `aimed` is this layer's array of `_aimed`."""
+        raise NotImplementedError
+
+    def _is_affine(self) -> bool:
+        """Whether the class that says how a call steers a block also says it by `_affine`."""
+        if self.site != "block":
+            return False
+        for kind in type(self).__mro__:
+            if "_affine" in vars(kind):
+                return kind is not AdjustableLaw
+            if _CALLED & vars(kind).keys():
+                return False
+        return False
 
     def _steered(self, layer: int, z: Array, output: Array) -> Array:
         """output + u_k, with the arrays as `aim` has left them."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Array
+from mlx_lqr.backends.protocol import Affine, Array
 from mlx_lqr.lqr.contrast import unit
 from mlx_lqr.methods.baseline import Baseline, BaselineLaw, BaselineMethod
 from mlx_lqr.methods.contrasted import contrasted
@@ -54,6 +54,10 @@ class ProportionalFeedback(BaselineLaw):
         minus_direction, row = self._constant[layer]
         error = self._add_product(self._target[layer], output, minus_direction)
         return self._add_product(output, error, row)
+
+    def _affine(self, layer: int, aimed: np.ndarray) -> Affine:
+        direction = self._tensors["direction"][layer][:, None]
+        return Affine(aimed, np.float32(self._numbers["kp"]) * direction, read_output=direction)
 
     def _fixed(self, layer: int) -> tuple[np.ndarray, ...]:
         direction = self._tensors["direction"][layer]

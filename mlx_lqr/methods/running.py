@@ -34,6 +34,12 @@ def law_on(
     return RecordedFeedback(only_controller(steering, "recorded"), strength, record)
 
 
+def runs_on_any_backend(steering: Steering, adaptive: bool | None = None) -> bool:
+    """Whether a model that only runs can be steered so: at the outputs of blocks, by gains that are as they were
+    fitted."""
+    return not adapts(steering, adaptive) and law_of(steering, 0.0).site == "block"
+
+
 def adapts(steering: Steering | None, adaptive: bool | None = None) -> bool:
     """Whether gains are recomputed for each prompt: as `adaptive` says, or, where it is None, as it was fitted."""
     return adaptive if adaptive is not None else steering is not None and steering.adaptive

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mlx_lqr.backends.protocol import Sampling
-from mlx_lqr.backends.text.tokenizer import Message
+from mlx_lqr.backends.text.text_tokenizer import Message
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.text import is_unicode
 from mlx_lqr.runtime.stopping import StopStrings

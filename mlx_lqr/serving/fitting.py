@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
 
-from mlx_lqr.backends.protocol import Differentiable
+from mlx_lqr.backends.protocol import Recorder
 from mlx_lqr.errors import InputError, first_line
+from mlx_lqr.loading import able_to_fit
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.fit import fit
@@ -36,7 +37,7 @@ class Fitter:
         controllers: where they are added.
     """
 
-    def __init__(self, model: Differentiable, controllers: Controllers) -> None:
+    def __init__(self, model: Recorder, controllers: Controllers) -> None:
         self._model, self._controllers = model, controllers
         self._current: Fit | None = None
 
@@ -68,7 +69,7 @@ class Fitter:
 class Fit:
     """A controller that is being fitted in a thread of its own. To be made in the event loop's thread."""
 
-    def __init__(self, model: Differentiable, controllers: Controllers, body: FitBody) -> None:
+    def __init__(self, model: Recorder, controllers: Controllers, body: FitBody) -> None:
         self._model, self._controllers, self._body = model, controllers, body
         self._cancelled = threading.Event()
         self._ended = False
@@ -129,7 +130,8 @@ class Fit:
         body, contrasts = self._body, list[Contrast]()
         notes: list[str | None] = [*review_prompts(self._model, body.positive, body.negative)]
         prompts = framed(self._model, (body.positive, body.negative), body.chat_prompts)
-        fitted = fit(self._model, *prompts, concept=body.name, progress=self._report, on_contrast=contrasts.append)
+        able = able_to_fit(self._model, progress=self._report)
+        fitted = fit(able, *prompts, concept=body.name, progress=self._report, on_contrast=contrasts.append)
         notes += [review_separation(contrast, fitted.active_layers) for contrast in contrasts]
         if body.chat_prompts is None and prompts[0] is not body.positive:
             notes.append(FRAMED)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_lqr.backends.protocol import Decoder
-from mlx_lqr.backends.text.detokenizer import common_length
+from mlx_lqr.backends.text.text_tokenizer import common_length
 
 WORTHWHILE = 16
 """Tokens that take longer to read than their states to copy"""

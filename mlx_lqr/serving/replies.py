@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from mlx_lqr.backends.protocol import Scored
-from mlx_lqr.backends.text.tokenizer import Tokenizer
+from mlx_lqr.backends.text.text_tokenizer import TextTokenizer
 from mlx_lqr.errors import InputError
 from mlx_lqr.serving.engine import Engine, Event, Full, Request, Ticket, Tracking
 from mlx_lqr.serving.failures import RequestError, unusable
@@ -147,7 +147,7 @@ class Form(ABC):
     chunk: str
 
     def __init__(
-        self, reply: Reply, model: str, tokenizer: Tokenizer, *, with_usage: bool = False, tracked: bool = False
+        self, reply: Reply, model: str, tokenizer: TextTokenizer, *, with_usage: bool = False, tracked: bool = False
     ) -> None:
         self._reply, self._model, self._tokenizer = reply, model, tokenizer
         self._with_usage, self._tracked = with_usage, tracked
@@ -266,7 +266,7 @@ class CompletionForm(Form):
     object, chunk = "text_completion", "text_completion"
 
     def __init__(
-        self, reply: Reply, model: str, tokenizer: Tokenizer, *, echoed: Sequence[str] = (), **options: bool
+        self, reply: Reply, model: str, tokenizer: TextTokenizer, *, echoed: Sequence[str] = (), **options: bool
     ) -> None:
         super().__init__(reply, model, tokenizer, **options)
         self._echoed = [*echoed] or [""] * len(reply.requests)

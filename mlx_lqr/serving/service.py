@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lqr.backends.protocol import Model, Sampling
-from mlx_lqr.backends.text.tokenizer import Message
+from mlx_lqr.backends.text.text_tokenizer import Message
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.runtime.decode import room_after

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import Continued, Float32, Progress, Recorder
+from mlx_lqr.backends.protocol import AffineLaw, Continued, Float32, Progress, Recorder
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.control_vectors import ControlVectors
 from mlx_lqr.lqr.controller import Controller
@@ -82,7 +82,7 @@ def open_loop(
         steering.check_model(model)
     if not any(strength):
         raise InputError("strength 0 is not steered, so that there is nothing to export: give another --strength")
-    push, described = law_of(steering, strength).constant, f"what {steering.method} adds"
+    push, described = constant_push(steering, strength), f"what {steering.method} adds"
     closed: Controller | None = None
     if push is None:
         if not isinstance(steering, Controller):
@@ -114,6 +114,18 @@ def open_loop(
     )
     left = None if closed is None or model is None else _left(model, closed, strength, vectors, progress)
     return OpenLoop(vectors, left, float(np.linalg.norm(push[0])), steering.positions == "all")
+
+
+def constant_push(steering: Steering, strength: Sequence[float]) -> Float32 | None:
+    """What is added to each block's output, whatever the text is: (T, d); None where that depends on the text."""
+    law = law_of(steering, strength)
+    affines = law.affine() if isinstance(law, AffineLaw) else None
+    if affines is None or any(one.read_input is not None or one.read_output is not None for one in affines.values()):
+        return None
+    push = np.zeros((steering.num_layers, steering.hidden_size), np.float32)
+    for layer, one in affines.items():
+        push[layer] = one.gain @ one.target
+    return push
 
 
 def _mean_push(

@@ -28,14 +28,15 @@ from mlx_lqr.backends.torch.backend import OLDEST
 
 ROOT = PYPROJECT.parent
 SOURCES = [file for folder in ("mlx_lqr", "runtime", "convert") for file in sorted((ROOT / folder).rglob("*.py"))]
-HERE = [row for row in BORROWED if row.moment not in ("lm-eval", "mlx evaluator")]
-"""Those that can be looked for without lm-eval"""
+EXTRAS = {"lm-eval": "lm_eval", "mlx evaluator": "lm_eval", "llama": "llama_cpp"}
+"""By moment, what need not be installed"""
+HERE = [row for row in BORROWED if row.moment not in EXTRAS]
 
 
 @pytest.mark.parametrize("row", BORROWED, ids=lambda row: row.place)
 def test_all_that_is_borrowed_is_there(row: Borrowed) -> None:
-    if row not in HERE:
-        pytest.importorskip("lm_eval")
+    if row.moment in EXTRAS:
+        pytest.importorskip(EXTRAS[row.moment])
     assert row.missing() is None
     user = row.user.partition(":")[0].replace("mlx_lqr.convert", "convert").replace(".", "/")
     assert (ROOT / f"{user}.py").is_file()
@@ -201,6 +202,7 @@ def test_every_private_name_of_another_library_is_on_the_list() -> None:
 LIBRARIES = {
     "mlx-lm": ("mlx_lqr/backends/mlx/library.py", "mlx_lqr/backends/mlx/evaluator.py"),
     "transformers": ("mlx_lqr/backends/torch/library.py",),
+    "llama-cpp-python": ("mlx_lqr/backends/llama/library.py",),
     "lm-eval": ("mlx_lqr/tasks/lm_eval.py", "mlx_lqr/backends/mlx/evaluator.py"),
 }
 """Where each library's private or renamed parts are touched."""
@@ -233,7 +235,7 @@ def test_each_library_is_touched_in_one_place() -> None:
         for name in imported(tree):
             for row in BORROWED:
                 module, _, attribute = row.place.partition(":")
-                whole = row.package in ("mlx-lm", "lm-eval")  # and not some of its parts
+                whole = row.package in ("mlx-lm", "lm-eval", "llama-cpp-python")  # and not some of its parts
                 same = name.split(".")[0].split(":")[0] == module.split(".")[0]
                 if (whole and same) or name == f"{module}:{attribute.split('.')[0]}":
                     assert path in LIBRARIES[row.package], (path, name)

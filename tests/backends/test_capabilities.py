@@ -20,7 +20,7 @@ from mlx_lqr.backends.backend import Backend, Suitability
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, HEAD_RECORDER, RECORDER, RUNNER, Capability
 from mlx_lqr.backends.description import Description
 from mlx_lqr.backends.protocol import GREEDY, Decoder, Float32, Law, Model, Recorder, Runner, Sampling
-from mlx_lqr.backends.text.tokenizer import Tokenizer
+from mlx_lqr.backends.text.text_tokenizer import TextTokenizer
 from mlx_lqr.commands import main
 from mlx_lqr.loading import adopt
 
@@ -45,7 +45,7 @@ class Engine:
         self.vocab_size, self.context_length = model.vocab_size, model.context_length
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> TextTokenizer:
         return self._model.tokenizer
 
     @property
@@ -123,7 +123,7 @@ def test_a_backend_lists_what_its_models_can_do(backend: str) -> None:
         name for name, capability in ALL.items() if capability in row.capabilities
     }
     assert RUNNER.is_of(model)
-    assert get_args(loading.BackendName) == ("auto", *BACKENDS)
+    assert get_args(loading.BackendName) == ("auto", *(backend.name for backend in registry.backends()))
 
 
 def test_nothing_is_computed_to_learn_what_a_model_can_do(monkeypatch: pytest.MonkeyPatch) -> None:

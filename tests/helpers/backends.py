@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, models
 
 import mlx_lqr
 from mlx_lqr.backends import registry
+from mlx_lqr.backends.capabilities import DIFFERENTIABLE
 from mlx_lqr.backends.protocol import Model
 
-BACKENDS = tuple(backend.name for backend in registry.backends())
-"""All that are registered."""
+BACKENDS = tuple(backend.name for backend in registry.backends() if DIFFERENTIABLE in backend.capabilities)
+"""All that are registered and can do everything."""
 OTHERS = BACKENDS[1:]
 """Those that have to agree with the first."""
 

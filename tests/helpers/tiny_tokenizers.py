@@ -7,7 +7,7 @@ from typing import Any
 
 from helpers.tiny import tiny
 from mlx_lqr.backends.mlx.model import MLXModel
-from mlx_lqr.backends.text.tokenizer import Message
+from mlx_lqr.backends.text.text_tokenizer import Message
 
 
 class NoEnd:

@@ -27,6 +27,22 @@ runpy.run_module("mlx_lqr.runtime", run_name="__main__", alter_sys=True)
 """
 
 
+LEAST = {"llama_cpp", "numpy", *("jinja2", "markupsafe", "typing_extensions", "diskcache"), "mlx_lqr"}
+"""llama-cpp-python with what it depends on, and ourselves"""
+LEAST_PROGRAM = f"""
+import runpy, sys
+
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in sys.stdlib_module_names and top not in {LEAST} and not top.startswith("__editable__"):
+            raise ModuleNotFoundError(f"{{name}} is not installed", name=name)
+
+sys.meta_path.insert(0, Refusing())
+runpy.run_module("mlx_lqr.runtime", run_name="__main__", alter_sys=True)
+"""
+
+
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-c", PROGRAM, *map(str, arguments)]
 
@@ -59,6 +75,19 @@ def test_the_chat_template_is_applied_when_asked_for(smollm2: Model) -> None:
     tokens = smollm2.tokenizer.chat([{"role": "user", "content": question}])
     expected = mlx_lqr.generate(smollm2, tokens, max_tokens=8, temperature=0)
     assert run("demo", "--chat", "-n", 8, "--temperature", 0, text=question).stdout == expected + "\n"
+
+
+def test_a_gguf_file_runs_with_llama_cpp_and_numpy_alone(sea: Path, smollm2_gguf: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    controller, options = mlx_lqr.Controller.load(sea), {"max_tokens": 8, "temperature": 0.0}
+    model = mlx_lqr.load(smollm2_gguf, backend="llama")
+    question = model.tokenizer.chat([{"role": "user", "content": "What is blue?"}])
+    steered = mlx_lqr.generate(model, question, controller=controller, strength=2.0, **options)
+    assert steered != mlx_lqr.generate(model, question, **options)
+    least = [sys.executable, "-c", LEAST_PROGRAM, str(smollm2_gguf), "--chat", "-p", "What is blue?"]
+    least += ["-c", f"{sea}:2", "-n", "8", "--temperature", "0"]
+    done = subprocess.run(least, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, steered + "\n", "")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
 
 from mlx_lqr.backends.checkpoint import adapter_mlx_lm, adapter_peft
 from mlx_lqr.backends.checkpoint.adapter import Adapter, Change, Weight
@@ -65,6 +64,8 @@ def _weights(folder: Path, name: str) -> dict[str, Weight]:
                 "code: save it again with a PEFT of 2023 or newer, which writes safetensors"
             )
         raise InputError(f"{folder} has no {name}: save or download the adapter again")
+    from safetensors import SafetensorError, deserialize  # which the smallest runtime does without
+
     try:
         tensors = deserialize(file.read_bytes())  # type: ignore[no-untyped-call]
     except (SafetensorError, OSError) as error:

@@ -25,7 +25,7 @@ from mlx_lqr.backends.mlx.library import is_measured
 from mlx_lqr.backends.mlx.load import arguments_for, as_mlx_lm_reads, cast, flattened
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel, prepare
 from mlx_lqr.backends.mlx.model import MLXModel
-from mlx_lqr.backends.text.tokenizer import at_border
+from mlx_lqr.backends.text.text_tokenizer import at_border
 from mlx_lqr.errors import InputError, first_line
 
 _NEVER = "\ud800"

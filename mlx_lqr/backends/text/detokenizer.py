@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 
 from mlx_lqr.backends.text.library import sound
+from mlx_lqr.backends.text.text_tokenizer import common_length
 from mlx_lqr.errors import InputError
 
 _TOKENWISE = {"Metaspace", "WordPiece", "BPEDecoder", "CTC", "ByteFallback", "ByteLevel", "Fuse", "Replace", "Strip"}
@@ -187,12 +188,6 @@ def _is_byte(spelled: str) -> bool:
 
 def _joined(segments: Sequence[Sequence[int]]) -> list[int]:
     return [token for segment in segments for token in segment]
-
-
-def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """How many characters, or tokens, two sequences begin with in common."""
-    differing = (i for i, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
-    return next(differing, min(len(first), len(second)))
 
 
 def _as_bytes(spelled: str) -> bytes:

@@ -16,7 +16,6 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mlx_lqr.errors import InputError, first_line
-from mlx_lqr.files.text import is_unicode
 
 _TRIAL = ("", "a", "Hello world, 12\u20ac\n")
 _ERRORS = 2
@@ -55,12 +54,6 @@ def sound(what: str = "the model's tokenizer fails") -> Iterator[None]:
         if not isinstance(error, Exception) and not _is_panic(error):
             raise  # Ctrl-C, for one
         raise InputError(f"{what} ({first_line(error)}): download the model again") from error
-
-
-def check_text(text: str) -> None:
-    """Raise `InputError` for a text that the library cannot read."""
-    if not is_unicode(text):
-        raise InputError("the text has half a surrogate pair, which is no character: leave it out")
 
 
 def _is_panic(error: BaseException) -> bool:

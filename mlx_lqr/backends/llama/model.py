@@ -1,0 +1,268 @@
+"""The llama.cpp backend: a GGUF file as it is, run and steered, recorded and scored. Nothing is differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_lqr.backends.batching import Stretches, batches
+from mlx_lqr.backends.checkpoint.config import check_rolling
+from mlx_lqr.backends.description import Description
+from mlx_lqr.backends.fingerprint import fingerprint_of
+from mlx_lqr.backends.hooks import UNSTEERED, LawHooks
+from mlx_lqr.backends.llama.context import BATCH, Batch, Context, Slot
+from mlx_lqr.backends.llama.decoder import LlamaDecoder, place
+from mlx_lqr.backends.llama.framework import NumPyFramework, log_softmax
+from mlx_lqr.backends.llama.gguf import norms
+from mlx_lqr.backends.llama.hook import Rows, hook_for
+from mlx_lqr.backends.llama.library import device_name
+from mlx_lqr.backends.llama.load import Loaded
+from mlx_lqr.backends.llama.native import why_not
+from mlx_lqr.backends.llama.recording import RecordingHook
+from mlx_lqr.backends.llama.tokenizer import LlamaTokenizer
+from mlx_lqr.backends.overflow import Examined, first_overflow, located
+from mlx_lqr.backends.protocol import (
+    GREEDY,
+    OVERFLOWED,
+    Array,
+    CarryingLaw,
+    Continued,
+    Float32,
+    Law,
+    Progress,
+    Sampling,
+    restart,
+)
+from mlx_lqr.errors import InputError, OverflowingError
+
+_SIDE_BY_SIDE = 64
+"""Sequences in a batch that is read whole; places in a context take memory"""
+_EXAMINED = 32
+"""Tokens at once where an overflow is looked for: the logits of all of them are computed"""
+
+
+class LlamaModel:
+    """A GGUF file behind the `Recorder` protocol.
+
+    Args:
+        file: it, or any of its parts.
+        name: the model's.
+    """
+
+    backend = "llama"
+
+    def __init__(self, file: Path, name: str) -> None:
+        self.name, self.file = name, file
+        self._loaded = loaded = Loaded(file)
+        self.family = loaded.architecture
+        self.num_layers, self.hidden_size = loaded.num_layers, loaded.hidden_size
+        self.vocab_size, self.context_length = loaded.vocab_size, loaded.context_length
+        self._framework = NumPyFramework(device_name())
+        self._context = Context(loaded, lambda: hook_for(self.num_layers, self.hidden_size, BATCH))
+        self._recording: tuple[Context, RecordingHook] | None = None
+
+    @cached_property
+    def tokenizer(self) -> LlamaTokenizer:
+        """See `Runner`."""
+        return LlamaTokenizer(self._loaded)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `Runner`."""
+        sizes = (self.num_layers, self.hidden_size, self.vocab_size)
+        return fingerprint_of(sizes, norms(self._loaded.files, self._loaded.architecture, self.num_layers))
+
+    @property
+    def description(self) -> Description:
+        """See `Runner`."""
+        return Description(
+            device=self._framework.device_name + (f" (laws in Python: {reason})" if (reason := why_not()) else ""),
+            dtype=self._framework.dtype_name,
+            packing=self._loaded.packing,
+            parameters=self._loaded.parameters,
+            nbytes=self._loaded.nbytes,
+            context_length=self.context_length,
+        )
+
+    def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> LlamaDecoder:
+        """See `Runner`."""
+        check_rolling(self._loaded.rolls, rolling)
+        window = self.context_length if rolling else None
+        return LlamaDecoder(self._context, self._framework, self.vocab_size, self._overflow, law, sampling, window)
+
+    def leave_thread(self) -> None:
+        """See `Runner`; nothing is kept for a thread."""
+
+    def steer(self, law: Law, *, steer_all: bool) -> AbstractContextManager[None]:
+        """See `Runner`.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "llama.cpp's own functions cannot be steered in place: use mlx_lqr.generate, stream or batch_generate, "
+            "which take the controller themselves"
+        )
+
+    def residuals(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        law: Law | None = None,
+        steer_all: bool = False,
+        progress: Progress | None = None,
+    ) -> Float32:
+        """See `Recorder`."""
+        placed = place(law, self._framework)
+        result = np.empty((len(prompts), self.num_layers + 1, self.hidden_size), np.float32)
+        done = 0
+        for batch in batches([len(prompt) for prompt in prompts], BATCH, most=_SIDE_BY_SIDE):
+            own = [prompts[i] for i in batch]
+            last = [len(prompt) - 1 for prompt in own]
+            restart(placed)
+            with self._framework.computing("the activations"):
+                context, hook = self._recorder()
+                first = [0] * len(own) if steer_all else last
+                for rows, _ in self._run(context, own, placed, first, last):
+                    result[[batch[row] for row in rows]] = hook.streams
+            done += len(batch)
+            if progress:
+                progress("Activations", done, len(prompts))
+        if (row := first_overflow(result)) is not None:
+            raise self._overflow(placed, prompts[row], 0 if steer_all else len(prompts[row]) - 1)
+        return result
+
+    def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
+        """See `Recorder`."""
+        decoder = self.decoder(law)
+        decoder.fill([tokens[:-1]], steered=steer_all)
+        logits = decoder.step(tokens[-1:])
+        if OVERFLOWED in decoder.sample(logits).tolist():
+            raise self._overflow(decoder.law, tokens, 0 if steer_all else len(tokens) - 1)
+        only: Float32 = logits[0]
+        return only
+
+    def log_probabilities(
+        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+    ) -> list[Float32]:
+        """See `Recorder`."""
+        scores = [np.empty(0, np.float32)] * len(pairs)
+        for i, logits in self._along([(prompt, tokens[:-1]) for prompt, tokens in pairs], law, steer_all):
+            own = list(pairs[i][1])
+            scores[i] = log_softmax(logits)[np.arange(len(own)), own]
+        return scores
+
+    def logits_along(
+        self,
+        pairs: Sequence[Continued],
+        *,
+        law: Law | None = None,
+        steer_all: bool = False,
+        kept: dict[Any, Array] | None = None,
+    ) -> list[Float32]:
+        """See `Recorder`."""
+        by_pair = dict(self._along(pairs, law, steer_all))
+        return [by_pair[i] for i in range(len(pairs))]
+
+    def _along(self, pairs: Sequence[Continued], law: Law | None, steer_all: bool) -> Iterator[tuple[int, Float32]]:
+        """The number of each pair, and its logits (1 + n, V)."""
+        placed = place(law, self._framework)
+        decoder = partial(self.decoder, law)
+        for batch, asked in Stretches.batches(self.vocab_size, pairs, most=_SIDE_BY_SIDE):
+            if isinstance(law, CarryingLaw) and law.acts:
+                steps = np.stack(list(asked.steps(decoder)), 1)
+                yield from (
+                    (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))
+                )
+                continue
+            parts: list[list[Float32]] = [[] for _ in batch]
+            first = [0] * len(batch) if steer_all else asked.first
+            with self._framework.computing("the logits"):
+                for rows, logits in self._run(self._context, asked.sequences, placed, first, asked.first):
+                    for row in sorted(set(rows)):
+                        parts[row].append(logits[np.asarray(rows) == row])
+            along = [np.concatenate(part) for part in parts]
+            finite = [bool(one) for part in along for one in np.atleast_1d(np.isfinite(part).all(axis=-1))]
+            asked.check(finite, decoder, steer_all=steer_all)
+            yield from zip(batch, along, strict=True)
+
+    def _run(
+        self,
+        context: Context,
+        sequences: Sequence[Sequence[int]],
+        law: Law | None,
+        first: Sequence[int],
+        asked: Sequence[int],
+    ) -> Iterator[tuple[list[int], Float32]]:
+        """Run sequences whole, as many tokens at once as llama.cpp takes.
+
+        Args:
+            law: placed.
+            first: for each sequence the position from which on it is steered.
+            asked: and that from which on logits are asked for.
+
+        Yields:
+            The sequence of each output of a batch, and its logits (n, V).
+        """
+        slots = [context.slot() for _ in sequences]
+        rows = [(row, i) for row, sequence in enumerate(sequences) for i in range(len(sequence))]
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH]
+            outputs = [n for n, (row, i) in enumerate(part) if i >= asked[row]]
+            steered = [n for n, (row, i) in enumerate(part) if i >= first[row]]
+            batch = Batch(
+                [sequences[row][i] for row, i in part],
+                [slots[row] for row, _ in part],
+                outputs,
+                [Rows(law, steered)] if law is not None and steered else (),
+            )
+            logits, failures = context.run(batch)
+            for error in failures.values():
+                raise error
+            if outputs:
+                yield [part[n][0] for n in outputs], logits
+
+    def _recorder(self) -> tuple[Context, RecordingHook]:
+        """A context of its own to read streams in, so that nothing stops at every block where tokens are decoded."""
+        if self._recording is None:
+            hook = RecordingHook(self.num_layers, self.hidden_size)
+            self._recording = Context(self._loaded, lambda: hook, always=True), hook
+        return self._recording
+
+    def _overflow(self, law: Law | None, tokens: Sequence[int], first: int) -> OverflowingError:
+        """See `Decoder.overflow`; the law is placed."""
+        restart(law)
+        with self._framework.computing("the prompts"):
+            context, hook = self._recorder()
+            slot = context.slot()
+            return located(
+                partial(self._examined, context, hook, slot, law),
+                tokens,
+                first,
+                law,
+                layers=self.num_layers,
+                chunk=_EXAMINED,
+                dtype=self._framework.dtype_name,
+            )
+
+    def _examined(
+        self,
+        context: Context,
+        hook: RecordingHook,
+        slot: Slot,
+        law: Law | None,
+        tokens: Sequence[int],
+        steering: LawHooks,
+    ) -> Examined:
+        rows = range(len(tokens))
+        steered = [Rows(law, rows)] if law is not None and steering is not UNSTEERED else []
+        logits, failures = context.run(Batch(tokens, [slot] * len(tokens), rows, steered))
+        for error in failures.values():
+            raise error
+        energies = self._framework.energy(hook.streams)  # (L, T + 1)
+        return energies.T.tolist(), bool(np.isfinite(logits[-1]).all())
