@@ -50,8 +50,6 @@ def write_page(results: Path, docs: Path) -> Path:
             sections.append(_experiment(experiment, own, docs))
     if ablation.is_file():
         sections += [_text("ablation.md"), ablation_table(json.loads(ablation.read_text("utf-8")))]
-    if not measured:
-        sections.append(_text("earlier.md"))
     with writing(path) as temporary:
         temporary.write_text("\n\n".join(sections) + "\n", "utf-8")
     return path
