@@ -247,7 +247,8 @@ def test_without_it_python_steers(
         native._built.cache_clear()
         file.chmod(0o777)
     else:
-        made = "echo none > $2" if trouble == "another file" else 'echo "int none;" | PATH=/usr/bin:/bin cc -shared -x c -o $2 -'
+        linked = 'echo "int none;" | PATH=/usr/bin:/bin cc -shared -x c -o $2 -'
+        made = "echo none > $2" if trouble == "another file" else linked
         elsewhere(f'while [ "$1" != -o ]; do shift; done\n{made}')
     assert native.native() is None
     assert says in native.why_not()
