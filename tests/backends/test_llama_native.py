@@ -180,6 +180,17 @@ def test_steering_that_has_not_happened_is_an_error(loaded: Loaded, mistake: str
         Decoding(loaded, hook, ubatch).run([(0, token) for token in TOKENS], [22], [Rows(law, [22])])
 
 
+def test_rows_that_overflow_are_named_until_the_next_batch(loaded: Loaded) -> None:
+    for hook in hooks(loaded, 5):
+        decoding, law = Decoding(loaded, hook, 5), RandomLaw([1], loaded.hidden_size)
+        law.numbers = {1: Affine(np.full(1, 1e30, np.float32), law.numbers[1].gain)}
+        rows = [(i % 4, token) for i, token in enumerate(TOKENS)]
+        decoding.run(rows, range(23), [Rows(law, [3, 21])])
+        assert sorted(hook.overflowed) == [3, 21]
+        decoding.run(rows, range(23), [])
+        assert not list(hook.overflowed)
+
+
 def test_it_is_the_hook_of_a_context_where_a_compiler_is(loaded: Loaded) -> None:
     assert native.why_not() == ""
     assert isinstance(hook_for(loaded.num_layers, loaded.hidden_size, 64), native.NativeHook)
@@ -247,8 +258,8 @@ def test_without_it_python_steers(
         native._built.cache_clear()
         file.chmod(0o777)
     else:
-        compiled = 'echo "int none;" | PATH=/usr/bin:/bin cc -shared -x c -o $2 -'
-        made = "echo none > $2" if trouble == "another file" else compiled
+        linked = 'echo "int none;" | PATH=/usr/bin:/bin cc -shared -x c -o $2 -'
+        made = "echo none > $2" if trouble == "another file" else linked
         elsewhere(f'while [ "$1" != -o ]; do shift; done\n{made}')
     assert native.native() is None
     assert says in native.why_not()

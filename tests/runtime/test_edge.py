@@ -32,13 +32,16 @@ LEAST = {"llama_cpp", "numpy", *("jinja2", "markupsafe", "typing_extensions", "d
 LEAST_PROGRAM = f"""
 import runpy, sys
 
-class Refusing:
+class Sparing:
+    def __init__(self, finder):
+        self.finder = finder
+
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top not in sys.stdlib_module_names and top not in {LEAST} and not top.startswith("__editable__"):
-            raise ModuleNotFoundError(f"{{name}} is not installed", name=name)
+        if top in sys.stdlib_module_names or top in {LEAST} or top.startswith("__editable__"):
+            return self.finder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Refusing())
+sys.meta_path[:] = map(Sparing, sys.meta_path)
 runpy.run_module("mlx_lqr.runtime", run_name="__main__", alter_sys=True)
 """
 

@@ -54,6 +54,7 @@ struct hook {
     const int32_t *outputs; /* rows of the batch whose logits are wanted, ascending */
     float *input;           /* (ubatch, d): rows of z_k, of the block that comes next */
     float *output;          /* (ubatch, d) */
+    uint8_t *overflowed;    /* for each row of the batch, whether |y|^2 was not finite at a block that steers it */
     float *errors;          /* as many as the law with the most concepts has */
     int32_t layers, width, ubatch;
     int32_t tokens, output_count; /* of the batch */
@@ -64,6 +65,7 @@ struct hook {
     int32_t held;        /* the block whose input is held, -1 for none */
     int32_t held_first;  /* the first row held, counted from `start` */
     int32_t held_count;
+    int32_t overflows;
     int32_t applied; /* how many rows have been steered, counted again at every block */
     int32_t failure, failed_layer;
 };
@@ -252,8 +254,14 @@ static bool steer_block(struct hook *hook, int32_t layer, struct span span) {
                 }
                 z = hook->input + (size_t)held * hook->width;
             }
-            steer_row(part, z, hook->output + (size_t)(at - span.first) * hook->width, hook->width, hook->errors);
+            float *y = hook->output + (size_t)(at - span.first) * hook->width;
+            steer_row(part, z, y, hook->width, hook->errors);
             hook->applied++;
+            float energy = product(y, y, hook->width);
+            if (energy - energy != 0) {
+                hook->overflowed[row] = 1;
+                hook->overflows++;
+            }
         }
     }
     return true;

@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,12 @@ class _State(ctypes.Structure):
 
     _fields_ = [
         *((name, _Address) for name in ("name", "elements", "bytes", "get", "set", "instead", "instead_data")),
-        *((name, _Address) for name in ("inputs", "blocks", "outputs", "input", "output", "errors")),
+        *((name, _Address) for name in ("inputs", "blocks", "outputs", "input", "output", "overflowed", "errors")),
         *((name, _Number) for name in ("layers", "width", "ubatch", "tokens", "output_count", "reads_first")),
-        *((name, _Number) for name in ("start", "rows", "asked", "held", "held_first", "held_count", "applied")),
+        *(
+            (name, _Number)
+            for name in ("start", "rows", "asked", "held", "held_first", "held_count", "overflows", "applied")
+        ),
         *((name, _Number) for name in ("failure", "failed_layer")),
     ]
 
@@ -98,6 +101,7 @@ class NativeHook:
         self._expected = 0
         """How many rows are to be steered, counted again at every block"""
         self._last = num_layers - 1
+        self._overflowed = np.zeros(0, np.uint8)
         self._streams = np.empty((2, n_ubatch, hidden_size), np.float32)
         self._names = (ctypes.c_char_p * (len(EMBEDDINGS) + 1))(*EMBEDDINGS, None)
         self._state = _State(
@@ -119,6 +123,13 @@ class NativeHook:
         """See `Hook`."""
         return self._python.failures if self._by_python else {}
 
+    @property
+    def overflowed(self) -> Collection[int]:
+        """See `Hook`."""
+        if self._by_python:
+            return self._python.overflowed
+        return np.flatnonzero(self._overflowed).tolist() if self._state.overflows else ()
+
     def prepare(self, steered: Sequence[Rows], tokens: int, outputs: Sequence[int]) -> None:
         """See `Hook`."""
         state = self._state
@@ -130,6 +141,8 @@ class NativeHook:
             return
         state.instead = None
         state.start = state.rows = state.applied = state.failure = 0
+        if state.overflows:
+            self._overflowed[:], state.overflows = 0, 0
         state.asked, state.held = state.layers, -1
         batch = (tokens, list(outputs), [list(own.rows) for own in steered])
         if batch != self._prepared or any(map(operator.is_not, affines, self._seen)):
@@ -186,6 +199,8 @@ class NativeHook:
         errors = np.empty(most, np.float32)
         self._kept += [blocks, errors]
         state.blocks, state.errors = ctypes.addressof(blocks) if parts else None, errors.ctypes.data
+        self._overflowed, state.overflows = np.zeros(tokens, np.uint8), 0
+        state.overflowed = self._overflowed.ctypes.data
         state.reads_first = any(part.read_input for part in parts.get(0, ()))
         state.outputs, state.output_count, state.tokens = wanted.ctypes.data, len(wanted), tokens
 
