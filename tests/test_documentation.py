@@ -65,7 +65,7 @@ NOT_RUN = {
     "needs llama.cpp": r"llama-cli ",
     "serves until it is stopped": r"mlx-lqr serve ",
     "asks a server": r"llm |lm_eval ",
-    "needs a model of your own": r"mlx-lqr \w+ \S+\.gguf ",
+    "needs a model of your own": r"(mlx-lqr \w+|python -m mlx_lqr\.runtime) \S+\.gguf ",
     "needs an adapter of your own": r"mlx-lqr \w+ \S+ .*--adapter my-adapter\b",
     "needs several machines": r"mlx\.launch |scp ",
     "takes long": r"python (-m )?benchmarks\b",
@@ -94,7 +94,7 @@ SMALLER = {
     'mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors:2 -n 30 --backend torch': "-n 6",
     "mlx-lqr linearity": "--strengths 3",
     "mlx-lqr linearize": "--nominal 'Once upon a time,'",
-    "mlx-lqr tune": "--limit 2 --samples 1 --evaluations 1 -n 12 --strengths 0,12 --at-most 10 --jacobian-prompts 1",
+    "mlx-lqr tune": "--limit 2 --samples 1 --evaluations 1 -n 12 --strengths 0,4 --at-most 10 --jacobian-prompts 1",
     "python -m mlx_lqr.runtime": "-n 6",
 }
 """Options that a command gets here besides its own, by how it begins, so that it takes seconds."""
@@ -350,6 +350,8 @@ def test_a_command_that_is_not_run_would_be_understood(command: str) -> None:
             case ["pip", "install", *_] | ["uv", "tool", "install", *_]:
                 for extra in ",".join(re.findall(r"\.\[([\w,-]+)\]", one)).split(","):
                     assert not extra or re.search(rf"^{extra} = ", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+            case ["python", "-m", "mlx_lqr.runtime", *arguments]:
+                runtime_parser().parse_args(arguments)
             case ["python", script, *arguments]:
                 parsed(benchmark(script), arguments)
             case ["mlx.launch", *_]:
@@ -510,7 +512,7 @@ def test_what_the_guide_says_of_its_commands(readings: dict[Path, Reading]) -> N
     assert "/strength" in chat
     assert mlx_lqr.Controller.load(page.session.folder / "dog.safetensors").active_layers == (28, 29)
     shown = page.printed("mlx-lqr show ocean.safetensors").stdout
-    assert "q = 3, r = 1, qf = 3, feature cost" in shown
+    assert "q = 10, r = 1, qf = 10, feature cost" in shown
     assert "centred" in shown
     assert "recommended" in page.session.command("mlx-lqr show tuned.safetensors").stdout
     assert {file.suffix for file in (page.session.folder / "pictures").iterdir()} == {".json", ".png", ".svg"}

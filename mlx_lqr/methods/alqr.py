@@ -39,9 +39,9 @@ from mlx_lqr.methods.method import (
 )
 
 STRENGTHS = StrengthScale(
-    "1 asks for the positive prompts' level of the feature (with the paper's setpoint, s for s times `mu`)",
-    span=(0.0, 6.0),
-    suggested=2.0,
+    "1 pushes by the way from the negative prompts' level to the positive ones' (by `mu` with the paper's setpoint)",
+    span=(0.0, 4.0),
+    suggested=1.5,
 )
 
 

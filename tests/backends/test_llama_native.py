@@ -81,7 +81,14 @@ class Decoding:
 
     def __init__(self, loaded: Loaded, hook: Hook, ubatch: int) -> None:
         self._hook, self._loaded = hook, loaded
-        asked = {"n_ctx": 256, "n_batch": 64, "n_ubatch": ubatch, "n_seq_max": 4, "n_threads": 1, "n_threads_batch": 1}
+        asked: dict[str, Any] = {
+            "n_ctx": 256,
+            "n_batch": 64,
+            "n_ubatch": ubatch,
+            "n_seq_max": 4,
+            "n_threads": 1,
+            "n_threads_batch": 1,
+        }
         asked |= {"kv_unified": True, "type_k": 0, "type_v": 0}
         asked |= {"cb_eval": hook.callback, "cb_eval_user_data": hook.user_data}
         self._context = llama().llama_init_from_model(loaded.pointer, parameters("context", asked))

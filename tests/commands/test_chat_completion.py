@@ -15,7 +15,7 @@ from mlx_lqr.commands.chat_state import Conversation
 
 def completed(typed: str) -> list[str]:
     """The lines that Tab offers."""
-    completer = ChatCompleter(Conversation(chat=None))  # type: ignore[arg-type] - files need none
+    completer = ChatCompleter(Conversation(chat=None))  # type: ignore[arg-type]  # files need none
     offered = completer.get_completions(Document(typed), CompleteEvent())
     return [typed[: len(typed) + one.start_position] + one.text for one in offered]
 

@@ -91,7 +91,7 @@ def test_two_sessions_never_share_a_file(
     conversation: Conversation, model: Model, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     """Begun in the same second, or given a name that another one takes before they are written."""
-    monkeypatch.setattr(chat_sessions.time, "strftime", lambda _: "now")
+    monkeypatch.setattr("time.strftime", lambda *_: "now")
     both = [Conversation(Chat(model, options=OPTIONS), session=chat_sessions.new_name()) for _ in range(2)]
     assert [one.session for one in both] == ["now", "now"], "neither is written yet"
     for i, one in enumerate(both):
