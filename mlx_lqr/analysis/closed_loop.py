@@ -135,12 +135,13 @@ class ClosedLoop:
         self.gain = np.pad(controller.gain[:, :, 0].astype(np.float64), side)
         at_output = np.nan if controller.offset.any() else 0.0  # a controller has no offset at the output
         self.offset = np.append(controller.offset[:, 0], at_output).astype(np.float64)
-        self.magnitude = np.append(controller.setpoint[:, 0], length).astype(np.float64)
+        self.magnitude = np.append(controller.magnitude[:, 0], length).astype(np.float64)
+        self.setpoint = np.append(controller.setpoint[:, 0], length).astype(np.float64)  # mu_k / feedback
 
     def predict(self, unsteered: Float64) -> tuple[Float64, Float64]:
         """The prediction p_k = a_k + strength b_k of z_k - z0_k: a for every z0 (..., T + 1, d), and b (T + 1, d).
 
-        u_k = (offset_k + strength mu_k - w_k' z0_k) g_k is affine in the strength, and so is p_k.
+        u_k = (offset_k + strength setpoint_k - w_k' z0_k) g_k is affine in the strength, and so is p_k.
         """
         constant, slope = np.zeros(unsteered.shape), np.zeros((self.T + 1, self.d))
         for k in range(self.first, self.T):
@@ -148,7 +149,7 @@ class ClosedLoop:
             carried = self.linear.apply(k, rows) - np.outer(rows @ self.sensor[k], self.gain[k])
             known = self.offset[k] - unsteered[..., k, :] @ self.sensor[k]
             constant[..., k + 1, :] = carried[:-1].reshape(constant[..., k, :].shape) + known[..., None] * self.gain[k]
-            slope[k + 1] = carried[-1] + self.magnitude[k] * self.gain[k]
+            slope[k + 1] = carried[-1] + self.setpoint[k] * self.gain[k]
         return constant, slope
 
     def sweep(
@@ -190,7 +191,7 @@ class ClosedLoop:
             k, F = step.layer, step.closed_loop
             if k == T - 1:
                 weigh(T, step.next_factor)
-            known = self.offset[k] + self.strengths * self.magnitude[k] - z0[..., k, :] @ self.sensor[k]
+            known = self.offset[k] + self.strengths * self.setpoint[k] - z0[..., k, :] @ self.sensor[k]
             r = e[..., k + 1, :] - e[..., k, :] @ F.T - known[..., None] * self.gain[k]
             remainder[..., k] = weighted_norm(step.next_factor, r)
             responses = np.column_stack([self.sensor[k], F.T @ responses])

@@ -47,7 +47,7 @@ class Applied:
 
     strengths: tuple[float, ...]
     feature_error: Float32
-    """(n, S, T): |alpha_k|, the size of dz_k = -alpha_k v_k that the law assumes, in the residual stream's units"""
+    """(n, S, T): f |alpha_k| for the share f of the feedback: the size of dz_k that the law assumes, unscaled"""
     push: Float32
     """(n, S, T): |u_k|, which is added to the input of block k + 1"""
     displacement: Float32
@@ -264,7 +264,7 @@ def _applied(
     for i, prompt in enumerate(prompts):
         run = roll_out(model, prompt, controller, strengths)
         steps = run.steered[:, :-1] - run.unsteered[:, :-1]
-        alpha[i], push[i] = np.abs(run.feature_error), run.push
+        alpha[i], push[i] = controller.shares[0] * np.abs(run.feature_error), run.push
         displacement[i] = np.linalg.norm(steps[..., : model.hidden_size], axis=2)
         for k in range(controller.active_layers[0] + 1, T):
             for s, trace in enumerate(run.traces):
@@ -283,8 +283,9 @@ def _finite(jacobian: Float32, layer: int) -> Float32:
 def monitored(controller: Controller, measured: Linearity, quantile: float = 0.1) -> Controller:
     """The controller with its checked region, in which its linear model is good: a low quantile over the prompts.
 
-    `checked_error` at layer k is the trust region along v_k. `checked_push` is that of layer k + 1 along g_k; it is
-    infinite at the last layer, which no block follows. No region is larger than the largest size that was tried.
+    `checked_error` at layer k is |alpha_k| where -f alpha_k v_k leaves the trust region along v_k. `checked_push` is
+    that region of layer k + 1 along g_k; it is infinite at the last layer, which no block follows. No region is
+    larger than the largest size that was tried.
 
     Raises:
         InputError: `measured` is of another controller.
@@ -295,6 +296,7 @@ def monitored(controller: Controller, measured: Linearity, quantile: float = 0.1
     error, push = (np.minimum(measured.trust_radius(kind, quantile), tried) for kind in ("concept", "push"))
     beyond = np.append(push[1:], np.inf)
     checked_error, checked_push = (
-        np.where(np.isnan(radius), np.inf, radius)[:, None].astype(np.float32) for radius in (error, beyond)
+        np.where(np.isnan(radius), np.inf, radius)[:, None].astype(np.float32)
+        for radius in (error / controller.shares[0], beyond)
     )
     return replace(controller, checked_error=checked_error, checked_push=checked_push)
