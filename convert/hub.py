@@ -27,8 +27,15 @@ def hub_folder(name: str) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise InputError(f"{name} does not exist: give a .gguf file, a model folder or a hub id such as org/model")
     from huggingface_hub import snapshot_download  # takes half a second, and is only needed here
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    return _downloaded(name, "model", "a folder", lambda: Path(snapshot_download(name, allow_patterns=_DOWNLOADED)))
+    def download() -> Path:
+        try:
+            return Path(snapshot_download(name, allow_patterns=_DOWNLOADED))
+        except LocalEntryNotFoundError as error:  # neither reached nor in the cache
+            raise ConnectionError(first_line(error)) from error
+
+    return _downloaded(name, "model", "a folder", download)
 
 
 def hub_file(name: str) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mlx_lqr.commands.help import OUTPUT, argument, command, option
+from mlx_lqr.commands.options import force_option
 from mlx_lqr.commands.output import say
 from mlx_lqr.commands.progress import stopping
 from mlx_lqr.launched import refuse_several
@@ -22,12 +23,12 @@ from mlx_lqr.sharing.upload import CARD, Upload
     heading=OUTPUT,
     help="The model's id on the hub, which the file does not know, for the page and its commands.",
 )
-@option("--private", is_flag=True, heading=OUTPUT, help="If the repository is new, let nobody else see it.")
+@option("--private-repo", is_flag=True, heading=OUTPUT, help="If the repository is new, let nobody else see it.")
 @option(
     "--dry-run", is_flag=True, heading=OUTPUT, help="Print the page and what would be uploaded, and upload nothing."
 )
-@option("--force", is_flag=True, heading=OUTPUT, help="Replace a README.md that mlx-lqr did not write.")
-def push(file: Path, repo: str, base_model: str | None, private: bool, dry_run: bool, force: bool) -> None:
+@force_option
+def push(file: Path, repo: str, base_model: str | None, private_repo: bool, dry_run: bool, force: bool) -> None:
     """Put a controller on the Hugging Face hub.
 
     With a page made from the file: model, concept, method, strengths and what they cost, how to use it, and a plot if
@@ -41,7 +42,7 @@ def push(file: Path, repo: str, base_model: str | None, private: bool, dry_run: 
         say("\nWould be uploaded: " + ", ".join(f"{name} ({len(files[name])} bytes)" for name in files), err=True)
         return
     with stopping("The repository may be there without the controller."):
-        address = upload.push(private=private, force=force)
+        address = upload.push(private=private_repo, force=force)
     say(
         f"Pushed {file} to {address}. Others steer with it:\n  mlx-lqr chat {base_model or 'MODEL'} "
         f"-c hf:{repo}/{file.name}"

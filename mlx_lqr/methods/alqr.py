@@ -87,7 +87,6 @@ class ALQR(Method[Controller]):
             float,
             FEEDBACK,
             "How much of the push is taken back as the feature rises (0 to 1); 1: the paper's regulator.",
-            tries=(0.25, 1.0),
         ),
         Option("jacobians", Jacobians.load, None, "Jacobians stored by `mlx-lqr linearize`."),
         Option("jacobian_prompts", int, 8, "How many positive prompts to linearise at, without --jacobians.", least=1),

@@ -54,7 +54,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Model:
 
     model = chatting()
     model._tokenizer.encode = lambda text, **_: [ord(letter) % 59 for letter in text][-8:]  # type: ignore[union-attr, method-assign]
-    for name in ("fit", "analysis", "generate", "chat"):
+    for name in ("fit", "analysis", "running"):
         monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", lambda *_, **__: model)
     return model
 

@@ -41,6 +41,9 @@ class Sparing:
         if top in sys.stdlib_module_names or top in {LEAST} or top.startswith("__editable__"):
             return self.finder.find_spec(name, path, target)
 
+    def find_distributions(self, *context):
+        return getattr(self.finder, "find_distributions", lambda *_: ())(*context)
+
 sys.meta_path[:] = map(Sparing, sys.meta_path)
 runpy.run_module("mlx_lqr.runtime", run_name="__main__", alter_sys=True)
 """
@@ -90,7 +93,7 @@ def test_a_gguf_file_runs_with_llama_cpp_and_numpy_alone(sea: Path, smollm2_gguf
     least = [sys.executable, "-c", LEAST_PROGRAM, str(smollm2_gguf), "--chat", "-p", "What is blue?"]
     least += ["-c", f"{sea}:2", "-n", "8", "--temperature", "0"]
     done = subprocess.run(least, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, steered + "\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, steered + "\n", ""), done.stderr
 
 
 @pytest.mark.parametrize(

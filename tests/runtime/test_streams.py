@@ -68,7 +68,7 @@ def test_what_an_encoding_does_not_have_is_escaped(encoding: str, tmp_path: Path
 def test_a_pipe_ends_in_one_newline_that_is_not_the_prompts(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     module = importlib.import_module("mlx_lqr.commands.generate")
-    monkeypatch.setattr(module, "load", lambda *_, **__: None)
+    monkeypatch.setattr(module, "load_to_run", lambda *_, **__: None)
     monkeypatch.setattr(module, "stream", lambda _, prompt, **__: iter(seen.append(prompt) or []))
     for piped, expected in ((text, "Once"), (text + "\n", "Once\n"), (text.rstrip(), "Once")):
         assert run("generate", "demo", text=piped).exit_code == 0
@@ -107,7 +107,7 @@ def test_ctrl_c_is_status_130_and_says_what_is_left(
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    for name in ("fit", "generate", "demo", "analysis", "task_options"):
+    for name in ("fit", "running", "demo", "analysis", "task_options"):
         monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", stopped)
     monkeypatch.setattr("mlx_lqr.convert.folder.convert", stopped)
     result = run(*arguments)

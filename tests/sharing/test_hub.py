@@ -101,7 +101,7 @@ def test_up_with_a_page_and_down_once(there: Hub, mlx_lqr_there: Commands, files
 
 def test_a_second_controller_joins_the_page_of_the_first(there: Hub, mlx_lqr_there: Commands, files: Path) -> None:
     for name in ("dog", "cat", "dog"):
-        assert mlx_lqr_there("push", files / f"{name}.safetensors", "me/pets", "--private")[0] == 0
+        assert mlx_lqr_there("push", files / f"{name}.safetensors", "me/pets", "--private-repo")[0] == 0
     assert there.private["me/pets"]
     page = there.repos["me/pets"]["README.md"].decode()
     assert page.count(MARK) == page.count("<!-- mlx-lqr: cat.safetensors -->") == 1

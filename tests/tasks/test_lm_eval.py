@@ -157,7 +157,7 @@ def test_log_likelihoods_are_steered_as_ours_in_any_steps(
         whole = evaluator.loglikelihood_rolling(requests("loglikelihood_rolling", ("w9 w8 w7 w6",), ("w4 w3 w2 w1",)))
     expected = scores_of(steered, pairs)
     assert [score for score, _ in scores] == pytest.approx(expected, abs=1e-4)
-    assert np.abs(np.subtract(expected, [score for score, _ in plain])).min() > 1e-2
+    assert np.abs(np.subtract(expected, [score for score, _ in plain])).min() > 5e-3
     assert whole == pytest.approx(scores_of(steered, [("w9", " w8 w7 w6"), ("w4", " w3 w2 w1")]), abs=1e-4)
     greedy = mlx_lqr.generate(model, "w1", controller=controller, strength=2.0, max_tokens=3, temperature=0)
     with mlx_lqr.steer(evaluator.model, controller, 2.0):
