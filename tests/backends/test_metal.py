@@ -354,7 +354,7 @@ def test_tasks_measure_what_they_do_in_float32(pair: Pair) -> None:
         decoding = tasks.Decoding(samples=1, max_tokens=2)
         damage = [NeutralText(["The train left the station"]), Capability([question])]
         task = tasks.concept(["sea"], openings=["I like"], decoding=decoding, damage=damage)
-        metrics.append(tasks.evaluate(model, task, tasks.NamedSteering("sea", fitted()), [0.0, 1.5]).results())
+        metrics.append(tasks.evaluate(model, task, tasks.NamedSteering("sea", fitted()), [0.0, 0.5]).results())
     for ours, expected in zip(*metrics, strict=True):
         for name in ("kl", "capability"):
             assert ours.metrics[name].value == pytest.approx(expected.metrics[name].value, abs=pair.tolerance / 5)

@@ -17,7 +17,7 @@ STOP, UP, END = "\x03", "\x1b[A", "\x04"
 
 def test_a_chat_and_how_it_goes_on(tmp_path: Path, smollm2: Model, dog: Path) -> None:
     (tmp_path / "demo").symlink_to(demo_model().parent)
-    given = "-n", "400", "--temperature", "0", "-c", f"{dog}:3"
+    given = "-n", "400", "--temperature", "0", "-c", f"{dog}:1.5"
     with chat_on_a_terminal(*given, cache=tmp_path, columns=40) as chat:
         chat.until_prompt()
         converse(chat, tmp_path, dog)

@@ -47,7 +47,7 @@ def command(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_tune_writes_a_controller_with_its_strength_and_keeps_every_evaluation(
     command: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command += ["--evaluations", 5, "--at-most", 3]
+    command += ["--evaluations", 5, "--at-most", 3, "--feedback", 1, "--strengths", "0,6"]
     done = run(*command, "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     result = json.loads(done.stdout)

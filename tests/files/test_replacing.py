@@ -124,7 +124,7 @@ def test_commands_refuse_before_any_work(tmp_path: Path, smollm2: Model, dog: Pa
 
     import importlib
 
-    for name in ("fit", "analysis", "task_options"):
+    for name in ("fit", "analysis", "task_options", "running"):
         monkeypatch.setattr(importlib.import_module(f"mlx_lqr.commands.{name}"), "load", never)
     notes = tmp_path / "notes"
     notes.write_text("mine")

@@ -436,11 +436,11 @@ def test_the_options_and_the_strength_arrive_in_chat(smollm2: Model, dog: Path) 
 
 def test_compare_and_track_are_drawn_in_a_pipe(dog: Path) -> None:
     result = run(
-        "chat", "demo", "-c", f"{dog}:4", "-n", 6, "--temperature", 0, text="What barks?\n/compare\n/track\n/compare\n"
+        "chat", "demo", "-c", f"{dog}:2", "-n", 6, "--temperature", 0, text="What barks?\n/compare\n/track\n/compare\n"
     )
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    headings = [i for i, line in enumerate(lines) if line.split() == ["Steered:", "dog", "4.", "Not", "steered."]]
+    headings = [i for i, line in enumerate(lines) if line.split() == ["Steered:", "dog", "2.", "Not", "steered."]]
     assert len(headings) == 2
     steered, plain = lines[headings[0] + 2][:40].strip(), lines[headings[0] + 2][40:].strip()
     assert lines[0].startswith(steered)

@@ -187,8 +187,8 @@ def test_tune_recommends_the_optimum_of_a_synthetic_task(model: Model, space: ta
         assert trial.within == (trial.relative <= 1.3)
         assert trial.relative == pytest.approx(trial.damage.value / math.exp(2.0))
     # the best is at one layer of three, with the paper's setpoint and the least of q that were offered
-    strength = (math.log(1.3) / (0.06 / 3 * 0.3**0.5)) ** (1 / 1.7)
-    optimum = 1 - math.exp(-0.3 * 1.2 * min(6.0, strength))
+    strength = (math.log(1.3) / (0.06 / 3 * 1.0**0.5)) ** (1 / 1.7)
+    optimum = 1 - math.exp(-0.3 * 1.2 * min(4.0, strength))
     assert tuned.best.control.value > 0.93 * optimum
     assert tuned.best.options["setpoint"] == "paper"
     controller = tuned.steering
