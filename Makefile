@@ -45,7 +45,7 @@ test-gpu: $(VENV)/test ## on a machine with a CUDA GPU: its tests, and a benchma
 # The tests of the llama.cpp backend, which the others' environment lacks: building it takes minutes.
 test-llama: $(VENV)/llama ## the tests that need llama.cpp, which it builds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/backends/test_borrowed.py tests/backends/test_llama*.py \
-		tests/commands/test_llama*.py
+		tests/commands/test_llama*.py tests/runtime/test_edge.py tests/sharing/test_llama_cpp.py
 
 # On a Mac: the tests, then decoding, start-up and synthesis as one table to paste into an issue.
 test-metal: $(VENV)/test ## on a Mac: all tests, and a benchmark
