@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ pytest.importorskip("llama_cpp")
 
 from helpers.gguf_float32 import in_float32
 
+from mlx_lqr.backends.llama.library import llama
 from mlx_lqr.methods.alqr import LinearFeedback
 
 PROMPTS = ("Once upon a time,", "The best thing about my home is that", "What would you like to do today?")
@@ -139,3 +141,17 @@ def test_gemma_is_steered_alike(gemma3_gguf: Path, gemma3_folder: Path, position
     options: Any = {"controller": fitted, "strength": 1.5, "max_tokens": 64, "temperature": 0.0}
     answers = [[piece.token for piece in mlx_lqr.stream(model, PROMPTS[0], **options)] for model in (ours, mlx)]
     assert answers[0] == answers[1]
+
+
+def test_a_context_is_freed_before_the_model_that_it_uses(smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where both are collected at once, as parts of a cycle, of which the older one goes first."""
+    freed: list[str] = []
+    for name in ("llama_free", "llama_model_free"):
+        free = getattr(llama(), name)
+        monkeypatch.setattr(llama(), name, lambda pointer, name=name, free=free: (freed.append(name), free(pointer)))
+    model: Any = mlx_lqr.load(smollm2_gguf, backend="llama")
+    mlx_lqr.generate(model, "Once", max_tokens=2, temperature=0)
+    model.itself = model
+    del model
+    gc.collect()
+    assert freed == ["llama_free", "llama_model_free"]

@@ -45,6 +45,11 @@ class Slot:
         weakref.finalize(self, released.append, number).atexit = False
 
 
+def _free(pointer: Any, *used: object) -> None:
+    """Free a context. What it uses is held until then: collected with it, its model could be freed before it."""
+    llama().llama_free(pointer)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one llama_decode is to run: n rows, in order for each sequence."""
@@ -177,11 +182,10 @@ class Context:
         if self._pointer is None and not cells:  # nothing is held yet, so it is made when its size is known
             self._sequences, self._hook = max(sequences, self._sequences), hook or self._hook
             return
-        library = llama()
         cells = self._cells if cells <= self._cells else max(cells, 2 * self._cells, _CELLS)
         sequences, hook = max(sequences, self._sequences), hook or self._hook
         pointer = self._made(cells, sequences, hook)
-        free = weakref.finalize(self, library.llama_free, pointer)
+        free = weakref.finalize(self, _free, pointer, self._loaded, hook)
         if self._pointer is not None:
             for number in list(self._slots):
                 _move(self._pointer, pointer, number)
