@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.hooks import Where
@@ -103,6 +104,35 @@ class Sampler(ABC):
     @abstractmethod
     def _drawn(self, logprobs: Array) -> Array:
         """A token (B,) from each row of log-probabilities (B, V), up to a constant."""
+
+
+class GeneratorSampler(Sampler):
+    """Draws with a random generator of each sequence's own, kept outside the framework's arrays."""
+
+    def __init__(self, framework: Framework, sampling: Sampling) -> None:
+        super().__init__(framework, sampling)
+        self._generators: list[Any] = []
+        """One a row, made when the number of sequences is known."""
+
+    @abstractmethod
+    def _generator(self, seed: int) -> Any:
+        """A new generator."""
+
+    def _streams(self) -> Sequence[Array]:
+        return ()
+
+    def _join_streams(self, other: Any, rows: int, others: int) -> None:
+        self._generators = [*self._of(rows), *other._of(others)]
+
+    def _keep_streams(self, rows: Sequence[int]) -> None:
+        if self._generators:
+            self._generators = [self._generators[row] for row in rows]
+
+    def _of(self, rows: int) -> list[Any]:
+        """The generators of so many sequences."""
+        if not self._generators:
+            self._generators = [self._generator(self._seed + row) for row in range(rows)]
+        return self._generators
 
 
 class RowSamplers:

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.llama.framework import log_softmax
 from mlx_lqr.backends.protocol import Float32, Sampling
-from mlx_lqr.backends.sampling import Sampler
-
-_LIKELIEST = 2048
-"""Tokens that nearly always have the mass that top-p asks for."""
+from mlx_lqr.backends.sampling import LIKELIEST, GeneratorSampler
 
 
-class NumPySampler(Sampler):
+class NumPySampler(GeneratorSampler):
     """Draws with a generator for each sequence."""
 
-    def __init__(self, framework: Framework, sampling: Sampling) -> None:
-        super().__init__(framework, sampling)
-        self._generators: list[np.random.Generator] = []
-        """One a row, made when the number of sequences is known."""
-
-    def _streams(self) -> Sequence[np.ndarray]:
-        return ()
-
-    def _join_streams(self, other: Any, rows: int, others: int) -> None:
-        self._generators = [*self._of(rows), *other._of(others)]
-
-    def _keep_streams(self, rows: Sequence[int]) -> None:
-        if self._generators:
-            self._generators = [self._generators[row] for row in rows]
+    def _generator(self, seed: int) -> np.random.Generator:
+        return np.random.default_rng(seed)
 
     def _likeliest(self, logits: np.ndarray) -> np.ndarray:
         return logits.argmax(axis=-1)
@@ -44,12 +26,6 @@ class NumPySampler(Sampler):
 
     def _drawn(self, logprobs: np.ndarray) -> np.ndarray:
         return np.array([_pick(row, one) for row, one in zip(logprobs, self._of(len(logprobs)), strict=True)])
-
-    def _of(self, rows: int) -> list[np.random.Generator]:
-        """The generators of so many sequences."""
-        if not self._generators:
-            self._generators = [np.random.default_rng(self._seed + row) for row in range(rows)]
-        return self._generators
 
 
 def _pick(logprobs: np.ndarray, generator: np.random.Generator) -> int:
@@ -80,7 +56,7 @@ def _nucleus(logprobs: np.ndarray, top_p: float) -> np.ndarray:
     To sort a whole vocabulary would take as long as a small model does, so the likeliest are tried first.
     """
     size = len(logprobs)
-    for count in (min(_LIKELIEST, size), size):
+    for count in (min(LIKELIEST, size), size):
         chosen = np.argpartition(-logprobs, count - 1)[:count] if count < size else np.arange(size)
         chosen = chosen[np.argsort(-logprobs[chosen], kind="stable")]
         mass = np.cumsum(np.exp(logprobs[chosen], dtype=np.float64))

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from mlx_lqr.backends.protocol import Sampling
-from mlx_lqr.backends.sampling import LIKELIEST, Sampler
+from mlx_lqr.backends.sampling import LIKELIEST, GeneratorSampler
 from mlx_lqr.backends.torch.framework import TorchFramework
 
 
-class TorchSampler(Sampler):
+class TorchSampler(GeneratorSampler):
     """Draws with a generator for each sequence."""
 
     def __init__(self, framework: TorchFramework, sampling: Sampling) -> None:
         super().__init__(framework, sampling)
         self._device = framework.device
-        self._generators: list[torch.Generator] = []
-        """One a row, made when the number of sequences is known."""
 
-    def _streams(self) -> Sequence[torch.Tensor]:
-        return ()
-
-    def _join_streams(self, other: Any, rows: int, others: int) -> None:
-        self._generators = [*self._of(rows), *other._of(others)]
-
-    def _keep_streams(self, rows: Sequence[int]) -> None:
-        if self._generators:
-            self._generators = [self._generators[row] for row in rows]
+    def _generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(self._device).manual_seed(seed)
 
     def _likeliest(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.argmax(dim=-1)
@@ -44,12 +33,6 @@ class TorchSampler(Sampler):
         uniform = torch.stack([torch.rand(logprobs.shape[-1], generator=one, device=self._device) for one in own])
         # The largest of log p plus Gumbel noise is a draw from p.
         return (logprobs - torch.log(-torch.log(uniform))).argmax(dim=-1)
-
-    def _of(self, rows: int) -> list[torch.Generator]:
-        """The generators of so many sequences."""
-        if not self._generators:
-            self._generators = [torch.Generator(self._device).manual_seed(self._seed + row) for row in range(rows)]
-        return self._generators
 
 
 def _filtered(logprobs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
