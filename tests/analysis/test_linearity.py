@@ -188,9 +188,8 @@ def test_the_region_goes_into_the_controller_and_with_it(tmp_path: Path) -> None
     region = monitored(controller, measured)
     assert region.checked_error is not None
     assert region.checked_push is not None
-    assert np.allclose(
-        region.checked_error[1], np.quantile(measured.trust["concept"][:, 1] * measured.norm[:, 1], 0.1, method="lower")
-    )
+    fed_back = np.quantile(measured.trust["concept"][:, 1] * measured.norm[:, 1], 0.1, method="lower")
+    assert np.allclose(controller.shares[0] * region.checked_error[1], fed_back)
     assert np.allclose(region.checked_push[0], measured.trust_radius("push", 0.1)[1])
     assert np.isinf(region.checked_push[-1])  # no block comes after the last
     region.save(tmp_path / "a.safetensors")
