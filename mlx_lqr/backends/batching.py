@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,7 @@ def padded_left(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 LEAST_SHARED = 8
-"""Tokens that all sequences of a pass begin with, for which it pays to read them once."""
+"""Tokens that sequences begin with in common, for which it pays to read them once."""
 KEPT = 4
 """How many tokens that are only kept for each sequence may stand for one that is read."""
 
@@ -45,10 +45,13 @@ KEPT = 4
 def common_beginning(sequences: Sequence[Sequence[int]], most: int) -> int:
     """How many tokens, `most` at most, all sequences begin with; 0 where it would not pay to read them once."""
     ordered = sorted(tuple(sequence) for sequence in sequences)
-    first, last = ordered[0], ordered[-1]  # what lies between them begins as both do
-    count = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    count = min(count, most)
+    count = min(_alike(ordered[0], ordered[-1]), most)  # what lies between them begins as both do
     return count if count >= LEAST_SHARED and len(sequences) > 1 else 0
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,9 @@ class Reading:
     """The sequence of each prompt"""
     last: list[int]
     """The position of each prompt's last token"""
-
-    @property
-    def shared(self) -> int:
-        """How many tokens all sequences begin with, up to the first last token of a prompt."""
-        return common_beginning(self.sequences, min(self.last))
+    shared: int
+    """How many tokens each sequence has in common with another, and with all where one pass reads few; no prompt ends
+    in them"""
 
     @property
     def prompts(self) -> list[Sequence[int]]:
@@ -83,29 +84,50 @@ def in_batches(
 
     Args:
         nested: a prompt that another begins with is read in the other's pass.
-        shares: what all sequences of a pass begin with is read once.
+        shares: what sequences of a pass begin with in common is read once.
     """
     hosts = _hosts(prompts) if nested else {i: [i] for i in range(len(prompts))}
-    sequences = list(hosts)
-    shared = common_beginning([prompts[i] for i in sequences], min(map(len, prompts)) - 1) if shares else 0
     result = np.empty(0, np.float32)
     done = 0
-    for batch in batches([max(len(prompts[i]) - shared, len(prompts[i]) // KEPT) for i in sequences]):
-        asked = [(row, i) for row, host in enumerate(batch) for i in hosts[sequences[host]]]
-        activations = of_batch(
-            Reading(
-                [prompts[sequences[host]] for host in batch],
-                [row for row, _ in asked],
-                [len(prompts[i]) - 1 for _, i in asked],
+    for shared, sequences in _by_beginning(prompts, hosts) if shares else [(0, list(hosts))]:
+        for batch in batches([max(len(prompts[i]) - shared, len(prompts[i]) // KEPT) for i in sequences]):
+            asked = [(row, i) for row, host in enumerate(batch) for i in hosts[sequences[host]]]
+            activations = of_batch(
+                Reading(
+                    [prompts[sequences[host]] for host in batch],
+                    [row for row, _ in asked],
+                    [len(prompts[i]) - 1 for _, i in asked],
+                    shared,
+                )
             )
-        )
-        if not done:
-            result = np.empty((len(prompts), *activations.shape[1:]), np.float32)
-        result[[i for _, i in asked]] = activations
-        done += len(asked)
-        if progress:
-            progress("Activations", done, len(prompts))
+            if not done:
+                result = np.empty((len(prompts), *activations.shape[1:]), np.float32)
+            result[[i for _, i in asked]] = activations
+            done += len(asked)
+            if progress:
+                progress("Activations", done, len(prompts))
     return result
+
+
+def _by_beginning(prompts: Sequence[Sequence[int]], hosts: Mapping[int, list[int]]) -> list[tuple[int, list[int]]]:
+    """Sequences, by number, in groups that have beginnings of one length in common with others, and that length.
+
+    Prompts in a chat template begin alike up to the question, and those with one question up to the answer.
+    """
+    least = {i: min(len(prompts[j]) for j in held) - 1 for i, held in hosts.items()}
+    shared = common_beginning([prompts[i] for i in hosts], min(least.values()))
+    ordered = sorted(hosts, key=lambda i: tuple(prompts[i]))
+    clusters: list[list[int]] = []
+    for i in ordered:
+        if clusters and _alike(prompts[clusters[-1][-1]], prompts[i]) >= shared + LEAST_SHARED:
+            clusters[-1].append(i)
+        else:
+            clusters.append([i])
+    groups: dict[int, list[int]] = {}
+    for cluster in clusters:
+        own = common_beginning([prompts[i] for i in cluster], min(least[i] for i in cluster))
+        groups.setdefault(max(own, shared), []).extend(cluster)
+    return list(groups.items())
 
 
 def _hosts(prompts: Sequence[Sequence[int]]) -> dict[int, list[int]]:

@@ -30,6 +30,7 @@ from mlx_lqr.backends.protocol import (
     CarryingLaw,
     Continued,
     Float32,
+    Kept,
     Law,
     Progress,
     Sampling,
@@ -97,10 +98,11 @@ class HookedModel(ABC):
         """The logits (B, L, V) of prompts (B, L), after what `_past` returned."""
 
     _shares = False
-    """Whether what all sequences of a pass begin with can be read once"""
+    """Whether what sequences of a pass begin with in common can be read once"""
 
-    def _past(self, tokens: Sequence[int]) -> Any:
-        """What blocks keep of the tokens that all sequences of a pass begin with."""
+    def _past(self, beginnings: Sequence[Sequence[int]], rows: Sequence[int]) -> Any:
+        """What blocks keep of beginnings of one length, for a pass with the beginning of this number in each row; one
+        pass can use it."""
         raise NotImplementedError
 
     @abstractmethod
@@ -245,12 +247,17 @@ class HookedModel(ABC):
         return self._framework.numpy(logits[0])
 
     def log_probabilities(
-        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+        self,
+        pairs: Sequence[Continued],
+        *,
+        law: Law | None = None,
+        steer_all: bool = False,
+        kept: Kept | None = None,
     ) -> list[Float32]:
         """See `Recorder`."""
         scores = [np.empty(0, np.float32)] * len(pairs)
         with self._computing("the log-probabilities"):
-            for i, logits in self._along([(prompt, tokens[:-1]) for prompt, tokens in pairs], law, steer_all):
+            for i, logits in self._along([(prompt, tokens[:-1]) for prompt, tokens in pairs], law, steer_all, kept):
                 scores[i] = self._framework.log_probabilities(logits, pairs[i][1])
         return scores
 
@@ -260,7 +267,7 @@ class HookedModel(ABC):
         *,
         law: Law | None = None,
         steer_all: bool = False,
-        kept: dict[Any, Array] | None = None,
+        kept: Kept | None = None,
     ) -> list[Float32]:
         """See `Recorder`."""
         with self._computing("the logits"):
@@ -268,7 +275,7 @@ class HookedModel(ABC):
         return [by_pair[i] for i in range(len(pairs))]
 
     def _along(
-        self, pairs: Sequence[Continued], law: Law | None, steer_all: bool, kept: dict[Any, Array] | None = None
+        self, pairs: Sequence[Continued], law: Law | None, steer_all: bool, kept: Kept | None = None
     ) -> Iterator[tuple[int, Array]]:
         """The number of each pair, and its logits (1 + n, V) in float32."""
         framework, placed = self._framework, self.place(law)
@@ -280,16 +287,14 @@ class HookedModel(ABC):
                     (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))
                 )
                 continue
-            logits, spoiled = self._logits_at(asked, placed, steer_all, {} if kept is None else kept)
+            logits, spoiled = self._logits_at(asked, placed, steer_all, kept)
             asked.check((spoiled == 0).tolist(), decoder, steer_all=steer_all)
             start = 0
             for i, count in zip(batch, asked.counts, strict=True):
                 yield i, logits[start : start + count]
                 start += count
 
-    def _logits_at(
-        self, asked: Stretches, law: Law | None, steer_all: bool, kept: dict[Any, Array]
-    ) -> tuple[Array, Array]:
+    def _logits_at(self, asked: Stretches, law: Law | None, steer_all: bool, kept: Kept | None) -> tuple[Array, Array]:
         """The logits (n, V) in float32 at the n positions that are asked for, and 0 (n,), or NaN at those that
         overflow (see `HookedDecoder.sample`)."""
         framework = self._framework
@@ -303,20 +308,22 @@ class HookedModel(ABC):
             energies.append(framework.energy(z[at]))
             return call(z[at][None])  # the head is a large matrix, and few positions are asked for
 
-        layers: Sequence[int] = law.layers if law is not None else ()
-        start = min(layers, default=0)
-        key = (start, *map(tuple, asked.sequences))
-        before = kept.get(key)
+        layers = set(law.layers if law is not None else ())
+        if kept is not None and min(layers, default=kept.layer) >= kept.layer:
+            start, inputs, key = kept.layer, kept.inputs, (read, *map(tuple, asked.sequences))
+        else:
+            start, inputs, key = 0, {}, ()
+        known = key in inputs
 
         def block(k: int, z: Array, call: BlockCall) -> Array:
             if k < start:
-                return z  # which nobody needs: block `start` has been given its input before
+                return z  # which nobody needs: block `start` is given what it was given before
             if k == start:
-                z = kept.setdefault(key, z)
+                z = inputs.setdefault(key, z)
             return steering.block(k, z, call)
 
         gathering = framework.hooked([self._final_norm], gather, [0])
-        hooked = layers if before is None else sorted({*range(start), *layers})
+        hooked = sorted({*layers, *range(start if known else 0), start})
         with gathering, framework.hooked(self.blocks, block, hooked, steering):
             logits = framework.float32(self._run(tokens, past)[0])
         return logits, (logits * 0).sum(-1) + energies[0] * 0
@@ -372,14 +379,18 @@ class HookedModel(ABC):
         return placed
 
     def _to_read(self, asked: Reading | Stretches, *, steered: bool) -> tuple[Array, int, Any]:
-        """The tokens (B, L) of a pass, how many that all sequences begin with have been read before them, and what
-        `_past` returned of these.
+        """The tokens (B, L) of a pass, how many of each sequence have been read before them, and what `_past` returned
+        of these.
 
         Args:
             steered: at those tokens too, so that they are read with the others.
         """
         count = asked.shared if self._shares and not steered else 0
-        past = self._past(asked.sequences[0][:count]) if count else None
+        past = None
+        if count:
+            beginnings: dict[tuple[int, ...], int] = {}
+            rows = [beginnings.setdefault(tuple(own[:count]), len(beginnings)) for own in asked.sequences]
+            past = self._past(list(beginnings), rows)
         return self._padded([sequence[count:] for sequence in asked.sequences]), count, past
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> Array:

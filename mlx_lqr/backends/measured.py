@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from mlx_lqr.backends.batching import Stretches
 from mlx_lqr.backends.hooked_model import HookedModel
 from mlx_lqr.backends.hooks import BlockCall
-from mlx_lqr.backends.protocol import Array, Float32, Law, Progress
+from mlx_lqr.backends.protocol import Array, Float32, Kept, Law, Progress
 from mlx_lqr.backends.state_place import NoChainError
 from mlx_lqr.errors import InputError, first_line
 
@@ -73,9 +73,7 @@ class MeasuredRecorder(HookedModel):
     def _head_widths(self) -> set[int] | None:
         """How wide the inputs of the blocks' self_attn.o_proj are; None where some have none."""
 
-    def _logits_at(
-        self, asked: Stretches, law: Law | None, steer_all: bool, kept: dict[Any, Array]
-    ) -> tuple[Array, Array]:
+    def _logits_at(self, asked: Stretches, law: Law | None, steer_all: bool, kept: Kept | None) -> tuple[Array, Array]:
         """Nothing is kept: blocks may hand on more than their state."""
         framework, last = self._framework, self.num_layers - 1
         tokens = self._padded(asked.sequences)

@@ -24,7 +24,7 @@ import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -348,6 +348,15 @@ class Runner(Protocol):
         """Inside the block, calls of the framework's own model object and of its generation functions are steered."""
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a `Recorder` keeps between calls with the same pairs, whatever steers from block `layer` on."""
+
+    layer: int
+    inputs: dict[Any, Array] = field(default_factory=dict)
+    """The residual streams at the input of that block, by what was read"""
+
+
 class Recorder(Runner, Protocol):
     """A model that shows what it computes on the way from tokens to logits.
 
@@ -369,9 +378,18 @@ class Recorder(Runner, Protocol):
         """Next-token logits (V,) after `tokens`, steered at the last position or at all of them."""
 
     def log_probabilities(
-        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+        self,
+        pairs: Sequence[Continued],
+        *,
+        law: Law | None = None,
+        steer_all: bool = False,
+        kept: Kept | None = None,
     ) -> list[Float32]:
-        """log p of each token of a continuation after its prompt and the tokens before it: (n,) for n tokens each."""
+        """log p of each token of a continuation after its prompt and the tokens before it: (n,) for n tokens each.
+
+        Args:
+            kept: as for `logits_along`.
+        """
 
     def logits_along(
         self,
@@ -379,13 +397,13 @@ class Recorder(Runner, Protocol):
         *,
         law: Law | None = None,
         steer_all: bool = False,
-        kept: dict[Any, Array] | None = None,
+        kept: Kept | None = None,
     ) -> list[Float32]:
         """Next-token logits at a prompt's last token and at each of its continuation's n tokens: (1 + n, V) each.
 
         Args:
-            kept: where what blocks before the first steered one put out is kept, for calls with the same pairs and with
-                other laws. A model may leave it empty.
+            kept: of calls with the same pairs, which run the blocks before its layer once. A law that acts earlier, and
+                a model that cannot, leave it as it is.
         """
 
 

@@ -16,11 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.protocol import OVERFLOWED, Array, Continued, Float32, Law, Progress, Recorder
+from mlx_lqr.backends.protocol import OVERFLOWED, Continued, Float32, Kept, Law, Progress, Recorder
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.lqr.divergence import kl_divergence
 from mlx_lqr.lqr.prompts import Prompt, tokenise
@@ -97,7 +96,7 @@ def calibrate(
         if not (math.isfinite(budget) and budget > 0):
             raise InputError(f"a budget must be above zero, not {name} = {budget!r}")
     steering.check_model(model)
-    texts = Texts.of(model)
+    texts = Texts.of(model, _first_steered(steering))
 
     def divergence(strength: float) -> float:
         try:
@@ -136,8 +135,10 @@ def response(
         pairs: list[Continued] = [(own[: len(own) // 2], own[len(own) // 2 :]) for own in tokens if len(own) > 1]
         if not pairs:
             return 0.0
-        steered = model.log_probabilities(pairs, law=law, steer_all=steer_all)
-        gained.append(np.concatenate(steered).mean() - np.concatenate(model.log_probabilities(pairs)).mean())
+        kept = Kept(_first_steered(steering))
+        steered = model.log_probabilities(pairs, law=law, steer_all=steer_all, kept=kept)
+        unsteered = model.log_probabilities(pairs, kept=kept)
+        gained.append(np.concatenate(steered).mean() - np.concatenate(unsteered).mean())
     return float(gained[0] - gained[1])
 
 
@@ -177,6 +178,10 @@ def recommended(
     return steering.calibrated(found, budget), doubts
 
 
+def _first_steered(steering: Steering) -> int:
+    return min(steering.active_layers, default=0)
+
+
 @dataclass(frozen=True, eq=False)
 class Texts:
     """What divergences are measured on, and the unsteered model's logits there."""
@@ -185,12 +190,15 @@ class Texts:
     kinds: Sequence[Sequence[Continued]]
     """Sentences, and answers"""
     reference: Sequence[Sequence[Float32]]
-    _kept: Sequence[dict[Any, Array]]
-    """Of each kind, what blocks before the first steered one put out"""
+    _kept: Sequence[Kept]
 
     @classmethod
-    def of(cls, model: Recorder) -> Texts:
-        """Sentences that are read, and answers that the model writes unsteered."""
+    def of(cls, model: Recorder, first: int = 0) -> Texts:
+        """Sentences that are read, and answers that the model writes unsteered.
+
+        Args:
+            first: the first layer that is steered; what comes before it is read once.
+        """
         read = [tokenise(model, sentence)[: START + LENGTH] for sentence in SENTENCES]
         sentences = [(own[:START], own[START:]) for own in read if len(own) > START]
         tokenizer = model.tokenizer
@@ -199,7 +207,9 @@ class Texts:
         else:
             asked = [tokenise(model, text) for text in OPENINGS]
         kinds = [kind for kind in (sentences, list(_answers(model, asked))) if kind]
-        return cls(model, kinds, [model.logits_along(kind) for kind in kinds], [{} for _ in kinds])
+        kept = [Kept(first) for _ in kinds]
+        reference = [model.logits_along(kind, kept=own) for kind, own in zip(kinds, kept, strict=True)]
+        return cls(model, kinds, reference, kept)
 
     def divergence(self, law: Law, *, steer_all: bool = False) -> float:
         """Nats a token.

@@ -11,6 +11,7 @@ from helpers.controllers import NEGATIVE, POSITIVE, law_for
 
 import mlx_lqr
 from mlx_lqr.backends import batching
+from mlx_lqr.backends.protocol import Kept
 from mlx_lqr.methods.alqr import LinearFeedback
 
 BEGINNING = [3, 9, 27, 17, 51, 25, 11, 33, 35, 41]
@@ -23,6 +24,9 @@ PROMPTS = [
     [*BEGINNING, 1, 2, 3, 4],
     [*BEGINNING, 8, 60, 7, 1, 2],
 ]
+QUESTIONS = [[*range(20, 30), 12], [*range(40, 50), 13]], [[*range(30, 42), 14]]  # of one length, and a longer one
+ASKED = [[*BEGINNING, *question, i, *range(i)] for group in QUESTIONS for question in group for i in (2, 4, 3)]
+"""Three prompts to each question: after what all begin with, those with one question have more in common."""
 families = pytest.mark.parametrize("family", ["gemma3_text", "llama", "qwen3_moe"])  # sliding windows, none, experts
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -53,14 +57,15 @@ def positions_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @every_backend
 @families
 @pytest.mark.parametrize("steering", ["none", "last", "all"])
+@pytest.mark.parametrize("prompts", [PROMPTS, [*ASKED, *PROMPTS]], ids=["alike", "questions"])
 def test_residuals_are_those_of_prompts_read_alone(
-    backend: str, family: str, steering: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, family: str, steering: str, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_on(backend, family)
     options: dict[str, Any] = {} if steering == "none" else {"law": law_for(model), "steer_all": steering == "all"}
-    together = model.residuals(PROMPTS, **options)
+    together = model.residuals(prompts, **options)
     alone(monkeypatch)
-    expected = np.stack([model.residuals([prompt], **options)[0] for prompt in PROMPTS])
+    expected = np.stack([model.residuals([prompt], **options)[0] for prompt in prompts])
     assert np.abs(together - expected).max() < 1e-5 * np.abs(expected).max()
 
 
@@ -81,6 +86,23 @@ def test_nothing_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     read.clear()
     model.residuals(PROMPTS, law=law)  # which acts at another position of each
     assert read == [6 * 5]
+
+
+def test_what_prompts_to_one_question_have_in_common_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_on("mlx", "llama")
+    read = positions_read(monkeypatch)
+    beginnings: list[tuple[int, int]] = []
+    call = type(model)._past
+
+    def past(self: Any, own: Any, rows: Any) -> Any:
+        beginnings.append((len(own), len(own[0])))
+        return call(self, own, rows)
+
+    monkeypatch.setattr(type(model), "_past", past)
+    model.residuals(ASKED)
+    assert read == [6 * 5, 3 * 5]
+    # Two questions, after what both begin with; then the longer one.
+    assert beginnings == [(2, 21), (1, 10), (1, 23)]
 
 
 def test_a_long_common_beginning_is_kept_for_few_sequences() -> None:
@@ -104,20 +126,24 @@ def test_logits_do_not_depend_on_what_is_kept(
     backend: str, family: str, steer_all: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_on(backend, family)
-    kept: dict[Any, Any] = {}
+    kept = Kept(1)
     pairs = [(prompt[: len(BEGINNING) + 1], prompt[len(BEGINNING) + 1 :]) for prompt in PROMPTS]
-    laws = [law_at(model, (1, 2), strength) for strength in (1.0, 3.0)]
+    laws: list[Any] = [law_at(model, (1, 2), strength) for strength in (1.0, 3.0)]
     with_kept = [model.logits_along(pairs, law=law, steer_all=steer_all, kept=kept) for law in laws]
-    assert kept
+    assert kept.inputs
+    laws += [law_at(model, (0,), 1.0), None]  # before what is kept, and nowhere
+    with_kept += [
+        model.logits_along(pairs, law=law, steer_all=steer_all and law is not None, kept=kept) for law in laws[2:]
+    ]
     alone(monkeypatch)
     for law, logits in zip(laws, with_kept, strict=True):
-        expected = model.logits_along(pairs, law=law, steer_all=steer_all)
+        expected = model.logits_along(pairs, law=law, steer_all=steer_all and law is not None)
         assert max(np.abs(one - other).max() for one, other in zip(logits, expected, strict=True)) < 1e-4
 
 
 def test_blocks_before_the_first_steered_one_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_on("mlx", "llama")
-    kept: dict[Any, Any] = {}
+    kept = Kept(2)
     pairs = [(prompt[:-1], prompt[-1:]) for prompt in PROMPTS]
     laws = [law_at(model, (2,), strength) for strength in (1.0, 2.0)]
     run: list[Any] = []

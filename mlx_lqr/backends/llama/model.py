@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,10 +28,10 @@ from mlx_lqr.backends.overflow import Examined, first_overflow, located
 from mlx_lqr.backends.protocol import (
     GREEDY,
     OVERFLOWED,
-    Array,
     CarryingLaw,
     Continued,
     Float32,
+    Kept,
     Law,
     Progress,
     Sampling,
@@ -148,7 +147,12 @@ class LlamaModel:
         return only
 
     def log_probabilities(
-        self, pairs: Sequence[Continued], *, law: Law | None = None, steer_all: bool = False
+        self,
+        pairs: Sequence[Continued],
+        *,
+        law: Law | None = None,
+        steer_all: bool = False,
+        kept: Kept | None = None,
     ) -> list[Float32]:
         """See `Recorder`."""
         scores = [np.empty(0, np.float32)] * len(pairs)
@@ -163,7 +167,7 @@ class LlamaModel:
         *,
         law: Law | None = None,
         steer_all: bool = False,
-        kept: dict[Any, Array] | None = None,
+        kept: Kept | None = None,
     ) -> list[Float32]:
         """See `Recorder`."""
         by_pair = dict(self._along(pairs, law, steer_all))

@@ -13,7 +13,7 @@ from mlx_lqr.backends.mlx.shared import Key, Path
 
 def copied(
     thing: Any,
-    rows: int = 1,
+    rows: int | Sequence[int] = 1,
     axis: int = 0,
     dtype: mx.Dtype | None = None,
     replaced: Sequence[tuple[mx.array, mx.array]] = (),
@@ -23,7 +23,7 @@ def copied(
     """A copy of a call's arguments that may be spent: arrays and caches anew, modules and functions as they are.
 
     Args:
-        rows: what is of one sequence becomes so for this many.
+        rows: what is of one sequence becomes so for this many; or the sequences to take from caches of several.
         axis: the state's axis of sequences.
         dtype: of all floating numbers; None leaves them.
         replaced: arrays in it, each with what is put in its place.
@@ -37,7 +37,7 @@ class _Copying:
 
     def __init__(
         self,
-        rows: int,
+        rows: int | Sequence[int],
         axis: int,
         dtype: mx.Dtype | None,
         replaced: Sequence[tuple[mx.array, mx.array]],
@@ -78,6 +78,8 @@ class _Copying:
         rows, axis, shape = self._rows, self._axis, array.shape
         cast = self._dtype is not None and mx.issubdtype(array.dtype, mx.floating)
         copy = array.astype(self._dtype) if cast else mx.array(array)
+        if not isinstance(rows, int):
+            return copy[mx.array(list(rows))] if in_cache and array.ndim >= 2 else copy
         if rows > 1 and array.ndim >= (2 if in_cache else 3) and shape[0] == 1:
             return mx.broadcast_to(copy, (rows, *shape[1:]))
         if rows > 1 and axis > 0 and array.ndim > max(axis, 3) and shape[axis] == 1:

@@ -44,7 +44,7 @@ from mlx_lqr.backends.mlx.measured_decoder import (
 )
 from mlx_lqr.backends.mlx.measurement import Measurement, measured
 from mlx_lqr.backends.mlx.model import MLXModel, in_bfloat16
-from mlx_lqr.backends.protocol import Float32, Law, Sampling
+from mlx_lqr.backends.protocol import Float32, Kept, Law, Sampling
 from mlx_lqr.backends.text.tokenizer import Tokenizer
 from mlx_lqr.errors import InputError, first_line
 
@@ -203,7 +203,7 @@ class MeasuredModel(MeasuredRecorder, MLXModel):
         return self.layout.finite(self.module(tokens, cache=new_caches(self.module)))
 
     def _logits_at(
-        self, asked: Stretches, law: Law | None, steer_all: bool, kept: dict[Any, mx.array]
+        self, asked: Stretches, law: Law | None, steer_all: bool, kept: Kept | None
     ) -> tuple[mx.array, mx.array]:
         logits, spoiled = super()._logits_at(asked, law, steer_all, kept)
         return logits, spoiled if self._spread is None else self._spread.first_array(spoiled)

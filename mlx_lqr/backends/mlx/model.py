@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lqr import launched
 from mlx_lqr.backends import blas
+from mlx_lqr.backends.batching import common_beginning
 from mlx_lqr.backends.borrowed import check_borrowed
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import model_config
@@ -115,18 +116,18 @@ class MLXModel(HookedModel):
 
     _shares = True
 
-    def _past(self, tokens: Sequence[int]) -> Any:
-        caches = new_caches(self.module)
-        self.module(mx.array([list(tokens)]), cache=caches)  # the head is never computed: nobody asks for its output
+    def _past(self, beginnings: Sequence[Sequence[int]], rows: Sequence[int]) -> Any:
+        count = common_beginning(beginnings, len(beginnings[0]) - 1)
+        caches = self._past([beginnings[0][:count]], [0] * len(beginnings)) if count else new_caches(self.module)
+        self.module(mx.array([list(own[count:]) for own in beginnings]), cache=caches)  # nobody asks for the head
         self._framework.compute(list(arrays_in(caches)))
-        return caches
+        return copied(caches, rows=rows if len(beginnings) > 1 else len(rows))
 
     def _run_blocks(self, tokens: mx.array, past: Any = None) -> None:
         self._run(tokens, past)  # but for the head
 
     def _run(self, tokens: mx.array, past: Any = None) -> mx.array:
-        cache = None if past is None else copied(past, rows=len(tokens))
-        logits: mx.array = self.module(tokens, cache=cache)
+        logits: mx.array = self.module(tokens, cache=past)
         return logits
 
     def block(self, trace: MLXTrace, layer: int, s: Float32) -> Float32:
