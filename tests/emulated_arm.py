@@ -77,7 +77,7 @@ np.savez(logits, **seen)
 peak = re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())
 print(json.dumps({"machine": platform.machine(), "in_python": why_not(), "peak_kb": int(peak[1]), "answers": answers}))
 """
-"""Decodes greedily with and without the controller; saves the logits (1 + n, V) before the tokens and after the last."""
+"""Decodes greedily with and without the controller; saves the logits (1 + n, V) around the tokens."""
 
 
 def main() -> None:
