@@ -40,8 +40,6 @@ HERE = {
     EMULATOR: "qemu-user-static",
     COMPILER: "gcc-aarch64-linux-gnu",
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
-    "cmake": "cmake",
-    "make": "make",
 }
 """Program -> the package of Debian that has it"""
 THERE = "python3-venv", "libgomp1", "libstdc++6"
@@ -233,7 +231,7 @@ def versions_and_sizes(arm: Machine, folder: Path) -> Iterator[str]:
     yield emulator.partition("\n")[0]
     yield arm.run("-c", "import platform; print(platform.python_version(), platform.machine())").strip()
     (packages,) = folder.glob("environment/lib/python3*/site-packages")
-    for own in metadata.distributions(path=[str(packages)]):
+    for own in sorted(metadata.distributions(path=[str(packages)]), key=lambda own: own.metadata["Name"].lower()):
         size = sum(Path(str(file.locate())).stat().st_blocks * 512 for file in own.files or [])
         yield f"{own.metadata['Name']} {own.version}: {size / 1e6:.1f} MB"
 
@@ -277,6 +275,10 @@ def unpack_debian(folder: Path, root: Path) -> None:
     install = "--yes", "--download-only", "--no-install-recommends", "install", *THERE
     subprocess.run(["apt-get", *options, "-qq", *install], check=True, stdout=subprocess.DEVNULL)
     unfinished = root.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for name in ("bin", "lib", "sbin"):
+        (unfinished / "usr" / name).mkdir(parents=True)
+        (unfinished / name).symlink_to(f"usr/{name}")
     for package in sorted((state / "archives").glob("*.deb")):
         subprocess.run(["dpkg", "--extract", str(package), str(unfinished)], check=True)
     unfinished.rename(root)
