@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 PYTHON_OLDEST ?= $(PYTHON)
 OLDEST := .venv-oldest
 
-.PHONY: help demo test test-families test-oldest test-gpu test-llama test-metal test-wheel fuzz lint docs figures families clean
+.PHONY: help demo test test-arm test-families test-oldest test-gpu test-llama test-metal test-wheel fuzz lint docs figures \
+	families clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | column -t -s '#'
@@ -46,6 +47,10 @@ test-gpu: $(VENV)/test ## on a machine with a CUDA GPU: its tests, and a benchma
 test-llama: $(VENV)/llama ## the tests that need llama.cpp, which it builds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/backends/test_borrowed.py tests/backends/test_llama*.py \
 		tests/commands/test_llama*.py tests/runtime/test_edge.py tests/sharing/test_llama_cpp.py
+
+# On an x86-64 Debian machine; root installs the emulator and the compiler there. What takes long is kept in build/arm.
+test-arm: $(VENV)/llama ## on x86-64 Debian: the light runtime on 64-bit ARM, emulated
+	$(BIN)/python tests/emulated_arm.py
 
 # On a Mac: the tests, then decoding, start-up and synthesis as one table to paste into an issue.
 test-metal: $(VENV)/test ## on a Mac: all tests, and a benchmark
