@@ -211,7 +211,7 @@ class HookedDecoder(ABC):
             likeliest = [tuple(zip(*row, strict=True)) for row in ranked]
         return list(zip(drawn.tolist(), likeliest, strict=True))
 
-    def keep(self, rows: Sequence[int], tokens: Array) -> Array:
+    def keep(self, rows: Sequence[int], tokens: Array | Sequence[int]) -> Array:
         """See `Decoder`."""
         with self._framework.computing("the next token"):
             self._settle()
@@ -227,9 +227,9 @@ class HookedDecoder(ABC):
                 self._seen = self._seen[chosen]
             if len(rows) == 1:
                 self._go_on_alone()
-            return tokens[chosen]
+            return self._framework.tokens(tokens)[chosen]
 
-    def join(self, other: HookedDecoder, tokens: Array, others: Array) -> Array:
+    def join(self, other: HookedDecoder, tokens: Array | Sequence[int], others: Array | Sequence[int]) -> Array:
         """See `Decoder`."""
         if self._window is not None or other._window is not None:
             raise InputError("a batch cannot roll its context: decode one prompt at a time")
@@ -248,7 +248,7 @@ class HookedDecoder(ABC):
                 ]
                 self._seen = self._framework.concatenate(both, 0)
             self._energy = other._cache = None
-            return self._framework.concatenate([tokens, others], 0)
+            return self._framework.concatenate([self._framework.tokens(part) for part in (tokens, others)], 0)
 
     def apart(self, row: int) -> Any:
         """See `Decoder`."""

@@ -268,10 +268,10 @@ class Decoder(Protocol):
         """log p of each drawn token (B,), and the `top` likeliest tokens with theirs, by a step's logits (B, V) as the
         model gives them, whatever the sampling is. Waits for them."""
 
-    def keep(self, rows: Sequence[int], tokens: Array) -> Array:
+    def keep(self, rows: Sequence[int], tokens: Array | Sequence[int]) -> Array:
         """Go on with these sequences alone; returns their `tokens`."""
 
-    def join(self, other: Any, tokens: Array, others: Array) -> Array:
+    def join(self, other: Any, tokens: Array | Sequence[int], others: Array | Sequence[int]) -> Array:
         """Append the sequences of another decoder of this model, each with its own law and sampling; returns the
         `tokens` of these sequences and of the `others`. The other decoder is of no use any more.
 

@@ -91,6 +91,11 @@ class Answer:
         return self.request.steering is not None and self.request.steering.positions == "all"
 
     @property
+    def penalises(self) -> bool:
+        """Whether its decoder has to have seen every token of the prompt."""
+        return self.request.sampling.repetition_penalty != 1
+
+    @property
     def room(self) -> int:
         """Tokens that it may come to, with its prompt."""
         return len(self.prompt) + self.request.max_tokens

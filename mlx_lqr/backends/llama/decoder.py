@@ -150,7 +150,7 @@ class LlamaDecoder:
         likeliest = [tuple(zip(*row, strict=True)) for row in ranked]
         return list(zip(drawn.tolist(), likeliest, strict=True))
 
-    def keep(self, rows: Sequence[int], tokens: Array) -> np.ndarray:
+    def keep(self, rows: Sequence[int], tokens: Array | Sequence[int]) -> np.ndarray:
         """See `Decoder`."""
         with self._framework.computing("the next token"):
             chosen = self._framework.integers(list(rows))
@@ -163,10 +163,10 @@ class LlamaDecoder:
             self._samplers.keep(rows)
             if self._seen is not None:
                 self._seen = self._seen[chosen]
-            kept: np.ndarray = tokens[chosen]
+            kept: np.ndarray = self._framework.tokens(tokens)[chosen]
             return kept
 
-    def join(self, other: LlamaDecoder, tokens: Array, others: Array) -> np.ndarray:
+    def join(self, other: LlamaDecoder, tokens: Array | Sequence[int], others: Array | Sequence[int]) -> np.ndarray:
         """See `Decoder`."""
         if self._window is not None or other._window is not None:
             raise InputError("a batch cannot roll its context: decode one prompt at a time")
@@ -182,7 +182,7 @@ class LlamaDecoder:
                     for seen, count in ((self._seen, rows), (other._seen, joining))
                 ]
                 self._seen = np.concatenate(both)
-            return np.concatenate([tokens, others])
+            return np.concatenate([self._framework.tokens(part) for part in (tokens, others)])
 
     def apart(self, row: int) -> LlamaDecoder:
         """See `Decoder`."""
