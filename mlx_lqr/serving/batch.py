@@ -48,7 +48,7 @@ class Batch:
         """The pass that drew them, where it has not been told of"""
 
     def begin(self, answer: Answer, decoder: Decoder) -> None:
-        """Let an answer join, whose prompt the decoder holds but for the last token: that one goes into the next pass."""
+        """Let an answer join; the decoder holds its prompt but for the last token, which goes into the next pass."""
         last: Any = answer.prompt[-1:]
         if self.answers and decoder.position == 0:  # what holds nothing cannot join
             alone = Batch(self._model, self._leaving)

@@ -342,6 +342,41 @@ def test_a_long_prompt_is_read_between_the_tokens_of_others(model: Model) -> Non
     engine.close()
 
 
+def test_short_prompts_that_wait_are_read_in_one_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for those that need more than to be read."""
+    read: list[int] = []
+    kind: Any = type(model.decoder())
+    fill = kind.fill
+
+    def noted(decoder: Any, prompts: Any, *, steered: bool) -> None:
+        read.append(len(prompts))
+        fill(decoder, prompts, steered=steered)
+
+    monkeypatch.setattr(kind, "fill", noted)
+    controller, submitted = controller_for(model), threading.Event()
+    everywhere = replace(controller, positions="all")
+    together = [
+        Request(PROMPT[:5], controller, 2.0, GREEDY, 9),
+        Request(PROMPT * 3, sampling=GREEDY, max_tokens=3),
+        Request(PROMPT[::-1], controller, -1.0, Sampling(1.0, seed=3), 7),
+    ]
+    penalised = Sampling(0, repetition_penalty=1.5)
+    apart = [Request(PROMPT, everywhere, 2.0, GREEDY, 5), Request(PROMPT, sampling=penalised, max_tokens=5)]
+    engine = Engine(model)
+    first = asked(engine, lambda _: submitted.wait(60), max_tokens=4)
+    next(iter(first))
+    listeners = [Listener() for _ in [*together, *apart]]
+    for request, listener in zip([*together, *apart], listeners, strict=True):
+        engine.submit(request, listener)
+    submitted.set()
+    assert len(first.tokens) == 4
+    drawn = [listener.tokens for listener in listeners]
+    engine.close()
+    assert read == [1, 3, 1, 1]
+    monkeypatch.undo()
+    assert drawn[:3] == [alone(model, request) for request in together]
+
+
 def test_what_cannot_be_answered_is_refused_at_once(engine: Engine, model: Model) -> None:
     actadd = mlx_lqr.fit_baseline(model, "actadd", POSITIVE, NEGATIVE, layers="all")
     for match, request in {
