@@ -258,6 +258,13 @@ class Decoder(Protocol):
     def step(self, tokens: Array | Sequence[int]) -> Array:
         """Append one token (B,) to each sequence, steered, and return the next tokens' logits (B, V)."""
 
+    def logits_along(self, tokens: Sequence[int], *, steered: bool) -> Float32:
+        """Append tokens to a single sequence, all of them steered or none, and return the next token's logits after
+        each of them: (L, V), NaN where activations or logits have overflowed.
+
+        One token at a time for a `CarryingLaw` that steers.
+        """
+
     def sample(self, logits: Array) -> Array:
         """Draw tokens (B,) from a step's logits (B, V) and start computing them; `.tolist()` waits for them.
 

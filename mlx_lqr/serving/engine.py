@@ -251,7 +251,7 @@ class Engine:
             return
         (answer,) = answers
         if answer.request.scores is not None:
-            yield from answer.scored()
+            yield from answer.scored(PREFILL)
         if answer.ended:  # where only scores were asked for
             return
         *before, _ = answer.prompt

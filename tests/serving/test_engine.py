@@ -27,6 +27,7 @@ from mlx_lqr.methods.baseline import BaselineLaw
 from mlx_lqr.methods.running import law_on
 from mlx_lqr.serving import Engine, Event, Full, Request
 from mlx_lqr.serving.engine import PREFILL
+from mlx_lqr.serving.requests import PromptScores
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -328,17 +329,23 @@ def test_adaptive_gains_are_those_of_the_prompt(engine: Engine, model: Model) ->
     assert others[0].tokens == others[1].tokens
 
 
-def test_a_long_prompt_is_read_between_the_tokens_of_others(model: Model) -> None:
+@pytest.mark.parametrize(
+    "scores", [None, PromptScores(), PromptScores(steered_from=3)], ids=["read", "scored", "steered"]
+)
+def test_a_long_prompt_is_read_between_the_tokens_of_others(model: Model, scores: PromptScores | None) -> None:
     long = tiny_on(model.backend, "llama", max_position_embeddings=4096)
-    engine = Engine(long)
+    engine, prompt = Engine(long), [i % 60 for i in range(5 * PREFILL)]
+    steering = None if scores is None else controller_for(long)
     tokens_before: list[int] = []
     other = asked(engine, max_tokens=200)
     next(iter(other))
-    prompt = [i % 60 for i in range(5 * PREFILL)]
-    reading = asked(engine, lambda _: tokens_before.append(engine.stats.generated_tokens), prompt=prompt, max_tokens=2)
-    assert reading.tokens == alone(long, Request(prompt, sampling=GREEDY, max_tokens=2))
+    request = Request(prompt, steering, None, GREEDY, 2)
+    reading = Listener(lambda _: tokens_before.append(engine.stats.generated_tokens))
+    engine.submit(replace(request, scores=scores), reading)
+    assert reading.tokens == alone(long, request)
     assert len(other.tokens) == 200
     assert tokens_before[0] >= 5
+    assert tokens_before[-1] >= (10 if scores else 5)
     engine.close()
 
 

@@ -132,6 +132,15 @@ class LlamaDecoder:
                 self._seen[rows, tokens] = True
             return self._append(rows, tokens.tolist(), steered=True)
 
+    def logits_along(self, tokens: Sequence[int], *, steered: bool) -> Float32:
+        """See `Decoder`."""
+        with self._framework.computing("the logits"):
+            if not self._slots:
+                self._start(1)
+            parts = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
+            logits = np.concatenate([self._append([0] * len(part), part, steered=steered) for part in parts])
+            return logits + (logits * 0).sum(axis=-1, keepdims=True)
+
     def sample(self, logits: Array) -> np.ndarray:
         """See `Decoder`."""
         with self._framework.computing("the next token"):
