@@ -202,11 +202,10 @@ class HookedDecoder(ABC):
             self._settle()
             if not self._cache:
                 self._start([0])
-            self._energies = None
             logits = framework.float32(self._append(framework.integers([list(tokens)]), steered=steered, head="all"))[0]
             self._lengths = [self._lengths[0] + len(tokens)]
             spoiled = (logits * 0).sum(-1)
-            if self._energies is not None:
+            if steered and self._hooks is not None and self._energies is not None:
                 spoiled = spoiled + self._energies[0] * 0
             return framework.numpy(logits + spoiled[:, None])
 

@@ -201,8 +201,8 @@ class Engine:
         """Read prompts, one after another, until `PREFILL` tokens have been read or there is no slot."""
         spent = 0
         while spent < PREFILL:
-            if self._reading is None and (answers := self._next()):
-                self._reading = answers, self._parts(answers)
+            if self._reading is None and (taken := self._next()):
+                self._reading = taken, self._parts(taken)
             if self._reading is None:
                 return
             self._in_batch(self._batch.tell)
