@@ -54,9 +54,9 @@ def test_without_one_it_works_and_says_once_what_it_costs(code: str) -> None:
 
 
 @linux
-@pytest.mark.skipif("AuthenticAMD" not in CPU, reason="MKL sees by itself what Intel's processors can do")
+@pytest.mark.skipif("AuthenticAMD" not in CPU, reason="MKL suits Intel's processors by itself")
 @pytest.mark.parametrize(("asked", "mode"), [({}, 2), ({"MKL_CBWR": "COMPATIBLE"}, 3)], ids=["auto", "the user's"])
-def test_mkl_goes_by_the_instructions_of_a_processor_of_amd(
+def test_mkl_is_in_the_mode_that_suits_processors_of_amd(
     asked: dict[str, str], mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MKL_CBWR", raising=False)
