@@ -231,7 +231,8 @@ def _resteered(port: int, kind: Kind, chance: random.Random) -> str | None:
         response = connection.getresponse()
         if response.status != 200:
             return f"status {response.status}"
-        name = json.loads(response.readline().removeprefix(b"data: "))["id"]
+        first = next(line for line in response if line.startswith(b"data: "))  # after notes that it waits
+        name = json.loads(first.removeprefix(b"data: "))["id"]
         steering = dict.fromkeys(kind.body["steering"], 0.5)
         status, _ = _asked(port, {"steering": steering}, f"/v1/steering/{name}")
         response.read()

@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import warnings
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -45,8 +46,26 @@ def preload() -> str | None:
             continue
         if hasattr(handle, "cblas_sgemm"):
             _loaded = library
+            _suit_amd(handle)
             break
     return _loaded
+
+
+_CBWR_AUTO = 2
+"""MKL's `MKL_CBWR_AUTO`: whatever instructions the processor has, and the same sums in every run"""
+
+
+def _suit_amd(library: ctypes.CDLL) -> None:
+    """On AMD's processors put MKL into its reproducible mode, where it takes other kernels for them.
+
+    It then multiplies 2 to 32 vectors in a half to five sixths of the time (on a Zen 5, 8 vectors with the weights of
+    SmolLM2's blocks in 29 ms and not 45, and with its head in 7.5 and not 14), one or hundreds in the same.
+    """
+    if "MKL_CBWR" in os.environ or not hasattr(library, "MKL_CBWR_Set"):
+        return
+    with suppress(OSError):
+        if "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"):
+            library.MKL_CBWR_Set(_CBWR_AUTO)
 
 
 def warn_if_slow() -> None:

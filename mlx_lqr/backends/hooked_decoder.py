@@ -8,19 +8,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 from mlx_lqr.backends.batching import padded_left
 from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.hooks import BlockCall, BlockHooks, LawHooks
 from mlx_lqr.backends.overflow import Examined, located
-from mlx_lqr.backends.protocol import OVERFLOWED, Array, CarryingLaw, Law, Sampling, Scored, restart
+from mlx_lqr.backends.protocol import OVERFLOWED, Array, CarryingLaw, Float32, Law, Sampling, Scored, restart
 from mlx_lqr.backends.row_laws import RowLaws
 from mlx_lqr.backends.sampling import RowSamplers, Sampler
 from mlx_lqr.errors import InputError, OverflowingError
 
 PREFILL_CHUNK = 512
 """Prompt tokens, of all sequences together, per forward pass while the cache is filled."""
+Head = Literal["none", "last", "all"]
+"""At which positions of a pass logits are asked for"""
 SINKS = 4
 """How many of the oldest tokens a rolling cache keeps: attention leans on them (arXiv 2309.17453)."""
 
@@ -54,6 +56,8 @@ class HookedDecoder(ABC):
         self._hooks: BlockHooks | None = None
         self._energy: Array | None = None
         """|z|^2 (B,) after the last steered block of the last step: not finite once activations overflow."""
+        self._energies: Array | None = None
+        """The same at every position of the last steered pass that was not compiled: (B, L)"""
         self._seen: Array | None = None
         """(B, V): the tokens met so far, for the repetition penalty."""
         self.law = law
@@ -76,8 +80,9 @@ class HookedDecoder(ABC):
         """Caches for sequences with this much padding on their left."""
 
     @abstractmethod
-    def _append(self, tokens: Array, *, steered: bool, head: bool = True) -> Array:
-        """Run tokens (B, L), all of them steered or none; the last one's logits (B, V), or with no `head` anything."""
+    def _append(self, tokens: Array, *, steered: bool, head: Head = "last") -> Array:
+        """Run tokens (B, L), all of them steered or none: the last one's logits (B, V), those of all (B, L, V), or
+        anything."""
 
     @abstractmethod
     def _step(self, tokens: Array) -> Array:
@@ -140,7 +145,8 @@ class HookedDecoder(ABC):
         def hook(k: int, z: Array, call: BlockCall) -> Array:
             output = steering.block(k, z, call)
             if k == last:
-                self._energy = framework.energy(output[:, -1])
+                self._energies = framework.energy(output)
+                self._energy = self._energies[:, -1]
             return output
 
         return framework.hooks(self._blocks, hook, layers, steering)
@@ -176,7 +182,7 @@ class HookedDecoder(ABC):
         tokens = self._framework.integers(padded_left(prompts))
         chunk = max(1, PREFILL_CHUNK // len(prompts))
         for start in range(0, width, chunk):
-            self._append(tokens[:, start : start + chunk], steered=steered, head=False)
+            self._append(tokens[:, start : start + chunk], steered=steered, head="none")
 
     def step(self, tokens: Array | Sequence[int]) -> Array:
         """See `Decoder`."""
@@ -188,6 +194,20 @@ class HookedDecoder(ABC):
                 self._seen[self._framework.arange(len(tokens)), tokens] = True
             self._lengths = [held + 1 for held in self._lengths]
             return self._step(tokens)
+
+    def logits_along(self, tokens: Sequence[int], *, steered: bool) -> Float32:
+        """See `Decoder`."""
+        framework = self._framework
+        with self._computing("the logits"):
+            self._settle()
+            if not self._cache:
+                self._start([0])
+            logits = framework.float32(self._append(framework.integers([list(tokens)]), steered=steered, head="all"))[0]
+            self._lengths = [self._lengths[0] + len(tokens)]
+            spoiled = (logits * 0).sum(-1)
+            if steered and self._hooks is not None and self._energies is not None:
+                spoiled = spoiled + self._energies[0] * 0
+            return framework.numpy(logits + spoiled[:, None])
 
     def sample(self, logits: Array) -> Array:
         """See `Decoder`."""
@@ -211,7 +231,7 @@ class HookedDecoder(ABC):
             likeliest = [tuple(zip(*row, strict=True)) for row in ranked]
         return list(zip(drawn.tolist(), likeliest, strict=True))
 
-    def keep(self, rows: Sequence[int], tokens: Array) -> Array:
+    def keep(self, rows: Sequence[int], tokens: Array | Sequence[int]) -> Array:
         """See `Decoder`."""
         with self._framework.computing("the next token"):
             self._settle()
@@ -227,9 +247,9 @@ class HookedDecoder(ABC):
                 self._seen = self._seen[chosen]
             if len(rows) == 1:
                 self._go_on_alone()
-            return tokens[chosen]
+            return self._framework.tokens(tokens)[chosen]
 
-    def join(self, other: HookedDecoder, tokens: Array, others: Array) -> Array:
+    def join(self, other: HookedDecoder, tokens: Array | Sequence[int], others: Array | Sequence[int]) -> Array:
         """See `Decoder`."""
         if self._window is not None or other._window is not None:
             raise InputError("a batch cannot roll its context: decode one prompt at a time")
@@ -248,7 +268,7 @@ class HookedDecoder(ABC):
                 ]
                 self._seen = self._framework.concatenate(both, 0)
             self._energy = other._cache = None
-            return self._framework.concatenate([tokens, others], 0)
+            return self._framework.concatenate([self._framework.tokens(part) for part in (tokens, others)], 0)
 
     def apart(self, row: int) -> Any:
         """See `Decoder`."""

@@ -258,6 +258,13 @@ class Decoder(Protocol):
     def step(self, tokens: Array | Sequence[int]) -> Array:
         """Append one token (B,) to each sequence, steered, and return the next tokens' logits (B, V)."""
 
+    def logits_along(self, tokens: Sequence[int], *, steered: bool) -> Float32:
+        """Append tokens to a single sequence, all of them steered or none, and return the next token's logits after
+        each of them: (L, V), NaN where activations or logits have overflowed.
+
+        One token at a time for a `CarryingLaw` that steers.
+        """
+
     def sample(self, logits: Array) -> Array:
         """Draw tokens (B,) from a step's logits (B, V) and start computing them; `.tolist()` waits for them.
 
@@ -268,10 +275,10 @@ class Decoder(Protocol):
         """log p of each drawn token (B,), and the `top` likeliest tokens with theirs, by a step's logits (B, V) as the
         model gives them, whatever the sampling is. Waits for them."""
 
-    def keep(self, rows: Sequence[int], tokens: Array) -> Array:
+    def keep(self, rows: Sequence[int], tokens: Array | Sequence[int]) -> Array:
         """Go on with these sequences alone; returns their `tokens`."""
 
-    def join(self, other: Any, tokens: Array, others: Array) -> Array:
+    def join(self, other: Any, tokens: Array | Sequence[int], others: Array | Sequence[int]) -> Array:
         """Append the sequences of another decoder of this model, each with its own law and sampling; returns the
         `tokens` of these sequences and of the `others`. The other decoder is of no use any more.
 

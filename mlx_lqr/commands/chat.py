@@ -82,7 +82,7 @@ def chat(
     """
     if resume is not None:
         refuse_several("a session is resumed")
-        resume = chat_sessions.known_session(resume)
+        resume = chat_sessions.known_session(resume, private=private)
     parsed = [(choice.file, *load_controller(choice, model)) for choice in controllers]
     if parsed:
         combine([controller for _, controller, _ in parsed])  # refuses those that do not go together
@@ -95,6 +95,7 @@ def chat(
         )
     options: Options = {"adaptive": adaptive, **decoding}  # type: ignore[typeddict-item]
     conversation = Conversation(Chat(loaded, options=options), Display(markdown, stats), private=private)
+    click.get_current_context().call_on_close(lambda: chat_sessions.leave(conversation))
     if resume is not None:
         chat_sessions.resume(conversation, resume, _given())
     if system:

@@ -74,6 +74,7 @@ def _undo(conversation: Conversation, rest: str) -> None:
 
 def _new(conversation: Conversation, rest: str) -> None:
     conversation.chat.restart()
+    chat_sessions.leave(conversation)
     if conversation.session is not None:
         conversation.session = chat_sessions.new_name()
     tell("A new conversation.")

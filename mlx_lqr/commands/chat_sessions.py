@@ -1,7 +1,8 @@
 """Conversations that are kept by name, so that `--resume` goes on with them.
 
 Each is a file in the folder `sessions` of the cache folder, which its owner alone can open: a transcript with the
-options of decoding and the controllers (`runtime.session`).
+options of decoding and the controllers (`runtime.session`). One chat at a time goes on with a session: it has the lock
+of the file, which the operating system takes back however the chat ends.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from mlx_lqr.commands.chat_state import Conversation
 from mlx_lqr.commands.wrapping import tell
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.cache import cache_folder
+from mlx_lqr.files.locks import locked
 from mlx_lqr.files.private import only_mine
 from mlx_lqr.loading import load_steering
 from mlx_lqr.methods.steering import Steering
@@ -58,19 +61,24 @@ def session_file(name: str) -> Path:
     return _folder() / f"{name}{_ENDING}"
 
 
-def known_session(name: str) -> str:
+def known_session(name: str, *, private: bool = True) -> str:
     """The name of a session; of the last one where the name is empty.
 
+    Args:
+        private: it is to be read alone.
+
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is not to be read alone and another chat goes on with it.
     """
     names = session_names()
     if not names:
         raise InputError("no session is kept yet: a chat on a terminal is one")
-    if not name:
-        return names[0]
+    name = name or names[0]
     if name not in names:
         raise InputError(f"no session is called {name!r}: there are {', '.join(names[:10])}")
+    if not private:
+        with _lock(name):
+            pass
     return name
 
 
@@ -84,7 +92,9 @@ def keep(conversation: Conversation) -> None:
         return
     try:
         if conversation.claimed != conversation.session:
+            leave(conversation)
             conversation.session = conversation.claimed = _claimed(conversation.session)
+            conversation.lock.enter_context(_lock(conversation.session))
         save_session(session_file(conversation.session), conversation.chat, conversation.files)
     except (InputError, OSError) as error:
         tell(f"Note: this session is not kept: {error}")
@@ -96,6 +106,12 @@ def is_kept(conversation: Conversation) -> bool:
     if conversation.session is None or conversation.private:
         return False
     return conversation.claimed == conversation.session and session_file(conversation.session).exists()
+
+
+def leave(conversation: Conversation) -> None:
+    """Let other chats go on with the session."""
+    conversation.claimed = None
+    conversation.lock.close()
 
 
 def rename(conversation: Conversation, name: str) -> None:
@@ -115,7 +131,9 @@ def rename(conversation: Conversation, name: str) -> None:
             if not _claim(new):
                 raise InputError(taken)
             os.replace(old, new)
+            leave(conversation)
             conversation.claimed = name
+            conversation.lock.enter_context(_lock(name))
     except OSError as error:
         raise InputError(f"cannot write {new}: {error.strerror or error}") from error
     conversation.session = name
@@ -129,9 +147,21 @@ def resume(conversation: Conversation, name: str, given: Collection[str] = ()) -
         given: options that stay as they are.
 
     Raises:
-        InputError: there is no such session, or it is damaged. The conversation then stays as it is.
+        InputError: there is no such session, it is damaged, or another chat goes on with it. The conversation then
+            stays as it is.
     """
     name = known_session(name)
+    with ExitStack() as lock:
+        if not conversation.private and conversation.claimed != name:
+            lock.enter_context(_lock(name))
+        _take_over(conversation, name, given)
+        if conversation.claimed != name:
+            leave(conversation)
+            conversation.lock = lock.pop_all()
+    conversation.session = conversation.claimed = name
+
+
+def _take_over(conversation: Conversation, name: str, given: Collection[str]) -> None:
     file, chat = session_file(name), conversation.chat
     session = read_session(file)
     read_transcript(file)
@@ -148,7 +178,6 @@ def resume(conversation: Conversation, name: str, given: Collection[str] = ()) -
             tell(f"Note: {one.concept} is left out: {error}")
     for note in chat.load(file):
         tell(f"Note: {note}")
-    conversation.session = conversation.claimed = name
 
 
 def _alone(one: SteeredBy) -> Steering:
@@ -181,6 +210,15 @@ def _claim(file: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _lock(name: str) -> AbstractContextManager[None]:
+    """Inside this context no other chat goes on with the session.
+
+    Raises:
+        InputError: another chat does already.
+    """
+    return locked(session_file(name), taken=f"another chat goes on with the session {name}: end it there first")
 
 
 def _folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from mlx_lqr.commands.chat_answer import Display
@@ -21,6 +22,8 @@ class Conversation:
     """The name under which it is kept, if it has one"""
     claimed: str | None = None
     """The name whose file is this conversation's own"""
+    lock: ExitStack = field(default_factory=ExitStack)
+    """Held while the file is claimed"""
     private: bool = False
     """Nothing is kept."""
     files: dict[str, str] = field(default_factory=dict)

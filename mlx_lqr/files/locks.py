@@ -33,7 +33,11 @@ _held = _Held()
 
 @contextmanager
 def locked(
-    target: str | os.PathLike[str], *, patience: float = 0.0, waiting: Callable[[], None] | None = None
+    target: str | os.PathLike[str],
+    *,
+    patience: float = 0.0,
+    waiting: Callable[[], None] | None = None,
+    taken: str | None = None,
 ) -> Iterator[None]:
     """Inside this context nobody else who asks for the lock of `target` gets it.
 
@@ -43,6 +47,7 @@ def locked(
         target: the file or folder that is to be written, or a link to it. Its folder is made if there is none.
         patience: how many seconds to wait for another one who has the lock; infinite for as long as it takes.
         waiting: called once if there is something to wait for.
+        taken: what to say where another one has the lock.
 
     Raises:
         InputError: another one has the lock, or the place cannot be written.
@@ -59,7 +64,8 @@ def locked(
     if file in _held.paths:
         yield
         return
-    with _lock_on(file, path, patience, waiting):
+    taken = taken or f"another mlx-lqr writes {path}: wait for it, or name another output (-o)"
+    with _lock_on(file, path, patience, waiting, taken):
         _held.paths.add(file)
         try:
             yield
@@ -68,7 +74,9 @@ def locked(
 
 
 @contextmanager
-def _lock_on(file: str, target: Path, patience: float, waiting: Callable[[], None] | None) -> Iterator[None]:
+def _lock_on(
+    file: str, target: Path, patience: float, waiting: Callable[[], None] | None, taken: str
+) -> Iterator[None]:
     from filelock import FileLock, Timeout  # the minimal runtime does without
 
     if os.path.islink(file):
@@ -85,7 +93,7 @@ def _lock_on(file: str, target: Path, patience: float, waiting: Callable[[], Non
                 waiting()
             lock.acquire(timeout=-1 if math.isinf(patience) else patience, poll_interval=_POLLING)
     except Timeout:
-        raise InputError(f"another mlx-lqr writes {target}: wait for it, or name another output (-o)") from None
+        raise InputError(taken) from None
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {target}, of which {file} is the lock: {reason}") from error

@@ -91,6 +91,11 @@ class Answer:
         return self.request.steering is not None and self.request.steering.positions == "all"
 
     @property
+    def penalises(self) -> bool:
+        """Whether its decoder has to have seen every token of the prompt."""
+        return self.request.sampling.repetition_penalty != 1
+
+    @property
     def room(self) -> int:
         """Tokens that it may come to, with its prompt."""
         return len(self.prompt) + self.request.max_tokens
@@ -115,17 +120,16 @@ class Answer:
             raise InputError("this answer has no steering whose strength could change: begin another with some")
         return check_strength(default_strength(steering) if strength is None else strength, len(steering.concepts))
 
-    def scored(self) -> Iterator[int]:
-        """Score the prompt and tell of it; yields how many tokens each part has."""
+    def scored(self, size: int) -> Iterator[int]:
+        """Score the prompt and tell of it, in parts of this `size`; yields how many tokens each part has."""
         wanted = self.request.scores
         assert wanted is not None
         law: Law | None = None
         if self.request.steering is not None:
             law = law_on(self._model, self.request.steering, self.request.strength)
         first = 0 if self.steers_all else wanted.steered_from
-        model = require(self._model, RECORDER, "score prompts")
         scores: list[Scored | None] = [None]
-        for part in score_prompt(model, self.prompt, law, steered_from=first, top=wanted.top):
+        for part in score_prompt(self._model, self.prompt, law, steered_from=first, top=wanted.top, size=size):
             scores += part
             yield len(part)
             if self.ended:

@@ -1,4 +1,7 @@
-"""The answers whose next tokens are decoded in one pass. The next pass already runs while a token is told."""
+"""The answers whose next tokens are decoded in one pass. The next pass already runs while a token is told.
+
+An answer's first pass is the one that appends its prompt's last token, in the batch already.
+"""
 
 from __future__ import annotations
 
@@ -40,41 +43,43 @@ class Batch:
         self._model, self._leaving = model, leaving
         self._decoder: Any = None
         self._tokens: Array = None
-        """(B,): what was drawn last for each of `answers`"""
+        """(B,): the last token of each of `answers`, which the next pass appends"""
         self._ahead: _Pass | None = None
         """The pass that drew them, where it has not been told of"""
 
     def begin(self, answer: Answer, decoder: Decoder) -> None:
-        """Run the last token of a prompt that the decoder holds the others of, tell the first token, and join.
-
-        Raises:
-            InputError: activations overflow.
-        """
-        own = Batch(self._model, self._leaving)
-        own._decoder, own.answers = decoder, [answer]
-        own._tell(own._launched([answer.prompt[-1]]))
-        if answer.ended:
-            self._leaving(answer, decoder, 0)
-            return
-        if self.answers:
+        """Let an answer join; the decoder holds its prompt but for the last token, which goes into the next pass."""
+        last: Any = answer.prompt[-1:]
+        if self.answers and decoder.position == 0:  # what holds nothing cannot join
+            alone = Batch(self._model, self._leaving)
+            alone.begin(answer, decoder)
+            alone.step()
+            alone.tell()
+            if not alone.answers:
+                return
+            last = alone._tokens
+        if not self.answers:
+            self._decoder, self._tokens = decoder, last
+        else:
             try:
-                self._tokens = self._decoder.join(decoder, self._tokens, own._tokens)
+                self._tokens = self._decoder.join(decoder, self._tokens, last)
             except Exception as error:  # what is left of the batch is of no use
                 self.fail(error)
                 raise
-        else:
-            self._decoder, self._tokens = decoder, own._tokens
         self.answers.append(answer)
 
     def step(self) -> None:
-        """Tell of one more token of each answer."""
+        """Start another pass, and tell of the tokens that the one before it has drawn."""
         self._leave()
         before, self._ahead = self._ahead, None
         if self.answers and all(answer.drawn < answer.request.max_tokens for answer in self.answers):
-            self._ahead = self._launched(self._tokens)
-        if before is not None:
-            self._tell(before)
-        self._leave()
+            self._ahead = self._launched()
+        self._tell(before)
+
+    def tell(self) -> None:
+        """Tell of the tokens that have been drawn, before anything that would keep them waiting."""
+        before, self._ahead = self._ahead, None
+        self._tell(before)
 
     def fail(self, error: Exception) -> None:
         """End all answers with an error."""
@@ -82,12 +87,12 @@ class Batch:
             answer.end("error", first_line(error))
         self.answers, self._decoder, self._ahead = [], None, None
 
-    def _launched(self, tokens: Array | Sequence[int]) -> _Pass:
-        """Start the pass that these tokens (B,) go into."""
+    def _launched(self) -> _Pass:
+        """Start a pass."""
         for answer in self.answers:
             answer.aim()
         decoder = self._decoder
-        logits = decoder.step(tokens)
+        logits = decoder.step(self._tokens)
         self._tokens = decoder.sample(logits)
         recordings = []
         for row, answer in enumerate(self.answers):
@@ -98,8 +103,13 @@ class Batch:
         scored = any(answer.request.top_logprobs is not None for answer in self.answers)
         return _Pass(list(self.answers), self._tokens, logits if scored else None, recordings)
 
-    def _tell(self, drawn: _Pass) -> None:
-        """Tell each answer of its token, and end those that have failed."""
+    def _tell(self, drawn: _Pass | None) -> None:
+        """Tell each answer of its token, and let those leave that have ended or failed."""
+        if drawn is not None:
+            self._add(drawn)
+        self._leave()
+
+    def _add(self, drawn: _Pass) -> None:
         values = drawn.tokens.tolist()
         asked = [answer.request.top_logprobs for answer in drawn.answers]
         scores: Sequence[Any] = [(None, ())] * len(values)

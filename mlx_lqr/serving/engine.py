@@ -1,14 +1,14 @@
 """The engine answers many requests side by side, and tells of every token as it comes.
 
-One thread does all the work, turn by turn: a part of a prompt is read, then every answer gets a token. A request joins
-the batch when its prompt has been read, and leaves it with its last token.
+One thread does all the work, turn by turn: a part of a prompt is read, or several short ones in one pass, then every
+answer gets a token. A request joins the batch when its prompt has been read, and leaves it with its last token.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -90,8 +90,8 @@ class Engine:
         self._shares_passes = model.decoder().shares_passes
         self._batch = Batch(model, self._keep_states)
         self._prefixes = Prefixes(KEPT if kept else 0, kept)
-        self._reading: tuple[Answer, Iterator[int]] | None = None
-        """Whose prompt is being read, and what reads it: it yields the tokens of each part"""
+        self._reading: tuple[Sequence[Answer], Iterator[int]] | None = None
+        """Whose prompts are being read, and what reads them: it yields the tokens of each part"""
         self._changed = threading.Condition()
         """Guards all that follows, which several threads change"""
         self._waiting: deque[Ticket] = deque()
@@ -157,13 +157,17 @@ class Engine:
         while self._has_work():
             self._end_cancelled()
             self._read()
-            try:
-                self._batch.step()
-            except Exception as error:  # not enough memory, say
-                self._batch.fail(error)
+            self._in_batch(self._batch.step)
             self._count_ended()
         self._prefixes.clear()
         self._model.leave_thread()
+
+    def _in_batch(self, do: Callable[[], None]) -> None:
+        """Do something that, where it fails, fails for all answers of the batch."""
+        try:
+            do()
+        except Exception as error:  # not enough memory, say
+            self._batch.fail(error)
 
     def _has_work(self) -> bool:
         """Wait until there is something to do; False when there will be nothing more."""
@@ -197,59 +201,90 @@ class Engine:
         """Read prompts, one after another, until `PREFILL` tokens have been read or there is no slot."""
         spent = 0
         while spent < PREFILL:
-            if self._reading is None and (answer := self._next()) is not None:
-                self._reading = answer, self._parts(answer)
+            if self._reading is None and (taken := self._next()):
+                self._reading = taken, self._parts(taken)
             if self._reading is None:
                 return
-            answer, parts = self._reading
+            self._in_batch(self._batch.tell)
+            answers, parts = self._reading
             try:
-                spent += next(parts, PREFILL) if not answer.ended else 0
-            except Exception as error:  # of this request alone
-                answer.end("error", first_line(error))
-            if answer.ended or answer in self._batch.answers:
+                spent += next(parts, PREFILL) if not all(answer.ended for answer in answers) else 0
+            except Exception as error:  # of these requests alone
+                for answer in answers:
+                    answer.end("error", first_line(error))
+            if all(answer.ended or answer in self._batch.answers for answer in answers):
                 self._reading = None
 
-    def _next(self) -> Answer | None:
-        """The request that has waited longest, if there is a slot and room for it."""
+    def _next(self) -> list[Answer]:
+        """The requests that have waited longest: one, or some whose prompts are read in one pass; as far as there are
+        slots and there is room."""
+        taken: list[Answer] = []
         with self._changed:
-            if not self._waiting or len(self._running) >= self._slots:
-                return None
-            rooms = [ticket._answer.room for ticket in [*self._running, self._waiting[0]]]
-            if (max(rooms) * len(rooms) if self._shares_passes else sum(rooms)) > self._room:
-                return None
-            self._running.append(self._waiting.popleft())
-            answer = self._running[-1]._answer
-            self._prompt_tokens += len(answer.prompt)
-            return answer
+            while self._waiting and len(self._running) < self._slots:
+                answer = self._waiting[0]._answer
+                rooms = [ticket._answer.room for ticket in [*self._running, self._waiting[0]]]
+                if (max(rooms) * len(rooms) if self._shares_passes else sum(rooms)) > self._room:
+                    break
+                group = [*taken, answer]
+                width = max(len(one.prompt) for one in group)
+                if taken and not (len(group) * width <= PREFILL and all(map(self._reads_with_others, group))):
+                    break
+                taken = group
+                self._running.append(self._waiting.popleft())
+                self._prompt_tokens += len(answer.prompt)
+        return taken
 
-    def _parts(self, answer: Answer) -> Iterator[int]:
-        """Read a prompt part by part, and let the answer join the batch; yields how many tokens each part has."""
+    def _reads_with_others(self, answer: Answer) -> bool:
+        """Whether its prompt is merely read, from the first token on."""
+        *before, _ = answer.prompt
+        special = answer.request.scores is not None or answer.steers_all or answer.penalises
+        return bool(before) and not special and not self._prefixes.begins(before)
+
+    def _parts(self, answers: Sequence[Answer]) -> Iterator[int]:
+        """Read prompts part by part, and let the answers join the batch; yields how many tokens each part has."""
+        if len(answers) > 1:
+            together = self._model.decoder()
+            together.fill([answer.prompt[:-1] for answer in answers], steered=False)
+            for row, answer in enumerate(answers):
+                self._begin(answer, together.apart(row))
+            yield sum(len(answer.prompt) for answer in answers)
+            return
+        (answer,) = answers
         if answer.request.scores is not None:
-            yield from answer.scored()
+            yield from answer.scored(PREFILL)
         if answer.ended:  # where only scores were asked for
             return
-        *before, last = answer.prompt
+        *before, _ = answer.prompt
         decoder, held = self._begun(answer, before)
         answer.cached = held
-        decoder.law, decoder.sampling = answer.law, answer.request.sampling
+        if answer.steers_all or answer.penalises:  # from the first token on
+            decoder.law, decoder.sampling = answer.law, answer.request.sampling
         size = PREFILL if decoder.fills_in_parts else max(1, len(before))
         for start in range(held, max(len(before), held + 1), size):
             part = before[start : start + size]
             decoder.fill([part], steered=answer.steers_all)
             yield len(part)
-        if answer.adaptive:
-            trace = cast(TracingDecoder, decoder).trace(last)
-            if first_overflow(trace.residual) is not None:
-                raise self._model.decoder().overflow(answer.prompt, len(answer.prompt) - 1)
-            decoder.law = answer.adapt(trace)
-        answer.taken()  # of a prompt that is steered as a whole
-        self._batch.begin(answer, decoder)
+        self._begin(answer, decoder)
         yield 1
+
+    def _begin(self, answer: Answer, decoder: Decoder) -> None:
+        """Let an answer join the batch, whose prompt has been read but for the last token."""
+        *_, last = answer.prompt
+        try:
+            if answer.adaptive:
+                trace = cast(TracingDecoder, decoder).trace(last)
+                if first_overflow(trace.residual) is not None:
+                    raise self._model.decoder().overflow(answer.prompt, len(answer.prompt) - 1)
+                answer.adapt(trace)
+            decoder.law, decoder.sampling = answer.law, answer.request.sampling
+            answer.taken()  # of a prompt that is steered as a whole
+            self._batch.begin(answer, decoder)
+        except Exception as error:  # of this request alone
+            answer.end("error", first_line(error))
 
     def _begun(self, answer: Answer, tokens: list[int]) -> tuple[Decoder, int]:
         """A decoder that may hold the first of the tokens already, and how many."""
-        penalised = answer.request.sampling.repetition_penalty != 1  # needs a decoder that has seen every token
-        begun = None if answer.steers_all or penalised else self._prefixes.longest(tokens)
+        begun = None if answer.steers_all or answer.penalises else self._prefixes.longest(tokens)
         if begun is None:
             return self._model.decoder(), 0
         with self._changed:

@@ -58,6 +58,10 @@ class Prefixes:
         while len(self._kept) > self._count or self.tokens > self._limit:
             del self._kept[0]
 
+    def begins(self, tokens: Sequence[int]) -> bool:
+        """Whether the beginning of `tokens` may be held, so that it pays to ask for it."""
+        return any(common_length(one.tokens, tokens) >= WORTHWHILE for one in self._kept)
+
     def longest(self, tokens: Sequence[int]) -> tuple[Decoder, int] | None:
         """A decoder that holds the beginning of `tokens`, as much of it as is kept, and how much that is; or None."""
         shared = {one: common_length(one.tokens, tokens) for one in self._kept}

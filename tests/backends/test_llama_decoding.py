@@ -129,6 +129,18 @@ def test_sequences_that_join_are_steered_as_they_are_alone() -> None:
         assert len(answer) > 2
 
 
+def test_logits_along_a_prompt_are_those_of_steps() -> None:
+    ours, _ = tiny()
+    whole, step_by_step = ours.decoder(law()), ours.decoder(law())
+    whole.fill([PROMPT[:2]], steered=False)
+    step_by_step.fill([PROMPT[:2]], steered=False)
+    expected = [step_by_step.step([token])[0] for token in PROMPT[2:]]
+    assert relative(whole.logits_along(PROMPT[2:], steered=True), np.array(expected)) < 1e-4
+    with pytest.warns(UserWarning, match="beyond any use"):
+        huge = law(1e30)
+    assert np.isnan(ours.decoder(huge).logits_along(PROMPT, steered=True)).all()
+
+
 def test_a_law_that_fails_leaves_the_others() -> None:
     class Broken(LinearFeedback):
         def __call__(self, layer: int, z: Any, output: Any) -> Any:

@@ -55,3 +55,11 @@ def test_gains_and_steered_tokens(cost: str, measured: MeasuredModel, smollm2: M
     options = {"controller": one, "strength": 1.5, "max_tokens": 8, "temperature": 0}
     expected = [tokens(mlx_lqr.stream(model, TEXT, **options)) for model in (smollm2, measured)]
     assert expected[0] == expected[1]
+
+
+def test_logits_along_a_prompt(measured: MeasuredModel, smollm2: Model) -> None:
+    tokens = smollm2.tokenizer.encode(TEXT)
+    decoder = measured.decoder()
+    parts = [decoder.logits_along(part, steered=False) for part in (tokens[:5], tokens[5:])]
+    (expected,) = smollm2.logits_along([(tokens[:1], tokens[1:])])
+    assert np.abs(np.concatenate(parts) - expected).max() < 1e-4 * np.abs(expected).max()

@@ -88,5 +88,5 @@ def go_on(chat: Terminal) -> None:
 
 def last_messages(cache: Path) -> list[str]:
     """The last question and answer of the one session."""
-    (file,) = (cache / "sessions").iterdir()
+    (file,) = (cache / "sessions").glob("*.json")
     return [message["content"] for message in json.loads(file.read_text())["messages"][-2:]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from helpers.tiny_tokenizers import chatting
 from mlx_lqr import InputError
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.commands import chat_sessions
+from mlx_lqr.commands.chat_commands import carry_out
 from mlx_lqr.commands.chat_state import Conversation
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.runtime import Chat
@@ -69,7 +71,7 @@ def test_a_session_brings_everything_back(conversation: Conversation) -> None:
 
 
 def test_sessions_are_private_and_have_names(conversation: Conversation, cache: Path) -> None:
-    (file,) = (cache / "sessions").iterdir()
+    (file,) = (cache / "sessions").glob("*.json")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
     chat_sessions.rename(conversation, "second")
@@ -111,6 +113,42 @@ def test_two_sessions_never_share_a_file(
     with pytest.raises(InputError, match="there is a session other"):
         chat_sessions.rename(conversation, "other")
     assert conversation.session == "first"
+
+
+def test_one_chat_at_a_time_goes_on_with_a_session(conversation: Conversation, model: Model) -> None:
+    """The lock is of threads as of processes, and a chat that has begun the session has it too."""
+
+    def refusal() -> str | None:
+        """What another chat is told that would go on with it, before and after its model is loaded; None: nothing."""
+        other = Conversation(Chat(model, options=OPTIONS))
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                thread.submit(chat_sessions.known_session, "", private=False).result()
+            except InputError as error:
+                with pytest.raises(InputError, match=str(error)):
+                    thread.submit(chat_sessions.resume, other, "").result()
+                assert not other.chat.messages
+                return str(error)
+            thread.submit(chat_sessions.resume, other, "").result()
+            assert len(other.chat.messages) == 2
+            thread.submit(chat_sessions.leave, other).result()
+            return None
+
+    in_use = "another chat goes on with the session first: end it there first"
+    assert refusal() == in_use
+    to_read = Conversation(Chat(model, options=OPTIONS), private=True)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(chat_sessions.resume, to_read, "first").result()
+    assert to_read.chat.messages == conversation.chat.messages
+    chat_sessions.leave(conversation)
+    assert refusal() is None
+    chat_sessions.resume(conversation, "first")
+    assert refusal() == in_use
+    chat_sessions.rename(conversation, "second")
+    assert refusal() == in_use.replace("session first", "session second")
+    carry_out(conversation, "new")
+    assert refusal() is None
+    assert not list(chat_sessions.session_file("first").parent.glob(".*.lock"))
 
 
 def test_what_cannot_be_had_again_is_said(

@@ -27,6 +27,7 @@ from mlx_lqr.methods.baseline import BaselineLaw
 from mlx_lqr.methods.running import law_on
 from mlx_lqr.serving import Engine, Event, Full, Request
 from mlx_lqr.serving.engine import PREFILL
+from mlx_lqr.serving.requests import PromptScores
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -328,18 +329,59 @@ def test_adaptive_gains_are_those_of_the_prompt(engine: Engine, model: Model) ->
     assert others[0].tokens == others[1].tokens
 
 
-def test_a_long_prompt_is_read_between_the_tokens_of_others(model: Model) -> None:
+@pytest.mark.parametrize(
+    "scores", [None, PromptScores(), PromptScores(steered_from=3)], ids=["read", "scored", "steered"]
+)
+def test_a_long_prompt_is_read_between_the_tokens_of_others(model: Model, scores: PromptScores | None) -> None:
     long = tiny_on(model.backend, "llama", max_position_embeddings=4096)
-    engine = Engine(long)
+    engine, prompt = Engine(long), [i % 60 for i in range(5 * PREFILL)]
+    steering = None if scores is None else controller_for(long)
     tokens_before: list[int] = []
     other = asked(engine, max_tokens=200)
     next(iter(other))
-    prompt = [i % 60 for i in range(5 * PREFILL)]
-    reading = asked(engine, lambda _: tokens_before.append(engine.stats.generated_tokens), prompt=prompt, max_tokens=2)
-    assert reading.tokens == alone(long, Request(prompt, sampling=GREEDY, max_tokens=2))
+    request = Request(prompt, steering, None, GREEDY, 2)
+    reading = Listener(lambda _: tokens_before.append(engine.stats.generated_tokens))
+    engine.submit(replace(request, scores=scores), reading)
+    assert reading.tokens == alone(long, request)
     assert len(other.tokens) == 200
     assert tokens_before[0] >= 5
+    assert tokens_before[-1] >= (10 if scores else 5)
     engine.close()
+
+
+def test_short_prompts_that_wait_are_read_in_one_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for those that need more than to be read."""
+    read: list[int] = []
+    kind: Any = type(model.decoder())
+    fill = kind.fill
+
+    def noted(decoder: Any, prompts: Any, *, steered: bool) -> None:
+        read.append(len(prompts))
+        fill(decoder, prompts, steered=steered)
+
+    monkeypatch.setattr(kind, "fill", noted)
+    controller, submitted = controller_for(model), threading.Event()
+    everywhere = replace(controller, positions="all")
+    together = [
+        Request(PROMPT[:5], controller, 2.0, GREEDY, 9),
+        Request(PROMPT * 3, sampling=GREEDY, max_tokens=3),
+        Request(PROMPT[::-1], controller, -1.0, Sampling(1.0, seed=3), 7),
+    ]
+    penalised = Sampling(0, repetition_penalty=1.5)
+    apart = [Request(PROMPT, everywhere, 2.0, GREEDY, 5), Request(PROMPT, sampling=penalised, max_tokens=5)]
+    engine = Engine(model)
+    first = asked(engine, lambda _: submitted.wait(60), max_tokens=4)
+    next(iter(first))
+    listeners = [Listener() for _ in [*together, *apart]]
+    for request, listener in zip([*together, *apart], listeners, strict=True):
+        engine.submit(request, listener)
+    submitted.set()
+    assert len(first.tokens) == 4
+    drawn = [listener.tokens for listener in listeners]
+    engine.close()
+    assert read == [1, 3, 1, 1]
+    monkeypatch.undo()
+    assert drawn[:3] == [alone(model, request) for request in together]
 
 
 def test_what_cannot_be_answered_is_refused_at_once(engine: Engine, model: Model) -> None:

@@ -132,6 +132,15 @@ class LlamaDecoder:
                 self._seen[rows, tokens] = True
             return self._append(rows, tokens.tolist(), steered=True)
 
+    def logits_along(self, tokens: Sequence[int], *, steered: bool) -> Float32:
+        """See `Decoder`."""
+        with self._framework.computing("the logits"):
+            if not self._slots:
+                self._start(1)
+            parts = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
+            logits = np.concatenate([self._append([0] * len(part), part, steered=steered) for part in parts])
+            return logits + (logits * 0).sum(axis=-1, keepdims=True)
+
     def sample(self, logits: Array) -> np.ndarray:
         """See `Decoder`."""
         with self._framework.computing("the next token"):
@@ -150,7 +159,7 @@ class LlamaDecoder:
         likeliest = [tuple(zip(*row, strict=True)) for row in ranked]
         return list(zip(drawn.tolist(), likeliest, strict=True))
 
-    def keep(self, rows: Sequence[int], tokens: Array) -> np.ndarray:
+    def keep(self, rows: Sequence[int], tokens: Array | Sequence[int]) -> np.ndarray:
         """See `Decoder`."""
         with self._framework.computing("the next token"):
             chosen = self._framework.integers(list(rows))
@@ -163,10 +172,10 @@ class LlamaDecoder:
             self._samplers.keep(rows)
             if self._seen is not None:
                 self._seen = self._seen[chosen]
-            kept: np.ndarray = tokens[chosen]
+            kept: np.ndarray = self._framework.tokens(tokens)[chosen]
             return kept
 
-    def join(self, other: LlamaDecoder, tokens: Array, others: Array) -> np.ndarray:
+    def join(self, other: LlamaDecoder, tokens: Array | Sequence[int], others: Array | Sequence[int]) -> np.ndarray:
         """See `Decoder`."""
         if self._window is not None or other._window is not None:
             raise InputError("a batch cannot roll its context: decode one prompt at a time")
@@ -182,7 +191,7 @@ class LlamaDecoder:
                     for seen, count in ((self._seen, rows), (other._seen, joining))
                 ]
                 self._seen = np.concatenate(both)
-            return np.concatenate([tokens, others])
+            return np.concatenate([self._framework.tokens(part) for part in (tokens, others)])
 
     def apart(self, row: int) -> LlamaDecoder:
         """See `Decoder`."""

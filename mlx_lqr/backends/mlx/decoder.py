@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lqr.backends.hooked_decoder import SINKS, HookedDecoder
+from mlx_lqr.backends.hooked_decoder import SINKS, Head, HookedDecoder
 from mlx_lqr.backends.hooks import BlockCall, Hook
 from mlx_lqr.backends.mlx.blocks import FrozenCache, hooked
 from mlx_lqr.backends.mlx.copying import arrays_in, copied
@@ -114,14 +114,14 @@ class MLXDecoder(HookedDecoder):
         self._length += 1
         return logits
 
-    def _append(self, tokens: mx.array, *, steered: bool, head: bool = True) -> mx.array:
+    def _append(self, tokens: mx.array, *, steered: bool, head: Head = "last") -> mx.array:
         self._length += tokens.shape[1]
         self._energy = None
         with self._hooks.placed() if steered and self._hooks is not None else nullcontext():
             logits: mx.array = self._module(tokens, cache=self._cache)
-        if not head:
+        if head == "none":
             mx.eval([layer.state for layer in self._cache])
-        return logits[:, -1]
+        return logits if head == "all" else logits[:, -1]
 
     def _keep(self, rows: mx.array) -> None:
         for layer in self._cache:

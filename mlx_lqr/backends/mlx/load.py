@@ -162,22 +162,6 @@ def _lay_out_for_single_tokens(module: nn.Module) -> None:
         if is_head or (type(leaf) is nn.Linear and leaf.weight.shape[0] > 1.5 * leaf.weight.shape[1]):
             leaf.weight = mx.contiguous(leaf.weight.T).T
             mx.eval(leaf.weight)
-        if is_head:
-            leaf.__class__ = _TiedHead
-
-
-TRANSPOSED = range(12, 65)
-"""How many rows W X' takes two thirds of the time of X W' for (MKL, SmolLM2's head: 23 ms and not 34 for 16 rows)."""
-
-
-class _TiedHead(nn.Embedding):
-    """An embedding that is the head too, stored column by column."""
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        rows = x.size // x.shape[-1]
-        if rows not in TRANSPOSED:
-            return super().as_linear(x)
-        return (self.weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
 
 
 def flattened(config: dict[str, Any]) -> dict[str, Any]:

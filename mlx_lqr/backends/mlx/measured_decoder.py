@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS, HookedDecoder
+from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, SINKS, Head, HookedDecoder
 from mlx_lqr.backends.hooks import BlockHooks, LawHooks
 from mlx_lqr.backends.mlx.copying import arrays_in, copied
 from mlx_lqr.backends.mlx.decoder import MLXDecoder
@@ -174,10 +174,10 @@ class MeasuredDecoder(MLXDecoder):
         if self._measurement.merges and all(prompts):
             self._cache, self._apart, self._merged = merged_caches(self._cache), False, True
 
-    def _append(self, tokens: mx.array, *, steered: bool, head: bool = True) -> mx.array:
+    def _append(self, tokens: mx.array, *, steered: bool, head: Head = "last") -> mx.array:
         self._length += tokens.shape[1]
         if not self._apart:
-            logits = self._call(tokens, self._cache, self._hooks if steered else None)
+            logits = self._call(tokens, self._cache, self._hooks if steered else None, every=head == "all")
         else:
             energies, rows = [], []
             for row, cache in enumerate(self._cache):
@@ -186,7 +186,7 @@ class MeasuredDecoder(MLXDecoder):
                 energies.append(self._energy)
             logits = mx.concatenate(rows)
             self._energy = mx.concatenate([mx.zeros(1) if energy is None else energy for energy in energies])
-        if not head:
+        if head == "none":
             self._compute(self._cache)
         return logits
 
@@ -220,7 +220,7 @@ class MeasuredDecoder(MLXDecoder):
         law, framework = self._law, self._framework
         return [law.to(framework.floats, framework.add_product, renew=framework.renewed) for _ in self._lengths]
 
-    def _call(self, tokens: mx.array, cache: Any, hooks: BlockHooks | None) -> mx.array:
+    def _call(self, tokens: mx.array, cache: Any, hooks: BlockHooks | None, *, every: bool = False) -> mx.array:
         self._energy = None
         spread = self._layout.spread
         with ExitStack() as around:
@@ -229,7 +229,7 @@ class MeasuredDecoder(MLXDecoder):
             if hooks is not None:
                 around.enter_context(hooks.placed())
             logits: mx.array = self._module(tokens, cache=cache)
-        return self._layout.finite(logits[:, -1])
+        return self._layout.finite(logits if every else logits[:, -1])
 
     def _keep(self, rows: mx.array) -> None:
         if self._apart:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, HookedDecoder
+from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, Head, HookedDecoder
 from mlx_lqr.backends.hooks import BlockCall
 from mlx_lqr.backends.protocol import GREEDY, Float32, Law, Sampling
 from mlx_lqr.backends.torch.attention import attending
@@ -145,7 +145,7 @@ class TorchDecoder(HookedDecoder):
         stacked = torch.stack(residual).float().cpu().numpy()
         return TorchTrace(stacked, blocks, frozen.nbytes + stacked.nbytes)
 
-    def _append(self, tokens: torch.Tensor, *, steered: bool, head: bool = True) -> torch.Tensor:
+    def _append(self, tokens: torch.Tensor, *, steered: bool, head: Head = "last") -> torch.Tensor:
         cache, length = self._cache, tokens.shape[1]
         if cache.make_room(length):
             self._graph = None
@@ -155,7 +155,7 @@ class TorchDecoder(HookedDecoder):
         return logits
 
     def _forward(
-        self, tokens: torch.Tensor, at: torch.Tensor, used: int, *, steered: bool, head: bool = True
+        self, tokens: torch.Tensor, at: torch.Tensor, used: int, *, steered: bool, head: Head = "last"
     ) -> torch.Tensor:
         """The forward pass alone: tokens (B, L) at places (L,) of the cache, with `used` of its slots in sight."""
         self._energy = None
@@ -168,9 +168,12 @@ class TorchDecoder(HookedDecoder):
         }
         hooks = self._hooks.placed() if steered and self._hooks is not None else nullcontext()
         with hooks, attending(self._module.config, self._cache):
-            if not head:
+            if head == "none":
                 hidden: torch.Tensor = self._module.base_model(**options).last_hidden_state
                 return hidden
+            if head == "all":
+                every: torch.Tensor = self._module(**options).logits
+                return every
             logits: torch.Tensor = self._module(**options, logits_to_keep=1).logits[:, -1]
             return logits
 

@@ -10,9 +10,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, HookedDecoder
+from mlx_lqr.backends.hooked_decoder import PREFILL_CHUNK, Head, HookedDecoder
 from mlx_lqr.backends.hooks import BlockHooks, LawHooks
 from mlx_lqr.backends.overflow import Examined
 from mlx_lqr.backends.protocol import GREEDY, CarryingLaw, Float32, Law, Sampling, restart
@@ -125,11 +126,11 @@ class MeasuredDecoder(HookedDecoder):
     def _step(self, tokens: torch.Tensor) -> torch.Tensor:
         return self._append(tokens[:, None], steered=True)
 
-    def _append(self, tokens: torch.Tensor, *, steered: bool, head: bool = True) -> torch.Tensor:
+    def _append(self, tokens: torch.Tensor, *, steered: bool, head: Head = "last") -> torch.Tensor:
         energies, rows = [], []
         for row in range(len(tokens)):
             for piece in self._pieces(row, tokens[row : row + 1]):
-                logits = self._call(row, piece, steered=steered)
+                logits = self._call(row, piece, steered=steered, every=head == "all")
             rows.append(logits)
             energies.append(self._energy)
         none = torch.zeros(1, device=self._framework.device)
@@ -137,14 +138,22 @@ class MeasuredDecoder(HookedDecoder):
         self._length += tokens.shape[1]
         return torch.cat(rows)
 
-    def _call(self, row: int, tokens: torch.Tensor, *, steered: bool) -> torch.Tensor:
-        """Run tokens (1, L) of one sequence; the last one's logits (1, V)."""
+    def _call(self, row: int, tokens: torch.Tensor, *, steered: bool, every: bool = False) -> torch.Tensor:
+        """Run tokens (1, L) of one sequence: the last one's logits (1, V), or those of every one (1, L, V)."""
         assert self._cache is not None
         self._energy = None
         hooks = self._own_hooks[row] if self._own_hooks else self._hooks
         with hooks.placed() if steered and hooks is not None else nullcontext():
-            logits, self._cache[row] = self._layout.call(self._module, tokens, self._cache[row], last=True)
-        return logits[:, -1]
+            logits, self._cache[row] = self._layout.call(self._module, tokens, self._cache[row], last=not every)
+        return logits if every else logits[:, -1]
+
+    def logits_along(self, tokens: Sequence[int], *, steered: bool) -> Float32:
+        """See `Decoder`."""
+        if not self._cache:
+            self._start([0])
+        pieces = self._pieces(0, self._framework.integers([list(tokens)]))
+        along = [super(MeasuredDecoder, self).logits_along(piece[0].tolist(), steered=steered) for piece in pieces]
+        return np.concatenate(along)
 
     def _examined(self, tokens: Sequence[int], steering: LawHooks) -> Examined:
         """In pieces, since each is a pass of its own, whose activations are those of all blocks in turn."""
