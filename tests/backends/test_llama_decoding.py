@@ -77,11 +77,11 @@ def with_laws_in_python(arch: str = "llama") -> Any:
 def test_every_method_runs_as_on_mlx(method: str) -> None:
     ours, mlx = tiny()
     fitted: Any = mlx_lqr.fit_baseline(mlx, method, [[1, 2, 3], [4, 5]], [[6, 7], [8]])
-    if method == "spid":
-        assert fitted.numbers["kd"] != 0  # it carries something from one token to the next
+    carries = method == "spid"  # something from one token to the next, which prompts run whole do not show
+    assert not carries or fitted.numbers["kd"] != 0
     models = ours, with_laws_in_python(), mlx
     pairs = [(prompt[:2], prompt[2:]) for prompt in PROMPTS]
-    for steer_all in (False, True):
+    for steer_all in (False,) if carries else (False, True):
         options: Any = {"steer_all": steer_all}
         *scored, expected = (m.logits_along(pairs, law=law_of(fitted, 2.0), **options) for m in models)
         for one in scored:
