@@ -2,7 +2,7 @@
 
     Runner          tokenises, decodes, is steered in place                     generate, chat, serve, steer
     Recorder        also gives residual streams and log-probabilities           contrast, evaluation, most methods
-    HeadRecorder    also gives what attention heads put out; is steered there   ITI
+    HeadRecorder    also gives what attention heads put out                     fitting ITI
     Differentiable  also gives traces, Jacobians and products with them         linearize, fit, adapt, certify
 
 A function names the least that it needs; where a caller may come with less, it asks `capabilities.require` first. A
@@ -392,7 +392,7 @@ class Recorder(Runner, Protocol):
 
 
 class HeadRecorder(Recorder, Protocol):
-    """A model that shows the heads of its attention too, and takes laws of the site "attention".
+    """A model that shows the heads of its attention too.
 
     `head_outputs` raises `OverflowingError` as the methods of a `Recorder` do.
     """

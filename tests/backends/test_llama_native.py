@@ -144,9 +144,9 @@ def test_affine_laws_do_what_their_calls_do(loaded: Loaded, ubatch: int) -> None
     called, *affine = results
     unsteered = Decoding(loaded, PythonHook(last + 1, width), ubatch).run(prompt, [2, *range(15, 23)], [])
     assert np.abs(called[:9] - unsteered).max() > 0.1
-    for logits in affine:
-        np.testing.assert_allclose(logits, called, atol=1e-3 * np.abs(called).max())
-        assert np.array_equal(logits.argmax(1), called.argmax(1))
+    for one in affine:
+        np.testing.assert_allclose(one, called, atol=1e-3 * np.abs(called).max())
+        assert np.array_equal(one.argmax(1), called.argmax(1))
 
 
 def test_a_law_that_has_to_be_called_is_called(loaded: Loaded) -> None:

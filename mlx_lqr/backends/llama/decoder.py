@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
@@ -73,7 +72,7 @@ class LlamaDecoder:
     def law(self, law: Law | None) -> None:
         with self._framework.computing("the next token"):
             self._own = None
-            self._law = place(law, self._framework)
+            self._law = self._framework.place(law)
             if self._law is not None:
                 self._context.expect_laws()
 
@@ -254,10 +253,3 @@ class LlamaDecoder:
             if excess > 0:
                 start = SINKS + slot.forgotten
                 self._context.forget(slot, start, min(start + excess, slot.length))
-
-
-def place(law: Law | None, framework: NumPyFramework) -> Any:
-    """The law with arrays of NumPy."""
-    if law is None:
-        return None
-    return law.to(framework.floats, framework.add_product, renew=framework.renewed)

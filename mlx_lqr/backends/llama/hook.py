@@ -356,7 +356,7 @@ class PythonHook:
         """Let the laws of a stage change its tensor in place; whether there was any in these rows."""
         acted = False
         for one in self._acting[stage]:
-            if one.reads and part.z_stage != stage - 2:
+            if one.reads and (part.z is None or part.z_stage != stage - 2):
                 raise InputError("llama.cpp does not show the stream between this model's blocks: use --backend mlx")
             places = self._placed(part, stage, one.number)
             if places is None:
@@ -365,7 +365,7 @@ class PythonHook:
             if one.affine:
                 one.push(part.z, output, places)
                 acted = True
-            elif one.number not in self.failures:
+            elif one.number not in self.failures and part.z is not None:
                 try:
                     one.call(part.z, output, places)
                     acted = True
@@ -381,8 +381,15 @@ class PythonHook:
             own = rows[(rows >= part.start) & (rows < part.end)]
             there = np.isin(own, computed)
             both = own[there]
-            indices = own - part.start, both - part.start, np.flatnonzero(there), np.searchsorted(computed, both)
-            self._places[key] = _Places(*map(_indices, indices), len(both)) if len(own) else None
+            self._places[key] = None
+            if len(own):
+                self._places[key] = _Places(
+                    own=_indices(own - part.start),
+                    both=_indices(both - part.start),
+                    computed=_indices(np.flatnonzero(there)),
+                    there=_indices(np.searchsorted(computed, both)),
+                    count=len(both),
+                )
         return self._places[key]
 
 
