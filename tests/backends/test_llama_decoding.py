@@ -62,8 +62,12 @@ def test_every_architecture_is_the_same_model(arch: str) -> None:
     most = 1e-3 if arch.startswith("gemma") else 1e-4  # llama.cpp looks GELU up in a table of 16 bits
     for options in ({}, {"law": steering}, {"law": steering, "steer_all": True}):
         assert relative(ours.residuals(PROMPTS, **options), mlx.residuals(PROMPTS, **options)) < most
-    tokens = [decoded(model, PROMPT, law=law(arch=arch), steer_all=True, max_tokens=12) for model in (ours, mlx)]
-    assert tokens[0] == tokens[1]
+    for steer_all in (False, True):
+        in_c, in_python, expected = (
+            decoded(model, PROMPT, law=law(arch=arch), steer_all=steer_all, max_tokens=64)
+            for model in (ours, with_laws_in_python(arch), mlx)
+        )
+        assert in_c == in_python == expected
 
 
 def with_laws_in_python(arch: str = "llama") -> Any:
