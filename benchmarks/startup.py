@@ -49,7 +49,7 @@ for part in llama.create_completion(sys.argv[2], max_tokens=int(sys.argv[3]), te
 """
 
 
-TOKENS = 65
+TOKENS = 49
 """What the programs of the table write"""
 
 
