@@ -26,6 +26,7 @@ from mlx_lqr.methods.steering import law_of
 pytest.importorskip("llama_cpp")
 
 from mlx_lqr.backends.llama.hook import PythonHook
+from mlx_lqr.backends.llama.library import llama
 
 PROMPT = [5, 17, 3, 42, 8]
 PROMPTS = [PROMPT, [7, 9], [1, 2, 3, 4, 5, 6, 7, 8]]
@@ -201,6 +202,27 @@ def test_a_law_that_fails_leaves_the_others() -> None:
     np.testing.assert_allclose(logits[1], ours.logits(PROMPT), atol=1e-4)
     with pytest.raises(RuntimeError, match="broken"):
         ours.logits(PROMPT, law=Broken(controller(), 1.0))
+
+
+def test_a_prompt_and_its_last_token_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes between them does not change what is steered."""
+    ours, _ = tiny()
+    expected = {steered: ours.logits(PROMPT, law=law(), steer_all=steered) for steered in (False, True)}
+    calls: list[int] = []
+    decode = llama().llama_decode
+    monkeypatch.setattr(llama(), "llama_decode", lambda *given: (calls.append(1), decode(*given))[1])
+    for steered, logits in expected.items():
+        for between in (False, True):
+            decoder = ours.decoder(law())
+            calls.clear()
+            decoder.fill([PROMPT[:2]], steered=steered)
+            decoder.fill([PROMPT[2:-1]], steered=steered)
+            assert decoder.position == 4
+            if between:
+                decoder.law = law()
+            np.testing.assert_allclose(decoder.step(PROMPT[-1:])[0], logits, atol=1e-4)
+            assert decoder.position == 5
+            assert len(calls) == (3 if between else 2)
 
 
 def test_a_decoder_goes_back_and_is_copied() -> None:
