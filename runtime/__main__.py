@@ -28,7 +28,7 @@ from mlx_lqr.backends.protocol import Sampling
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import BackendName, load, running_backend
 from mlx_lqr.lqr.strength import Budget
-from mlx_lqr.methods.running import runs_on_any_backend
+from mlx_lqr.methods.running import adapts
 from mlx_lqr.runtime import Chat, Options, Piece, stream
 from mlx_lqr.runtime.arguments import (
     ADAPTER_HELP,
@@ -81,7 +81,7 @@ def _generate(given: argparse.Namespace) -> None:
     choices = with_budget([parse_controller(text) for text in given.controllers], given.budget)
     controller, strengths = load_controllers(choices, given.model)
     as_it_is = given.dtype is None and given.adapter is None
-    as_it_is = as_it_is and (controller is None or runs_on_any_backend(controller, None))
+    as_it_is = as_it_is and not adapts(controller)
     backend = running_backend(given.model, given.backend, as_it_is=as_it_is)
     model = load(given.model, backend=backend, dtype=given.dtype, adapter=given.adapter)
     options: Options = {name: getattr(given, name) for name in Options.__annotations__ if hasattr(given, name)}  # type: ignore[assignment]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mlx_lqr.backends.hooks import UNSTEERED, BlockHooks, Hook, LawHooks
-from mlx_lqr.backends.protocol import Array, Float32
+from mlx_lqr.backends.protocol import Array, Float32, Law
 from mlx_lqr.backends.turn import Turn
 
 
@@ -44,6 +44,10 @@ class Framework(ABC):
     @abstractmethod
     def renewed(self, array: Array, values: np.ndarray) -> Array:
         """An array that `floats` has made, with other values."""
+
+    def place(self, law: Law | None) -> Any:
+        """The law with arrays that `floats` makes."""
+        return None if law is None else law.to(self.floats, self.add_product, renew=self.renewed)
 
     @abstractmethod
     def integers(self, numbers: Any) -> Array:

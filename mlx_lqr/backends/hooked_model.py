@@ -6,10 +6,10 @@ its derivatives (`Differentiable`), and its decoder (`hooked_decoder.py`).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,16 +19,12 @@ from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import ENDLESS, check_rolling, context_of
 from mlx_lqr.backends.description import Description
 from mlx_lqr.backends.fingerprint import fingerprint_of
-from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.hooked_decoder import HookedDecoder
 from mlx_lqr.backends.hooks import BlockCall, LawHooks, output_projection
 from mlx_lqr.backends.overflow import first_overflow
 from mlx_lqr.backends.protocol import (
     GREEDY,
-    OVERFLOWED,
     Array,
-    CarryingLaw,
-    Continued,
     Float32,
     Kept,
     Law,
@@ -36,6 +32,7 @@ from mlx_lqr.backends.protocol import (
     Sampling,
     restart,
 )
+from mlx_lqr.backends.scoring import ScoringModel
 from mlx_lqr.backends.text.text_tokenizer import TextTokenizer
 from mlx_lqr.errors import InputError
 
@@ -54,7 +51,7 @@ class OthersCalls(Protocol):
         """The call has come to the end of the last block, whose output is (B, L, d)."""
 
 
-class HookedModel(ABC):
+class HookedModel(ScoringModel):
     """Everything of `Runner`, `Recorder` and `HeadRecorder` that frameworks have in common.
 
     Args:
@@ -64,7 +61,6 @@ class HookedModel(ABC):
 
     backend: str
     family: str
-    _framework: Framework
 
     def __init__(
         self, module: Any, blocks: Sequence[Any], config: Mapping[str, Any], name: str, tokenizer: TextTokenizer | None
@@ -154,12 +150,6 @@ class HookedModel(ABC):
         """See `Runner`."""
         self._framework.leave_thread()
 
-    def place(self, law: Law | None) -> Law | None:
-        """The law with its arrays on the model's device, in the dtype of the residual stream."""
-        if law is None:
-            return None
-        return law.to(self._framework.floats, self._framework.add_product, renew=self._framework.renewed)
-
     def residuals(
         self,
         prompts: Sequence[Sequence[int]],
@@ -237,66 +227,8 @@ class HookedModel(ABC):
             outputs = self._framework.numpy(projection(self._framework.floats(rows)))
         return outputs[:-1] - outputs[-1]
 
-    def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
-        """See `Recorder`."""
-        decoder = self.decoder(law)
-        decoder.fill([tokens[:-1]], steered=steer_all)
-        logits = decoder.step(tokens[-1:])
-        if OVERFLOWED in decoder.sample(logits).tolist():
-            raise self.decoder(law).overflow(tokens, 0 if steer_all else len(tokens) - 1)
-        return self._framework.numpy(logits[0])
-
-    def log_probabilities(
-        self,
-        pairs: Sequence[Continued],
-        *,
-        law: Law | None = None,
-        steer_all: bool = False,
-        kept: Kept | None = None,
-    ) -> list[Float32]:
-        """See `Recorder`."""
-        scores = [np.empty(0, np.float32)] * len(pairs)
-        with self._computing("the log-probabilities"):
-            for i, logits in self._along([(prompt, tokens[:-1]) for prompt, tokens in pairs], law, steer_all, kept):
-                scores[i] = self._framework.log_probabilities(logits, pairs[i][1])
-        return scores
-
-    def logits_along(
-        self,
-        pairs: Sequence[Continued],
-        *,
-        law: Law | None = None,
-        steer_all: bool = False,
-        kept: Kept | None = None,
-    ) -> list[Float32]:
-        """See `Recorder`."""
-        with self._computing("the logits"):
-            by_pair = {i: self._framework.numpy(logits) for i, logits in self._along(pairs, law, steer_all, kept)}
-        return [by_pair[i] for i in range(len(pairs))]
-
-    def _along(
-        self, pairs: Sequence[Continued], law: Law | None, steer_all: bool, kept: Kept | None = None
-    ) -> Iterator[tuple[int, Array]]:
-        """The number of each pair, and its logits (1 + n, V) in float32."""
-        framework, placed = self._framework, self.place(law)
-        decoder = partial(self.decoder, law)
-        for batch, asked in Stretches.batches(self.vocab_size, pairs):
-            if isinstance(law, CarryingLaw) and law.acts:
-                steps = framework.float32(framework.stack(list(asked.steps(decoder)), 1))
-                yield from (
-                    (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))
-                )
-                continue
-            logits, spoiled = self._logits_at(asked, placed, steer_all, kept)
-            asked.check((spoiled == 0).tolist(), decoder, steer_all=steer_all)
-            start = 0
-            for i, count in zip(batch, asked.counts, strict=True):
-                yield i, logits[start : start + count]
-                start += count
-
     def _logits_at(self, asked: Stretches, law: Law | None, steer_all: bool, kept: Kept | None) -> tuple[Array, Array]:
-        """The logits (n, V) in float32 at the n positions that are asked for, and 0 (n,), or NaN at those that
-        overflow (see `HookedDecoder.sample`)."""
+        """See `ScoringModel`."""
         framework = self._framework
         tokens, read, past = self._to_read(asked, steered=law is not None and steer_all)
         at = framework.integers(asked.rows), framework.integers([position - read for position in asked.positions])
@@ -326,7 +258,7 @@ class HookedModel(ABC):
         hooked = sorted({*layers, *range(start if known else 0), start})
         with gathering, framework.hooked(self.blocks, block, hooked, steering):
             logits = framework.float32(self._run(tokens, past)[0])
-        return logits, (logits * 0).sum(-1) + energies[0] * 0
+        return logits, (logits * 0).sum(-1) + energies[0] * 0  # see `HookedDecoder.sample`
 
     def trace(self, tokens: Sequence[int]) -> Any:
         """See `Differentiable`."""

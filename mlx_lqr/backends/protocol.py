@@ -2,7 +2,7 @@
 
     Runner          tokenises, decodes, is steered in place                     generate, chat, serve, steer
     Recorder        also gives residual streams and log-probabilities           contrast, evaluation, most methods
-    HeadRecorder    also gives what attention heads put out; is steered there   ITI
+    HeadRecorder    also gives what attention heads put out                     fitting ITI
     Differentiable  also gives traces, Jacobians and products with them         linearize, fit, adapt, certify
 
 A function names the least that it needs; where a caller may come with less, it asks `capabilities.require` first. A
@@ -115,7 +115,9 @@ class StackableLaw(Law, Protocol):
 
 @dataclass(frozen=True)
 class Affine:
-    """What an affine law does at one block: u = (target - z R - y S) G' for its input z and its output y, both (d,).
+    """What an affine law does at one layer: u = (target - z R - y S) G' is added, with z and y the law's arguments.
+
+    At the site "block" these are the block's input and output, both (d,).
 
     All arrays are float32, for the m numbers that are measured.
     """
@@ -132,7 +134,7 @@ class Affine:
 
 @runtime_checkable
 class AffineLaw(Law, Protocol):
-    """A law of the site "block" whose numbers an engine can take over, to evaluate it without calling it."""
+    """A law whose numbers an engine can take over, to evaluate it without calling it."""
 
     def affine(self) -> Mapping[int, Affine] | None:
         """By layer what it does at present, nothing where it does not act; None where only a call can tell.
@@ -415,7 +417,7 @@ class Recorder(Runner, Protocol):
 
 
 class HeadRecorder(Recorder, Protocol):
-    """A model that shows the heads of its attention too, and takes laws of the site "attention".
+    """A model that shows the heads of its attention too.
 
     `head_outputs` raises `OverflowingError` as the methods of a `Recorder` do.
     """

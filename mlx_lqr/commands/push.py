@@ -23,19 +23,36 @@ from mlx_lqr.sharing.upload import CARD, Upload
     heading=OUTPUT,
     help="The model's id on the hub, which the file does not know, for the page and its commands.",
 )
+@option(
+    "--results",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="SUMMARY",
+    heading=OUTPUT,
+    help="What `mlx-lqr eval` measured of the controller (its FILE.summary.json), for the page; repeat it for several.",
+)
 @option("--private-repo", is_flag=True, heading=OUTPUT, help="If the repository is new, let nobody else see it.")
 @option(
     "--dry-run", is_flag=True, heading=OUTPUT, help="Print the page and what would be uploaded, and upload nothing."
 )
 @force_option
-def push(file: Path, repo: str, base_model: str | None, private_repo: bool, dry_run: bool, force: bool) -> None:
+def push(
+    file: Path,
+    repo: str,
+    base_model: str | None,
+    results: tuple[Path, ...],
+    private_repo: bool,
+    dry_run: bool,
+    force: bool,
+) -> None:
     """Put a controller on the Hugging Face hub.
 
     With a page made from the file: model, concept, method, strengths and what they cost, how to use it, and a plot if
-    the extra `plots` is installed. You have to be logged in (`hf auth login`, or HF_TOKEN).
+    the extra `plots` is installed; with --results, what was measured of it too. You have to be logged in (`hf auth
+    login`, or HF_TOKEN).
     """
     refuse_several("controllers are put on the hub")
-    upload = Upload(file, repo, base_model)
+    upload = Upload(file, repo, base_model, results)
     if dry_run:
         files = upload.files()
         say(files[CARD].decode(), nl=False)

@@ -9,7 +9,7 @@ from mlx_lqr.backends.protocol import Model, Progress
 from mlx_lqr.commands.options import Loading
 from mlx_lqr.commands.output import say
 from mlx_lqr.loading import load, running_backend
-from mlx_lqr.methods.running import runs_on_any_backend
+from mlx_lqr.methods.running import adapts
 from mlx_lqr.methods.steering import Steering
 
 
@@ -18,7 +18,7 @@ def chosen_to_run(
 ) -> Loading:
     """How a model is loaded by a command that only runs it; see `load_to_run`."""
     options = loading["dtype"], loading["device"], loading["adapter"], loading["pipeline"]
-    as_it_is = not any(options) and all(runs_on_any_backend(steering, adaptive) for steering in steerings)
+    as_it_is = not any(options) and not any(adapts(steering, adaptive) for steering in steerings)
     return {**loading, "backend": running_backend(model, loading["backend"], as_it_is=as_it_is)}
 
 

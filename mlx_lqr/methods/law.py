@@ -118,9 +118,7 @@ class AdjustableLaw:
         raise NotImplementedError
 
     def _is_affine(self) -> bool:
-        """Whether the class that says how a call steers a block also says it by `_affine`."""
-        if self.site != "block":
-            return False
+        """Whether the class that says how a call steers also says it by `_affine`."""
         for kind in type(self).__mro__:
             if "_affine" in vars(kind):
                 return kind is not AdjustableLaw

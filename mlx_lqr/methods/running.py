@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlx_lqr.backends.capabilities import HEAD_RECORDER, require
 from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.lqr.strength import default_strength
 from mlx_lqr.methods.law import AdjustableLaw
@@ -26,18 +25,9 @@ def law_on(
     """
     steering.check_model(model)
     if record is None:
-        law = law_of(steering, strength)
-        if law.site == "attention":
-            require(model, HEAD_RECORDER, "steer inside attention, as iti does")
-        return law
+        return law_of(steering, strength)
     strength = default_strength(steering) if strength is None else strength
     return RecordedFeedback(only_controller(steering, "recorded"), strength, record)
-
-
-def runs_on_any_backend(steering: Steering, adaptive: bool | None = None) -> bool:
-    """Whether a model that only runs can be steered so: at the outputs of blocks, by gains that are as they were
-    fitted."""
-    return not adapts(steering, adaptive) and law_of(steering, 0.0).site == "block"
 
 
 def adapts(steering: Steering | None, adaptive: bool | None = None) -> bool:

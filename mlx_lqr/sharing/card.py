@@ -1,4 +1,5 @@
-"""The page of a controller on the hub, made from its file alone: README.md, and a plot of what it has in each layer.
+"""The page of a controller on the hub, made from its file and what was measured of it: README.md, and a plot of what it
+has in each layer.
 
 A repository may hold several controllers. Each has a part of the page between two marks, which a later push of the same
 file replaces; a page without marks is somebody else's and stays as it is.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.method import Column, Shown
 from mlx_lqr.methods.registry import METHODS
 from mlx_lqr.methods.steering import Steering
+from mlx_lqr.sharing.measured import Measured
 
 _PART = re.compile(r"<!-- mlx-lqr: (\S+) -->\n.*?<!-- mlx-lqr: end -->\n", re.DOTALL)
 TITLE = "# Controllers for mlx-lqr\n"
@@ -33,6 +35,7 @@ def card(
     *,
     base_model: str | None = None,
     plot: str | None = None,
+    measured: Sequence[Measured] = (),
     before: str = "",
 ) -> str:
     """The text of README.md.
@@ -42,6 +45,7 @@ def card(
         repo, file: where it will be: OWNER/NAME, and the file's name in it.
         base_model: the model's id on the hub, if it is known.
         plot: the name of the plot in the repository, if there is one.
+        measured: what was measured of it, a table each.
         before: the page that is there.
 
     Raises:
@@ -52,7 +56,10 @@ def card(
         raise InputError(
             f"{repo} has a README.md that mlx-lqr did not write: push to another repository, or replace it with --force"
         )
-    parts[file] = f"<!-- mlx-lqr: {file} -->\n{_part(steering, repo, file, base_model, plot)}<!-- mlx-lqr: end -->\n"
+    part = _part(steering, repo, file, base_model, plot)
+    tables = "".join(f"\n{one.markdown}" for one in measured)
+    shown = f"\nMeasured by `mlx-lqr eval`, with 95 % intervals:\n{tables}" if measured else ""
+    parts[file] = f"<!-- mlx-lqr: {file} -->\n{part}{shown}<!-- mlx-lqr: end -->\n"
     head = _front_matter(steering, base_model)
     return "\n".join([head + TITLE, ABOUT, *(parts[name] for name in sorted(parts))])
 

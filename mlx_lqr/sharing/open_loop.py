@@ -119,7 +119,7 @@ def open_loop(
 def constant_push(steering: Steering, strength: Sequence[float]) -> Float32 | None:
     """What is added to each block's output, whatever the text is: (T, d); None where that depends on the text."""
     law = law_of(steering, strength)
-    affines = law.affine() if isinstance(law, AffineLaw) else None
+    affines = law.affine() if law.site == "block" and isinstance(law, AffineLaw) else None
     if affines is None or any(one.read_input is not None or one.read_output is not None for one in affines.values()):
         return None
     push = np.zeros((steering.num_layers, steering.hidden_size), np.float32)

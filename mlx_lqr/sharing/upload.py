@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.loading import is_on_hub
 from mlx_lqr.methods.steering import Steering, load_steering
 from mlx_lqr.sharing.card import card, picture
+from mlx_lqr.sharing.measured import read_measured
 
 CARD = "README.md"
 
@@ -28,6 +29,8 @@ class Upload:
     repo: str
     base_model: str | None = None
     """The model's id on the hub, if it is known"""
+    results: Sequence[Path] = ()
+    """Summaries that `mlx-lqr eval` wrote of it, for the page"""
 
     def __post_init__(self) -> None:
         check_repo(self.repo)
@@ -54,6 +57,7 @@ class Upload:
             self.path.name,
             base_model=self.base_model,
             plot=None if drawn is None else plot,
+            measured=[read_measured(file, steering) for file in self.results],
             before=before,
         )
         files = {self.path.name: self.path.read_bytes(), CARD: page.encode()}

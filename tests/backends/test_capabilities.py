@@ -165,12 +165,6 @@ NEEDS: dict[str, Callable[[Any, mlx_lqr.Controller], Any]] = {
     "measure how linear": lambda model, _: analysis.linearity(model, [PROMPT, PROMPT[:3]]),
     "adapt gains": lambda model, own: mlx_lqr.generate(model, PROMPT, controller=own, adaptive=True, temperature=0),
     "record attention heads": lambda model, _: mlx_lqr.fit_baseline(model, "iti", POSITIVE * 3, NEGATIVE * 3),
-    "steer inside attention": lambda model, _: mlx_lqr.generate(
-        model,
-        PROMPT,
-        controller=mlx_lqr.fit_baseline(tiny_on(BACKENDS[0], "llama"), "iti", POSITIVE * 3, NEGATIVE * 3),
-        temperature=0,
-    ),
 }
 
 

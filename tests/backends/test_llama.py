@@ -17,6 +17,7 @@ pytest.importorskip("llama_cpp")
 
 from helpers.gguf_float32 import in_float32
 
+from mlx_lqr.backends.llama.hook import PythonHook
 from mlx_lqr.backends.llama.library import llama
 from mlx_lqr.methods.alqr import LinearFeedback
 
@@ -32,11 +33,16 @@ def exact(smollm2_gguf: Path, smollm2_folder: Path, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def controllers(exact: tuple[Any, Any]) -> list[Controller]:
-    _, model = exact
-    sets = {concept: [texts[:10] for texts in mlx_lqr.bundled_prompts(concept)] for concept in ("ocean", "dog", "love")}
+    return fitted(exact[1], [12, 20, 24, 26, 28, 29], 10)
+
+
+def fitted(model: Any, layers: list[int], prompts: int) -> list[Controller]:
+    """Controllers for three concepts, from so many prompts of each kind."""
+    concepts = ("ocean", "dog", "love")
+    sets = {concept: [texts[:prompts] for texts in mlx_lqr.bundled_prompts(concept)] for concept in concepts}
     jacobians = mlx_lqr.linearize(model, sets["ocean"][0][:1])
     return [
-        mlx_lqr.fit(model, *texts, concept=concept, layers=[12, 20, 24, 26, 28, 29], jacobians=jacobians)
+        mlx_lqr.fit(model, *texts, concept=concept, layers=layers, jacobians=jacobians)
         for concept, texts in sets.items()
     ]
 
@@ -103,18 +109,31 @@ def test_streams_and_probabilities_agree(
             np.testing.assert_allclose(along, expected, atol=5e-3)
 
 
+def with_laws_in_python(model: Any) -> Any:
+    """The same file again, steered as where there is no C compiler."""
+    again: Any = mlx_lqr.load(model.file, backend="llama")
+    again._context._make_hook = lambda: PythonHook(again.num_layers, again.hidden_size)
+    return again
+
+
+def check_tokens(ours: Any, mlx: Any, steered: Controller, strength: Any) -> None:
+    """64 of them are MLX's, with laws in C and in Python, and others than unsteered."""
+    options: Any = {"max_tokens": 64, "temperature": 0.0}
+    in_c, in_python, expected = (
+        [piece.token for piece in mlx_lqr.stream(model, PROMPTS[0], controller=steered, strength=strength, **options)]
+        for model in (ours, with_laws_in_python(ours), mlx)
+    )
+    assert in_c == in_python == expected
+    assert len(expected) == 64
+    assert expected != [piece.token for piece in mlx_lqr.stream(ours, PROMPTS[0], **options)]
+
+
 @pytest.mark.parametrize("positions", ["last", "all"])
 @pytest.mark.parametrize("concepts", [1, 3])
 def test_steered_tokens_are_mlx_own(
     exact: tuple[Any, Any], controllers: list[Controller], positions: str, concepts: int
 ) -> None:
-    steered = steering(controllers, concepts, positions)
-    options: Any = {"controller": steered, "strength": strengths(concepts), "max_tokens": 64, "temperature": 0.0}
-    answers = [[piece.token for piece in mlx_lqr.stream(model, PROMPTS[0], **options)] for model in exact]
-    assert answers[0] == answers[1]
-    assert len(answers[0]) == 64
-    unsteered = [p.token for p in mlx_lqr.stream(exact[0], PROMPTS[0], max_tokens=64, temperature=0.0)]
-    assert answers[0] != unsteered
+    check_tokens(*exact, steering(controllers, concepts, positions), strengths(concepts))
 
 
 def test_a_quantised_file_is_near_mlx_own_of_it(smollm2_gguf: Path, exact: tuple[Any, Any]) -> None:
@@ -131,20 +150,19 @@ def test_a_quantised_file_is_near_mlx_own_of_it(smollm2_gguf: Path, exact: tuple
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("positions", ["last", "all"])
-def test_gemma_is_steered_alike(gemma3_gguf: Path, gemma3_folder: Path, positions: Any, tmp_path: Path) -> None:
+def test_gemma_is_steered_alike(gemma3_gguf: Path, gemma3_folder: Path, tmp_path: Path) -> None:
     ours = mlx_lqr.load(in_float32(gemma3_gguf, tmp_path / "gemma-f32.gguf"), backend="llama")
     mlx = mlx_lqr.load(gemma3_folder, backend="mlx", dtype="float32")
     assert ours.fingerprint == mlx.fingerprint
-    texts = [texts[:6] for texts in mlx_lqr.bundled_prompts("ocean")]
-    fitted = mlx_lqr.fit(mlx, *texts, layers=[10, 13, 16, 17], jacobian_prompts=1, positions=positions)
-    options: Any = {"controller": fitted, "strength": 1.5, "max_tokens": 64, "temperature": 0.0}
-    answers = [[piece.token for piece in mlx_lqr.stream(model, PROMPTS[0], **options)] for model in (ours, mlx)]
-    assert answers[0] == answers[1]
+    controllers = fitted(mlx, [10, 13, 16, 17], 6)
+    for positions in ("last", "all"):
+        for concepts in (1, 3):
+            check_tokens(ours, mlx, steering(controllers, concepts, positions), strengths(concepts))
 
 
 def test_a_context_is_freed_before_the_model_that_it_uses(smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where both are collected at once, as parts of a cycle, of which the older one goes first."""
+    gc.collect()  # what other tests have left
     freed: list[str] = []
     for name in ("llama_free", "llama_model_free"):
         free = getattr(llama(), name)

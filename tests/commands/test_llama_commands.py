@@ -57,12 +57,18 @@ def test_a_command_that_only_runs_a_file_takes_llama_and_says_so(file: Path, con
     assert by_itself.stdout == asked.stdout == mlx.stdout
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="Metal takes the file there")
+def test_what_acts_inside_attention_runs_in_llama_too(file: Path, tmp_path: Path) -> None:
+    iti = tmp_path / "iti.safetensors"
+    mlx_lqr.fit_baseline(mlx_lqr.load(file), "iti", [[1, 2, 3], [4, 5]], [[6, 7], [8]]).save(iti)
+    by_itself = steered(file, iti)
+    assert NOTE in by_itself.stderr
+    assert by_itself.stdout == steered(file, iti, "--backend", "mlx").stdout
+
+
 def test_what_llama_cpp_cannot_do_stays_with_mlx(file: Path, controller: Path, tmp_path: Path) -> None:
     assert NOTE not in steered(file, controller, "--dtype", "float32").stderr
     assert NOTE not in steered(file, controller, "--adaptive").stderr
-    iti = tmp_path / "iti.safetensors"
-    mlx_lqr.fit_baseline(mlx_lqr.load(file), "iti", [[1, 2, 3], [4, 5]], [[6, 7], [8]]).save(iti)
-    assert NOTE not in steered(file, iti).stderr
     assert mlx_lqr.load(file).backend == "mlx"
     assert NOTE not in run("fit", file, "--concept", "ocean", "--method", "actadd", "--layers", 1, "--plain-prompts",
                            "-o", tmp_path / "a.safetensors").stderr  # fmt: skip

@@ -23,6 +23,8 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.strength import BUDGETS, Calibration
 from mlx_lqr.sharing.card import card
 from mlx_lqr.sharing.upload import Upload
+from mlx_lqr.tasks.records import FORMAT
+from mlx_lqr.tasks.steering import NamedSteering
 
 MARK = "<!-- mlx-lqr: dog.safetensors -->"
 
@@ -113,6 +115,40 @@ def test_a_second_controller_joins_the_page_of_the_first(there: Hub, mlx_lqr_the
     assert there.repos["me/mine"] == {"README.md": b"# My own page\n"}
     assert mlx_lqr_there("push", files / "dog.safetensors", "me/mine", "--force")[0] == 0
     assert MARK in there.repos["me/mine"]["README.md"].decode()
+
+
+def test_what_was_measured_stands_on_the_page(there: Hub, mlx_lqr_there: Commands, files: Path, tmp_path: Path) -> None:
+    dog = files / "dog.safetensors"
+    summary = tmp_path / "concept-dog.summary.json"
+    evaluated: dict[str, Any] = {
+        "format": FORMAT,
+        "task": "concept",
+        "control": "prevalence",
+        "steering": NamedSteering("dog", mlx_lqr.load_steering(dog)).settings,
+        "strengths": [
+            {"strength": strength, "metrics": {name: {"value": value, "low": 0.1, "high": None} for name in names}}
+            for strength, value, names in (
+                (0.0, 0.125, ("kl|", "prevalence", "tokens")),
+                (2.0, 0.5, ("kl|", "prevalence", "tokens")),
+            )
+        ],
+    }
+    summary.write_text(json.dumps(evaluated))
+    assert mlx_lqr_there("push", dog, "me/dog", "--results", summary)[0] == 0
+    page = there.repos["me/dog"]["README.md"].decode()
+    assert "| concept | not steered | strength 2 |\n|" in page
+    assert "| prevalence | 0.125 (0.1 to -) | 0.5 (0.1 to -) |\n| kl |" in page
+    assert "tokens" not in page
+    for damage, says in (
+        ({**evaluated, "steering": {**evaluated["steering"], "digest": "0"}}, "measured with another controller"),
+        ({**evaluated, "steering": None}, "measured with another controller"),
+        ({**evaluated, "strengths": []}, "is no summary that"),
+        ({**evaluated, "format": 1}, "is no summary that"),
+        ([], "is no summary that"),
+    ):
+        summary.write_text(json.dumps(damage))
+        assert says in mlx_lqr_there.refused("push", dog, "me/dog", "--results", summary)
+    assert "cannot read" in mlx_lqr_there.refused("push", dog, "me/dog", "--results", tmp_path / "none.json")
 
 
 def test_what_goes_wrong_is_one_line(there: Hub, mlx_lqr_there: Commands, files: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
@@ -32,6 +32,19 @@ Overflow = Callable[[Law | None, Sequence[int], int], OverflowingError]
 """(law, tokens, first) -> the error of a sequence that overflows, steered from position `first` on"""
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """Tokens of a prompt that run together with the next step, in one pass of the model."""
+
+    rows: Sequence[int]
+    """The sequence of each"""
+    tokens: Sequence[int]
+    steered: bool
+
+
+_NOTHING = _Waiting((), (), False)
+
+
 class LlamaDecoder:
     """The `Decoder` protocol.
 
@@ -56,6 +69,7 @@ class LlamaDecoder:
         self._context, self._framework, self._vocabulary = context, framework, vocabulary
         self._located, self._window = overflow, window
         self._slots: list[Slot] = []
+        self._waiting = _NOTHING
         self._own: list[Law | None] | None = None
         """The law of each sequence, where they differ"""
         self._failures: dict[int, Exception] = {}
@@ -72,8 +86,9 @@ class LlamaDecoder:
     @law.setter
     def law(self, law: Law | None) -> None:
         with self._framework.computing("the next token"):
+            self._run_waiting()
             self._own = None
-            self._law = place(law, self._framework)
+            self._law = self._framework.place(law)
             if self._law is not None:
                 self._context.expect_laws()
 
@@ -88,7 +103,9 @@ class LlamaDecoder:
     @property
     def position(self) -> int:
         """See `Decoder`."""
-        return max((slot.length - slot.forgotten for slot in self._slots), default=0)
+        waiting = self._waiting.rows
+        lengths = [slot.length - slot.forgotten + waiting.count(row) for row, slot in enumerate(self._slots)]
+        return max(lengths, default=0)
 
     @property
     def failures(self) -> Mapping[int, Exception]:
@@ -108,6 +125,7 @@ class LlamaDecoder:
     def fill(self, prompts: Sequence[Sequence[int]], *, steered: bool) -> None:
         """See `Decoder`."""
         with self._framework.computing("the prompts"):
+            self._run_waiting()
             for law in self._laws:
                 restart(law)
             if not self._slots:
@@ -119,7 +137,10 @@ class LlamaDecoder:
             carries = steered and any(isinstance(law, CarryingLaw) for law in self._laws)
             most = 1 if carries else BATCH if self._window is None else max(1, min(BATCH, self._window // 2))
             while part := list(islice(rows, most)):
-                self._append([row for row, _ in part], [token for _, token in part], steered=steered, head=False)
+                self._run_waiting()
+                self._waiting = _Waiting([row for row, _ in part], [token for _, token in part], steered)
+            if carries or self._window is not None:
+                self._run_waiting()
 
     def step(self, tokens: Array | Sequence[int]) -> Float32:
         """See `Decoder`."""
@@ -130,7 +151,10 @@ class LlamaDecoder:
             rows = range(len(tokens))
             if self._seen is not None:
                 self._seen[rows, tokens] = True
-            return self._append(rows, tokens.tolist(), steered=True)
+            if len(self._waiting.rows) + len(tokens) > BATCH:
+                self._run_waiting()
+            waiting, self._waiting = self._waiting, _NOTHING
+            return self._append(rows, tokens.tolist(), after=waiting)
 
     def logits_along(self, tokens: Sequence[int], *, steered: bool) -> Float32:
         """See `Decoder`."""
@@ -162,6 +186,7 @@ class LlamaDecoder:
     def keep(self, rows: Sequence[int], tokens: Array | Sequence[int]) -> np.ndarray:
         """See `Decoder`."""
         with self._framework.computing("the next token"):
+            self._run_waiting()
             chosen = self._framework.integers(list(rows))
             self._slots = [self._slots[row] for row in rows]
             if self._own is not None:
@@ -180,6 +205,8 @@ class LlamaDecoder:
         if self._window is not None or other._window is not None:
             raise InputError("a batch cannot roll its context: decode one prompt at a time")
         with self._framework.computing("the prompts"):
+            self._run_waiting()
+            other._run_waiting()
             rows, joining = len(self._slots), len(other._slots)
             self._own = [*self._law_of_rows(), *other._law_of_rows()]
             self._slots, other._slots = [*self._slots, *other._slots], []
@@ -196,6 +223,7 @@ class LlamaDecoder:
     def apart(self, row: int) -> LlamaDecoder:
         """See `Decoder`."""
         with self._framework.computing("the next token"):
+            self._run_waiting()
             alone = LlamaDecoder(self._context, self._framework, self._vocabulary, self._located, None, GREEDY)
             alone._slots = [self._context.copy(self._slots[row])]
             return alone
@@ -203,6 +231,7 @@ class LlamaDecoder:
     def rewind(self, position: int) -> bool:
         """See `Decoder`."""
         with self._framework.computing("the next token"):
+            self._run_waiting()
             if not self._slots or self._seen is not None or self._slots[0].forgotten:
                 return False
             return self._context.forget(self._slots[0], position)
@@ -230,26 +259,39 @@ class LlamaDecoder:
         if self.sampling.repetition_penalty != 1:
             self._seen = self._framework.none_seen(count, self._vocabulary)
 
-    def _append(self, rows: Sequence[int], tokens: Sequence[int], *, steered: bool, head: bool = True) -> Float32:
-        """Run tokens of these sequences, all of them steered or none: the logits (n, V) of each, if there is a head."""
+    def _run_waiting(self) -> None:
+        """Run what `fill` has left for the next step."""
+        waiting, self._waiting = self._waiting, _NOTHING
+        if waiting.rows:
+            self._append((), (), after=waiting)
+
+    def _append(self, rows: Sequence[int], tokens: Sequence[int], *, after: _Waiting) -> Float32:
+        """Run tokens of these sequences, steered, after what is waiting: the logits (n, V) of each."""
+        rows_of_all, start = [*after.rows, *rows], len(after.rows)
         if self._window is not None:
-            self._make_room(len(tokens))
-        steering, owners = self._steering(rows) if steered else ([], [])
-        outputs = range(len(tokens)) if head else ()
-        logits, failures = self._context.run(Batch(tokens, [self._slots[row] for row in rows], outputs, steering))
+            self._make_room(len(rows_of_all))
+        steering, owners = self._steering(rows_of_all, 0 if after.steered else start)
+        batch = Batch(
+            [*after.tokens, *tokens],
+            [self._slots[row] for row in rows_of_all],
+            range(start, len(rows_of_all)),
+            steering,
+        )
+        logits, failures = self._context.run(batch)
         if failures and self._own is None:
             raise next(iter(failures.values()))
         for number, error in failures.items():
             self._failures[owners[number]] = error
         return logits
 
-    def _steering(self, rows: Sequence[int]) -> tuple[list[Rows], list[int]]:
-        """What steers these rows, and for laws of their own the sequence that each steers."""
+    def _steering(self, rows: Sequence[int], first: int) -> tuple[list[Rows], list[int]]:
+        """What steers these rows of a batch from the `first` on, and for laws of their own the sequence of each."""
+        steered = range(first, len(rows))
         if self._own is None:
-            return ([] if self._law is None else [Rows(self._law, range(len(rows)))]), []
+            return ([] if self._law is None or not steered else [Rows(self._law, steered)]), []
         steering, owners = [], []
         for sequence, law in enumerate(self._own):
-            own = [i for i, row in enumerate(rows) if row == sequence]
+            own = [i for i in steered if rows[i] == sequence]
             if law is not None and own and sequence not in self._failures:
                 steering.append(Rows(law, own))
                 owners.append(sequence)
@@ -263,10 +305,3 @@ class LlamaDecoder:
             if excess > 0:
                 start = SINKS + slot.forgotten
                 self._context.forget(slot, start, min(start + excess, slot.length))
-
-
-def place(law: Law | None, framework: NumPyFramework) -> Any:
-    """The law with arrays of NumPy."""
-    if law is None:
-        return None
-    return law.to(framework.floats, framework.add_product, renew=framework.renewed)

@@ -36,7 +36,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_op_desc": (ctypes.c_char_p, [ctypes.c_void_p]),
     "ggml_nelements": (ctypes.c_int64, [ctypes.c_void_p]),
     "ggml_nbytes": (ctypes.c_size_t, [ctypes.c_void_p]),
-    "ggml_element_size": (ctypes.c_size_t, [ctypes.c_void_p]),
+    "ggml_nrows": (ctypes.c_int64, [ctypes.c_void_p]),
     "ggml_backend_tensor_get": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "ggml_backend_tensor_set": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "gguf_init_from_file": (ctypes.c_void_p, [ctypes.c_char_p, GGUFParameters]),

@@ -15,8 +15,8 @@ from mlx_lqr.backends.description import Description
 from mlx_lqr.backends.fingerprint import fingerprint_of
 from mlx_lqr.backends.hooks import UNSTEERED, LawHooks
 from mlx_lqr.backends.llama.context import BATCH, Batch, Context, Slot
-from mlx_lqr.backends.llama.decoder import LlamaDecoder, place
-from mlx_lqr.backends.llama.framework import NumPyFramework, log_softmax
+from mlx_lqr.backends.llama.decoder import LlamaDecoder
+from mlx_lqr.backends.llama.framework import NumPyFramework
 from mlx_lqr.backends.llama.gguf import norms
 from mlx_lqr.backends.llama.hook import Rows, hook_for
 from mlx_lqr.backends.llama.library import device_name
@@ -27,9 +27,6 @@ from mlx_lqr.backends.llama.tokenizer import LlamaTokenizer
 from mlx_lqr.backends.overflow import Examined, first_overflow, located
 from mlx_lqr.backends.protocol import (
     GREEDY,
-    OVERFLOWED,
-    CarryingLaw,
-    Continued,
     Float32,
     Kept,
     Law,
@@ -37,6 +34,7 @@ from mlx_lqr.backends.protocol import (
     Sampling,
     restart,
 )
+from mlx_lqr.backends.scoring import ScoringModel
 from mlx_lqr.errors import InputError, OverflowingError
 
 _SIDE_BY_SIDE = 64
@@ -45,7 +43,7 @@ _EXAMINED = 32
 """Tokens at once where an overflow is looked for: the logits of all of them are computed"""
 
 
-class LlamaModel:
+class LlamaModel(ScoringModel):
     """A GGUF file behind the `Recorder` protocol.
 
     Args:
@@ -54,6 +52,8 @@ class LlamaModel:
     """
 
     backend = "llama"
+    _framework: NumPyFramework
+    _side_by_side = _SIDE_BY_SIDE
 
     def __init__(self, file: Path, name: str) -> None:
         self.name, self.file = name, file
@@ -94,6 +94,9 @@ class LlamaModel:
         window = self.context_length if rolling else None
         return LlamaDecoder(self._context, self._framework, self.vocab_size, self._overflow, law, sampling, window)
 
+    def _computing(self, what: str) -> AbstractContextManager[None]:
+        return self._framework.computing(what)
+
     def leave_thread(self) -> None:
         """See `Runner`; nothing is kept for a thread."""
 
@@ -117,14 +120,14 @@ class LlamaModel:
         progress: Progress | None = None,
     ) -> Float32:
         """See `Recorder`."""
-        placed = place(law, self._framework)
+        placed = self.place(law)
         result = np.empty((len(prompts), self.num_layers + 1, self.hidden_size), np.float32)
         done = 0
         for batch in batches([len(prompt) for prompt in prompts], BATCH, most=_SIDE_BY_SIDE):
             own = [prompts[i] for i in batch]
             last = [len(prompt) - 1 for prompt in own]
             restart(placed)
-            with self._framework.computing("the activations"):
+            with self._computing("the activations"):
                 context, hook = self._recorder()
                 first = [0] * len(own) if steer_all else last
                 for rows, _ in self._run(context, own, placed, first, last):
@@ -136,64 +139,14 @@ class LlamaModel:
             raise self._overflow(placed, prompts[row], 0 if steer_all else len(prompts[row]) - 1)
         return result
 
-    def logits(self, tokens: Sequence[int], *, law: Law | None = None, steer_all: bool = False) -> Float32:
-        """See `Recorder`."""
-        decoder = self.decoder(law)
-        decoder.fill([tokens[:-1]], steered=steer_all)
-        logits = decoder.step(tokens[-1:])
-        if OVERFLOWED in decoder.sample(logits).tolist():
-            raise self._overflow(decoder.law, tokens, 0 if steer_all else len(tokens) - 1)
-        only: Float32 = logits[0]
-        return only
-
-    def log_probabilities(
-        self,
-        pairs: Sequence[Continued],
-        *,
-        law: Law | None = None,
-        steer_all: bool = False,
-        kept: Kept | None = None,
-    ) -> list[Float32]:
-        """See `Recorder`."""
-        scores = [np.empty(0, np.float32)] * len(pairs)
-        for i, logits in self._along([(prompt, tokens[:-1]) for prompt, tokens in pairs], law, steer_all):
-            own = list(pairs[i][1])
-            scores[i] = log_softmax(logits)[np.arange(len(own)), own]
-        return scores
-
-    def logits_along(
-        self,
-        pairs: Sequence[Continued],
-        *,
-        law: Law | None = None,
-        steer_all: bool = False,
-        kept: Kept | None = None,
-    ) -> list[Float32]:
-        """See `Recorder`."""
-        by_pair = dict(self._along(pairs, law, steer_all))
-        return [by_pair[i] for i in range(len(pairs))]
-
-    def _along(self, pairs: Sequence[Continued], law: Law | None, steer_all: bool) -> Iterator[tuple[int, Float32]]:
-        """The number of each pair, and its logits (1 + n, V)."""
-        placed = place(law, self._framework)
-        decoder = partial(self.decoder, law)
-        for batch, asked in Stretches.batches(self.vocab_size, pairs, most=_SIDE_BY_SIDE):
-            if isinstance(law, CarryingLaw) and law.acts:
-                steps = np.stack(list(asked.steps(decoder)), 1)
-                yield from (
-                    (i, steps[row, :count]) for row, (i, count) in enumerate(zip(batch, asked.counts, strict=True))
-                )
-                continue
-            parts: list[list[Float32]] = [[] for _ in batch]
-            first = [0] * len(batch) if steer_all else asked.first
-            with self._framework.computing("the logits"):
-                for rows, logits in self._run(self._context, asked.sequences, placed, first, asked.first):
-                    for row in sorted(set(rows)):
-                        parts[row].append(logits[np.asarray(rows) == row])
-            along = [np.concatenate(part) for part in parts]
-            finite = [bool(one) for part in along for one in np.atleast_1d(np.isfinite(part).all(axis=-1))]
-            asked.check(finite, decoder, steer_all=steer_all)
-            yield from zip(batch, along, strict=True)
+    def _logits_at(
+        self, asked: Stretches, law: Law | None, steer_all: bool, kept: Kept | None
+    ) -> tuple[Float32, Float32]:
+        first = [0] * len(asked.sequences) if steer_all else asked.first
+        logits = np.concatenate(
+            [part for _, part in self._run(self._context, asked.sequences, law, first, asked.first)]
+        )
+        return logits, np.where(np.isfinite(logits).all(axis=-1), np.float32(0), np.float32(np.nan))
 
     def _run(
         self,
@@ -241,7 +194,7 @@ class LlamaModel:
     def _overflow(self, law: Law | None, tokens: Sequence[int], first: int) -> OverflowingError:
         """See `Decoder.overflow`; the law is placed."""
         restart(law)
-        with self._framework.computing("the prompts"):
+        with self._computing("the prompts"):
             context, hook = self._recorder()
             slot = context.slot()
             return located(

@@ -3,8 +3,13 @@
  *     y_k[row] += (target - z_k[row] R - y_k[row] S) G'
  *
  * for each row of the batch that a law steers at block k: z_k is the residual stream at the block's input, y_k its output
- * (the tensor "l_out-k"), and R, S, G (d, m) and target (m) are the law's. llama.cpp asks about every node of the graph
- * whether it is wanted, and computes up to the next one that is; so that this is answered here is what makes it fast.
+ * (the tensor "l_out-k"), and R, S, G (d, m) and target (m) are the law's. Laws inside attention read nothing (R = S =
+ * 0), and y_k is the product of its output projection, which is the node after "kqv_out-k". llama.cpp asks about every
+ * node of the graph whether it is wanted, and computes up to the next one that is; so that this is answered here is what
+ * makes it fast.
+ *
+ * A stage is the place of such a tensor in the order of the graph: -1 for z_0, 2k for the projection of block k, 2k + 1
+ * for its output.
  *
  * Nothing of ggml is linked or included: its functions arrive as pointers. A batch that is larger than the context's
  * n_ubatch comes as several graphs, of n_ubatch consecutive rows each. The last block's output has only the rows whose
@@ -22,7 +27,7 @@ typedef void (*get_function)(const void *tensor, void *values, size_t offset, si
 typedef void (*set_function)(void *tensor, const void *values, size_t offset, size_t size);
 typedef bool (*eval_function)(void *tensor, bool ask, void *user_data);
 
-/* One law at one block, and the rows that it steers there. */
+/* One law at one stage, and the rows that it steers there. */
 struct part {
     const float *read_input;  /* (m, d): R', or NULL where z is not read */
     const float *read_output; /* (m, d): S', or NULL where y is not read */
@@ -33,7 +38,7 @@ struct part {
     int32_t count;            /* of rows */
 };
 
-struct block {
+struct stage {
     const struct part *parts;
     int32_t count;
 };
@@ -43,14 +48,15 @@ enum { FINE, NOT_FLOATS, OTHER_ROWS, NO_INPUT };
 
 struct hook {
     name_function name;
+    name_function operation;
     elements_function elements;
     bytes_function bytes;
     get_function get;
     set_function set;
     eval_function instead; /* not NULL: answers everything in the place of this one */
     void *instead_data;
-    const char *const *inputs; /* names that z_0 has in graphs, the last of them in any; none begins with an l */
-    const struct block *blocks;
+    const char *const *inputs; /* names that z_0 has in graphs, the last of them in any; none begins with l or k */
+    const struct stage *stages; /* (2 layers) */
     const int32_t *outputs; /* rows of the batch whose logits are wanted, ascending */
     float *input;           /* (ubatch, d): rows of z_k, of the block that comes next */
     float *output;          /* (ubatch, d) */
@@ -61,12 +67,13 @@ struct hook {
     int32_t reads_first;          /* whether any law at block 0 reads z_0 */
     /* Where the callback is. */
     int32_t start, rows; /* of the graph at hand, in the batch */
-    int32_t asked;       /* the block last asked about, -1 for z_0; `layers` before a batch */
+    int32_t asked;       /* the stage last asked about; `2 layers` before a batch */
+    int32_t projection;  /* the stage of the product that comes next, -1 for none */
     int32_t held;        /* the block whose input is held, -1 for none */
     int32_t held_first;  /* the first row held, counted from `start` */
     int32_t held_count;
     int32_t overflows;
-    int32_t applied; /* how many rows have been steered, counted again at every block */
+    int32_t applied; /* how many rows have been steered, counted again at every stage */
     int32_t failure, failed_layer;
 };
 
@@ -92,29 +99,41 @@ static int32_t outputs_before(const struct hook *hook, int32_t row) {
     return below(hook->outputs, hook->output_count, row);
 }
 
-/* Where a row of the batch stands in the output of a block in the graph at hand; -1 where it is not there. */
-static int32_t position(const struct hook *hook, int32_t layer, int32_t row) {
-    if (layer < hook->layers - 1) {
+static bool is_last(const struct hook *hook, int32_t stage) {
+    return stage == 2 * hook->layers - 1;
+}
+
+static int32_t layer_of(int32_t stage) {
+    return stage < 0 ? -1 : stage / 2;
+}
+
+static bool is_projection(int32_t stage) {
+    return stage >= 0 && stage % 2 == 0;
+}
+
+/* Where a row of the batch stands in the tensor of a stage in the graph at hand; -1 where it is not there. */
+static int32_t position(const struct hook *hook, int32_t stage, int32_t row) {
+    if (!is_last(hook, stage)) {
         return row - hook->start;
     }
     int32_t at = outputs_before(hook, row);
     return at < hook->output_count && hook->outputs[at] == row ? at - outputs_before(hook, hook->start) : -1;
 }
 
-/* How many rows the output of a block has in the graph at hand. */
-static int32_t rows_of(const struct hook *hook, int32_t layer) {
-    if (layer < hook->layers - 1) {
+/* How many rows the tensor of a stage has in the graph at hand. */
+static int32_t rows_of(const struct hook *hook, int32_t stage) {
+    if (!is_last(hook, stage)) {
         return hook->rows;
     }
     return outputs_before(hook, hook->start + hook->rows) - outputs_before(hook, hook->start);
 }
 
-/* From the first to the last row of the graph that is steered at a block; with `reading`, by laws that read its input. */
-static struct span steered(const struct hook *hook, int32_t layer, bool reading) {
+/* From the first to the last row of the graph that is steered at a stage; with `reading`, by laws that read z. */
+static struct span steered(const struct hook *hook, int32_t stage, bool reading) {
     struct span span = {hook->rows, 0};
-    const struct block *block = &hook->blocks[layer];
-    for (int32_t i = 0; i < block->count; i++) {
-        const struct part *part = &block->parts[i];
+    const struct stage *here = &hook->stages[stage];
+    for (int32_t i = 0; i < here->count; i++) {
+        const struct part *part = &here->parts[i];
         if (reading && !part->read_input) {
             continue;
         }
@@ -141,25 +160,31 @@ static struct span together(struct span a, struct span b) {
     return span;
 }
 
-/* The rows of a block's output that are needed: those steered there, and those whose next block reads its input. The
- * last block's are positions among the outputs. */
-static struct span needed(const struct hook *hook, int32_t layer) {
-    if (layer == hook->layers - 1) {
-        struct span span = steered(hook, layer, false);
-        struct span all = {0, span.first < span.last ? rows_of(hook, layer) : 0};
+/* The rows of a stage's tensor that are needed: those steered there, and of a block's output those whose next block
+ * reads it. The last block's are positions among the outputs. */
+static struct span needed(const struct hook *hook, int32_t stage) {
+    if (stage < 0) {
+        return steered(hook, 1, true);
+    }
+    struct span own = steered(hook, stage, false);
+    if (is_projection(stage)) {
+        return own;
+    }
+    if (is_last(hook, stage)) {
+        struct span all = {0, own.first < own.last ? rows_of(hook, stage) : 0};
         return all;
     }
-    struct span own = steered(hook, layer, false), next = steered(hook, layer + 1, true);
-    return together(own, next);
+    return together(own, steered(hook, stage + 2, true));
 }
 
-/* The number after "l_out-", or -1. */
-static int32_t block_of(const char *name) {
-    if (strncmp(name, "l_out-", 6) != 0 || name[6] == 0) {
+/* The number that a name has after this beginning, or -1. */
+static int32_t number_after(const char *beginning, const char *name) {
+    size_t length = strlen(beginning);
+    if (strncmp(name, beginning, length) != 0 || name[length] == 0) {
         return -1;
     }
     int32_t number = 0;
-    for (const char *digit = name + 6; *digit; digit++) {
+    for (const char *digit = name + length; *digit; digit++) {
         if (*digit < '0' || *digit > '9' || number > 1000000) {
             return -1;
         }
@@ -182,7 +207,7 @@ static void begin(struct hook *hook) {
     hook->start += hook->rows;
     int32_t left = hook->tokens - hook->start;
     hook->rows = left < hook->ubatch ? left : hook->ubatch;
-    hook->held = -1;
+    hook->held = hook->projection = -1;
 }
 
 static bool fail(struct hook *hook, int32_t failure, int32_t layer) {
@@ -234,22 +259,22 @@ static void steer_row(const struct part *part, const float *z, float *y, int32_t
     }
 }
 
-/* Change `hook->output`, which has the rows `span` of a block's output, as the laws at that block say. */
-static bool steer_block(struct hook *hook, int32_t layer, struct span span) {
-    const struct block *block = &hook->blocks[layer];
-    for (int32_t i = 0; i < block->count; i++) {
-        const struct part *part = &block->parts[i];
+/* Change `hook->output`, which has the rows `span` of a stage's tensor, as the laws at that stage say. */
+static bool steer_stage(struct hook *hook, int32_t stage, struct span span) {
+    const struct stage *here = &hook->stages[stage];
+    for (int32_t i = 0; i < here->count; i++) {
+        const struct part *part = &here->parts[i];
         int32_t from = below(part->rows, part->count, hook->start);
         int32_t to = below(part->rows, part->count, hook->start + hook->rows);
         for (; from < to; from++) {
-            int32_t row = part->rows[from], at = position(hook, layer, row);
+            int32_t row = part->rows[from], at = position(hook, stage, row);
             if (at < 0) {
                 continue; /* the last block is not computed there */
             }
             const float *z = NULL;
             if (part->read_input) {
                 int32_t held = row - hook->start - hook->held_first;
-                if (hook->held != layer || held < 0 || held >= hook->held_count) {
+                if (hook->held != layer_of(stage) || held < 0 || held >= hook->held_count) {
                     return false;
                 }
                 z = hook->input + (size_t)held * hook->width;
@@ -267,49 +292,66 @@ static bool steer_block(struct hook *hook, int32_t layer, struct span span) {
     return true;
 }
 
-/* Asked a thousand times a token, so that most names are told by their first letter. */
-static bool wanted(struct hook *hook, const char *name) {
-    bool input = name[0] != 'l';
-    if (input && !(hook->reads_first && is_input(hook, name))) {
-        return false;
-    }
-    int32_t layer = input ? -1 : block_of(name);
-    if ((!input && layer < 0) || layer >= hook->layers) {
-        return false;
-    }
-    if (input ? hook->asked >= 0 : layer <= hook->asked) {
+/* Whether any rows of a stage's tensor are, which comes next in the graph. */
+static bool rows_wanted(struct hook *hook, int32_t stage) {
+    if (stage < 0 ? hook->asked >= 0 : stage <= hook->asked) {
         begin(hook);
     }
-    hook->asked = layer;
-    struct span span = input ? steered(hook, 0, true) : needed(hook, layer);
+    hook->asked = stage;
+    struct span span = needed(hook, stage);
     return span.first < span.last;
 }
 
-/* Fetch what is needed of a tensor, steer it, and keep it where the next block's law reads it. */
+/* Asked a thousand times a token, so that most names are told by their first letter. */
+static bool wanted(struct hook *hook, const void *tensor) {
+    if (hook->projection >= 0 && strcmp(hook->operation(tensor), "MUL_MAT") == 0) {
+        int32_t stage = hook->projection;
+        hook->projection = -1;
+        return rows_wanted(hook, stage);
+    }
+    const char *name = hook->name(tensor);
+    if (name[0] == 'l') {
+        int32_t layer = number_after("l_out-", name);
+        return layer >= 0 && layer < hook->layers && rows_wanted(hook, 2 * layer + 1);
+    }
+    if (name[0] == 'k') {
+        int32_t layer = number_after("kqv_out-", name);
+        if (layer >= 0 && layer < hook->layers && hook->stages[2 * layer].count) {
+            hook->projection = 2 * layer;
+        }
+        return false;
+    }
+    return hook->reads_first && is_input(hook, name) && rows_wanted(hook, -1);
+}
+
+/* Fetch what is needed of a tensor, steer it, and keep a block's output where the next block's law reads it. */
 static bool computed(struct hook *hook, void *tensor) {
-    int32_t layer = hook->asked, width = hook->width;
+    int32_t stage = hook->asked, width = hook->width;
     size_t row_size = (size_t)width * sizeof(float);
     int64_t elements = hook->elements(tensor);
-    struct span span = layer < 0 ? steered(hook, 0, true) : needed(hook, layer);
+    struct span span = needed(hook, stage);
     if (hook->bytes(tensor) != (size_t)elements * sizeof(float)) {
-        return fail(hook, NOT_FLOATS, layer);
+        return fail(hook, NOT_FLOATS, layer_of(stage));
     }
-    if (elements != (int64_t)width * (layer < 0 ? hook->rows : rows_of(hook, layer))) {
-        return fail(hook, OTHER_ROWS, layer);
+    if (elements != (int64_t)width * rows_of(hook, stage)) {
+        return fail(hook, OTHER_ROWS, layer_of(stage));
     }
     size_t offset = span.first * row_size, size = (span.last - span.first) * row_size;
     hook->get(tensor, hook->output, offset, size);
     int32_t before = hook->applied;
-    if (layer >= 0 && !steer_block(hook, layer, span)) {
-        return fail(hook, NO_INPUT, layer);
+    if (stage >= 0 && !steer_stage(hook, stage, span)) {
+        return fail(hook, NO_INPUT, layer_of(stage));
     }
     if (hook->applied != before) {
         hook->set(tensor, hook->output, offset, size);
     }
+    if (is_projection(stage)) {
+        return true;
+    }
     float *output = hook->output; /* what was put out goes into the next block */
     hook->output = hook->input;
     hook->input = output;
-    hook->held = layer + 1;
+    hook->held = layer_of(stage) + 1;
     hook->held_first = span.first;
     hook->held_count = span.last - span.first;
     return true;
@@ -321,13 +363,13 @@ bool mlx_lqr_eval(void *tensor, bool ask, void *user_data) {
     if (hook->instead) {
         return hook->instead(tensor, ask, hook->instead_data);
     }
-    if (hook->failure || !hook->blocks) {
+    if (hook->failure || !hook->stages) {
         return !ask;
     }
-    return ask ? wanted(hook, hook->name(tensor)) : computed(hook, tensor);
+    return ask ? wanted(hook, tensor) : computed(hook, tensor);
 }
 
 /* For whoever declares the structures again, to check that they are laid out alike. */
 size_t mlx_lqr_size(int32_t which) {
-    return which == 0 ? sizeof(struct part) : which == 1 ? sizeof(struct block) : sizeof(struct hook);
+    return which == 0 ? sizeof(struct part) : which == 1 ? sizeof(struct stage) : sizeof(struct hook);
 }

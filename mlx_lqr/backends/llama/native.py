@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import operator
 import os
 import shutil
 import subprocess
@@ -21,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_lqr.backends.llama.hook import EMBEDDINGS, PythonHook, Rows
+from mlx_lqr.backends.llama.hook import EMBEDDINGS, PythonHook, Rows, Seen, check_shown, output_stage, stage_of
 from mlx_lqr.backends.llama.library import ggml, llama
-from mlx_lqr.backends.protocol import Affine, AffineLaw
+from mlx_lqr.backends.protocol import Affine
 from mlx_lqr.errors import InputError, first_line
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.cache import cache_folder
@@ -49,8 +48,8 @@ class _Part(ctypes.Structure):
     ]
 
 
-class _Block(ctypes.Structure):
-    """`struct block`"""
+class _Stage(ctypes.Structure):
+    """`struct stage`"""
 
     _fields_ = [("parts", _Address), ("count", _Number)]
 
@@ -59,12 +58,25 @@ class _State(ctypes.Structure):
     """`struct hook`"""
 
     _fields_ = [
-        *((name, _Address) for name in ("name", "elements", "bytes", "get", "set", "instead", "instead_data")),
-        *((name, _Address) for name in ("inputs", "blocks", "outputs", "input", "output", "overflowed", "errors")),
+        *(
+            (name, _Address)
+            for name in ("name", "operation", "elements", "bytes", "get", "set", "instead", "instead_data")
+        ),
+        *((name, _Address) for name in ("inputs", "stages", "outputs", "input", "output", "overflowed", "errors")),
         *((name, _Number) for name in ("layers", "width", "ubatch", "tokens", "output_count", "reads_first")),
         *(
             (name, _Number)
-            for name in ("start", "rows", "asked", "held", "held_first", "held_count", "overflows", "applied")
+            for name in (
+                "start",
+                "rows",
+                "asked",
+                "projection",
+                "held",
+                "held_first",
+                "held_count",
+                "overflows",
+                "applied",
+            )
         ),
         *((name, _Number) for name in ("failure", "failed_layer")),
     ]
@@ -92,15 +104,12 @@ class NativeHook:
         self._by_python = False
         self._kept: list[Any] = []
         """What the state points to"""
-        self._prepared: tuple[Any, ...] = ()
-        self._seen: list[Any] = []
-        """The numbers of the laws of the batch before"""
+        self._seen = Seen()
         self._placed: dict[int, tuple[Any, dict[int, _Arrays]]] = {}
         """id of a law's numbers -> them, and by layer the arrays that C reads"""
-        self._affine_kinds: dict[type, bool] = {}
         self._expected = 0
-        """How many rows are to be steered, counted again at every block"""
-        self._last = num_layers - 1
+        """How many rows are to be steered, counted again at every stage"""
+        self._last = output_stage(num_layers - 1)
         self._overflowed = np.zeros(0, np.uint8)
         self._streams = np.empty((2, n_ubatch, hidden_size), np.float32)
         self._names = (ctypes.c_char_p * (len(EMBEDDINGS) + 1))(*EMBEDDINGS, None)
@@ -133,7 +142,7 @@ class NativeHook:
     def prepare(self, steered: Sequence[Rows], tokens: int, outputs: Sequence[int]) -> None:
         """See `Hook`."""
         state = self._state
-        affines = [self._affines(own) for own in steered]
+        affines = [self._seen.affines(own.law) for own in steered]
         self._by_python = any(one is None for one in affines)
         if self._by_python:
             state.instead = ctypes.cast(self._python.callback, _Address).value
@@ -143,11 +152,9 @@ class NativeHook:
         state.start = state.rows = state.applied = state.failure = 0
         if state.overflows:
             self._overflowed[:], state.overflows = 0, 0
-        state.asked, state.held = state.layers, -1
-        batch = (tokens, list(outputs), [list(own.rows) for own in steered])
-        if batch != self._prepared or any(map(operator.is_not, affines, self._seen)):
-            self._prepared, self._seen = batch, affines
-            self._arrange([(one, own.rows) for one, own in zip(affines, steered, strict=True) if one], tokens, outputs)
+        state.asked, state.held, state.projection = 2 * state.layers, -1, -1
+        if self._seen.is_new(steered, affines, tokens, outputs):
+            self._arrange([(one, own) for one, own in zip(affines, steered, strict=True) if one], tokens, outputs)
 
     def finish(self) -> None:
         """See `Hook`.
@@ -160,48 +167,35 @@ class NativeHook:
             return
         if self._state.failure:
             raise InputError(f"layer {self._state.failed_layer}: {_FAILURES[self._state.failure]}")
-        if self._state.applied != self._expected:
-            raise InputError(
-                f"llama.cpp has shown {self._state.applied} of {self._expected} outputs that were to be steered: this "
-                "model, or this version of llama-cpp-python, cannot be steered (try --backend mlx)"
-            )
+        check_shown(self._state.applied, self._expected)
 
-    def _affines(self, own: Rows) -> Mapping[int, Affine] | None:
-        """What a law does at each layer; None where it has to be called."""
-        law: Any = own.law
-        kind = type(law)
-        if kind not in self._affine_kinds:
-            self._affine_kinds[kind] = isinstance(law, AffineLaw)  # slow, for a protocol
-        return law.affine() if self._affine_kinds[kind] else None
-
-    def _arrange(
-        self, laws: Sequence[tuple[Mapping[int, Affine], Sequence[int]]], tokens: int, outputs: Sequence[int]
-    ) -> None:
+    def _arrange(self, laws: Sequence[tuple[Mapping[int, Affine], Rows]], tokens: int, outputs: Sequence[int]) -> None:
         """Let the state point to the numbers and the rows of all laws."""
         state, last = self._state, self._last
         wanted = np.array(outputs, np.int32)
         self._placed = {id(one): (one, self._arrays(one)) for one, _ in laws}
         parts: dict[int, list[_Part]] = {}
         self._kept, self._expected, most = [wanted], 0, 1
-        for affines, rows in laws:
-            steered = np.array(rows, np.int32)
+        for affines, own in laws:
+            steered = np.array(own.rows, np.int32)
             self._kept.append(steered)
             for layer, arrays in self._placed[id(affines)][1].items():
-                parts.setdefault(layer, []).append(arrays.part(steered))
-                computed = steered if layer < last else np.intersect1d(steered, wanted)
+                stage = stage_of(own.law, layer)
+                parts.setdefault(stage, []).append(arrays.part(steered))
+                computed = np.intersect1d(steered, wanted) if stage == last else steered
                 self._expected += len(computed)
                 most = max(most, len(arrays.target))
-        blocks = (_Block * state.layers)()
-        for layer, own in parts.items():
-            together = (_Part * len(own))(*own)
+        stages = (_Stage * (2 * state.layers))()
+        for stage, at_once in parts.items():
+            together = (_Part * len(at_once))(*at_once)
             self._kept.append(together)
-            blocks[layer] = _Block(ctypes.addressof(together), len(own))
+            stages[stage] = _Stage(ctypes.addressof(together), len(at_once))
         errors = np.empty(most, np.float32)
-        self._kept += [blocks, errors]
-        state.blocks, state.errors = ctypes.addressof(blocks) if parts else None, errors.ctypes.data
+        self._kept += [stages, errors]
+        state.stages, state.errors = ctypes.addressof(stages) if parts else None, errors.ctypes.data
         self._overflowed, state.overflows = np.zeros(tokens, np.uint8), 0
         state.overflowed = self._overflowed.ctypes.data
-        state.reads_first = any(part.read_input for part in parts.get(0, ()))
+        state.reads_first = any(part.read_input for part in parts.get(output_stage(0), ()))
         state.outputs, state.output_count, state.tokens = wanted.ctypes.data, len(wanted), tokens
 
     def _arrays(self, affines: Mapping[int, Affine]) -> dict[int, _Arrays]:
@@ -238,6 +232,7 @@ def _rows(columns: np.ndarray | None) -> np.ndarray | None:
 
 _FUNCTIONS = {
     "name": "ggml_get_name",
+    "operation": "ggml_op_desc",
     "elements": "ggml_nelements",
     "bytes": "ggml_nbytes",
     "get": "ggml_backend_tensor_get",
@@ -277,7 +272,7 @@ def _built() -> tuple[Any, str]:
         library = ctypes.CDLL(str(file))
         size = library.mlx_lqr_size
         size.restype, size.argtypes = ctypes.c_size_t, [_Number]
-        if [size(which) for which in range(3)] != [ctypes.sizeof(kind) for kind in (_Part, _Block, _State)]:
+        if [size(which) for which in range(3)] != [ctypes.sizeof(kind) for kind in (_Part, _Stage, _State)]:
             return None, "its structures are laid out in another way here"
         return library, ""
     except (OSError, AttributeError, InputError) as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_lqr.backends.llama.hook import EMBEDDINGS, PythonHook, Rows, output_name
+from mlx_lqr.backends.llama.hook import FIRST, Part, PythonHook, Rows, output_stage
 from mlx_lqr.backends.protocol import Float32
 
 
@@ -22,9 +22,11 @@ class RecordingHook(PythonHook):
     def prepare(self, steered: Sequence[Rows], tokens: int, outputs: Sequence[int]) -> None:
         """See `Hook`."""
         super().prepare(steered, tokens, outputs)
-        self._wanted |= dict.fromkeys(EMBEDDINGS, -1) | {output_name(k): k for k in range(self._last + 1)}
+        for stage in range(FIRST, self._last + 1, 2):
+            self._wanted |= self._named(stage)
         self.streams = np.full((len(outputs), *self.streams.shape[1:]), np.nan, np.float32)
 
-    def _shown(self, k: int, stream: Float32, rows: np.ndarray) -> None:
+    def _shown(self, k: int, stream: Float32, part: Part) -> None:
+        rows = self._computed_rows(part, output_stage(k))
         wanted = np.isin(rows, self._outputs)
         self.streams[np.searchsorted(self._outputs, rows[wanted]), k + 1] = stream[wanted]
