@@ -253,12 +253,17 @@ def unpack_debian(folder: Path, root: Path) -> None:
     release = platform.freedesktop_os_release()
     if release["ID"] != "debian":
         sys.exit(f"This needs Debian, and not {release['NAME']}")
+    codename = release["VERSION_CODENAME"]
+    known = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(SITE) $(CODENAME)"], check=True, capture_output=True, text=True
+    ).stdout
+    site = next(line.split()[0] for line in known.splitlines() if line.split()[1:] == [codename])
     state = folder / "apt"
     for name in ("lists/partial", "archives/partial"):
         (state / name).mkdir(parents=True, exist_ok=True)
     (state / "status").touch()
     key = "/usr/share/keyrings/debian-archive-keyring.gpg"
-    sources = f"deb [signed-by={key}] http://deb.debian.org/debian {release['VERSION_CODENAME']} main\n"
+    sources = f"deb [signed-by={key}] {site} {codename} main\n"
     (state / "sources.list").write_text(sources)
     settings = {
         **{f"APT::{name}": "arm64" for name in ("Architecture", "Architectures")},
