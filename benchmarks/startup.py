@@ -21,8 +21,8 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 from report import ratio, say
@@ -53,8 +53,7 @@ TOKENS = 49
 """What the programs of the table write"""
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One run of a program."""
 
     first: float
