@@ -20,14 +20,15 @@ from mlx_lqr.methods import law_of
 llama_cpp = pytest.importorskip("llama_cpp")
 
 TOKENS = [5, 17, 40, 8, 23]
+SILENT = llama_cpp.llama_log_callback(lambda *_: None)
+"""Held, since llama.cpp goes on calling it"""
 SETS = [[1, 2, 3], [4, 5, 6], [7, 9]], [[9, 8, 7], [6, 5], [11, 12]]
 
 
 @contextmanager
 def loaded(file: Path) -> Iterator[tuple[Any, Any]]:
     """A model and a context of its low-level interface."""
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(SILENT, ctypes.c_void_p(0))
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx, parameters.n_batch, parameters.n_threads, parameters.n_threads_batch = 64, 64, 1, 1
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
