@@ -160,7 +160,7 @@ LEVERS: Sequence[tuple[str, str, Callable[[Bench], Fitted]]] = (
         lambda bench: bench.fit(setpoint="paper", readout="direction", feedback=1.0),
     ),
     ("feedback", "the whole, as the paper has it", lambda bench: bench.fit(feedback=1.0)),
-    ("feedback", "half", lambda bench: bench.fit(feedback=0.5)),
+    ("feedback", "a quarter", lambda bench: bench.fit(feedback=0.25)),
     ("feedback", "a tenth", lambda bench: bench.fit(feedback=0.1)),
     ("q/r", "0.3", lambda bench: bench.fit(q=0.3, qf=0.3)),
     ("q/r", "3", lambda bench: bench.fit(q=3.0, qf=3.0)),

@@ -53,8 +53,9 @@ Positions = Literal["last", "all"]
 Setpoint = Literal["paper", "centred"]
 """What a strength asks of the feature: strength x mu_k, or the level of the negative prompts' mean + strength x mu_k,
 which is that of the positive prompts at 1. Strength 0 itself does not steer."""
-FEEDBACK = 0.25
-"""The default share of the feedback. The paper's 1 controls less at the same damage (docs/comparison.md)."""
+FEEDBACK = 0.5
+"""The default share of the feedback. With the paper's 1 there is less of the concept at the same damage, and with less
+than a half long answers run into loops (docs/comparison.md)."""
 Readout = Literal["discriminant", "direction"]
 """What the feature is read by: Fisher's linear discriminant w_k of the two sets (`Contrast.discriminant`), or the
 direction v_k itself, as in the paper."""
