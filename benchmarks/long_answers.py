@@ -121,8 +121,8 @@ def main(source: str, concepts: tuple[str, ...], backend: Literal["mlx", "torch"
             print(concept, name, budget, found, flush=True)
     columns = list(rows["unsteered", ""][0])
     print(f"| law | budget | {' | '.join(columns)} |\n{'|---' * (len(columns) + 2)}|")
-    for (name, budget), found in rows.items():
-        means = [f"{np.mean([one[column] for one in found]):.2f}" for column in columns]
+    for (name, budget), each in rows.items():
+        means = [f"{np.mean([one[column] for one in each]):.2f}" for column in columns]
         print(f"| {name} | {budget} | {' | '.join(means)} |")
 
 

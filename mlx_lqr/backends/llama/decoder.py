@@ -159,6 +159,7 @@ class LlamaDecoder:
     def logits_along(self, tokens: Sequence[int], *, steered: bool) -> Float32:
         """See `Decoder`."""
         with self._framework.computing("the logits"):
+            self._run_waiting()
             if not self._slots:
                 self._start(1)
             parts = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
@@ -265,12 +266,19 @@ class LlamaDecoder:
         if waiting.rows:
             self._append((), (), after=waiting)
 
-    def _append(self, rows: Sequence[int], tokens: Sequence[int], *, after: _Waiting) -> Float32:
-        """Run tokens of these sequences, steered, after what is waiting: the logits (n, V) of each."""
+    def _append(
+        self, rows: Sequence[int], tokens: Sequence[int], *, after: _Waiting = _NOTHING, steered: bool = True
+    ) -> Float32:
+        """Run tokens of these sequences after what is waiting: the logits (n, V) of each.
+
+        Args:
+            after: nothing, where the tokens are not steered.
+        """
         rows_of_all, start = [*after.rows, *rows], len(after.rows)
         if self._window is not None:
             self._make_room(len(rows_of_all))
-        steering, owners = self._steering(rows_of_all, 0 if after.steered else start)
+        first = 0 if after.steered else start
+        steering, owners = self._steering(rows_of_all, first if steered else len(rows_of_all))
         batch = Batch(
             [*after.tokens, *tokens],
             [self._slots[row] for row in rows_of_all],
