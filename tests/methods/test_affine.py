@@ -16,7 +16,7 @@ from mlx_lqr.methods.recording import RecordedFeedback
 from mlx_lqr.methods.registry import METHODS
 from mlx_lqr.methods.steering import law_of
 
-AFFINE = {"ablation", "actadd", "alqr", "mean-act", "pca", "pid-act", "proportional"}
+AFFINE = {"ablation", "actadd", "alqr", "iti", "mean-act", "pca", "pid-act", "proportional"}
 
 
 def by_hand(law: AffineLaw, layer: int, z: np.ndarray, y: np.ndarray) -> np.ndarray:
