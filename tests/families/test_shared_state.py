@@ -164,7 +164,7 @@ def test_gains_solve_the_regulator_of_the_whole_state(family: str, layers: str |
     v, mu = contrast.unit_direction.astype(np.float64), np.append(contrast.magnitude, 0.0).astype(np.float64)
     mu[T] = np.linalg.norm(contrast.output_direction)
     v = np.vstack([v, contrast.output_direction / mu[T]])
-    given = {"q": q, "qf": qf, "r": r, "layers": layers}
+    given = {"q": q, "qf": qf, "r": r, "layers": layers, "feedback": 1.0}
     state = textbook(jacobians, d, [q * np.eye(d)] * T + [qf * np.eye(d)], [r] * T, chosen)
     weights = [q / mu[k] ** 2 if k < T else qf / mu[T] ** 2 for k in range(T + 1)]
     outer = [weight * np.outer(v[k], v[k]) for k, weight in enumerate(weights)]
@@ -176,7 +176,7 @@ def test_gains_solve_the_regulator_of_the_whole_state(family: str, layers: str |
             assert np.linalg.norm(controller.gain[:, :, 0] - expected) < 1e-4 * np.linalg.norm(expected)
     full = mlx_lqr.solve(mlx_lqr.Jacobians.load(tmp_path / "jacobians.safetensors"), q, r, qf, layers=chosen)
     assert all(np.allclose(K, other, rtol=1e-6, atol=1e-9) for K, other in zip(full, state, strict=True))
-    compiled = mlx_lqr.compile(full, contrast).gain[:, :, 0]
+    compiled = mlx_lqr.compile(full, contrast, feedback=1.0).gain[:, :, 0]
     assert np.allclose(compiled, np.stack([K[:, :d] @ v[k] for k, K in enumerate(state)]), rtol=1e-4, atol=1e-6)
 
 
