@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON_OLDEST ?= $(PYTHON)
 OLDEST := .venv-oldest
 
-.PHONY: help demo test test-arm test-families test-oldest test-gpu test-llama test-metal test-wheel fuzz lint docs figures \
+.PHONY: help demo test test-arm test-docs test-families test-oldest test-gpu test-llama test-metal test-wheel fuzz lint docs figures \
 	families clean
 
 help: ## list the targets
@@ -19,11 +19,16 @@ demo: $(VENV)/core ## fit a controller on a small model, and write with it
 # Two processes with a file of tests each, and a core each: BLAS threads of both would only wait for one another. With
 # COVERAGE=1 it also prints what they cover: a quarter slower with Python 3.11 and older, newer ones count lines at next
 # to no cost.
-test: $(VENV)/test ## all tests but test-families; COVERAGE=1 prints which files they cover least
+test: $(VENV)/test ## all tests but test-docs and test-families; COVERAGE=1 prints which files they cover least
 	COVERAGE_CORE=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")') \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/families \
+		--ignore tests/test_documentation.py \
 		$(if $(COVERAGE),--cov --cov-report=)
 	@[ -z "$(COVERAGE)" ] || $(BIN)/python -m coverage report | sed -n -e '1,14p' -e '$$p'
+
+# Every command of README.md and docs/ is run, in one process, which takes minutes.
+test-docs: $(VENV)/test ## the documentation: its commands do what it shows
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_documentation.py
 
 # Models that are on no list, a tiny one of each architecture among them; one process a core.
 test-families: $(VENV)/test ## the rest of the tests: every architecture, several processes
