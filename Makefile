@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 PYTHON_OLDEST ?= $(PYTHON)
 OLDEST := .venv-oldest
 
-.PHONY: help demo test test-arm test-docs test-families test-oldest test-gpu test-llama test-metal test-wheel fuzz lint docs figures \
-	families clean
+.PHONY: help demo test test-arm test-docs test-families test-oldest test-gpu test-llama test-metal test-wheel fuzz lint docs \
+	figures families clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1#\2/p' $(MAKEFILE_LIST) | column -t -s '#'
