@@ -64,8 +64,8 @@ class Reading:
     last: list[int]
     """The position of each prompt's last token"""
     shared: int
-    """How many tokens each sequence has in common with another, and with all where one pass reads few; no prompt ends
-    in them"""
+    """How many tokens of each sequence are read before the others, once for all that begin with them; no prompt ends in
+    them"""
 
     @property
     def prompts(self) -> list[Sequence[int]]:
