@@ -241,10 +241,9 @@ class HookedModel(ScoringModel):
             return call(z[at][None])  # the head is a large matrix, and few positions are asked for
 
         layers = set(law.layers if law is not None else ())
-        if kept is not None and min(layers, default=kept.layer) >= kept.layer:
-            start, inputs, key = kept.layer, kept.inputs, (read, *map(tuple, asked.sequences))
-        else:
-            start, inputs, key = 0, {}, ()
+        if kept is None or min(layers, default=kept.layer) < kept.layer:
+            kept = Kept(0)
+        start, inputs, key = kept.layer, kept.inputs, (read, *map(tuple, asked.sequences))
         known = key in inputs
 
         def block(k: int, z: Array, call: BlockCall) -> Array:

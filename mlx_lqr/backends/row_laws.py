@@ -99,7 +99,7 @@ class _SiteLaws:
             first = next(law for law in laws if law is not None)
             assert isinstance(first, StackableLaw)
             stack = first.stacked(laws)
-            self._stacks.append(stack.to(framework.floats, framework.add_product, renew=framework.renewed))
+            self._stacks.append(framework.place(stack))
 
     def aim(self) -> None:
         for law in [*self._stacks, *self._alone.values()]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from mlx_lqr.errors import InputError
+from mlx_lqr.files.json_text import read_json
 from mlx_lqr.methods.steering import Steering
 from mlx_lqr.tasks.records import FORMAT
 from mlx_lqr.tasks.steering import NamedSteering
 
+_ADVICE = "give its FILE.summary.json"
 _LEFT_OUT = ("tokens", "distinct_1", "distinct_3")
 """Numbers of a summary that say little beside the others"""
 
@@ -44,8 +44,8 @@ def read_measured(path: str | PathLike[str], steering: Steering) -> Measured:
     Raises:
         InputError: the file cannot be read, is no such summary, or is one of another steering.
     """
+    said: Any = read_json(path, _ADVICE)
     try:
-        said: dict[str, Any] = json.loads(Path(path).read_text("utf-8"))
         if said["format"] != FORMAT:
             raise ValueError("another format")
         evaluated, task, control = said["steering"], str(said["task"]), str(said["control"])
@@ -53,10 +53,8 @@ def read_measured(path: str | PathLike[str], steering: Steering) -> Measured:
         names = [name for name in next(iter(measured.values())) if name not in _LEFT_OUT]
         names.sort(key=lambda name: name != control)
         rows = tuple((name, tuple(_cell(metrics[name]) for metrics in measured.values())) for name in names)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
-        raise InputError(f"{path} is no summary that `mlx-lqr eval` wrote: give its FILE.summary.json") from error
+        raise InputError(f"{path} is no summary that `mlx-lqr eval` wrote: {_ADVICE}") from error
     own = NamedSteering("", steering).settings
     if not isinstance(evaluated, dict) or evaluated.get("digest") != own["digest"]:
         raise InputError(f"{path} was measured with another controller: evaluate this one (mlx-lqr eval ... -c FILE)")

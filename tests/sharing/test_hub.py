@@ -148,6 +148,8 @@ def test_what_was_measured_stands_on_the_page(there: Hub, mlx_lqr_there: Command
     ):
         summary.write_text(json.dumps(damage))
         assert says in mlx_lqr_there.refused("push", dog, "me/dog", "--results", summary)
+    summary.write_text("[" * 100_000)
+    assert "is not valid JSON" in mlx_lqr_there.refused("push", dog, "me/dog", "--results", summary)
     assert "cannot read" in mlx_lqr_there.refused("push", dog, "me/dog", "--results", tmp_path / "none.json")
 
 

@@ -217,8 +217,7 @@ class MeasuredDecoder(MLXDecoder):
         assert self._law is not None
         if isinstance(self._law, RowLaws):
             return [self._law.of_row(row) for row in range(len(self._law.laws))]
-        law, framework = self._law, self._framework
-        return [law.to(framework.floats, framework.add_product, renew=framework.renewed) for _ in self._lengths]
+        return [self._framework.place(self._law) for _ in self._lengths]
 
     def _call(self, tokens: mx.array, cache: Any, hooks: BlockHooks | None, *, every: bool = False) -> mx.array:
         self._energy = None

@@ -78,9 +78,8 @@ class TorchDecoder(HookedDecoder):
 
     def _place(self, law: Law | None) -> Law | None:
         self._graph = None
-        if law is None:
-            return None
-        return law.to(self._framework.floats, self._framework.add_product, renew=self._framework.renewed)
+        placed: Law | None = self._framework.place(law)
+        return placed
 
     def _sampler_of(self, sampling: Sampling) -> TorchSampler:
         return TorchSampler(self._framework, sampling)
