@@ -55,6 +55,8 @@ class Fake:
     says: list[str] = field(default_factory=lambda: PLAIN)
     """The words of an answer that is not steered, over and over."""
     layers: Sequence[int] = (28, 29)
+    loading: bool = False
+    """No controller is listed while it is true."""
     key: str | None = None
     full: bool = False
     controllers: dict[str, dict[str, Any]] = field(default_factory=lambda: {"ocean": controller("ocean", 2.229)})
@@ -81,6 +83,8 @@ class Fake:
         return JSONResponse({"object": "list", "data": [{"id": "demo", "object": "model"}]})
 
     async def list(self, request: Request) -> Response:
+        while self.loading:
+            await asyncio.sleep(0.01)
         return JSONResponse({"object": "list", "data": list(self.controllers.values())})
 
     async def fit(self, request: Request) -> Response:

@@ -188,6 +188,22 @@ def test_a_slider_that_moves_before_the_first_word_acts_on_the_answer(opened: Op
     assert said_to(fake, "/v1/steering/") == [{"steering": {"ocean": 0}}]
 
 
+def test_a_question_asked_while_the_page_loads_is_steered_all_the_same(opened: Open, fake: Fake) -> None:
+    fake.loading = True
+    page = opened()
+    ask(page)
+    page.get_by_label("Your question").press("Enter")  # impatience asks once
+    page.wait_for_timeout(100)
+    assert not fake.requests
+    fake.loading = False
+    expect(page.locator(".answer.steered h3")).to_have_text("Steeredocean 2.23")
+    ended(page)
+    assert [(body["model"], body["steering"]) for body in said_to(fake, "/v1/chat")] == [
+        ("demo", {"ocean": 2.229}),
+        ("demo", {}),
+    ]
+
+
 def test_everything_is_done_with_the_keyboard(opened: Open, fake: Fake) -> None:
     fake.hold_at = 10
     page = opened()

@@ -55,7 +55,8 @@ const messagesBefore = (turn, kind) => {
   ];
 };
 
-function ask(text) {
+async function ask(text) {
+  await loaded; // whoever is faster than the page is answered with its model and its sliders all the same
   if (running || !text.trim()) return;
   const turn = { question: text.trim(), element: element("article", { className: "turn" }) };
   turns.at(-1)?.regenerate?.remove();
@@ -205,7 +206,7 @@ const tracking = byId("tracking");
 tracking.open = !matchMedia("(max-width: 899px)").matches;
 tracking.addEventListener("toggle", () => tracking.open && tracking.scrollIntoView({ block: "nearest" }));
 
-await inPanel(
+const loaded = inPanel(
   (async () => {
     const listed = await (await request("v1/models")).json();
     model = listed.data[0].id;
