@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +24,8 @@ from mlx_lqr.backends.mlx.model import MLXModel
 from mlx_lqr.backends.mlx.sampling import nucleus
 from mlx_lqr.backends.protocol import Model, Sampling
 from mlx_lqr.backends.sampling import LIKELIEST
-from mlx_lqr.backends.torch.sampling import outside_top_p
+from mlx_lqr.backends.torch.framework import TorchFramework
+from mlx_lqr.backends.torch.sampling import TorchSampler, outside_top_p
 from mlx_lqr.lqr.adapt import adapt_at
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.runtime.decode import decode
@@ -211,3 +213,30 @@ def test_the_nucleus_is_the_likeliest_tokens_with_the_mass_asked_for(
         assert own[chosen].min() >= own[~chosen].max()
         assert own[chosen].sum() == pytest.approx(top_p, abs=own[chosen].min() + 1e-4)
         assert own[chosen].sum() >= top_p - 1e-4
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    "filters", [{"top_p": 0.9}, {"top_p": 1.0, "min_p": 0.02}, {"top_p": 0.95, "top_k": 3000, "min_p": 1e-3}]
+)
+def test_draws_by_rank_have_the_frequencies_of_the_filtered_distribution(filters: dict[str, Any], flat: bool) -> None:
+    """Against float64, where the likeliest tokens looked at first have all that the filters leave, and where not."""
+    logits = np.random.default_rng(1).normal(size=8 * LIKELIEST) * (0.4 if flat else 4.0)
+    probability = np.sort(np.exp(logits - logits.max()))[::-1] / np.exp(logits - logits.max()).sum()
+    sampling = Sampling(temperature=0.7, seed=0, **filters)
+    left = probability.cumsum() - probability < sampling.top_p
+    left &= probability >= sampling.min_p * probability[0]
+    left &= np.arange(len(left)) < (sampling.top_k or len(left))
+    assert (left.sum() > LIKELIEST) == flat
+    tempered = np.where(left, probability, 0.0) ** (1 / 0.7)
+    share = tempered.cumsum() / tempered.sum()
+    rows = torch.from_numpy(logits).float().expand(1000, -1)
+    sampler = TorchSampler(cast(TorchFramework, SimpleNamespace(device=torch.device("cpu"))), sampling)
+    rank = np.argsort(np.argsort(-logits))
+    drawn = rank[np.concatenate([sampler.draw(rows, None).numpy() for _ in range(2)])]
+    assert left[drawn].all()
+    for tenth in np.linspace(0.1, 0.9, 9):
+        bound = int(np.searchsorted(share, tenth))
+        expected = share[bound]
+        spread = np.sqrt(expected * (1 - expected) / len(drawn))
+        assert abs(np.mean(drawn <= bound) - expected) < 4 * spread + 1e-3

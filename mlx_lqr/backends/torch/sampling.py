@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from mlx_lqr.backends.protocol import Sampling
+from mlx_lqr.backends.protocol import LEAST_TEMPERATURE, Sampling
 from mlx_lqr.backends.sampling import LIKELIEST, GeneratorSampler
 from mlx_lqr.backends.torch.framework import TorchFramework
 
@@ -23,6 +23,32 @@ class TorchSampler(GeneratorSampler):
 
     def _likeliest(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.argmax(dim=-1)
+
+    def _pick(self, logits: torch.Tensor) -> torch.Tensor:
+        sampling = self.sampling
+        filters = sampling.top_p < 1 or sampling.min_p > 0 or sampling.top_k > 0
+        if sampling.temperature == 0 or not filters or logits.device.type != "cpu":
+            return super()._pick(logits)
+        uniform = torch.stack([torch.rand(1, generator=one, dtype=torch.float64) for one in self._of(len(logits))])
+        return self._by_rank(logits.float(), uniform, LIKELIEST)
+
+    def _by_rank(self, logits: torch.Tensor, uniform: torch.Tensor, count: int) -> torch.Tensor:
+        """A token (B,) from each row of logits (B, V), by a uniform number each (B, 1), as `_filtered` and `_drawn` do.
+
+        On the CPU, whole vocabularies of sorting and of random numbers take longer than a small model does, so only the
+        `count` likeliest tokens are looked at, and more of them where the filters may leave more.
+        """
+        whole = 4 * count >= logits.shape[-1]  # where sorting all is quicker than looking for so many
+        descending, order = logits.sort(dim=-1, descending=True) if whole else logits.topk(count, dim=-1)
+        kept = _filtered(descending - logits.logsumexp(dim=-1, keepdim=True), self.sampling)
+        relative = (kept - kept[:, :1]) / max(self.sampling.temperature, LEAST_TEMPERATURE)
+        mass = relative.double().exp().cumsum(dim=-1)
+        rank = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).clamp(max=order.shape[-1] - 1)
+        tokens = order.gather(-1, rank)[:, 0]
+        short = kept[:, -1].isfinite() if not whole else torch.zeros_like(tokens, dtype=torch.bool)
+        if bool(short.any()):
+            tokens[short] = self._by_rank(logits[short], uniform[short], 8 * count)
+        return tokens
 
     def _filtered(self, logits: torch.Tensor) -> torch.Tensor:
         logprobs = _filtered(torch.log_softmax(logits.float(), dim=-1), self.sampling)
@@ -50,13 +76,7 @@ def _filtered(logprobs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def outside_top_p(logprobs: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Whether the tokens that are likelier already have `top_p` of the mass: (B, V).
-
-    On the CPU, where sorting a whole vocabulary takes as long as half the model's step, the likeliest are sorted alone.
-    """
-    few = logprobs.shape[-1] > LIKELIEST and logprobs.device.type == "cpu"
-    descending, order = logprobs.topk(LIKELIEST, dim=-1) if few else logprobs.sort(dim=-1, descending=True)
-    if few and bool((descending.exp().sum(dim=-1) < top_p).any()):
-        descending, order = logprobs.sort(dim=-1, descending=True)
+    """Whether the tokens that are likelier already have `top_p` of the mass: (B, V)."""
+    descending, order = logprobs.sort(dim=-1, descending=True)
     likelier = descending.exp().cumsum(dim=-1) - descending.exp()
     return torch.ones_like(logprobs, dtype=torch.bool).scatter(-1, order, likelier >= top_p)
