@@ -49,9 +49,11 @@ test-gpu: $(VENV)/test ## on a machine with a CUDA GPU: its tests, and a benchma
 	$(BIN)/python benchmarks/backends.py --device cuda
 
 # The tests of the llama.cpp backend, which the others' environment lacks: building it takes minutes.
+# Then those of the engine once more, with weights and streams in the memory of a device.
 test-llama: $(VENV)/llama ## the tests that need llama.cpp, which it builds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/backends/test_borrowed.py tests/backends/test_llama*.py \
 		tests/commands/test_llama*.py tests/runtime/test_edge.py tests/sharing/test_llama_cpp.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m pytest -p helpers.device_memory tests/backends/test_llama*.py
 
 # On an x86-64 Debian machine; root installs the emulator and the compiler there. What takes long is kept in build/arm.
 test-arm: $(VENV)/llama ## on x86-64 Debian: the light runtime on 64-bit ARM, emulated
@@ -98,8 +100,9 @@ $(VENV)/test: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+# With the device of tests/helpers/device_memory.py, which a wheel that pip has kept may lack.
 $(VENV)/llama: $(VENV)/test
-	$(BIN)/python -m pip install --quiet --editable '.[test,llama]'
+	CMAKE_ARGS=-DGGML_RPC=ON $(BIN)/python -m pip install --quiet --no-cache-dir --editable '.[test,llama]'
 	touch $@
 
 $(OLDEST)/test: pyproject.toml tests/oldest.py

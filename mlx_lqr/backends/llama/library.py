@@ -39,6 +39,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_nrows": (ctypes.c_int64, [ctypes.c_void_p]),
     "ggml_backend_tensor_get": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
     "ggml_backend_tensor_set": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
+    "ggml_backend_dev_count": (ctypes.c_size_t, []),
+    "ggml_backend_dev_get": (ctypes.c_void_p, [ctypes.c_size_t]),
+    "ggml_backend_dev_type": (ctypes.c_int, [ctypes.c_void_p]),
+    "ggml_backend_dev_description": (ctypes.c_char_p, [ctypes.c_void_p]),
     "gguf_init_from_file": (ctypes.c_void_p, [ctypes.c_char_p, GGUFParameters]),
     "gguf_find_key": (ctypes.c_int64, [ctypes.c_void_p, ctypes.c_char_p]),
     "gguf_get_kv_type": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int64]),
@@ -129,18 +133,20 @@ def llama() -> Any:
 def ggml() -> Any:
     """The library with the functions of ggml.h and ggml-backend.h that are named above.
 
+    It is llama.cpp's own, through which those it was linked with are found: a wheel holds ggml under several names,
+    each a copy, and another copy knows nothing of llama.cpp's devices.
+
     Raises:
-        InputError: it is not there, or one of the functions is not.
+        InputError: one of the functions is not there.
     """
-    llama()
+    module = llama()
     check_borrowed("llama")
-    extensions = sys.modules["llama_cpp._ctypes_extensions"]
+    library = module._lib
     try:
-        library = extensions.load_shared_library("ggml-base", llama()._base_path)
         for name, (returns, takes) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = returns, takes
-    except (OSError, RuntimeError, AttributeError) as error:
+    except AttributeError as error:
         raise changed(f"brings another ggml ({error})") from error
     return library
 
@@ -195,6 +201,13 @@ def _keep_errors(level: int, text: bytes, _: Any) -> None:
         _reported.append(said.partition("\n")[0][:200])
 
 
+_GPUS = (1, 2)
+"""GGML_BACKEND_DEVICE_TYPE_GPU and _IGPU"""
+
+
 def device_name() -> str:
-    """What computes, as a person would call it."""
-    return "GPU" if llama().llama_supports_gpu_offload() else "CPU"
+    """What computes, as a person would call it: the GPUs by their names, where there are any."""
+    library = ggml()
+    devices = [library.ggml_backend_dev_get(i) for i in range(library.ggml_backend_dev_count())]
+    gpus = [one for one in devices if library.ggml_backend_dev_type(one) in _GPUS]
+    return ", ".join(library.ggml_backend_dev_description(one).decode("utf-8", "replace") for one in gpus) or "CPU"

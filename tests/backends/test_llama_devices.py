@@ -1,0 +1,32 @@
+"""Where llama.cpp computes: in this process's memory, or on the device that `helpers.device_memory` brings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.tiny_gguf import write
+
+import mlx_lqr
+
+pytest.importorskip("llama_cpp")
+
+from helpers import device_memory
+
+from mlx_lqr.backends.llama import library
+from mlx_lqr.backends.llama.library import llama
+
+
+def test_weights_lie_on_the_device_and_it_is_named(tmp_path: Path) -> None:
+    said: list[str] = []
+    callback = llama().llama_log_callback(lambda level, text, _: said.append(text.decode()))
+    llama().llama_log_set(callback, None)
+    try:
+        model = mlx_lqr.load(write(tmp_path / "tiny.gguf", "llama").path, backend="llama")
+    finally:
+        llama().llama_log_set(library._log, None)
+    buffers = [line for line in said if "model buffer size" in line]
+    assert buffers
+    device = device_memory.endpoint
+    assert any(str(device) in line for line in buffers) == (device is not None)
+    assert model.description.device.partition(" (")[0] == (device or "CPU")
