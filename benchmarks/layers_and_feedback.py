@@ -1,0 +1,113 @@
+"""How often texts and answers that a model writes have the concept, by the layers and the feedback of A-LQR.
+
+    python benchmarks/layers_and_feedback.py MODEL --backend torch --dtype bfloat16
+
+The ablation of docs/comparison.md reads probabilities off texts of the unsteered model. What a model writes reads its
+own words again, and can rank settings otherwise. Openings and questions are those for tuning, and every setting is at
+the strength where the divergence of `calibrate` reaches the normal budget. Adding the mean difference (actadd) to the
+last third of the layers stands beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import click
+import numpy as np
+
+import mlx_lqr  # first, so that MLX gets its BLAS
+
+# isort: split
+from mlx_lqr import tasks
+from mlx_lqr.backends.protocol import Model
+from mlx_lqr.errors import OverflowingError
+from mlx_lqr.lqr.concept_prompts import framed
+from mlx_lqr.lqr.fit import solve_controller
+from mlx_lqr.lqr.prompts import Prompt
+from mlx_lqr.lqr.strength import BUDGETS
+from mlx_lqr.methods.calibration import Search, Texts
+from mlx_lqr.methods.registry import METHODS
+from mlx_lqr.methods.running import law_on
+from mlx_lqr.methods.steering import Steering
+from mlx_lqr.tasks.chat import bundled_questions
+from mlx_lqr.tasks.concept import bundled_openings, word_pattern
+from mlx_lqr.tasks.generations import chat_prompt
+
+CONCEPTS = ("dog", "ocean", "church")
+TOKENS, TEXTS = 24, 64
+JACOBIAN_PROMPTS = 4
+
+
+def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
+    """What is measured, by name."""
+    sets = framed(model, mlx_lqr.bundled_prompts(concept))
+    contrast, jacobians = mlx_lqr.contrast(model, *sets), mlx_lqr.linearize(model, sets[0][:JACOBIAN_PROMPTS])
+    third = range(2 * model.num_layers // 3, model.num_layers)
+    settings: dict[str, dict[str, Any]] = {
+        "fit's layers, half of the feedback": {},
+        "fit's layers, a tenth": {"feedback": 0.1},
+        "the last third, half": {"layers": third},
+        "the last third, a tenth": {"layers": third, "feedback": 0.1},
+    }
+    made: dict[str, Steering] = {
+        name: solve_controller(contrast, jacobians, concept=concept, algebra=model.algebra, **options)
+        for name, options in settings.items()
+    }
+    made["actadd, the last third"] = mlx_lqr.fit_baseline(model, "actadd", *sets, concept=concept, layers=third)
+    return made
+
+
+def at_normal(model: Model, texts: Texts, steering: Steering) -> tuple[float, float]:
+    """The strength of the normal budget, and its divergence."""
+
+    def divergence(strength: float) -> float:
+        try:
+            return texts.divergence(law_on(model, steering, strength))
+        except OverflowingError:
+            return float("inf")
+
+    scale = METHODS[steering.method].strengths
+    search = Search(divergence, *scale.span, first=scale.suggested)
+    strength = search.reach(BUDGETS["normal"])
+    return strength, search.known[strength]
+
+
+def written(model: Model, concept: str, steering: Steering, strength: float) -> dict[str, float]:
+    """The share of texts, and of answers in the chat, with a word of the concept's family."""
+    openings = bundled_openings("tuning")
+    prompts: dict[str, Sequence[Prompt]] = {"text": (openings * (TEXTS // len(openings) + 1))[:TEXTS]}
+    if model.tokenizer.has_chat_template:
+        prompts["chat"] = [chat_prompt(model, question) for question in bundled_questions("tuning")[0]]
+    pattern, found = word_pattern(tasks.word_family(concept)), {}
+    drawing: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0.8, "top_p": 0.9, "seed": 0}
+    for kind, own in prompts.items():
+        made = mlx_lqr.batch_generate(model, own, controller=steering, strength=strength, **drawing)
+        found[kind] = float(np.mean([bool(pattern.search(text)) for text in made]))
+    return found
+
+
+@click.command()
+@click.argument("source")
+@click.option("--concept", "concepts", multiple=True, default=CONCEPTS)
+@click.option("--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+def main(source: str, concepts: tuple[str, ...], backend: Literal["mlx", "torch"], dtype: str) -> None:
+    model: Any = mlx_lqr.load(source, backend=backend, dtype=dtype)
+    texts = Texts.of(model)
+    rows: dict[str, list[dict[str, float]]] = {}
+    for concept in concepts:
+        for name, steering in steerings(model, concept).items():
+            strength, divergence = at_normal(model, texts, steering)
+            found = written(model, concept, steering, strength)
+            rows.setdefault(name, []).append({"KL": divergence, **found})
+            print(concept, name, f"strength {strength:.3g}", rows[name][-1], flush=True)
+    columns = list(next(iter(rows.values()))[0])
+    print(f"| setting | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
+    for name, each in rows.items():
+        means = [f"{np.mean([one[column] for one in each]):.2f}" for column in columns]
+        print(f"| {name} | {' | '.join(means)} |")
+
+
+if __name__ == "__main__":
+    main()
