@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import click
 import numpy as np
+from report import print_means
 
 import mlx_lqr  # first, so that MLX gets its BLAS
 
@@ -95,18 +96,14 @@ def written(model: Model, concept: str, steering: Steering, strength: float) -> 
 def main(source: str, concepts: tuple[str, ...], backend: Literal["mlx", "torch"], dtype: str) -> None:
     model: Any = mlx_lqr.load(source, backend=backend, dtype=dtype)
     texts = Texts.of(model)
-    rows: dict[str, list[dict[str, float]]] = {}
+    rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for concept in concepts:
         for name, steering in steerings(model, concept).items():
             strength, divergence = at_normal(model, texts, steering)
-            found = written(model, concept, steering, strength)
-            rows.setdefault(name, []).append({"KL": divergence, **found})
-            print(concept, name, f"strength {strength:.3g}", rows[name][-1], flush=True)
-    columns = list(next(iter(rows.values()))[0])
-    print(f"| setting | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
-    for name, each in rows.items():
-        means = [f"{np.mean([one[column] for one in each]):.2f}" for column in columns]
-        print(f"| {name} | {' | '.join(means)} |")
+            found = {"KL": divergence, **written(model, concept, steering, strength)}
+            rows.setdefault((name,), []).append(found)
+            print(concept, name, f"strength {strength:.3g}", found, flush=True)
+    print_means(("setting",), rows)
 
 
 if __name__ == "__main__":

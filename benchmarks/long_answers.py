@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import click
 import numpy as np
+from report import print_means
 
 import mlx_lqr  # first, so that MLX gets its BLAS
 from mlx_lqr.backends.protocol import GREEDY, Array, Law, Model, Sampling
@@ -113,17 +114,13 @@ def variants(model: Model, texts: Texts, concept: str) -> Iterator[tuple[str, st
 def main(source: str, concepts: tuple[str, ...], backend: Literal["mlx", "torch"], dtype: str) -> None:
     model: Any = mlx_lqr.load(source, backend=backend, dtype=dtype)
     texts = Texts.of(model)
-    rows: dict[tuple[str, str], list[dict[str, float]]] = {}
+    rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for concept in concepts:
         rows.setdefault(("unsteered", ""), []).append({"KL": 0.0, **measured(model, concept, None)})
         for name, budget, found in variants(model, texts, concept):
             rows.setdefault((name, budget), []).append(found)
             print(concept, name, budget, found, flush=True)
-    columns = list(rows["unsteered", ""][0])
-    print(f"| law | budget | {' | '.join(columns)} |\n{'|---' * (len(columns) + 2)}|")
-    for (name, budget), each in rows.items():
-        means = [f"{np.mean([one[column] for one in each]):.2f}" for column in columns]
-        print(f"| {name} | {budget} | {' | '.join(means)} |")
+    print_means(("law", "budget"), rows)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,7 @@ class TorchSampler(GeneratorSampler):
         mass = relative.double().exp().cumsum(dim=-1)
         rank = torch.searchsorted(mass, uniform * mass[:, -1:], right=True).clamp(max=order.shape[-1] - 1)
         tokens = order.gather(-1, rank)[:, 0]
-        short = kept[:, -1].isfinite() if not whole else torch.zeros_like(tokens, dtype=torch.bool)
-        if bool(short.any()):
+        if not whole and bool((short := kept[:, -1].isfinite()).any()):
             tokens[short] = self._by_rank(logits[short], uniform[short], 8 * count)
         return tokens
 
