@@ -96,9 +96,9 @@ class HookedModel(ScoringModel):
     _shares = False
     """Whether what sequences of a pass begin with in common can be read once"""
 
-    def _past(self, beginnings: Sequence[Sequence[int]], rows: Sequence[int]) -> Any:
+    def _past(self, beginnings: Sequence[Sequence[int]], rows: Sequence[int], known: list[Any]) -> Any:
         """What blocks keep of beginnings of one length, for a pass with the beginning of this number in each row; one
-        pass can use it."""
+        pass can use it. `known` (see `Kept.beginning`) serves the passes of one call: they begin with one template."""
         raise NotImplementedError
 
     @abstractmethod
@@ -159,21 +159,21 @@ class HookedModel(ScoringModel):
         progress: Progress | None = None,
     ) -> Float32:
         """See `Recorder`."""
-        placed = self.place(law)
+        placed, known = self.place(law), list[Any]()
         return in_batches(
             prompts,
-            lambda batch: self._residuals_of(batch, placed, steer_all),
+            lambda batch: self._residuals_of(batch, placed, steer_all, known),
             progress,
             nested=law is None,
             shares=self._shares and not steer_all,
         )
 
-    def _residuals_of(self, asked: Reading, law: Law | None, steer_all: bool) -> Float32:
+    def _residuals_of(self, asked: Reading, law: Law | None, steer_all: bool, known: list[Any]) -> Float32:
         """(n, T + 1, d) for n prompts"""
         framework = self._framework
         restart(law)
         with self._computing("the activations"):
-            tokens, read, past = self._to_read(asked, steered=law is not None and steer_all)
+            tokens, read, past = self._to_read(asked, known, steered=law is not None and steer_all)
             rows, last = framework.integers(asked.rows), framework.integers([last - read for last in asked.last])
             steering = self._from_positions(law, 0 if steer_all or law is None else last[:, None], tokens)
             recorded: list[Array] = []
@@ -195,13 +195,16 @@ class HookedModel(ScoringModel):
 
     def head_outputs(self, prompts: Sequence[Sequence[int]], *, progress: Progress | None = None) -> Float32:
         """See `HeadRecorder`."""
-        return in_batches(prompts, self._head_outputs_of, progress, nested=True, shares=self._shares)
+        known: list[Any] = []
+        return in_batches(
+            prompts, lambda batch: self._head_outputs_of(batch, known), progress, nested=True, shares=self._shares
+        )
 
-    def _head_outputs_of(self, asked: Reading) -> Float32:
+    def _head_outputs_of(self, asked: Reading, known: list[Any]) -> Float32:
         """(n, T, heads, head_dim) for n prompts"""
         framework = self._framework
         with self._computing("the activations"):
-            tokens, read, past = self._to_read(asked, steered=False)
+            tokens, read, past = self._to_read(asked, known, steered=False)
             rows, last = framework.integers(asked.rows), framework.integers([last - read for last in asked.last])
             recorded: list[Array] = []
 
@@ -230,7 +233,10 @@ class HookedModel(ScoringModel):
     def _logits_at(self, asked: Stretches, law: Law | None, steer_all: bool, kept: Kept | None) -> tuple[Array, Array]:
         """See `ScoringModel`."""
         framework = self._framework
-        tokens, read, past = self._to_read(asked, steered=law is not None and steer_all)
+        layers = set(law.layers if law is not None else ())
+        if kept is None or min(layers, default=kept.layer) < kept.layer:
+            kept = Kept(0)
+        tokens, read, past = self._to_read(asked, kept.beginning, steered=law is not None and steer_all)
         at = framework.integers(asked.rows), framework.integers([position - read for position in asked.positions])
         first = 0 if steer_all else framework.integers([first - read for first in asked.first])[:, None]
         steering = self._from_positions(law, first, tokens)
@@ -240,9 +246,6 @@ class HookedModel(ScoringModel):
             energies.append(framework.energy(z[at]))
             return call(z[at][None])  # the head is a large matrix, and few positions are asked for
 
-        layers = set(law.layers if law is not None else ())
-        if kept is None or min(layers, default=kept.layer) < kept.layer:
-            kept = Kept(0)
         start, inputs, key = kept.layer, kept.inputs, (read, *map(tuple, asked.sequences))
         known = key in inputs
 
@@ -309,11 +312,12 @@ class HookedModel(ScoringModel):
         assert placed is not None
         return placed
 
-    def _to_read(self, asked: Reading | Stretches, *, steered: bool) -> tuple[Array, int, Any]:
+    def _to_read(self, asked: Reading | Stretches, known: list[Any], *, steered: bool) -> tuple[Array, int, Any]:
         """The tokens (B, L) of a pass, how many of each sequence have been read before them, and what `_past` returned
         of these.
 
         Args:
+            known: see `_past`.
             steered: at those tokens too, so that they are read with the others.
         """
         count = asked.shared if self._shares and not steered else 0
@@ -321,7 +325,7 @@ class HookedModel(ScoringModel):
         if count:
             beginnings: dict[tuple[int, ...], int] = {}
             rows = [beginnings.setdefault(tuple(own[:count]), len(beginnings)) for own in asked.sequences]
-            past = self._past(list(beginnings), rows)
+            past = self._past(list(beginnings), rows, known)
         return self._padded([sequence[count:] for sequence in asked.sequences]), count, past
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> Array:

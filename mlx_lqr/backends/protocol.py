@@ -364,6 +364,8 @@ class Kept:
     layer: int
     inputs: dict[Any, Array] = field(default_factory=dict)
     """The residual streams at the input of that block, by what was read"""
+    beginning: list[tuple[tuple[int, ...], Any]] = field(default_factory=list)
+    """Tokens that sequences begin with, and what all blocks keep of them, unsteered; one entry at most"""
 
 
 class Recorder(Runner, Protocol):

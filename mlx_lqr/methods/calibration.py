@@ -128,18 +128,24 @@ def response(
         InputError: steering of another model.
         OverflowingError: activations overflow at this strength.
     """
+    halves = [list(_halves(model, prompts[:SAMPLE])) for prompts in (positive, negative)]
+    if not all(halves):
+        return 0.0
     law, steer_all = law_on(model, steering, strength), steering.positions == "all"
-    gained = []
-    for prompts in (positive, negative):
-        tokens = [tokenise(model, prompt) for prompt in prompts[:SAMPLE]]
-        pairs: list[Continued] = [(own[: len(own) // 2], own[len(own) // 2 :]) for own in tokens if len(own) > 1]
-        if not pairs:
-            return 0.0
-        kept = Kept(_first_steered(steering))
-        steered = model.log_probabilities(pairs, law=law, steer_all=steer_all, kept=kept)
-        unsteered = model.log_probabilities(pairs, kept=kept)
-        gained.append(np.concatenate(steered).mean() - np.concatenate(unsteered).mean())
-    return float(gained[0] - gained[1])
+    pairs, kept = [pair for own in halves for pair in own], Kept(_first_steered(steering))
+    steered = model.log_probabilities(pairs, law=law, steer_all=steer_all, kept=kept)
+    unsteered = model.log_probabilities(pairs, kept=kept)
+    count = len(halves[0])
+    means = [np.concatenate(part).mean() for one in (steered, unsteered) for part in (one[:count], one[count:])]
+    return float(means[0] - means[2] - (means[1] - means[3]))
+
+
+def _halves(model: Recorder, prompts: Sequence[Prompt]) -> Iterator[Continued]:
+    """The first half of each prompt that has two, and the second."""
+    for prompt in prompts:
+        tokens = tokenise(model, prompt)
+        if len(tokens) > 1:
+            yield tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
 
 
 def recommended(

@@ -94,9 +94,9 @@ def test_what_prompts_to_one_question_have_in_common_is_read_once(monkeypatch: p
     beginnings: list[tuple[int, int]] = []
     call = type(model)._past
 
-    def past(self: Any, own: Any, rows: Any) -> Any:
+    def past(self: Any, own: Any, *args: Any) -> Any:
         beginnings.append((len(own), len(own[0])))
-        return call(self, own, rows)
+        return call(self, own, *args)
 
     monkeypatch.setattr(type(model), "_past", past)
     model.residuals(ASKED)
@@ -159,3 +159,26 @@ def test_blocks_before_the_first_steered_one_are_run_once(monkeypatch: pytest.Mo
     for law in laws:
         model.logits_along(pairs, law=law, kept=kept)
     assert len(run) == model.num_layers + 1
+
+
+def test_what_the_passes_of_a_call_begin_with_is_read_in_the_first_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_on("mlx", "llama")
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(batching.batches, "__defaults__", (1,))  # a pass for each sequence
+    longer = [[*own[:-1], *range(20, 30), *own[-1:]] for own in PROMPTS[:2]]
+    prompts = [*PROMPTS, *longer]
+    run: list[int] = []
+    block = type(model.blocks[0])
+    called = block.__call__
+
+    def counting(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        run.append(x.shape[0] * x.shape[1])
+        return called(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(block, "__call__", counting)
+    found = model.residuals(prompts)
+    at_first = run[:: model.num_layers]
+    assert sum(at_first) < 2 * len(BEGINNING) + sum(len(prompt) - len(BEGINNING) for prompt in prompts)
+    alone(monkeypatch)
+    expected = np.stack([model.residuals([prompt])[0] for prompt in prompts])
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()

@@ -16,6 +16,7 @@ from mlx_lqr.backends.hooks import BlockCall, Hook
 from mlx_lqr.backends.mlx.blocks import FrozenCache, hooked
 from mlx_lqr.backends.mlx.copying import arrays_in, copied
 from mlx_lqr.backends.mlx.framework import MLXFramework
+from mlx_lqr.backends.mlx.gates import Gates
 from mlx_lqr.backends.mlx.library import are_of_one_sequence, batched_caches, decoding_caches, in_order
 from mlx_lqr.backends.mlx.sampling import MLXSampler
 from mlx_lqr.backends.mlx.step import CompiledStep, FixedCache
@@ -51,6 +52,7 @@ class MLXDecoder(HookedDecoder):
         module: an mlx-lm model.
         blocks, vocabulary, law, sampling, window: see `HookedDecoder`.
         compiled: the model's compiled step, which takes over in long answers of a single sequence; None for never.
+        gates: the model's, for passes of many tokens; None where MLX computes them all.
     """
 
     _framework: MLXFramework
@@ -65,9 +67,11 @@ class MLXDecoder(HookedDecoder):
         sampling: Sampling,
         window: int | None = None,
         compiled: CompiledStep | None = None,
+        gates: Gates | None = None,
     ) -> None:
         self._module = module
         self._compiled = compiled
+        self._gates = gates
         self._length = 0
         self._merged = False
         """Whether the cache is one of a batch, be it of a single sequence."""
@@ -117,7 +121,8 @@ class MLXDecoder(HookedDecoder):
     def _append(self, tokens: mx.array, *, steered: bool, head: Head = "last") -> mx.array:
         self._length += tokens.shape[1]
         self._energy = None
-        with self._hooks.placed() if steered and self._hooks is not None else nullcontext():
+        steering = self._hooks.placed() if steered and self._hooks is not None else nullcontext()
+        with steering, self._gates.quick(tokens) if self._gates is not None else nullcontext():
             logits: mx.array = self._module(tokens, cache=self._cache)
         if head == "none":
             mx.eval([layer.state for layer in self._cache])
@@ -162,7 +167,14 @@ class MLXDecoder(HookedDecoder):
     def _another(self) -> MLXDecoder:
         """One that holds nothing."""
         return MLXDecoder(
-            self._module, self._framework, self._blocks, self._vocabulary, None, GREEDY, compiled=self._compiled
+            self._module,
+            self._framework,
+            self._blocks,
+            self._vocabulary,
+            None,
+            GREEDY,
+            compiled=self._compiled,
+            gates=self._gates,
         )
 
     def _rewind(self, position: int) -> bool:

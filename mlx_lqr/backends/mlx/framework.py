@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.mlx.blocks import ClassHooks
-from mlx_lqr.backends.mlx.device import device_name
+from mlx_lqr.backends.mlx.device import device_name, on_gpu
 from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.backends.turn import Turn
 
@@ -97,7 +97,11 @@ class MLXFramework(Framework):
 
     def log_probabilities(self, logits: mx.array, tokens: Sequence[int]) -> Float32:
         chosen = mx.take_along_axis(logits, self.integers(list(tokens))[:, None], axis=-1)[:, 0]
-        return self.numpy(chosen - mx.logsumexp(logits, axis=-1))
+        if on_gpu():
+            return self.numpy(chosen - mx.logsumexp(logits, axis=-1))
+        largest = logits.max(axis=-1, keepdims=True)
+        shifted = np.array(logits - largest)
+        return self.numpy(chosen - largest[:, 0]) - np.log(np.exp(shifted, out=shifted).sum(axis=-1))
 
     def likeliest(self, logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

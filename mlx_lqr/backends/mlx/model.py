@@ -29,6 +29,7 @@ from mlx_lqr.backends.mlx.decoder import MLXDecoder, MLXTrace
 from mlx_lqr.backends.mlx.device import on_gpu
 from mlx_lqr.backends.mlx.expansion import block_jacobian
 from mlx_lqr.backends.mlx.framework import MLXFramework
+from mlx_lqr.backends.mlx.gates import Gates
 from mlx_lqr.backends.mlx.generate import Positions, announcing_prompts
 from mlx_lqr.backends.mlx.layout import layout_of
 from mlx_lqr.backends.mlx.library import is_measured, new_caches
@@ -116,18 +117,37 @@ class MLXModel(HookedModel):
 
     _shares = True
 
-    def _past(self, beginnings: Sequence[Sequence[int]], rows: Sequence[int]) -> Any:
+    def _past(self, beginnings: Sequence[Sequence[int]], rows: Sequence[int], known: list[Any]) -> Any:
+        if len(beginnings) == 1:
+            return copied(self._read_once(tuple(beginnings[0]), known), rows=len(rows))
         count = common_beginning(beginnings, len(beginnings[0]) - 1)
-        caches = self._past([beginnings[0][:count]], [0] * len(beginnings)) if count else new_caches(self.module)
-        self.module(mx.array([list(own[count:]) for own in beginnings]), cache=caches)  # nobody asks for the head
+        caches = self._past([beginnings[0][:count]], [0] * len(beginnings), known) if count else new_caches(self.module)
+        return copied(self._read([own[count:] for own in beginnings], caches), rows=rows)
+
+    def _read_once(self, beginning: tuple[int, ...], known: list[Any]) -> Any:
+        """The caches after a beginning, read after the known one if it begins with that; not to be used up."""
+        read, caches = known[0] if known else ((), None)
+        if beginning == read:
+            return caches
+        goes_on = bool(read) and beginning[: len(read)] == read
+        before = copied(caches) if goes_on else new_caches(self.module)
+        own = self._read([beginning[len(read) if goes_on else 0 :]], before)
+        if not known:
+            known.append((beginning, own))
+        return own
+
+    def _read(self, tokens: Sequence[Sequence[int]], caches: Any) -> Any:
+        """The caches after tokens (B, L) too."""
+        self._run(mx.array([list(own) for own in tokens]), caches)  # but for the head
         self._framework.compute(list(arrays_in(caches)))
-        return copied(caches, rows=rows if len(beginnings) > 1 else len(rows))
+        return caches
 
     def _run_blocks(self, tokens: mx.array, past: Any = None) -> None:
         self._run(tokens, past)  # but for the head
 
     def _run(self, tokens: mx.array, past: Any = None) -> mx.array:
-        logits: mx.array = self.module(tokens, cache=past)
+        with self._gates.quick(tokens):
+            logits: mx.array = self.module(tokens, cache=past)
         return logits
 
     def block(self, trace: MLXTrace, layer: int, s: Float32) -> Float32:
@@ -169,7 +189,15 @@ class MLXModel(HookedModel):
 
     def _new_decoder(self, law: Law | None, sampling: Sampling, window: int | None) -> MLXDecoder:
         return MLXDecoder(
-            self.module, self._framework, self.blocks, self.vocab_size, law, sampling, window, self._compiled
+            self.module,
+            self._framework,
+            self.blocks,
+            self.vocab_size,
+            law,
+            sampling,
+            window,
+            self._compiled,
+            self._gates,
         )
 
     @contextmanager
@@ -185,6 +213,10 @@ class MLXModel(HookedModel):
             return placed
 
         return law.to(computed, self._framework.add_product)
+
+    @cached_property
+    def _gates(self) -> Gates:
+        return Gates(self.blocks, self._dtype, self.hidden_size)
 
     @cached_property
     def _compiled(self) -> CompiledStep | None:
