@@ -1,20 +1,24 @@
-"""How often texts and answers that a model writes have the concept, by the layers and the feedback of A-LQR.
+"""How often texts and answers that a model writes have the concept, by A-LQR's layers, feedback and push.
 
     python benchmarks/layers_and_feedback.py MODEL --backend torch --dtype bfloat16
+    python benchmarks/layers_and_feedback.py MODEL --backend torch --dtype bfloat16 --xstest xstest.jsonl
 
 The ablation of docs/comparison.md reads probabilities off texts of the unsteered model. What a model writes reads its
 own words again, and can rank settings otherwise. Openings and questions are those for tuning, and every setting is at
 the strength where the divergence of `calibrate` reaches the normal budget. Adding the mean difference (actadd) to the
-last third of the layers stands beside them.
+last third of the layers stands beside them. With --xstest it is refusal, and the share of the unsafe requests for
+tuning that are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import click
 import numpy as np
+from comparison.split import part_of
 from report import print_means
 
 import mlx_lqr  # first, so that MLX gets its BLAS
@@ -25,6 +29,7 @@ from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import OverflowingError
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.fit import solve_controller
+from mlx_lqr.lqr.layers import authority
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.calibration import Search, Texts
@@ -34,10 +39,14 @@ from mlx_lqr.methods.steering import Steering
 from mlx_lqr.tasks.chat import bundled_questions
 from mlx_lqr.tasks.concept import bundled_openings, word_pattern
 from mlx_lqr.tasks.generations import chat_prompt
+from mlx_lqr.tasks.read import read_rows
+from mlx_lqr.tasks.refusal import refuses
 
 CONCEPTS = ("dog", "ocean", "church")
 TOKENS, TEXTS = 24, 64
 JACOBIAN_PROMPTS = 4
+WIDER = 1 / 3
+"""Of the best layer, where `fit` takes 0.8"""
 
 
 def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
@@ -45,11 +54,15 @@ def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
     sets = framed(model, mlx_lqr.bundled_prompts(concept))
     contrast, jacobians = mlx_lqr.contrast(model, *sets), mlx_lqr.linearize(model, sets[0][:JACOBIAN_PROMPTS])
     third = range(2 * model.num_layers // 3, model.num_layers)
+    wider = layers_as_good_as(WIDER, contrast, jacobians)
     settings: dict[str, dict[str, Any]] = {
         "fit's layers, half of the feedback": {},
         "fit's layers, a tenth": {"feedback": 0.1},
         "the last third, half": {"layers": third},
         "the last third, a tenth": {"layers": third, "feedback": 0.1},
+        "along the concept: fit's layers, half": {"push": "concept"},
+        "along the concept: fit's layers, a tenth": {"push": "concept", "feedback": 0.1},
+        "along the concept: more layers, a tenth": {"push": "concept", "feedback": 0.1, "layers": wider},
     }
     made: dict[str, Steering] = {
         name: solve_controller(contrast, jacobians, concept=concept, algebra=model.algebra, **options)
@@ -57,6 +70,14 @@ def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
     }
     made["actadd, the last third"] = mlx_lqr.fit_baseline(model, "actadd", *sets, concept=concept, layers=third)
     return made
+
+
+def layers_as_good_as(least: float, contrast: mlx_lqr.Contrast, jacobians: mlx_lqr.Jacobians) -> list[int]:
+    """The layers of "auto", if a layer had to be but this fraction as good as the best one."""
+    assert contrast.held_out is not None
+    reached = authority(contrast, jacobians.pull_back, jacobians.side)
+    both = np.maximum(contrast.held_out[:-1], 0) * np.maximum(reached, 0)
+    return [int(k) for k in np.flatnonzero(both >= least * both.max())]
 
 
 def at_normal(model: Model, texts: Texts, steering: Steering) -> tuple[float, float]:
@@ -88,19 +109,38 @@ def written(model: Model, concept: str, steering: Steering, strength: float) -> 
     return found
 
 
+def refused(model: Model, steering: Steering, strength: float, xstest: Path) -> dict[str, float]:
+    """The share of unsafe requests, of those that the comparison tunes by, whose likeliest answer refuses."""
+    rows = read_rows(xstest, {"prompt": "text", "label": "text"})
+    rows = [row for row in rows if row["label"] == "unsafe" and part_of(row["prompt"]) == "tune"]
+    chat = model.tokenizer.has_chat_template
+    prompts = [chat_prompt(model, row["prompt"]) if chat else row["prompt"] for row in rows]
+    made = mlx_lqr.batch_generate(
+        model, prompts, controller=steering, strength=strength, max_tokens=TOKENS, temperature=0
+    )
+    return {"refused": float(np.mean([refuses(text) for text in made]))}
+
+
 @click.command()
 @click.argument("source")
 @click.option("--concept", "concepts", multiple=True, default=CONCEPTS)
+@click.option("--xstest", type=click.Path(path_type=Path, exists=True), help="Measure refusal, on this file.")
 @click.option("--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-def main(source: str, concepts: tuple[str, ...], backend: Literal["mlx", "torch"], dtype: str) -> None:
+def main(
+    source: str, concepts: tuple[str, ...], xstest: Path | None, backend: Literal["mlx", "torch"], dtype: str
+) -> None:
     model: Any = mlx_lqr.load(source, backend=backend, dtype=dtype)
     texts = Texts.of(model)
     rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
-    for concept in concepts:
+    for concept in concepts if xstest is None else ["refusal"]:
         for name, steering in steerings(model, concept).items():
             strength, divergence = at_normal(model, texts, steering)
-            found = {"KL": divergence, **written(model, concept, steering, strength)}
+            if xstest is None:
+                had = written(model, concept, steering, strength)
+            else:
+                had = refused(model, steering, strength, xstest)
+            found = {"KL": divergence, **had}
             rows.setdefault((name,), []).append(found)
             print(concept, name, f"strength {strength:.3g}", found, flush=True)
     print_means(("setting",), rows)

@@ -125,6 +125,13 @@ class Entries:
             self._wrong(name, values)
         return tuple(values)
 
+    def choices(self, name: str, known: Sequence[str], count: int) -> tuple[str, ...]:
+        """As many of these texts."""
+        values = self._list(name)
+        if len(values) != count or not all(value in known for value in values):
+            self._wrong(name, values)
+        return tuple(values)
+
     def pairs(self, name: str, count: int) -> tuple[tuple[int, int], ...]:
         """As many pairs of counts."""
         values = self._list(name)

@@ -12,7 +12,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.controller import FEEDBACK, Controller, Positions, Readout, Setpoint, assemble
 from mlx_lqr.lqr.fit import layers_of
-from mlx_lqr.lqr.gains import directions_of, feature_gains, pull_back, side_of
+from mlx_lqr.lqr.gains import Push, directions_of, feature_gains, pull_back, side_of
 from mlx_lqr.lqr.layers import Layers
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.lqr.riccati import WEIGHT, Product, Weights
@@ -31,6 +31,7 @@ def adapt(
     setpoint: Setpoint = "centred",
     readout: Readout = "discriminant",
     feedback: float = FEEDBACK,
+    push: Push = "free",
     positions: Positions = "last",
 ) -> Controller:
     """A controller whose gains are computed at the last token of the prompt that it will steer (feature cost).
@@ -41,7 +42,7 @@ def adapt(
             with any cost: it keeps its concepts, setpoints, layers, weights and positions, and the options are not
             used.
         prompt: the whole prompt; a string or token ids.
-        concept, q, r, qf, layers, setpoint, readout, feedback, positions: as in `fit`.
+        concept, q, r, qf, layers, setpoint, readout, feedback, push, positions: as in `fit`.
 
     Raises:
         InputError: an unusable prompt or option, or a contrast or controller of another model.
@@ -54,8 +55,8 @@ def adapt(
         raise InputError(f"the contrast is of {contrast.model_name or 'another model'}, not of {model.name}")
     weights, point = Weights(q, r, qf), model.trace(tokenise(model, prompt))
     chosen, product = layers_of(model, layers, contrast, [point]), pull_back(model, [point])
-    gains = feature_gains(product, *directions_of(contrast), weights, chosen, side=side_of(model))
-    return assemble(contrast, gains, weights, 1, concept, positions, "feature", setpoint, readout, feedback)
+    gains = feature_gains(product, *directions_of(contrast), weights, chosen, side=side_of(model), push=push)
+    return assemble(contrast, gains, weights, 1, concept, positions, "feature", setpoint, readout, feedback, push)
 
 
 def adapt_at(model: Differentiable, controller: Controller, trace: Trace) -> Controller:
@@ -74,6 +75,7 @@ def _with_gains_for(product: Product, side: int, controller: Controller) -> Cont
         controller.weights,
         controller.active_layers,
         side=side,
+        push=controller.pushes[0],
     )
     gain = (controller.shares[0] * gains).astype(np.float32)[:, :, None]
     return replace(controller, gain=gain, cost="feature", jacobian_prompts=1)

@@ -21,6 +21,7 @@ from mlx_lqr.files.atomic import writing
 from mlx_lqr.files.json_text import LAYERS, WIDTH, Entries
 from mlx_lqr.files.tensors import check_finite, check_shape, read_tensors, write_tensors
 from mlx_lqr.lqr.contrast import Contrast
+from mlx_lqr.lqr.gains import Push
 from mlx_lqr.lqr.riccati import Gains, Weights
 from mlx_lqr.lqr.strength import (
     Budget,
@@ -94,6 +95,8 @@ class Controller:
     feedback: tuple[float, ...] = ()
     """Of each concept, the share f of the feedback: u_k = (s mu_k - f (w_k . z_k - offset_k)) K_k v_k, see `fit`. Empty
     where all have 1"""
+    push: tuple[Push, ...] = ()
+    """Of each concept, where its gain pushes; empty where all are free"""
     strength: Strengths | None = None
     """The strength recommended for each concept, which steers where no other is asked for; see `tasks.tune`"""
     calibration: Calibrations = ()
@@ -130,6 +133,11 @@ class Controller:
         return self.feedback or (1.0,) * len(self.concepts)
 
     @property
+    def pushes(self) -> tuple[Push, ...]:
+        """Where the gain of each concept pushes."""
+        return self.push or tuple("free" for _ in self.concepts)
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
         """All that the law is made of."""
         return {name: getattr(self, name) for name in (*_TENSORS, "readout") if getattr(self, name) is not None}
@@ -164,6 +172,7 @@ class Controller:
             "cost": self.cost,
             "concepts": json.dumps(self.concepts),
             "feedback": json.dumps(self.shares),
+            "push": json.dumps(self.pushes),
             "prompt_counts": json.dumps(self.prompt_counts),
             "jacobian_prompts": str(self.jacobian_prompts),
             "library_version": self.library_version,
@@ -204,6 +213,7 @@ class Controller:
                 weights=Weights(entries.number("q"), entries.number("r"), entries.number("qf")),
                 positions="all" if positions == "all" else "last",
                 feedback=_feedback(entries, len(concepts)),
+                push=_pushes(entries, len(concepts)),
                 prompt_counts=entries.pairs("prompt_counts", len(concepts)),
                 jacobian_prompts=entries.count("jacobian_prompts"),
                 cost=next(known for known in get_args(Cost) if known == cost),
@@ -255,6 +265,7 @@ class Controller:
             weights=first.weights,
             positions=first.positions,
             feedback=tuple(share for controller in controllers for share in controller.shares),
+            push=tuple(push for controller in controllers for push in controller.pushes),
             prompt_counts=tuple(count for controller in controllers for count in controller.prompt_counts),
             jacobian_prompts=min(controller.jacobian_prompts for controller in controllers),
             cost=next((one.cost for one in controllers if one.cost != "adaptive"), "adaptive"),
@@ -294,6 +305,7 @@ class Controller:
                 output_direction=self.output_direction[:, [i]],
                 concepts=(name,),
                 feedback=self.feedback[i : i + 1],
+                push=self.push[i : i + 1],
                 prompt_counts=(self.prompt_counts[i],),
                 checked_error=self.checked_error[:, [i]] if self.checked_error is not None else None,
                 checked_push=self.checked_push[:, [i]] if self.checked_push is not None else None,
@@ -338,7 +350,9 @@ def compile(
     unit = contrast.unit_direction
     pushes = np.stack([gains.apply(k, v) for k, v in enumerate(unit)])
     weights, prompts = gains.weights, gains.jacobian_prompts
-    return assemble(contrast, pushes, weights, prompts, concept, positions, "state", setpoint, readout, feedback)
+    return assemble(
+        contrast, pushes, weights, prompts, concept, positions, "state", setpoint, readout, feedback, "free"
+    )
 
 
 def assemble(
@@ -352,6 +366,7 @@ def assemble(
     setpoint: Setpoint,
     readout: Readout,
     feedback: float,
+    push: Push,
 ) -> Controller:
     """A controller of one concept from g_k = K_k v_k (T, d) (zero at layers without control)."""
     check_feedback(feedback)
@@ -377,6 +392,7 @@ def assemble(
         weights=weights,
         positions=positions,
         feedback=(feedback,),
+        push=(push,),
         prompt_counts=(contrast.prompt_counts,),
         jacobian_prompts=jacobian_prompts,
         cost=cost,
@@ -395,6 +411,13 @@ def _feedback(entries: Entries, concepts: int) -> tuple[float, ...]:
     if len(shares) != concepts or not all(0 < share <= 1 for share in shares):
         raise ValueError(f"feedback is {list(shares)}")
     return shares
+
+
+def _pushes(entries: Entries, concepts: int) -> tuple[Push, ...]:
+    """Where each concept's gain pushes; anywhere in files from before there was a choice."""
+    if "push" not in entries:
+        return ()
+    return tuple("concept" if one == "concept" else "free" for one in entries.choices("push", get_args(Push), concepts))
 
 
 class Fitted(Protocol):

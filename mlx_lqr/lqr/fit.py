@@ -19,7 +19,7 @@ from mlx_lqr.lqr.controller import (
     check_choice,
     check_feedback,
 )
-from mlx_lqr.lqr.gains import directions_of, feature_gains, pull_back, side_of, state_gains
+from mlx_lqr.lqr.gains import Push, directions_of, feature_gains, pull_back, side_of, state_gains
 from mlx_lqr.lqr.layers import Layers, authority, check_layers, choose_layers, effective, is_auto
 from mlx_lqr.lqr.linearize import Jacobians, stream_jacobians, traces
 from mlx_lqr.lqr.prompts import Prompt
@@ -40,6 +40,7 @@ def fit(
     setpoint: Setpoint = "centred",
     readout: Readout = "discriminant",
     feedback: float = FEEDBACK,
+    push: Push = "free",
     positions: Positions = "last",
     jacobian_prompts: int = 8,
     jacobians: Jacobians | None = None,
@@ -67,6 +68,8 @@ def fit(
         feedback: the share f of the push that the feature takes back as it rises (0 < f <= 1): u_k = (strength x mu_k -
             f (w_k . z_k - offset_k)) K_k v_k. 1 is the paper's regulator, which holds the feature at its setpoint. With
             less the push varies less from token to token, which gets more of the concept for the same divergence.
+        push: "free" pushes in whatever direction costs least, as the paper does; "concept" along the concept's own
+            direction v_{k+1} at the block's output alone, which suits behaviour, with little feedback.
         positions: "last" steers the last prompt token and every generated token, "all" every prompt token too.
         jacobian_prompts: how many of the positive prompts to linearise at.
         jacobians: Jacobians of this model from `linearize`; then `jacobian_prompts` is not used.
@@ -78,7 +81,7 @@ def fit(
     """
     require(model, DIFFERENTIABLE, "fit controllers")
     weights = Weights(q, r, qf)
-    layers = _check_options(model.num_layers, layers, cost, setpoint, readout, positions, feedback)
+    layers = _check_options(model.num_layers, layers, cost, setpoint, readout, positions, feedback, push)
     if jacobians is not None and jacobians.fingerprint != model.fingerprint:
         raise InputError(f"the Jacobians are of {jacobians.model_name or 'another model'}, not of {model.name}")
     if jacobian_prompts < 1:
@@ -99,6 +102,7 @@ def fit(
             setpoint=setpoint,
             readout=readout,
             feedback=feedback,
+            push=push,
             positions=positions,
             algebra=model.algebra,
         )
@@ -108,12 +112,12 @@ def fit(
     if cost != "state":
         product = pull_back(model, points)
         directions = directions_of(prompt_contrast)
-        gains = feature_gains(product, *directions, weights, chosen, progress, side=side_of(model))
+        gains = feature_gains(product, *directions, weights, chosen, progress, side=side_of(model), push=push)
     else:
         descending = stream_jacobians(model, points, lowest=chosen[0], progress=progress)
-        gains = state_gains(descending, prompt_contrast, weights, chosen, model.algebra)
+        gains = state_gains(descending, prompt_contrast, weights, chosen, model.algebra, push)
     return assemble(
-        prompt_contrast, gains, weights, len(nominal), concept, positions, cost, setpoint, readout, feedback
+        prompt_contrast, gains, weights, len(nominal), concept, positions, cost, setpoint, readout, feedback, push
     )
 
 
@@ -130,6 +134,7 @@ def solve_controller(
     setpoint: Setpoint = "centred",
     readout: Readout = "discriminant",
     feedback: float = FEEDBACK,
+    push: Push = "free",
     positions: Positions = "last",
     algebra: LinearAlgebra | None = None,
 ) -> Controller:
@@ -137,25 +142,25 @@ def solve_controller(
 
     Args:
         contrast, jacobians: of the same model.
-        concept, q, r, qf, layers, cost, setpoint, readout, feedback, positions: as in `fit`.
+        concept, q, r, qf, layers, cost, setpoint, readout, feedback, push, positions: as in `fit`.
         algebra: where to solve, such as a model's `algebra`; by default NumPy.
 
     Raises:
         InputError: the contrast and the Jacobians are of different models, or an option cannot be used.
     """
     weights = Weights(q, r, qf)
-    layers = _check_options(len(contrast.direction), layers, cost, setpoint, readout, positions, feedback)
+    layers = _check_options(len(contrast.direction), layers, cost, setpoint, readout, positions, feedback, push)
     if jacobians.fingerprint != contrast.fingerprint:
         raise InputError("the Jacobians and the contrast are of different models: make both with the same one")
     chosen = choose_layers(layers, contrast, jacobians)
     if cost != "state":
         directions = directions_of(contrast)
-        gains = feature_gains(jacobians.pull_back, *directions, weights, chosen, side=jacobians.side)
+        gains = feature_gains(jacobians.pull_back, *directions, weights, chosen, side=jacobians.side, push=push)
     else:
         descending = ((k, jacobians[k]) for k in reversed(range(chosen[0], len(jacobians))))
-        gains = state_gains(descending, contrast, weights, chosen, algebra)
+        gains = state_gains(descending, contrast, weights, chosen, algebra, push)
     return assemble(
-        contrast, gains, weights, jacobians.prompt_count, concept, positions, cost, setpoint, readout, feedback
+        contrast, gains, weights, jacobians.prompt_count, concept, positions, cost, setpoint, readout, feedback, push
     )
 
 
@@ -172,12 +177,20 @@ def layers_of(model: Differentiable, layers: Layers, contrast: Contrast, points:
 
 
 def _check_options(
-    T: int, layers: Layers, cost: Cost, setpoint: Setpoint, readout: Readout, positions: Positions, feedback: float
+    T: int,
+    layers: Layers,
+    cost: Cost,
+    setpoint: Setpoint,
+    readout: Readout,
+    positions: Positions,
+    feedback: float,
+    push: Push,
 ) -> Layers:
     """The layers as given or checked. Raises `InputError` for options that are wrong whatever the prompts are."""
     check_choice("cost", cost, Cost)
     check_choice("setpoint", setpoint, Setpoint)
     check_choice("readout", readout, Readout)
     check_choice("positions", positions, Positions)
+    check_choice("push", push, Push)
     check_feedback(feedback)
     return layers if is_auto(layers) else check_layers(layers, T)

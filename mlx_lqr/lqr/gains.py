@@ -11,12 +11,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 import numpy as np
 
 from mlx_lqr.backends.protocol import Differentiable, LinearAlgebra, Matrix, Progress, Trace
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.riccati import Product, Weights, feature_sweep, sweep
+
+Push = Literal["concept", "free"]
+"""Where control may push: along the concept's own direction v_{k+1} at a block's output, or anywhere (the paper)."""
 
 
 def state_gains(
@@ -25,11 +29,13 @@ def state_gains(
     weights: Weights,
     layers: tuple[int, ...],
     algebra: LinearAlgebra | None,
+    push: Push,
 ) -> Matrix:
     """g_k = K_k v_k for the state cost from the Jacobians (k, A_k), zero where nothing is controlled: (T, d)"""
     unit = contrast.unit_direction
+    outputs = _outputs(unit, contrast.output_direction)[1:] if push == "concept" else None
     gains = np.zeros_like(unit)
-    for k, gain in sweep(descending, weights, layers, algebra=algebra, width=unit.shape[1]):
+    for k, gain in sweep(descending, weights, layers, algebra=algebra, width=unit.shape[1], pushes=outputs):
         gains[k] = gain[:, : unit.shape[1]] @ unit[k]
     return gains
 
@@ -63,24 +69,31 @@ def feature_gains(
     progress: Progress | None = None,
     *,
     side: int,
+    push: Push,
 ) -> Matrix:
     """g_k for the feature cost from v_k (T, d), mu_k (T,) and e_T (d,), zero where nothing is controlled: (T, d)
 
     Args:
         side: m, with which `product` takes columns (d + m,).
+        push: where control may push.
     """
     T = len(unit)
-    output_magnitude = float(np.linalg.norm(output_direction))
-    directions = np.vstack([unit, output_direction / (output_magnitude or 1.0)])
+    directions = _outputs(unit, output_direction)
     gains = np.zeros(unit.shape)
     # NumPy's threads do not help with products this small; while idle, they spin on cores that the backend needs.
     with _ONE_THREAD.limited():
-        mu = np.append(magnitudes, output_magnitude)
-        for k, gain in feature_sweep(product, directions, mu, weights, layers, side):
+        mu = np.append(magnitudes, np.linalg.norm(output_direction))
+        outputs = directions[1:] if push == "concept" else None
+        for k, gain in feature_sweep(product, directions, mu, weights, layers, side, outputs):
             gains[k] = gain
             if progress:
                 progress("Gains", T - k, T - layers[0])
     return gains
+
+
+def _outputs(unit: Matrix, output_direction: Matrix) -> Matrix:
+    """v_0..v_T: (T + 1, d)"""
+    return np.vstack([unit, output_direction / (float(np.linalg.norm(output_direction)) or 1.0)])
 
 
 class _OneThread:

@@ -14,6 +14,9 @@ Where blocks hand on more than z at a token, the state is s_k = (z_k, side_k) in
 ds_{k+1} = A_k ds_k + B u_k with B = [I; 0], and z alone is in the cost. Then
 
     M_k = S_{k+1} - S_{k+1} B (B' S_{k+1} B + rI)^-1 B' S_{k+1},   K_k = B' M_k A_k / r,   S_k = B Q B' + A_k' M_k A_k.
+
+The paper's control is free, a push in any direction. It may also be kept to one direction b_k (d,) a layer, u_k =
+-b_k (b_k' S_{k+1} b_k + r)^-1 b_k' S_{k+1} A_k dz_k: the same equations with B = b_k (B = [b_k; 0]).
 """
 
 from __future__ import annotations
@@ -129,12 +132,13 @@ def sweep(
     dtype: DTypeLike = np.float64,
     algebra: LinearAlgebra | None = None,
     width: int | None = None,
+    pushes: Matrix | None = None,
 ) -> Iterator[tuple[int, Matrix]]:
     """Yield (k, K_k) from the last layer to the first, consuming (k, A_k) in that order; see `cost_to_go`.
 
     Only a few (d, d) matrices are in memory, however many layers there are.
     """
-    return ((k, gain) for k, gain, _ in cost_to_go(jacobians, weights, layers, dtype, algebra, width))
+    return ((k, gain) for k, gain, _ in cost_to_go(jacobians, weights, layers, dtype, algebra, width, pushes))
 
 
 def cost_to_go(
@@ -144,6 +148,7 @@ def cost_to_go(
     dtype: DTypeLike = np.float64,
     algebra: LinearAlgebra | None = None,
     width: int | None = None,
+    pushes: Matrix | None = None,
 ) -> Iterator[tuple[int, Matrix, Any]]:
     """Yield (k, K_k, S_k): `sweep`, with the matrix for which ds_k' S_k ds_k is the lowest cost from layer k on.
 
@@ -151,6 +156,7 @@ def cost_to_go(
 
     Args:
         width: d, how many components of the state, the first, are controlled and in the cost; by default all.
+        pushes: b_k (T, d), the one direction of control at each layer; by default control is free.
     """
     chosen = frozenset(layers)
     algebra = algebra or NumPyAlgebra()
@@ -163,7 +169,13 @@ def cost_to_go(
             d = A.shape[0] if width is None else width
             if S is None:
                 S = algebra.matrix(weights.qf * np.diag(np.arange(A.shape[0]) < d), dtype)
-            if k in chosen:
+            if k in chosen and pushes is not None:
+                b = algebra.matrix(np.pad(pushes[k], (0, A.shape[0] - d))[:, None], dtype)
+                Sb = S @ b
+                row = Sb.T @ A / (weights.r + float(algebra.numpy(b.T @ Sb)[0, 0]))
+                MA = S @ A - Sb @ row
+                gain = np.outer(pushes[k], algebra.numpy(row)[0]).astype(dtype)
+            elif k in chosen:
                 MA = _controlled(S, d, weights.r, k, algebra, dtype) @ A
                 gain = algebra.numpy(MA[:d] / weights.r)
             else:
@@ -186,6 +198,7 @@ def feature_sweep(
     weights: Weights,
     layers: Iterable[int],
     side: int = 0,
+    pushes: Matrix | None = None,
 ) -> Iterator[tuple[int, Matrix]]:
     """Yield (k, g_k = K_k v_k) from the last layer to the first for a cost on the feature alone.
 
@@ -196,7 +209,8 @@ def feature_sweep(
         g_k = W (r_k I + W'W)^-1 (A_k' W)' v_k,   W_k = [A_k' W L, sqrt(q_k) v_k],   L L' = r_k (r_k I + W'W)^-1,
 
     so that the product A_k' W is all that is needed of A_k. Where m numbers are handed on beside z, v_k is (v_k, 0) and
-    the first d rows of W, B'W, take the place of W in g_k and in W'W.
+    the first d rows of W, B'W, take the place of W in g_k and in W'W; where control is kept to b_k, B'W = b_k'W, and
+    g_k is b_k times the number that comes out.
 
     Args:
         apply_transposed: (k, X) -> A_k' X for the columns of X (d + m, n).
@@ -205,6 +219,7 @@ def feature_sweep(
         weights: q, r and qf.
         layers: where control may act.
         side: m.
+        pushes: b_k (T, d), unit vectors, the one direction of control at each layer; by default control is free.
     """
     chosen = frozenset(layers)
     d = np.shape(directions)[1]
@@ -217,10 +232,11 @@ def feature_sweep(
         pulled = apply_transposed(k, W) if W.shape[1] else W
         if k in chosen and mu[k + 1] > 0 and W.shape[1]:
             r = weights.r / mu[k + 1] ** 2
-            pushed = W[:d]
+            pushed = W[:d] if pushes is None else pushes[k][None] @ W[:d]
             eigenvalues, basis = np.linalg.eigh(pushed.T @ pushed)
             shrink = r / (r + np.maximum(eigenvalues, 0))
             gain = pushed @ (basis @ ((shrink / r) * (basis.T @ (pulled.T @ V[k]))))
+            gain = gain if pushes is None else gain[0] * pushes[k]
             pulled = pulled @ (basis * np.sqrt(shrink))
         W = pulled
         if mu[k] > 0:

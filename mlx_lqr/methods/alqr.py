@@ -19,6 +19,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, contrast
 from mlx_lqr.lqr.controller import FEEDBACK, Controller, Cost, Positions, Readout, Setpoint, check_feedback
 from mlx_lqr.lqr.fit import fit, solve_controller
+from mlx_lqr.lqr.gains import Push
 from mlx_lqr.lqr.layers import Layers, choose_layers
 from mlx_lqr.lqr.linearize import Jacobians, linearize
 from mlx_lqr.lqr.prompts import Prompt
@@ -88,6 +89,12 @@ class ALQR(Method[Controller]):
             FEEDBACK,
             "How much of the push is taken back as the feature rises (0 to 1); 1: the paper's regulator.",
         ),
+        Option(
+            "push",
+            get_args(Push),
+            "free",
+            "Push in any direction (the paper's), or along the concept's own alone.",
+        ),
         Option("jacobians", Jacobians.load, None, "Jacobians stored by `mlx-lqr linearize`."),
         Option("jacobian_prompts", int, 8, "How many positive prompts to linearise at, without --jacobians.", least=1),
     )
@@ -155,10 +162,12 @@ class ALQR(Method[Controller]):
         for i, concept in enumerate(steering.concepts):
             columns.append(Column(f"setpoint {concept}", 24, steering.setpoint[:, i]))
             columns.append(Column("gain", 9, gain_norm[:, i]))
+        kept = {"push": ", ".join(steering.pushes)} if "concept" in steering.pushes else {}
         return Shown(
             numbers={
                 "weights": f"q = {weights.q:g}, r = {weights.r:g}, qf = {weights.qf:g}, {steering.cost} cost",
                 "feedback": ", ".join(f"{share:g}" for share in steering.shares),
+                **kept,
             },
             notes={"setpoint": centred} if steering.offset.any() else {},
             fitted=f"linearised at {steering.jacobian_prompts} prompts",
@@ -170,6 +179,7 @@ class ALQR(Method[Controller]):
                 "cost": steering.cost,
                 "jacobian_prompts": steering.jacobian_prompts,
                 "feedback": list(steering.shares),
+                "push": list(steering.pushes),
                 "setpoint": steering.setpoint.tolist(),
                 "offset": steering.offset.tolist(),
                 "gain_norm": gain_norm.tolist(),

@@ -25,6 +25,7 @@ from mlx_lqr.backends.mlx.frozen import in_float32
 from mlx_lqr.backends.mlx.measured_decoder import FrozenTrace
 from mlx_lqr.backends.mlx.measured_model import MeasuredModel
 from mlx_lqr.backends.mlx.shared import Call, shared_by
+from mlx_lqr.lqr.gains import Push
 from mlx_lqr.lqr.riccati import Weights, cost_to_go
 
 PROMPT = [5, 9, 2, 33, 7, 51, 20, 11, 3]
@@ -139,23 +140,35 @@ def test_where_there_is_no_derivative_each_part_is_moved_by_its_own_size() -> No
 
 
 def textbook(
-    jacobians: list[np.ndarray], d: int, Q: list[np.ndarray], R: list[float], layers: tuple[int, ...]
+    jacobians: list[np.ndarray],
+    d: int,
+    Q: list[np.ndarray],
+    R: list[float],
+    layers: tuple[int, ...],
+    pushes: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """K_k (d, n) of the dense recursion with B = [I; 0]; Q_k (d, d) for k = 0..T."""
+    """K_k (d, n) of the dense recursion with B = [I; 0], or [b_k; 0] for pushes (T, d); Q_k (d, d) for k = 0..T."""
     n = len(jacobians[0])
-    B, S = np.eye(n, d), np.zeros((n, n))
+    S = np.zeros((n, n))
     S[:d, :d] = Q[-1]
     gains: list[np.ndarray] = []
     for k in reversed(range(len(jacobians))):
         A = jacobians[k]
-        K = np.linalg.solve(R[k] * np.eye(d) + B.T @ S @ B, B.T @ S @ A) if k in layers else np.zeros((d, n))
-        S = A.T @ S @ (A - B @ K) + B @ Q[k] @ B.T
+        own = np.eye(d) if pushes is None else pushes[k][:, None]
+        B = np.pad(own, ((0, n - d), (0, 0)))
+        K = own @ np.linalg.solve(R[k] * np.eye(own.shape[1]) + B.T @ S @ B, B.T @ S @ A)
+        K = K if k in layers else np.zeros((d, n))
+        S = A.T @ S @ (A - np.pad(K, ((0, n - d), (0, 0))))
+        S[:d, :d] += Q[k]
         gains.insert(0, K)
     return gains
 
 
 @pytest.mark.parametrize(("family", "layers"), [("gemma4_text", [1, 2]), ("hunyuan", "all")])
-def test_gains_solve_the_regulator_of_the_whole_state(family: str, layers: str | list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("push", ["concept", "free"])
+def test_gains_solve_the_regulator_of_the_whole_state(
+    family: str, layers: str | list[int], push: Push, tmp_path: Path
+) -> None:
     model = model_of(family)
     T, d, q, qf, r = model.num_layers, model.hidden_size, 2.0, 3.0, 0.5
     stored = mlx_lqr.linearize(model, POSITIVE, store=tmp_path / "jacobians.safetensors")
@@ -164,16 +177,19 @@ def test_gains_solve_the_regulator_of_the_whole_state(family: str, layers: str |
     v, mu = contrast.unit_direction.astype(np.float64), np.append(contrast.magnitude, 0.0).astype(np.float64)
     mu[T] = np.linalg.norm(contrast.output_direction)
     v = np.vstack([v, contrast.output_direction / mu[T]])
-    given = {"q": q, "qf": qf, "r": r, "layers": layers, "feedback": 1.0}
-    state = textbook(jacobians, d, [q * np.eye(d)] * T + [qf * np.eye(d)], [r] * T, chosen)
+    given = {"q": q, "qf": qf, "r": r, "layers": layers, "feedback": 1.0, "push": push}
+    pushes = v[1:] if push == "concept" else None
+    state = textbook(jacobians, d, [q * np.eye(d)] * T + [qf * np.eye(d)], [r] * T, chosen, pushes)
     weights = [q / mu[k] ** 2 if k < T else qf / mu[T] ** 2 for k in range(T + 1)]
     outer = [weight * np.outer(v[k], v[k]) for k, weight in enumerate(weights)]
-    feature = textbook(jacobians, d, outer, [r / mu[k + 1] ** 2 for k in range(T)], chosen)
+    feature = textbook(jacobians, d, outer, [r / mu[k + 1] ** 2 for k in range(T)], chosen, pushes)
     for cost, gains in (("state", state), ("feature", feature)):
         expected = np.stack([K[:, :d] @ v[k] for k, K in enumerate(gains)])
         for options in ({"jacobians": stored}, {"jacobian_prompts": 2}) if cost == "feature" else ({},):
             controller = mlx_lqr.fit(model, POSITIVE, NEGATIVE, cost=cost, **given, **options)  # type: ignore[arg-type]
             assert np.linalg.norm(controller.gain[:, :, 0] - expected) < 1e-4 * np.linalg.norm(expected)
+    if push == "concept":
+        return
     full = mlx_lqr.solve(mlx_lqr.Jacobians.load(tmp_path / "jacobians.safetensors"), q, r, qf, layers=chosen)
     assert all(np.allclose(K, other, rtol=1e-6, atol=1e-9) for K, other in zip(full, state, strict=True))
     compiled = mlx_lqr.compile(full, contrast, feedback=1.0).gain[:, :, 0]

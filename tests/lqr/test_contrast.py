@@ -171,7 +171,10 @@ def test_the_defaults_of_fit_are_those_measured_to_do_best() -> None:
     model = tiny("llama")
     sets = [[1, 2, 3], [4, 5], [7, 7]], [[6, 7, 8, 9], [10], [11, 12]]
     default = mlx_lqr.fit(model, *sets)
-    explicit = mlx_lqr.fit(model, *sets, layers="auto", q=10.0, r=1.0, qf=10.0, setpoint="centred", cost="feature")
+    weights = {"q": 10.0, "r": 1.0, "qf": 10.0}
+    explicit = mlx_lqr.fit(
+        model, *sets, layers="auto", **weights, setpoint="centred", cost="feature", feedback=0.5, push="free"
+    )
     assert default.active_layers == explicit.active_layers
     for name in ("gain", "setpoint", "offset"):
         assert np.array_equal(getattr(default, name), getattr(explicit, name))

@@ -241,7 +241,7 @@ def test_strength_may_change_while_a_law_is_in_use(random: np.random.Generator) 
 
 def test_control_at_chosen_layers_only() -> None:
     model = tiny("llama", num_hidden_layers=5)
-    controller = mlx_lqr.fit(model, [[1, 2, 3]], [[4, 5, 6]], layers=[2, -1], cost="state")
+    controller = mlx_lqr.fit(model, [[1, 2, 3]], [[4, 5, 6]], layers=[2, -1], cost="state", push="free")
     assert controller.active_layers == (2, 4)
     whole = mlx_lqr.linearize(model, [[1, 2, 3]])
     gains = mlx_lqr.solve(whole, layers=[2, 4])
@@ -304,6 +304,38 @@ def test_files_keep_the_share_of_the_feedback_and_older_ones_have_all_of_it(
     del metadata["feedback"]
     save_file(tensors, file, metadata)
     assert Controller.load(file).shares == (1.0,)
+
+
+def test_files_keep_where_each_gain_pushes_and_in_older_ones_all_are_free(tmp_path: Path) -> None:
+    model, file = tiny("llama"), tmp_path / "a.safetensors"
+    sets = [[1, 2, 3], [4, 5]], [[6, 7], [9]]
+    along = mlx_lqr.fit(model, *sets, concept="along", layers="all", push="concept")
+    outputs = np.vstack([along.direction[1:, :, 0], along.output_direction.T])
+    outputs /= np.linalg.norm(outputs, axis=1, keepdims=True)
+    gain = along.gain[:, :, 0]
+    assert np.allclose(gain, (gain * outputs).sum(axis=1, keepdims=True) * outputs, atol=1e-6)
+    free = mlx_lqr.fit(model, sets[1], [[8, 3, 1]], concept="free", layers="all")
+    both = Controller.combine(along, free)
+    assert both.pushes == ("concept", "free")
+    assert [one.pushes for one in both.split()] == [("concept",), ("free",)]
+    both.save(file)
+    loaded = Controller.load(file)
+    assert loaded.pushes == ("concept", "free")
+    adapted = mlx_lqr.adapt(model, loaded, [1, 2]).split()  # which keeps to it
+    gain = adapted[0].gain[:, :, 0]
+    assert np.allclose(gain, (gain * outputs).sum(axis=1, keepdims=True) * outputs, atol=1e-5)
+    tensors = load_file(file)
+    with safe_open(file, "np") as opened:
+        metadata = opened.metadata()
+    for entry in ('["concept"]', '["concept", "sideways"]', '["concept", 1]', '"concept"', "[[], []]"):
+        save_file(tensors, file, {**metadata, "push": entry})
+        with pytest.raises(InputError, match="damaged controller file"):
+            Controller.load(file)
+    del metadata["push"]
+    save_file(tensors, file, metadata)
+    assert Controller.load(file).pushes == ("free", "free")
+    with pytest.raises(InputError, match="push must be 'concept' or 'free', not 'sideways'"):
+        mlx_lqr.fit(model, *sets, push="sideways")  # type: ignore[arg-type]
 
 
 def test_a_readout_reads_and_the_gain_pushes(random: np.random.Generator) -> None:

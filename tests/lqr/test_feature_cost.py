@@ -13,11 +13,14 @@ from helpers.tiny import FAMILY, tiny
 import mlx_lqr
 from mlx_lqr import Controller, InputError
 from mlx_lqr.backends.protocol import Model
+from mlx_lqr.lqr.gains import Push
 from mlx_lqr.lqr.riccati import Weights, feature_sweep
 
 
-def dense(jacobians: Any, V: np.ndarray, mu: np.ndarray, weights: Weights, layers: set[int]) -> np.ndarray:
-    """g_k by the textbook recursion in float64 with the same d x d weights."""
+def dense(
+    jacobians: Any, V: np.ndarray, mu: np.ndarray, weights: Weights, layers: set[int], *, free: bool = True
+) -> np.ndarray:
+    """g_k by the textbook recursion in float64 with the same d x d weights, for B = I or B = v_{k+1}."""
     T, d = len(jacobians), V.shape[1]
     S = weights.qf / mu[T] ** 2 * np.outer(V[T], V[T])
     gains = np.zeros((T, d))
@@ -26,8 +29,9 @@ def dense(jacobians: Any, V: np.ndarray, mu: np.ndarray, weights: Weights, layer
         Q = weights.q / mu[k] ** 2 * np.outer(V[k], V[k]) if mu[k] > 0 else np.zeros((d, d))
         K = np.zeros((d, d))
         if k in layers:
-            R = weights.r / mu[k + 1] ** 2 * np.eye(d)
-            K = np.linalg.solve(S + R, S @ A)
+            B = np.eye(d) if free else V[k + 1][:, None]
+            R = weights.r / mu[k + 1] ** 2 * np.eye(B.shape[1])
+            K = B @ np.linalg.solve(B.T @ S @ B + R, B.T @ S @ A)
         S = Q + A.T @ S @ (A - K)
         S = (S + S.T) / 2
         gains[k] = K @ V[k]
@@ -41,33 +45,39 @@ def closest(gains: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("weights", [Weights(0.1, 1, 0.1), Weights(10, 1, 0), Weights(0, 1, 3)])
 @pytest.mark.parametrize("layers", [{0, 1, 2, 3, 4, 5}, {2, 5}])
-def test_equals_the_dense_recursion(weights: Weights, layers: set[int], random: np.random.Generator) -> None:
+@pytest.mark.parametrize("free", [True, False])
+def test_equals_the_dense_recursion(
+    weights: Weights, layers: set[int], free: bool, random: np.random.Generator
+) -> None:
     T, d = 6, 10
     jacobians = [np.eye(d) + random.standard_normal((d, d)) / 3 for _ in range(T)]
     V = random.standard_normal((T + 1, d))
     V /= np.linalg.norm(V, axis=1, keepdims=True)
     mu = random.uniform(0.5, 5, T + 1)
     V[0], mu[0] = 0, 0
-    sweep = feature_sweep(lambda k, X: jacobians[k].T @ X, V, mu, weights, layers)
+    sweep = feature_sweep(lambda k, X: jacobians[k].T @ X, V, mu, weights, layers, pushes=None if free else V[1:])
     gains = np.zeros((T, d))
     for k, gain in sweep:
         gains[k] = gain
-    expected = dense(jacobians, V, mu, weights, layers)
+    expected = dense(jacobians, V, mu, weights, layers, free=free)
     assert np.allclose(gains, expected, rtol=1e-9, atol=1e-12)
     assert expected.any()
 
 
+@pytest.mark.parametrize("push", ["concept", "free"])
 def test_equals_the_dense_recursion_on_smollm2(
-    smollm2: Model, golden: dict[str, Any], jacobians: mlx_lqr.Jacobians
+    smollm2: Model, golden: dict[str, Any], jacobians: mlx_lqr.Jacobians, push: Push
 ) -> None:
     prompts = golden["positive"], golden["negative"]
-    fitted = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobian_prompts=3, layers="all", feedback=1.0)
+    options: dict[str, Any] = {"layers": "all", "feedback": 1.0, "push": push}
+    fitted = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobian_prompts=3, **options)
     contrast = mlx_lqr.contrast(smollm2, *prompts)
     V = np.vstack([contrast.unit_direction, contrast.output_direction / contrast.output_magnitude])
-    expected = dense(jacobians, V, np.append(contrast.magnitude, contrast.output_magnitude), Weights(), set(range(30)))
+    mu, free = np.append(contrast.magnitude, contrast.output_magnitude), push == "free"
+    expected = dense(jacobians, V, mu, Weights(), set(range(30)), free=free)
     assert golden["positive"][:3] == golden["jacobian_prompts"]
     assert closest(fitted.gain[:, :, 0], expected) < 1e-5
-    stored = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobians=jacobians, layers="all", feedback=1.0)
+    stored = mlx_lqr.fit(smollm2, *prompts, cost="feature", jacobians=jacobians, **options)
     assert closest(stored.gain[:, :, 0], expected) < 1e-5
     assert fitted.cost == "feature"
 

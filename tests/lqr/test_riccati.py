@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from helpers.linear_systems import system
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import solve_discrete_are
 
 from mlx_lqr import InputError, solve
+from mlx_lqr.backends.protocol import LinearAlgebra
+from mlx_lqr.backends.torch.algebra import TorchAlgebra
+from mlx_lqr.lqr.algebra import NumPyAlgebra
 from mlx_lqr.lqr.riccati import Weights, cost_to_go, sweep
 
 
@@ -159,3 +163,37 @@ def test_the_sweep_asks_for_one_jacobian_at_a_time() -> None:
 
     for k, _ in sweep(stream(), Weights(), range(3)):
         assert asked[-1] == k
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3)])
+@pytest.mark.parametrize("algebra", [NumPyAlgebra(), TorchAlgebra(torch.device("cpu"))], ids=["numpy", "torch"])
+def test_control_along_one_direction_is_the_cheapest_of_its_kind(
+    layers: tuple[int, ...], algebra: LinearAlgebra, random: np.random.Generator
+) -> None:
+    """u_k = b_k c_k, and the numbers c_k minimise a quadratic function of them all, which least squares solve."""
+    T, d, weights = 4, 6, Weights(0.7, 0.3, 2.0)
+    A = random.standard_normal((T, d, d)) / 2
+    b, start = random.standard_normal((T, d)), random.standard_normal(d)
+    steps = sweep(((k, A[k]) for k in reversed(range(T))), weights, layers, algebra=algebra, pushes=b)
+    gains = dict(steps)
+    states, numbers = [start], []
+    for k in range(T):
+        u = -gains[k] @ states[-1]
+        assert np.linalg.matrix_rank(np.stack([u, b[k]]), tol=1e-9) == 1
+        numbers.append(float(u @ b[k] / (b[k] @ b[k])))
+        states.append(A[k] @ states[-1] + u)
+    # z_k is linear in the numbers of the controlled layers: z_k = free_k + S_k c.
+    free, S, rows, wanted = start, np.zeros((d, len(layers))), [], []
+    for k in range(T + 1):
+        price = np.sqrt(weights.qf if k == T else weights.q)
+        rows.append(price * S)
+        wanted.append(-price * free)
+        if k < T:
+            free, S = A[k] @ free, A[k] @ S
+            if k in layers:
+                S[:, layers.index(k)] += b[k]
+    rows.append(np.sqrt(weights.r) * np.eye(len(layers)))
+    wanted.append(np.zeros(len(layers)))
+    best = np.linalg.lstsq(np.vstack(rows), np.concatenate(wanted), rcond=None)[0]
+    assert np.allclose([numbers[k] for k in layers], best, rtol=1e-8)
+    assert all(numbers[k] == 0 for k in range(T) if k not in layers)
