@@ -112,6 +112,26 @@ def test_an_mlp_with_another_activation_stays_as_it_is(activation: Any) -> None:
         assert type(mlp) is Gated
 
 
+def test_an_mlp_that_gives_zeros_says_nothing_of_its_activation() -> None:
+    mlp = Gated(nn.relu)
+    mlp.gate_proj.weight, mlp.gate_proj.bias = mx.zeros((16, 8)), mx.zeros(16)
+    mlp.down_proj.bias = mx.zeros(8)
+    assert gates._activation_of(mlp, 8) is None
+
+
+def test_each_mlp_is_looked_at_by_itself() -> None:
+    """Several of one class may have another activation each."""
+    blocks = [nn.Module(), nn.Module(), nn.Module()]
+    for block, activation in zip(blocks, (nn.silu, nn.relu, nn.gelu_approx), strict=True):
+        block.mlp = Gated(activation)
+    x = mx.random.normal((1, gates.LEAST, 8))
+    expected = [np.asarray(block.mlp(x)) for block in blocks]
+    with Gates(blocks, mx.float32, 8).quick(x[..., 0]):
+        assert [type(block.mlp) is Gated for block in blocks] == [False, True, False]
+        for block, own in zip(blocks, expected, strict=True):
+            assert np.allclose(np.asarray(block.mlp(x)), own, atol=1e-6)
+
+
 def test_packed_weights_have_quick_gates_too() -> None:
     mx.random.seed(0)
     mlp = Gated(nn.silu)

@@ -55,14 +55,12 @@ class Gates:
         if on_gpu() or not on_linux() or dtype != mx.float32:
             return
         mlps = [mlp for mlp in (block.get("mlp") for block in blocks) if _is_gated(mlp)]
-        known = {kind: _activation_of(mlp, width) for kind, mlp in {type(mlp): mlp for mlp in mlps}.items()}
-        activations = [known[type(mlp)] for mlp in mlps]
+        found = [(mlp, activation) for mlp in mlps if (activation := _activation_of(mlp, width)) is not None]
 
         def hook(k: int, x: mx.array, call: BlockCall) -> mx.array:
-            activation = activations[k]
-            return call(x) if activation is None else _output(mlps[k], x, activation)
+            return _output(*found[k], x)
 
-        self._hooks = ClassHooks(mlps, hook, [k for k, activation in enumerate(activations) if activation is not None])
+        self._hooks = ClassHooks([mlp for mlp, _ in found], hook, range(len(found)))
 
     def quick(self, tokens: mx.array) -> AbstractContextManager[None]:
         """Inside this context a pass of tokens (B, L) has its gates by NumPy. It must be neither traced by MLX nor
@@ -75,17 +73,19 @@ def _is_gated(mlp: nn.Module | None) -> bool:
 
 
 def _activation_of(mlp: nn.Module, width: int) -> Activation | None:
-    """The activation with which the MLP's own output comes out."""
-    x = mx.array(np.random.default_rng(0).standard_normal((1, 2, width)), mx.float32)
-    expected = np.asarray(mlp(x))
+    """The activation with which the MLP's own output comes out, for small inputs and large ones; None for an MLP that
+    gives zeros, where any would do."""
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 2, width)) * [[1], [30]], mx.float32)
+    expected = np.asarray(mlp(x))[0]
+    length = np.linalg.norm(expected, axis=-1)
     for activation in ACTIVATIONS:
-        error = np.linalg.norm(np.asarray(_output(mlp, x, activation)) - expected)
-        if error <= TOLERANCE * np.linalg.norm(expected):
+        error = np.linalg.norm(np.asarray(_output(mlp, activation, x))[0] - expected, axis=-1)
+        if (length > 0).all() and (error <= TOLERANCE * length).all():
             return activation
     return None
 
 
-def _output(mlp: nn.Module, x: mx.array, activation: Activation) -> mx.array:
+def _output(mlp: nn.Module, activation: Activation, x: mx.array) -> mx.array:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     mx.eval(gate, up)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found in the residual stream
