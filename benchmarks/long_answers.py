@@ -52,11 +52,12 @@ class Saturated(LinearFeedback):
         return error - (error - limit) * (error > limit)
 
 
-VARIANTS: dict[str, tuple[float, type[LinearFeedback]]] = {
-    "a quarter of the feedback": (0.25, LinearFeedback),
-    "a half": (0.5, LinearFeedback),
-    "the whole": (1.0, LinearFeedback),
-    "the whole, saturated": (1.0, Saturated),
+VARIANTS: dict[str, tuple[dict[str, Any], type[LinearFeedback]]] = {
+    "a quarter of the feedback": ({"feedback": 0.25}, LinearFeedback),
+    "a half": ({"feedback": 0.5}, LinearFeedback),
+    "the whole": ({"feedback": 1.0}, LinearFeedback),
+    "the whole, saturated": ({"feedback": 1.0}, Saturated),
+    "a tenth, along the concept": ({"feedback": 0.1, "push": "concept"}, LinearFeedback),
 }
 
 
@@ -97,8 +98,8 @@ def variants(model: Model, texts: Texts, concept: str) -> Iterator[tuple[str, st
     """Each law at each budget, and what was measured."""
     sets = framed(model, mlx_lqr.bundled_prompts(concept))
     contrast, jacobians = mlx_lqr.contrast(model, *sets), mlx_lqr.linearize(model, sets[0][:JACOBIAN_PROMPTS])
-    for name, (feedback, kind) in VARIANTS.items():
-        controller = solve_controller(contrast, jacobians, concept=concept, feedback=feedback, algebra=model.algebra)
+    for name, (options, kind) in VARIANTS.items():
+        controller = solve_controller(contrast, jacobians, concept=concept, algebra=model.algebra, **options)
         law = partial(kind, controller)
         search = Search(lambda strength, law=law: texts.divergence(law(strength)), *STRENGTHS.span, first=1.5)
         for budget in ("gentle", "normal"):

@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.backends import BACKENDS, OTHERS, smollm2_on, tiny_on
 from helpers.controllers import NEGATIVE, POSITIVE, controller_for, law_for
 from helpers.decoding import decoded, decoded_together, prefill_chunks
 from helpers.prompts import BATCH, PROMPT
-from helpers.tiny import families
+from helpers.tiny import families, tiny
 
 import mlx_lqr
 from mlx_lqr import InputError
@@ -414,3 +415,16 @@ def test_the_real_model_agrees(backend: str, golden: dict[str, Any], controller:
     ]
     assert pieces[0] == pieces[1]
     assert len(pieces[0]) == 40
+
+
+def test_log_probabilities_over_a_vocabulary_are_those_of_float64() -> None:
+    logits = np.random.default_rng(0).standard_normal((3, 50_000)).astype(np.float32)
+    logits[:, 7] += 3
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+    framework = tiny("llama")._framework
+    found = framework.log_probabilities(mx.array(logits), [7, 8, 49_999])
+    assert np.abs(found - exact[[0, 1, 2], [7, 8, 49_999]]).max() < 1e-5
+    numbers, values = framework.likeliest(mx.array(logits), 3)
+    rows = np.arange(3)[:, None]
+    assert np.abs(np.asarray(values) - exact[rows, np.asarray(numbers)]).max() < 1e-5
