@@ -29,7 +29,7 @@ from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import OverflowingError
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.fit import solve_controller
-from mlx_lqr.lqr.layers import authority
+from mlx_lqr.lqr.layers import authority, effective
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.calibration import Search, Texts
@@ -54,7 +54,7 @@ def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
     sets = framed(model, mlx_lqr.bundled_prompts(concept))
     contrast, jacobians = mlx_lqr.contrast(model, *sets), mlx_lqr.linearize(model, sets[0][:JACOBIAN_PROMPTS])
     third = range(2 * model.num_layers // 3, model.num_layers)
-    wider = layers_as_good_as(WIDER, contrast, jacobians)
+    wider = effective(contrast, authority(contrast, jacobians.pull_back, jacobians.side), WIDER)
     settings: dict[str, dict[str, Any]] = {
         "fit's layers, half of the feedback": {},
         "fit's layers, a tenth": {"feedback": 0.1},
@@ -70,14 +70,6 @@ def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
     }
     made["actadd, the last third"] = mlx_lqr.fit_baseline(model, "actadd", *sets, concept=concept, layers=third)
     return made
-
-
-def layers_as_good_as(least: float, contrast: mlx_lqr.Contrast, jacobians: mlx_lqr.Jacobians) -> list[int]:
-    """The layers of "auto", if a layer had to be but this fraction as good as the best one."""
-    assert contrast.held_out is not None
-    reached = authority(contrast, jacobians.pull_back, jacobians.side)
-    both = np.maximum(contrast.held_out[:-1], 0) * np.maximum(reached, 0)
-    return [int(k) for k in np.flatnonzero(both >= least * both.max())]
 
 
 def at_normal(model: Model, texts: Texts, steering: Steering) -> tuple[float, float]:

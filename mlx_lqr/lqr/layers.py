@@ -56,8 +56,9 @@ def is_auto(layers: Layers) -> bool:
     return layers is None or (isinstance(layers, str) and layers == "auto")
 
 
-def effective(contrast: Contrast, authority: Float32 | None) -> tuple[int, ...]:
-    """The layers of "auto", from the `authority` (T,) of each, or from separation alone.
+def effective(contrast: Contrast, authority: Float32 | None, least: float = EFFECTIVE) -> tuple[int, ...]:
+    """The layers of "auto", from the `authority` (T,) of each, or from separation alone; those that are at least this
+    fraction as good as the best one.
 
     Raises:
         InputError: no authority, and fewer than two prompts in a set.
@@ -66,16 +67,16 @@ def effective(contrast: Contrast, authority: Float32 | None) -> tuple[int, ...]:
     if authority is None:
         if separation is None:
             raise InputError('layers "auto" compares the prompts of a set with one another: give more than one of each')
-        return best_of(separation)
+        return best_of(separation, least)
     if separation is None or min(contrast.prompt_counts) < FEW:
-        return best_of(authority)
+        return best_of(authority, least)
     both = np.maximum(separation, 0) * np.maximum(authority, 0)
-    return best_of(both if both.any() else authority)
+    return best_of(both if both.any() else authority, least)
 
 
-def best_of(values: Float32) -> tuple[int, ...]:
-    """The indices whose value is at least `EFFECTIVE` times the largest."""
-    return tuple(int(k) for k in np.flatnonzero(values >= EFFECTIVE * values.max()))
+def best_of(values: Float32, least: float = EFFECTIVE) -> tuple[int, ...]:
+    """The indices whose value is at least this fraction of the largest."""
+    return tuple(int(k) for k in np.flatnonzero(values >= least * values.max()))
 
 
 def authority(contrast: Contrast, product: Product, side: int = 0) -> Float32:
