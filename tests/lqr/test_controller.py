@@ -288,21 +288,26 @@ def test_what_is_no_share_of_the_feedback_is_refused(feedback: float, random: np
         mlx_lqr.compile(made_gains(random), made_contrast(random), feedback=feedback)
 
 
+def damaged_and_then_without(file: Path, name: str, *damaged: str) -> None:
+    """Each of these values of an entry is refused; afterwards the file has no such entry, as older ones."""
+    tensors = load_file(file)
+    with safe_open(file, "np") as opened:
+        metadata = opened.metadata()
+    for value in damaged:
+        save_file(tensors, file, {**metadata, name: value})
+        with pytest.raises(InputError, match="damaged controller file"):
+            Controller.load(file)
+    del metadata[name]
+    save_file(tensors, file, metadata)
+
+
 def test_files_keep_the_share_of_the_feedback_and_older_ones_have_all_of_it(
     tmp_path: Path, random: np.random.Generator
 ) -> None:
     file = tmp_path / "a.safetensors"
     mlx_lqr.compile(made_gains(random), made_contrast(random), feedback=0.3).save(file)
     assert Controller.load(file).shares == (0.3,)
-    tensors = load_file(file)
-    with safe_open(file, "np") as opened:
-        metadata = opened.metadata()
-    for entry in ("[0.0]", "[2.0]", "[NaN]", "[0.3, 0.3]", "0.3"):
-        save_file(tensors, file, {**metadata, "feedback": entry})
-        with pytest.raises(InputError, match="damaged controller file"):
-            Controller.load(file)
-    del metadata["feedback"]
-    save_file(tensors, file, metadata)
+    damaged_and_then_without(file, "feedback", "[0.0]", "[2.0]", "[NaN]", "[0.3, 0.3]", "0.3")
     assert Controller.load(file).shares == (1.0,)
 
 
@@ -324,15 +329,9 @@ def test_files_keep_where_each_gain_pushes_and_in_older_ones_all_are_free(tmp_pa
     adapted = mlx_lqr.adapt(model, loaded, [1, 2]).split()  # which keeps to it
     gain = adapted[0].gain[:, :, 0]
     assert np.allclose(gain, (gain * outputs).sum(axis=1, keepdims=True) * outputs, atol=1e-5)
-    tensors = load_file(file)
-    with safe_open(file, "np") as opened:
-        metadata = opened.metadata()
-    for entry in ('["concept"]', '["concept", "sideways"]', '["concept", 1]', '"concept"', "[[], []]"):
-        save_file(tensors, file, {**metadata, "push": entry})
-        with pytest.raises(InputError, match="damaged controller file"):
-            Controller.load(file)
-    del metadata["push"]
-    save_file(tensors, file, metadata)
+    damaged_and_then_without(
+        file, "push", '["concept"]', '["concept", "sideways"]', '["concept", 1]', '"concept"', "[[], []]"
+    )
     assert Controller.load(file).pushes == ("free", "free")
     with pytest.raises(InputError, match="push must be 'concept' or 'free', not 'sideways'"):
         mlx_lqr.fit(model, *sets, push="sideways")  # type: ignore[arg-type]
