@@ -17,6 +17,23 @@ from mlx_lqr.backends.llama import library
 from mlx_lqr.backends.llama.library import llama
 
 
+@pytest.mark.parametrize(("features", "rearranged"), [("AVX512 = 1 | AMX_INT8 = 1 | ", False), ("AVX512 = 1 | ", True)])
+def test_weights_are_not_rearranged_for_amx(
+    features: str, rearranged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There llama.cpp crashes; the tests of quantised files show it where the processor has it."""
+    asked: list[bool] = []
+    load = llama().llama_model_load_from_file
+    monkeypatch.setattr(llama(), "llama_print_system_info", lambda: f"CPU : {features}".encode())
+    monkeypatch.setattr(
+        llama(),
+        "llama_model_load_from_file",
+        lambda file, parameters: (asked.append(parameters.use_extra_bufts), load(file, parameters))[1],
+    )
+    mlx_lqr.load(write(tmp_path / "tiny.gguf", "llama").path, backend="llama")
+    assert asked == [rearranged]
+
+
 def test_weights_lie_on_the_device_and_it_is_named(tmp_path: Path) -> None:
     said: list[str] = []
     callback = llama().llama_log_callback(lambda level, text, _: said.append(text.decode()))

@@ -84,6 +84,7 @@ USED = (
     "llama_model_n_params",
     "llama_model_size",
     "llama_pos",
+    "llama_print_system_info",
     "llama_seq_id",
     "llama_state_seq_get_data",
     "llama_state_seq_get_size",
@@ -163,6 +164,11 @@ def parameters(kind: str, values: Mapping[str, Any]) -> Any:
             raise changed(f"has no {kind} parameter {name}")
         setattr(made, name, value)
     return made
+
+
+def has_amx() -> bool:
+    """Whether llama.cpp is built to multiply quantised weights in the tiles of Intel's AMX."""
+    return b"AMX_INT8 = 1" in llama().llama_print_system_info()
 
 
 def why() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lqr.backends.llama.gguf import ARCHITECTURES
-from mlx_lqr.backends.llama.library import llama, parameters, why
+from mlx_lqr.backends.llama.library import has_amx, llama, parameters, why
 from mlx_lqr.convert.parts import part_paths
 from mlx_lqr.errors import InputError, quoted
 
@@ -22,6 +22,9 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 class Loaded:
     """A model in memory; its weights stay in the file, which is mapped.
 
+    On processors with AMX llama.cpp would rearrange quantised weights for it, and crash at the first token in many
+    builds (ggml-org/llama.cpp, issue 20824 and pull request 26954). It is told not to rearrange weights there.
+
     Raises:
         InputError: the file cannot be read, or holds a model that is not steered here.
     """
@@ -31,7 +34,9 @@ class Loaded:
         self.files = [part for part in part_paths(file) if part.is_file()]
         if not self.files:
             raise InputError(f"{file} does not exist: give a .gguf file")
-        asked = {"n_gpu_layers": _ALL_LAYERS} if library.llama_supports_gpu_offload() else {}
+        asked: dict[str, Any] = {"n_gpu_layers": _ALL_LAYERS} if library.llama_supports_gpu_offload() else {}
+        if has_amx():
+            asked["use_extra_bufts"] = False
         self.pointer = library.llama_model_load_from_file(os.fsencode(self.files[0]), parameters("model", asked))
         if not self.pointer:
             raise InputError(f"llama.cpp cannot load {file}{why()}: download it again, or use --backend mlx")
