@@ -266,7 +266,7 @@ def _assemble(
         full_state=loop.full_state() if full_state and loop.controller.cost == "state" else None,
         mismatch=mismatch,
         curvature=curvature,
-        setpoint=loop.offset + strengths[:, None] * loop.setpoint,
+        setpoint=loop.offset + strengths[:, None] * loop.magnitude,
         unsteered=np.einsum("nskd,kd->nsk", z0, v),
         feature=np.einsum("nskd,kd->nsk", z, v),
         predicted=np.einsum("nskd,kd->nsk", z0 + predicted, v),

@@ -75,7 +75,7 @@ def draw_tracking(tracked: TrackedAnswer, excess: Excess | None = None) -> None:
     legend = [
         f"{reached} feature  {aim} setpoint (-: no control here)  {other} feature without steering",
         "Numbers are in the residual stream's units, bars in strengths.",
-        "alpha: setpoint less feature; |u|: length of what all concepts add to the layer.",
+        "alpha: how far the feature is below where the push ends; |u|: length of what all concepts add to the layer.",
     ]
     if excess is not None:
         legend.append(f"Over the whole answer: {excess}.")

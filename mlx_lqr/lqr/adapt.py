@@ -12,7 +12,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast
 from mlx_lqr.lqr.controller import FEEDBACK, Controller, Positions, Readout, Setpoint, assemble
 from mlx_lqr.lqr.fit import layers_of
-from mlx_lqr.lqr.gains import Push, directions_of, feature_gains, pull_back, side_of
+from mlx_lqr.lqr.gains import PUSH, Push, directions_of, feature_gains, pull_back, side_of
 from mlx_lqr.lqr.layers import Layers
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.lqr.riccati import WEIGHT, Product, Weights
@@ -31,7 +31,7 @@ def adapt(
     setpoint: Setpoint = "centred",
     readout: Readout = "discriminant",
     feedback: float = FEEDBACK,
-    push: Push = "free",
+    push: Push = PUSH,
     positions: Positions = "last",
 ) -> Controller:
     """A controller whose gains are computed at the last token of the prompt that it will steer (feature cost).

@@ -54,9 +54,9 @@ Positions = Literal["last", "all"]
 Setpoint = Literal["paper", "centred"]
 """What a strength asks of the feature: strength x mu_k, or the level of the negative prompts' mean + strength x mu_k,
 which is that of the positive prompts at 1. Strength 0 itself does not steer."""
-FEEDBACK = 0.5
-"""The default share of the feedback. With the paper's 1 there is less of the concept at the same damage, and with less
-than a half long answers run into loops (docs/comparison.md)."""
+FEEDBACK = 0.1
+"""The default share of the feedback. With the paper's 1 there is less of the concept at the same damage
+(docs/comparison.md)."""
 Readout = Literal["discriminant", "direction"]
 """What the feature is read by: Fisher's linear discriminant w_k of the two sets (`Contrast.discriminant`), or the
 direction v_k itself, as in the paper."""
@@ -71,9 +71,10 @@ class Controller:
     gain: Float32
     """(T, d, m): G_k = K_k V_k (W_k' V_k)^-1 for the sensors W_k, times `feedback`; zero at layers without control"""
     setpoint: Float32
-    """(T, m): mu_k / `feedback`, the setpoint's slope in the strength"""
+    """(T, m): mu_k / `feedback`. The push ends where the feature is at offset_k + strength times this, which is the
+    setpoint (`setpoint_at`) with the whole feedback, and beyond it with less"""
     offset: Float32
-    """(T, m): what the setpoint goes to as the strength goes to 0; at 0 itself nothing is steered"""
+    """(T, m): what both go to as the strength goes to 0; at 0 itself nothing is steered"""
     output_direction: Float32
     """(d, m): e_T, the unnormalised direction at the last block's output; `adapt` needs it, steering does not"""
     concepts: tuple[str, ...]
@@ -126,6 +127,14 @@ class Controller:
     def magnitude(self) -> Float32:
         """(T, m): mu_k"""
         return self.setpoint * np.asarray(self.shares, np.float32)
+
+    def setpoint_at(self, strength: Sequence[float]) -> Float32:
+        """beta*_k = offset_k + strength mu_k (T, m), for one strength per concept (m,): where the features are to be.
+
+        A share f of the feedback is taken about it, and the rest of the push is fixed: u_k = ((1 - f) strength mu_k +
+        f (beta*_k - w_k . z_k)) K_k v_k.
+        """
+        return self.offset + self.magnitude * np.asarray(strength, np.float32)
 
     @property
     def shares(self) -> tuple[float, ...]:

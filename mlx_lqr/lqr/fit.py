@@ -19,7 +19,7 @@ from mlx_lqr.lqr.controller import (
     check_choice,
     check_feedback,
 )
-from mlx_lqr.lqr.gains import Push, directions_of, feature_gains, pull_back, side_of, state_gains
+from mlx_lqr.lqr.gains import PUSH, Push, directions_of, feature_gains, pull_back, side_of, state_gains
 from mlx_lqr.lqr.layers import Layers, authority, check_layers, choose_layers, effective, is_auto
 from mlx_lqr.lqr.linearize import Jacobians, stream_jacobians, traces
 from mlx_lqr.lqr.prompts import Prompt
@@ -40,7 +40,7 @@ def fit(
     setpoint: Setpoint = "centred",
     readout: Readout = "discriminant",
     feedback: float = FEEDBACK,
-    push: Push = "free",
+    push: Push = PUSH,
     positions: Positions = "last",
     jacobian_prompts: int = 8,
     jacobians: Jacobians | None = None,
@@ -134,7 +134,7 @@ def solve_controller(
     setpoint: Setpoint = "centred",
     readout: Readout = "discriminant",
     feedback: float = FEEDBACK,
-    push: Push = "free",
+    push: Push = PUSH,
     positions: Positions = "last",
     algebra: LinearAlgebra | None = None,
 ) -> Controller:

@@ -21,6 +21,8 @@ from mlx_lqr.lqr.riccati import Product, Weights, feature_sweep, sweep
 
 Push = Literal["concept", "free"]
 """Where control may push: along the concept's own direction v_{k+1} at a block's output, or anywhere (the paper)."""
+PUSH: Push = "concept"
+"""The default: at equal damage there is more of a concept, and far more of a behaviour (docs/comparison.md)."""
 
 
 def state_gains(

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 Layers = Iterable[int] | Literal["auto", "all"] | None
 """Where to steer: these layers; "auto", where a push for the concept works (`choose_layers`); "all"; the default."""
 
-EFFECTIVE = 0.8
-"""layers="auto" takes every layer that is at least this fraction as good as the best one. SmolLM2: 27 to 29 of 30 for
-"dog", 23 to 29 for "formal", 16 to 28 for "refusal"."""
+EFFECTIVE = 1 / 3
+"""layers="auto" takes every layer that is at least this fraction as good as the best one. SmolLM2: 24 to 29 of 30 for "dog", 22 to
+29 for "formal", 18 to 29 for "refusal"."""
+SEPARATING = 0.8
+"""The fraction where separation alone decides, which differs less from layer to layer."""
 FEW = 8
 """Prompts of a set, below which their separation says nothing and authority alone decides."""
 
@@ -67,14 +69,14 @@ def effective(contrast: Contrast, authority: Float32 | None, least: float = EFFE
     if authority is None:
         if separation is None:
             raise InputError('layers "auto" compares the prompts of a set with one another: give more than one of each')
-        return best_of(separation, least)
+        return best_of(separation, SEPARATING)
     if separation is None or min(contrast.prompt_counts) < FEW:
         return best_of(authority, least)
     both = np.maximum(separation, 0) * np.maximum(authority, 0)
     return best_of(both if both.any() else authority, least)
 
 
-def best_of(values: Float32, least: float = EFFECTIVE) -> tuple[int, ...]:
+def best_of(values: Float32, least: float) -> tuple[int, ...]:
     """The indices whose value is at least this fraction of the largest."""
     return tuple(int(k) for k in np.flatnonzero(values >= least * values.max()))
 

@@ -19,7 +19,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, contrast
 from mlx_lqr.lqr.controller import FEEDBACK, Controller, Cost, Positions, Readout, Setpoint, check_feedback
 from mlx_lqr.lqr.fit import fit, solve_controller
-from mlx_lqr.lqr.gains import Push
+from mlx_lqr.lqr.gains import PUSH, Push
 from mlx_lqr.lqr.layers import Layers, choose_layers
 from mlx_lqr.lqr.linearize import Jacobians, linearize
 from mlx_lqr.lqr.prompts import Prompt
@@ -92,8 +92,8 @@ class ALQR(Method[Controller]):
         Option(
             "push",
             get_args(Push),
-            "free",
-            "Push in any direction (the paper's), or along the concept's own alone.",
+            PUSH,
+            "Push along the concept's own direction alone, or in whatever costs least (the paper's).",
         ),
         Option("jacobians", Jacobians.load, None, "Jacobians stored by `mlx-lqr linearize`."),
         Option("jacobian_prompts", int, 8, "How many positive prompts to linearise at, without --jacobians.", least=1),
@@ -199,6 +199,7 @@ class ALQR(Method[Controller]):
                     "setpoint": "paper",
                     "readout": "direction",
                     "feedback": 1.0,
+                    "push": "free",
                 }
             },
         }

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_lqr.backends.protocol import Float32
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.contrast import Contrast, activations, contrast_of
-from mlx_lqr.lqr.layers import best_of, check_layers
+from mlx_lqr.lqr.layers import SEPARATING, best_of, check_layers
 from mlx_lqr.methods.method import DefaultLayers, Problem
 
 
@@ -74,4 +74,4 @@ def _layers(problem: Problem, default: DefaultLayers, contrast: Contrast, at_inp
     if contrast.held_out is None:
         raise InputError('layers "auto" compares the prompts of a set with one another: give more than one of each')
     separation = contrast.held_out[:-1] if at_input else contrast.held_out[1:]
-    return (int(np.argmax(separation)),) if default == "middle" else best_of(separation)
+    return (int(np.argmax(separation)),) if default == "middle" else best_of(separation, SEPARATING)

@@ -226,6 +226,7 @@ class Answer:
         assert self._controller is not None
         controller, (recording, strength) = self._controller, taken
         layers = list(controller.active_layers)
-        error, push = recording.feature_error()[-1, layers], recording.push()[-1, layers]
-        setpoint = (controller.offset + controller.setpoint * np.asarray(strength, np.float32))[layers]
-        return Tracking(tuple(layers), controller.concepts, error, push, setpoint - error, setpoint)
+        alpha, push = recording.feature_error()[-1, layers], recording.push()[-1, layers]
+        ends = controller.offset + controller.setpoint * np.asarray(strength, np.float32)
+        feature, setpoint = ends[layers] - alpha, controller.setpoint_at(strength)[layers]
+        return Tracking(tuple(layers), controller.concepts, setpoint - feature, push, feature, setpoint)

@@ -48,7 +48,7 @@ class Request:
     scores: PromptScores | None = None
     """Whether and how the prompt is scored"""
     track: bool = False
-    """Whether alpha_k and |u_k| are told at each token; of A-LQR controllers alone."""
+    """Whether the errors and |u_k| are told at each token; of A-LQR controllers alone."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Tracking:
     layers: tuple[int, ...]
     concepts: tuple[str, ...]
     error: Float32
-    """alpha_k = setpoint - feature: (L, m), NaN for a concept at strength 0"""
+    """setpoint - feature: (L, m), NaN for a concept at strength 0"""
     push: Float32
     """|u_k|, of all concepts together: (L,)"""
     feature: Float32
     """beta_k at the input of block k: (L, m), NaN as above"""
     setpoint: Float32
-    """(L, m)"""
+    """See `Controller.setpoint_at`: (L, m)"""
 
 
 @dataclass(frozen=True)

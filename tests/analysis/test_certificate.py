@@ -51,8 +51,8 @@ def test_the_prediction_is_the_linear_loop(family: str, setpoint: str, linearise
                 p = A[k] @ p + u
                 if k < 3:
                     assert certificate.predicted[n, s, k + 1] == pytest.approx(v[k + 1] @ (z0[k + 1] + p), abs=2e-3)
-    wanted = controller.offset[:, 0] + np.array([[1.0], [2.5]]) * controller.setpoint[:, 0]
-    assert certificate.setpoint[:, :-1] == pytest.approx(wanted, rel=1e-6)
+    wanted = [controller.setpoint_at([strength])[:, 0] for strength in (1.0, 2.5)]
+    assert certificate.setpoint[:, :-1] == pytest.approx(np.stack(wanted), rel=1e-6)
     assert np.all(np.isnan(certificate.setpoint[:, -1])) == (setpoint == "centred")
     assert certificate.first == 1
     # Nothing is displaced yet.

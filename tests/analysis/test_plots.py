@@ -12,7 +12,6 @@ from helpers.prompts import NOMINAL_PROMPTS as PROMPTS
 from helpers.tiny import tiny
 
 from mlx_lqr.analysis import Certificate, Linearity, certify, linearity, plots
-from mlx_lqr.lqr.controller import FEEDBACK
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def test_pictures_of_a_certificate_show_its_numbers(certificate: Certificate) ->
     tracking = plots.tracking(certificate).axes[1]
     lines = {line.get_label(): np.asarray(line.get_ydata()) for line in tracking.lines}
     assert np.allclose(lines["measured"], np.median(certificate.feature[:, 1, first:], axis=0) / mu[first:])
-    assert np.allclose(lines["setpoint"], 2.0 / FEEDBACK)
+    assert np.allclose(lines["setpoint"], 2.0)
     assert tracking.get_title(loc="left") == "strength 2"
     drawn = plots.error_and_bound(certificate).axes[0]
     lines = {line.get_label(): np.asarray(line.get_ydata()) for line in drawn.lines}

@@ -17,7 +17,7 @@ class Drawn:
     """As much of a controller as a drawing asks for."""
 
     concepts, num_layers = (NAME,), 2
-    setpoint, offset = np.ones((2, 1), np.float32), np.zeros((2, 1), np.float32)
+    magnitude, offset = np.ones((2, 1), np.float32), np.zeros((2, 1), np.float32)
 
 
 def show() -> None:

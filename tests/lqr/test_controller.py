@@ -319,7 +319,7 @@ def test_files_keep_where_each_gain_pushes_and_in_older_ones_all_are_free(tmp_pa
     outputs /= np.linalg.norm(outputs, axis=1, keepdims=True)
     gain = along.gain[:, :, 0]
     assert np.allclose(gain, (gain * outputs).sum(axis=1, keepdims=True) * outputs, atol=1e-6)
-    free = mlx_lqr.fit(model, sets[1], [[8, 3, 1]], concept="free", layers="all")
+    free = mlx_lqr.fit(model, sets[1], [[8, 3, 1]], concept="free", layers="all", push="free")
     both = Controller.combine(along, free)
     assert both.pushes == ("concept", "free")
     assert [one.pushes for one in both.split()] == [("concept",), ("free",)]

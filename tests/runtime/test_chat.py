@@ -128,7 +128,7 @@ def test_tracking_shows_the_answer_as_it_was_steered(positions: Any, adaptive: b
     chat.set_strength(0.0)  # of the next answer
     tracked = chat.track()
     assert tracked.strength == (4.0,)
-    assert np.allclose(tracked.steered.setpoint, controller.offset + 4 * controller.setpoint)
+    assert np.allclose(tracked.steered.setpoint, controller.offset + 4 * controller.magnitude)
     prompt = model.tokenizer.chat(chat.messages[:-1])
     if adaptive:
         controller = mlx_lqr.adapt(model, controller, prompt)

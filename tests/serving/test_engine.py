@@ -155,7 +155,7 @@ def test_a_strength_changes_while_the_answer_is_written_and_tracking_shows_it(en
     listener: Any = Listener(steer)
     listener.seen = []
     listener.ticket = engine.submit(Request(PROMPT, controller, 2.0, GREEDY, 16, track=True), listener)
-    events, (first, *_), mu = list(listener), controller.active_layers, controller.setpoint
+    events, (first, *_), mu = list(listener), controller.active_layers, controller.magnitude
     strengths = [
         float((event.tracking.setpoint[0, 0] - controller.offset[first, 0]) / mu[first, 0]) for event in events
     ]
@@ -172,7 +172,8 @@ def test_a_strength_changes_while_the_answer_is_written_and_tracking_shows_it(en
     tracking = events[0].tracking
     assert tracking is not None
     assert np.allclose(tracking.error, expected[layers], atol=1e-3)
-    push = np.linalg.norm(np.einsum("kdm,km->kd", controller.gain, expected), axis=1)[layers]
+    alpha = expected + 2.0 * (controller.setpoint - mu)
+    push = np.linalg.norm(np.einsum("kdm,km->kd", controller.gain, alpha), axis=1)[layers]
     assert np.allclose(tracking.push, push, rtol=1e-3)
     assert np.allclose(tracking.feature, tracking.setpoint - tracking.error)
     for i, event in enumerate(events):

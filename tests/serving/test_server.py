@@ -249,7 +249,7 @@ def test_tracking_goes_with_each_token(served: Served) -> None:
         assert (one["layers"], one["concepts"]) == (list(dog.active_layers), ["dog", "ocean"])
         assert [error[1] for error in one["error"]] == [None] * 3, "at strength 0 nothing is measured"
         setpoint = np.array(one["setpoint"], float)[:, 0]
-        assert setpoint == pytest.approx((dog.offset + 2 * dog.setpoint)[:, 0], rel=1e-4)
+        assert setpoint == pytest.approx(dog.setpoint_at([2.0])[:, 0], rel=1e-4)
         assert np.array(one["feature"], float)[:, 0] == pytest.approx(
             setpoint - np.array(one["error"], float)[:, 0], abs=1e-5
         )

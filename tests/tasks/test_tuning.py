@@ -210,11 +210,13 @@ def test_tune_recommends_the_optimum_of_a_synthetic_task(model: Model, space: ta
 
 def test_a_candidate_is_what_fit_makes_of_its_options(model: Model, space: tasks.Space) -> None:
     start = {name: values[0] for name, values in space.factors.items()}
-    for change in ({}, {"layers": "all", "q": 0.3}, {"setpoint": "paper", "qf/q": 10.0}, {"cost": "adaptive"}):
+    for change in ({}, {"layers": "last third", "q": 0.3}, {"setpoint": "paper", "qf/q": 10.0}, {"cost": "adaptive"}):
         options = {**start, **change}
         controller = space.candidate(options).fit()
         given = {name: options[name] for name in ("layers", "q", "cost", "setpoint")}
         given["qf"] = options["q"] * options["qf/q"]
+        if given["layers"] == "last third":
+            given["layers"] = [model.num_layers - 1]
         expected = mlx_lqr.fit(model, *SETS, concept="one", jacobian_prompts=3, **given)
         assert isinstance(controller, mlx_lqr.Controller)
         for name in ("direction", "gain", "setpoint", "offset"):
