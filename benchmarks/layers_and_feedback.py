@@ -29,7 +29,7 @@ from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import OverflowingError
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.fit import solve_controller
-from mlx_lqr.lqr.layers import authority, effective
+from mlx_lqr.lqr.layers import choose_layers
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.calibration import Search, Texts
@@ -45,8 +45,8 @@ from mlx_lqr.tasks.refusal import refuses
 CONCEPTS = ("dog", "ocean", "church")
 TOKENS, TEXTS = 24, 64
 JACOBIAN_PROMPTS = 4
-WIDER = 1 / 3
-"""Of the best layer, where `fit` takes 0.8"""
+CLOSE = 0.8
+"""Of the best layer, where `fit` takes a third"""
 
 
 def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
@@ -54,15 +54,15 @@ def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
     sets = framed(model, mlx_lqr.bundled_prompts(concept))
     contrast, jacobians = mlx_lqr.contrast(model, *sets), mlx_lqr.linearize(model, sets[0][:JACOBIAN_PROMPTS])
     third = range(2 * model.num_layers // 3, model.num_layers)
-    wider = effective(contrast, authority(contrast, jacobians.pull_back, jacobians.side), WIDER)
+    close = choose_layers("auto", contrast, jacobians, least=CLOSE)
     settings: dict[str, dict[str, Any]] = {
-        "fit's layers, half of the feedback": {},
-        "fit's layers, a tenth": {"feedback": 0.1},
-        "the last third, half": {"layers": third},
-        "the last third, a tenth": {"layers": third, "feedback": 0.1},
-        "along the concept: fit's layers, half": {"push": "concept"},
-        "along the concept: fit's layers, a tenth": {"push": "concept", "feedback": 0.1},
-        "along the concept: more layers, a tenth": {"push": "concept", "feedback": 0.1, "layers": wider},
+        "fit's own": {},
+        "any direction: close layers, half of the feedback": {"push": "free", "feedback": 0.5, "layers": close},
+        "any direction: close layers, a tenth": {"push": "free", "feedback": 0.1, "layers": close},
+        "any direction: the last third, half": {"push": "free", "feedback": 0.5, "layers": third},
+        "any direction: the last third, a tenth": {"push": "free", "feedback": 0.1, "layers": third},
+        "along the concept: close layers, half": {"push": "concept", "feedback": 0.5, "layers": close},
+        "along the concept: close layers, a tenth": {"push": "concept", "feedback": 0.1, "layers": close},
     }
     made: dict[str, Steering] = {
         name: solve_controller(contrast, jacobians, concept=concept, algebra=model.algebra, **options)

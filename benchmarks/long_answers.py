@@ -21,6 +21,7 @@ import mlx_lqr  # first, so that MLX gets its BLAS
 from mlx_lqr.backends.protocol import GREEDY, Array, Law, Model, Sampling
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.fit import solve_controller
+from mlx_lqr.lqr.layers import choose_layers
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.alqr import STRENGTHS, LinearFeedback
@@ -36,6 +37,8 @@ SIDE_BY_SIDE = 16
 END, LOOPS = 40, 0.5
 """An answer loops where more than a half of the pairs of neighbours among its last 40 tokens were there before."""
 HELD_AT = 2.0
+CLOSE = 0.8
+"""Of the best layer, where pushes go in any direction"""
 JACOBIAN_PROMPTS = 8
 
 
@@ -53,11 +56,11 @@ class Saturated(LinearFeedback):
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], type[LinearFeedback]]] = {
-    "a quarter of the feedback": ({"feedback": 0.25}, LinearFeedback),
-    "a half": ({"feedback": 0.5}, LinearFeedback),
-    "the whole": ({"feedback": 1.0}, LinearFeedback),
-    "the whole, saturated": ({"feedback": 1.0}, Saturated),
-    "a tenth, along the concept": ({"feedback": 0.1, "push": "concept"}, LinearFeedback),
+    "fit's own": ({}, LinearFeedback),
+    "any direction: a quarter of the feedback": ({"push": "free", "feedback": 0.25}, LinearFeedback),
+    "any direction: a half": ({"push": "free", "feedback": 0.5}, LinearFeedback),
+    "any direction: the whole": ({"push": "free", "feedback": 1.0}, LinearFeedback),
+    "any direction: the whole, saturated": ({"push": "free", "feedback": 1.0}, Saturated),
 }
 
 
@@ -98,7 +101,10 @@ def variants(model: Model, texts: Texts, concept: str) -> Iterator[tuple[str, st
     """Each law at each budget, and what was measured."""
     sets = framed(model, mlx_lqr.bundled_prompts(concept))
     contrast, jacobians = mlx_lqr.contrast(model, *sets), mlx_lqr.linearize(model, sets[0][:JACOBIAN_PROMPTS])
+    close = choose_layers("auto", contrast, jacobians, least=CLOSE)
     for name, (options, kind) in VARIANTS.items():
+        if "push" in options:
+            options = {**options, "layers": close}
         controller = solve_controller(contrast, jacobians, concept=concept, algebra=model.algebra, **options)
         law = partial(kind, controller)
         search = Search(lambda strength, law=law: texts.divergence(law(strength)), *STRENGTHS.span, first=1.5)

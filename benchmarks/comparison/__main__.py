@@ -11,7 +11,9 @@ those first that matter most, so that `page` has something to write at any time.
 measures hardly anything, to see that all of it runs; `--limit-rows` measures less of everything, `--normal-only` one
 budget of damage instead of three. Processors that multiply in bfloat16 take less than half the time with `--backend
 torch --dtype bfloat16`, for the same numbers within their intervals. A result has the methods of its last run, so that
-`--method` leaves out the others even where their rows are there.
+`--method` leaves out the others even where their rows are there. Where A-LQR alone has changed, `--choices
+benchmarks/comparison/results` takes from the results that are there which setting of each other method was chosen, and
+its strengths, and measures the rest anew.
 
 `page` first copies the results of OUT, which are small, to benchmarks/comparison/results; without -o it writes the page
 from those that are there.
@@ -73,6 +75,7 @@ def main() -> None: ...
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="These methods.")
 @click.option("--limit-rows", type=click.IntRange(min=1), metavar="N", help="Report N rows, and less of all else.")
 @click.option("--normal-only", is_flag=True, help="At the normal budget of damage alone.")
+@click.option("--choices", type=FOLDER, metavar="DIR", help="Earlier results that tell the others' settings.")
 @click.option("--quick", is_flag=True, help="Hardly any rows.")
 @BACKEND
 @DTYPE
@@ -86,6 +89,7 @@ def run(
     methods: tuple[str, ...],
     limit_rows: int | None,
     normal_only: bool,
+    choices: Path | None,
     quick: bool,
     backend: Literal["mlx", "torch"],
     dtype: str,
@@ -103,7 +107,8 @@ def run(
     sizes = QUICK if quick else FULL
     sizes = sizes if limit_rows is None else sizes.limited(limit_rows)
     budgets = {CHOSEN_AT: BUDGETS[CHOSEN_AT]} if normal_only else BUDGETS
-    setting = Setting(model, judge, data, output / chosen, sizes, dtype, say, budgets)
+    earlier = choices / chosen if choices is not None else None
+    setting = Setting(model, judge, data, output / chosen, sizes, dtype, say, budgets, earlier)
     for experiment in EXPERIMENTS:
         if (only and experiment.name not in only) or (experiment.chat and not setting.chat):
             continue

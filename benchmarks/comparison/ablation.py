@@ -24,6 +24,7 @@ from mlx_lqr.backends.protocol import Array, Continued, Law, Model
 from mlx_lqr.files.atomic import writing
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.divergence import log_softmax
+from mlx_lqr.lqr.layers import choose_layers
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.alqr import STRENGTHS, LinearFeedback
@@ -33,7 +34,7 @@ from mlx_lqr.tasks.chat import bundled_questions
 from mlx_lqr.tasks.concept import bundled_openings, word_pattern
 from mlx_lqr.tasks.generations import chat_prompt
 
-CONCEPTS = ("dog", "ocean", "church", "football", "joy", "love")
+CONCEPTS = ("dog", "ocean", "church")
 BUDGET = BUDGETS["normal"]
 TOKENS = 16
 JACOBIAN_PROMPTS = 4
@@ -49,10 +50,10 @@ class OneWay(LinearFeedback):
 
 
 class Capped(LinearFeedback):
-    """Pushes no harder than for an error of mu_k."""
+    """Pushes no harder than strength 1 does at the negative prompts' level."""
 
     def _error(self, layer: int, z: Array) -> Array:
-        error, most = super()._error(layer, z), float(self.controller.magnitude[layer, 0])
+        error, most = super()._error(layer, z), float(self.controller.setpoint[layer, 0])
         return error - (error - most) * (error > most)
 
 
@@ -109,6 +110,10 @@ class Bench:
         contrast, jacobians = self.plain if plain else self.chat
         return solve_controller(contrast, jacobians, algebra=self.model.algebra, **options), law
 
+    def close(self) -> tuple[int, ...]:
+        """The layers where a push for the concept works at least 0.8 times as well as at the best one."""
+        return choose_layers("auto", *self.chat, least=0.8)
+
     def separating(self, *, plain: bool = False) -> list[int]:
         """The layers where the prompts that the direction was computed from are told apart."""
         separation = (self.plain if plain else self.chat)[0].separation[:-1]
@@ -116,7 +121,7 @@ class Bench:
 
     def after_block(self) -> Fitted:
         """u_k = alpha_{k+1} (S_{k+1} + R)^-1 S_{k+1} v_{k+1}, by the feature cost."""
-        (contrast, jacobians), (controller, _) = self.chat, self.fit(readout="direction", feedback=1.0)
+        (contrast, jacobians), (controller, _) = self.chat, self.fit(readout="direction", feedback=1.0, push="free")
         T, d = contrast.direction.shape
         e = np.vstack([contrast.direction, contrast.output_direction[None]]).astype(np.float64)
         mu = np.linalg.norm(e, axis=1)
@@ -151,33 +156,41 @@ LEVERS: Sequence[tuple[str, str, Callable[[Bench], Fitted]]] = (
     ("prompts", "as plain texts", lambda bench: bench.fit(plain=True)),
     ("readout", "the direction", lambda bench: bench.fit(readout="direction")),
     ("cost", "state", lambda bench: bench.fit(cost="state")),
+    ("layers", "0.8 times as good as the best", lambda bench: bench.fit(layers=bench.close())),
     ("layers", "by separation in sample", lambda bench: bench.fit(layers=bench.separating())),
     ("layers", "the last third", lambda bench: bench.fit(layers=_last_third(bench.model.num_layers))),
     ("layers", "the last one", lambda bench: bench.fit(layers=[-1])),
     (
         "setpoint",
-        "paper, and its feedback",
-        lambda bench: bench.fit(setpoint="paper", readout="direction", feedback=1.0),
+        "paper, and its feedback and push",
+        lambda bench: bench.fit(setpoint="paper", readout="direction", feedback=1.0, push="free"),
     ),
     ("feedback", "the whole, as the paper has it", lambda bench: bench.fit(feedback=1.0)),
+    ("feedback", "a half", lambda bench: bench.fit(feedback=0.5)),
     ("feedback", "a quarter", lambda bench: bench.fit(feedback=0.25)),
-    ("feedback", "a tenth", lambda bench: bench.fit(feedback=0.1)),
+    ("push", "in any direction, as the paper has it", lambda bench: bench.fit(push="free")),
+    (
+        "push, feedback, layers",
+        "in any direction, a half, 0.8 times as good as the best",
+        lambda bench: bench.fit(push="free", feedback=0.5, layers=bench.close()),
+    ),
     ("q/r", "0.3", lambda bench: bench.fit(q=0.3, qf=0.3)),
     ("q/r", "3", lambda bench: bench.fit(q=3.0, qf=3.0)),
     ("q/r", "100", lambda bench: bench.fit(q=100.0, qf=100.0)),
     ("measured", "after the block, by the direction, whole feedback", lambda bench: bench.after_block()),
     ("push", "only towards the concept", lambda bench: bench.fit(law=OneWay)),
-    ("push", "for an error of mu at most", lambda bench: bench.fit(law=Capped)),
+    ("push", "as strength 1 at the negative level at most", lambda bench: bench.fit(law=Capped)),
     ("tokens", f"not where one has {SURE:g} already", lambda bench: bench.fit(law=unsure(bench.model))),
     (
         "all of it",
-        "plain texts, direction, state cost, separation in sample, whole feedback, q/r 3",
+        "plain texts, direction, state cost, separation in sample, whole feedback, any direction, q/r 3",
         lambda bench: bench.fit(
             plain=True,
             readout="direction",
             cost="state",
             layers=bench.separating(plain=True),
             feedback=1.0,
+            push="free",
             q=3.0,
             qf=3.0,
         ),

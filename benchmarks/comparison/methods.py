@@ -7,6 +7,7 @@ report has; of equal ones the first.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,21 +70,41 @@ def choose(source: Source, setting: Setting, row: str) -> Chosen:
     sets = framed(setting.model, source.sets(setting))
     fitted: dict[str, Steering] = {}
     refused: list[InputError] = []
-    for name, options in method.compared(setting.model.num_layers)[row].items():
+    settings = method.compared(setting.model.num_layers)[row]
+    before = _chosen_before(source, setting, row)
+    if before is not None and before["setting"] in settings:
+        settings = {before["setting"]: settings[before["setting"]]}
+    for name, options in settings.items():
         setting.say(f"{source.name}: {row}, {name}")
         origins = [setting.model.fingerprint, method.name, name, dict(options), [list(one) for one in sets]]
         file = folder / f"{safe(row)}-{digest(origins)}.safetensors"
         try:
-            fitted[name] = _calibrated(setting, _fitted(source, setting, sets, method.name, options, file), file)
+            steering = _fitted(source, setting, sets, method.name, options, file)
+            if before is not None and not steering.calibration:
+                known = Calibration(before["strength"], before["divergence"])
+                steering = steering.calibrated(known, CHOSEN_AT)
+            fitted[name] = _calibrated(setting, steering, file)
         except InputError as error:  # a method that cannot be fitted on these prompts says so, and the others go on
             refused.append(error)
     if not fitted:
         raise refused[0]
     if len(fitted) == 1:
-        return Chosen(*next(iter(fitted.items())), {})
+        return Chosen(*next(iter(fitted.items())), before["tried"] if before is not None else {})
     tried = {name: _control(source, setting, row, name, steering) for name, steering in fitted.items()}
     best = max(tried, key=lambda name: tried[name])
     return Chosen(best, fitted[best], tried)
+
+
+def _chosen_before(source: Source, setting: Setting, row: str) -> dict[str, Any] | None:
+    """What earlier results tell of a method's choice for a source; None for ours, which is what has changed."""
+    if setting.choices is None or row == OURS:
+        return None
+    for file in sorted(setting.choices.glob("*.json")):
+        for told in json.loads(file.read_text("utf-8"))["methods"]:
+            if told["method"] == row and source.name in told["sources"]:
+                chosen: dict[str, Any] = told["sources"][source.name]
+                return chosen
+    return None
 
 
 def _fitted(

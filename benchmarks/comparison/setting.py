@@ -108,6 +108,8 @@ class Setting:
     progress: Progress | None = None
     budgets: Mapping[Budget, float] = field(default_factory=lambda: dict(BUDGETS))
     """Of damage, that the methods are measured at, the normal one among them"""
+    choices: Path | None = None
+    """Earlier results on this model, from which the others' settings and strengths are taken"""
 
     @property
     def chat(self) -> bool:

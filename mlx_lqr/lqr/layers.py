@@ -28,21 +28,24 @@ Layers = Iterable[int] | Literal["auto", "all"] | None
 """Where to steer: these layers; "auto", where a push for the concept works (`choose_layers`); "all"; the default."""
 
 EFFECTIVE = 1 / 3
-"""layers="auto" takes every layer that is at least this fraction as good as the best one. SmolLM2: 24 to 29 of 30 for "dog", 22 to
-29 for "formal", 18 to 29 for "refusal"."""
+"""layers="auto" takes every layer that is at least this fraction as good as the best one. SmolLM2: 24 to 29 of
+30 for "dog", 22 to 29 for "formal", 18 to 29 for "refusal"."""
 SEPARATING = 0.8
 """The fraction where separation alone decides, which differs less from layer to layer."""
 FEW = 8
 """Prompts of a set, below which their separation says nothing and authority alone decides."""
 
 
-def choose_layers(layers: Layers, contrast: Contrast, jacobians: Jacobians | None = None) -> tuple[int, ...]:
+def choose_layers(
+    layers: Layers, contrast: Contrast, jacobians: Jacobians | None = None, *, least: float | None = None
+) -> tuple[int, ...]:
     """The layers to control.
 
     Args:
         layers: "auto" or None: where held-out separation times authority is at least `EFFECTIVE` times that of the best
             layer. With fewer than `FEW` prompts of a kind authority alone decides.
-        jacobians: of the same model; without them separation alone decides.
+        jacobians: of the same model; without them separation alone decides, and `SEPARATING` is the fraction.
+        least: another fraction.
 
     Raises:
         InputError: no layers, layers that the model does not have, or "auto" without Jacobians for sets that are too
@@ -50,7 +53,8 @@ def choose_layers(layers: Layers, contrast: Contrast, jacobians: Jacobians | Non
     """
     if not is_auto(layers):
         return check_layers(layers, len(contrast.direction))
-    return effective(contrast, None if jacobians is None else authority(contrast, jacobians.pull_back, jacobians.side))
+    reached = None if jacobians is None else authority(contrast, jacobians.pull_back, jacobians.side)
+    return effective(contrast, reached, least)
 
 
 def is_auto(layers: Layers) -> bool:
@@ -58,9 +62,11 @@ def is_auto(layers: Layers) -> bool:
     return layers is None or (isinstance(layers, str) and layers == "auto")
 
 
-def effective(contrast: Contrast, authority: Float32 | None, least: float = EFFECTIVE) -> tuple[int, ...]:
-    """The layers of "auto", from the `authority` (T,) of each, or from separation alone; those that are at least this
-    fraction as good as the best one.
+def effective(contrast: Contrast, authority: Float32 | None, least: float | None = None) -> tuple[int, ...]:
+    """The layers of "auto", from the `authority` (T,) of each, or from separation alone.
+
+    Args:
+        least: the fraction of the best one; None takes `EFFECTIVE`, or `SEPARATING`.
 
     Raises:
         InputError: no authority, and fewer than two prompts in a set.
@@ -69,7 +75,8 @@ def effective(contrast: Contrast, authority: Float32 | None, least: float = EFFE
     if authority is None:
         if separation is None:
             raise InputError('layers "auto" compares the prompts of a set with one another: give more than one of each')
-        return best_of(separation, SEPARATING)
+        return best_of(separation, SEPARATING if least is None else least)
+    least = EFFECTIVE if least is None else least
     if separation is None or min(contrast.prompt_counts) < FEW:
         return best_of(authority, least)
     both = np.maximum(separation, 0) * np.maximum(authority, 0)

@@ -42,7 +42,7 @@ from mlx_lqr.methods.method import (
 STRENGTHS = StrengthScale(
     "1 pushes by the way from the negative prompts' level to the positive ones' (by `mu` with the paper's setpoint)",
     span=(0.0, 4.0),
-    suggested=1.5,
+    suggested=0.7,
 )
 
 
@@ -160,7 +160,7 @@ class ALQR(Method[Controller]):
         centred = "counted from the negative prompts' level (centred)"
         columns = []
         for i, concept in enumerate(steering.concepts):
-            columns.append(Column(f"setpoint {concept}", 24, steering.setpoint[:, i]))
+            columns.append(Column(f"setpoint {concept}", 24, steering.magnitude[:, i]))
             columns.append(Column("gain", 9, gain_norm[:, i]))
         kept = {"push": ", ".join(steering.pushes)} if "concept" in steering.pushes else {}
         return Shown(
@@ -180,7 +180,7 @@ class ALQR(Method[Controller]):
                 "jacobian_prompts": steering.jacobian_prompts,
                 "feedback": list(steering.shares),
                 "push": list(steering.pushes),
-                "setpoint": steering.setpoint.tolist(),
+                "setpoint": steering.magnitude.tolist(),
                 "offset": steering.offset.tolist(),
                 "gain_norm": gain_norm.tolist(),
             },

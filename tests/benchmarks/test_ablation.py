@@ -31,9 +31,9 @@ def test_the_laws_push_one_way_or_so_hard_or_from_what_the_block_put_out(bench: 
     k, z = 1, np.random.default_rng(0).standard_normal((50, controller.hidden_size)).astype(np.float32)
     gain, sensor = controller.gain[k, :, 0], controller.sensor[k, :, 0]
     error = controller.offset[k, 0] + controller.setpoint[k, 0] - z @ sensor
-    mu = controller.magnitude[k, 0]
+    most = controller.setpoint[k, 0]
     assert np.allclose(OneWay(controller, 1.0)(k, z, z * 0), np.outer(np.maximum(error, 0), gain), atol=1e-4)
-    assert np.allclose(Capped(controller, 1.0)(k, z, z * 0), np.outer(np.minimum(error, mu), gain), atol=1e-4)
+    assert np.allclose(Capped(controller, 1.0)(k, z, z * 0), np.outer(np.minimum(error, most), gain), atol=1e-4)
     assert np.allclose(AfterBlock(controller, 1.0)(k, z * 7, z), z + np.outer(error, gain), atol=1e-4)
 
 

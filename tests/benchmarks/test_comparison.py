@@ -91,3 +91,17 @@ def test_the_script_measures_writes_and_goes_on(
     assert f"{sum(at_normal) / len(at_normal):.2f} (" in line.split("|")[3]
     assert (ROOT / "benchmarks" / "comparison" / "findings.md").read_text().strip() in page.read_text()
     assert (docs / "comparison-concept-dog-smollm2.svg").stat().st_size > 1000
+
+    again = [one.replace(str(output), str(tmp_path / "again")) for one in measured]
+    run(*again[: again.index("--method")], "--method", "actadd", "--choices", str(tmp_path / "results"))
+    for name in ("concept-dog", "truthfulness"):  # at the strengths that are known, for the same numbers
+        first, second = (
+            json.loads((folder / "smollm2" / name / "result.json").read_text())["methods"]
+            for folder in (output, tmp_path / "again")
+        )
+        (known,) = (one for one in first if one["method"] == "actadd")
+        assert second[0]["sources"] == known["sources"]
+        assert second[0]["budgets"]["normal"]["metrics"] == known["budgets"]["normal"]["metrics"]
+    monkeypatch.setattr(methods, "calibrate", lambda *_: pytest.fail("calibrated"))
+    with pytest.raises(pytest.fail.Exception, match="calibrated"):  # ours is not taken from there
+        run(*again[: again.index("--method")], "--method", "alqr", "--choices", str(tmp_path / "results"))
