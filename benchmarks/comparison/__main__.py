@@ -13,7 +13,8 @@ budget of damage instead of three. Processors that multiply in bfloat16 take les
 torch --dtype bfloat16`, for the same numbers within their intervals. A result has the methods of its last run, so that
 `--method` leaves out the others even where their rows are there. Where A-LQR alone has changed, `--choices
 benchmarks/comparison/results` takes from the results that are there which setting of each other method was chosen, and
-its strengths, and measures the rest anew.
+its strengths, and measures the rest anew; `--kept` of the same folder measures A-LQR alone, and compares it with what
+the others reached there, as independent samples.
 
 `page` first copies the results of OUT, which are small, to benchmarks/comparison/results; without -o it writes the page
 from those that are there.
@@ -76,6 +77,7 @@ def main() -> None: ...
 @click.option("--limit-rows", type=click.IntRange(min=1), metavar="N", help="Report N rows, and less of all else.")
 @click.option("--normal-only", is_flag=True, help="At the normal budget of damage alone.")
 @click.option("--choices", type=FOLDER, metavar="DIR", help="Earlier results that tell the others' settings.")
+@click.option("--kept", type=FOLDER, metavar="DIR", help="Earlier results; A-LQR alone is measured anew.")
 @click.option("--quick", is_flag=True, help="Hardly any rows.")
 @BACKEND
 @DTYPE
@@ -90,6 +92,7 @@ def run(
     limit_rows: int | None,
     normal_only: bool,
     choices: Path | None,
+    kept: Path | None,
     quick: bool,
     backend: Literal["mlx", "torch"],
     dtype: str,
@@ -107,8 +110,8 @@ def run(
     sizes = QUICK if quick else FULL
     sizes = sizes if limit_rows is None else sizes.limited(limit_rows)
     budgets = {CHOSEN_AT: BUDGETS[CHOSEN_AT]} if normal_only else BUDGETS
-    earlier = choices / chosen if choices is not None else None
-    setting = Setting(model, judge, data, output / chosen, sizes, dtype, say, budgets, earlier)
+    earlier = [folder / chosen if folder is not None else None for folder in (choices, kept)]
+    setting = Setting(model, judge, data, output / chosen, sizes, dtype, say, budgets, *earlier)
     for experiment in EXPERIMENTS:
         if (only and experiment.name not in only) or (experiment.chat and not setting.chat):
             continue

@@ -17,7 +17,7 @@ from benchmarks.comparison.experiments import Experiment
 from benchmarks.comparison.methods import METHODS, OURS, REMOVES, Chosen, choose, safe
 from benchmarks.comparison.setting import Setting
 from benchmarks.comparison.sources import Source
-from benchmarks.comparison.statistics import Key, leads, pooled
+from benchmarks.comparison.statistics import Key, lead_of_kept, leads, pooled
 from mlx_lqr import tasks
 from mlx_lqr.analysis import write_json
 from mlx_lqr.errors import InputError, OverflowingError
@@ -43,10 +43,12 @@ def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = M
     wanted = [row for row in methods if experiment.removes or row not in REMOVES]
     if experiment.ceiling is not None and unsteered[run.control].value >= experiment.ceiling:
         wanted = []
-    told, measured = {}, {}
+    told = {row: one for row, one in _kept(experiment, setting).items() if row in wanted}
+    measured = {}
     for row in wanted:
-        told[row], measured[row] = run.method(row)
-    compared = _leads({row: {at: one[run.control] for at, one in each.items()} for row, each in measured.items()})
+        if row not in told:
+            told[row], measured[row] = run.method(row)
+    compared = _leads(run.control, measured, told)
     for (row, budget), lead in compared.items():
         told[row]["budgets"][budget]["lead"] = _interval(lead)
     sets = [source.sets(setting) for source in experiment.sources]
@@ -65,17 +67,48 @@ def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = M
         "control_label": run.control_label,
         "comparisons": len(compared),
         "unsteered": {name: _interval(one) for name, one in unsteered.items()},
-        "methods": list(told.values()),
+        "methods": [told[row] for row in wanted],
     }
     path = run.folder / RESULT
     write_json(path, result)
     return path
 
 
-def _leads(control: Mapping[str, Mapping[Budget, Metric]]) -> dict[Key, Estimate]:
-    """What A-LQR leads each other method by, at each budget that both were measured at."""
-    ours = control.get(OURS, {})
-    return leads(ours, {(row, at): one for row, each in control.items() if row != OURS for at, one in each.items()})
+def _kept(experiment: Experiment, setting: Setting) -> dict[str, dict[str, Any]]:
+    """What an earlier result tells of the methods other than ours."""
+    if setting.kept is None:
+        return {}
+    file = setting.kept / f"{experiment.name}.json"
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: measure this experiment's other methods first, without --kept")
+    methods = json.loads(file.read_text("utf-8"))["methods"]
+    return {one["method"]: {**one, "kept": True} for one in methods if one["method"] != OURS}
+
+
+def _leads(
+    control: str, measured: Mapping[str, Mapping[Budget, Metrics]], told: Mapping[str, Mapping[str, Any]]
+) -> dict[Key, Estimate]:
+    """What A-LQR leads each other method by, at each budget that both were measured at; of kept ones unpaired."""
+    ours = {at: metrics[control] for at, metrics in measured.get(OURS, {}).items()}
+    paired = {
+        (row, at): metrics[control]
+        for row, each in measured.items()
+        if row != OURS
+        for at, metrics in each.items()
+        if at in ours
+    }
+    kept = {
+        (row, at): Estimate(*found["metrics"][control], rows=len(ours[at].terms))
+        for row, one in told.items()
+        if one.get("kept")
+        for at, found in one["budgets"].items()
+        if at in ours and "metrics" in found
+    }
+    count = len(paired) + len(kept)
+    own = {at: estimate(metric) for at, metric in ours.items()}
+    return leads(ours, paired, comparisons=count) | {
+        (row, at): lead_of_kept(own[at], one, count) for (row, at), one in kept.items()
+    }
 
 
 class _Run:

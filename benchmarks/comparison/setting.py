@@ -110,6 +110,8 @@ class Setting:
     """Of damage, that the methods are measured at, the normal one among them"""
     choices: Path | None = None
     """Earlier results on this model, from which the others' settings and strengths are taken"""
+    kept: Path | None = None
+    """Earlier results on this model, from which all that the others reached is taken"""
 
     @property
     def chat(self) -> bool:

@@ -91,6 +91,11 @@ def _remarks(result: Result) -> Iterator[str]:
     if not result["methods"]:
         without = result["unsteered"][result["control"]][0]
         yield f"Control is {without:.2f} without steering: there is nothing to gain, and no method was measured."
+    if any(one.get("kept") for one in result["methods"]):
+        yield (
+            "A-LQR alone was measured anew; the other rows are those of the run before, on the same prompts, and the "
+            "intervals of the leads those of independent samples."
+        )
     for mark, words in (
         (BELOW, "Even at the strongest sensible strength less than the budget is reached"),
         (BEYOND, "Even at the mildest strength tried more than the budget is spent"),

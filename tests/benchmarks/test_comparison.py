@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -102,6 +103,21 @@ def test_the_script_measures_writes_and_goes_on(
         (known,) = (one for one in first if one["method"] == "actadd")
         assert second[0]["sources"] == known["sources"]
         assert second[0]["budgets"]["normal"]["metrics"] == known["budgets"]["normal"]["metrics"]
+    kept = [one.replace(str(output), str(tmp_path / "kept")) for one in measured]
+    known_fits = output / "smollm2" / "fits"
+    shutil.copytree(known_fits, tmp_path / "kept" / "smollm2" / "fits")
+    run(*kept, "--kept", str(tmp_path / "results"))
+    before, after = (
+        json.loads((folder / "smollm2" / "concept-dog" / "result.json").read_text())
+        for folder in (output, tmp_path / "kept")
+    )
+    assert not (tmp_path / "kept" / "smollm2" / "concept-dog" / "rows" / "dog" / "actadd.jsonl").exists()
+    assert after["comparisons"] == before["comparisons"]
+    for old, new in zip(before["methods"], after["methods"], strict=True):
+        leads = [[at.pop("lead", [0.0])[0] for at in one["budgets"].values()] for one in (old, new)]
+        assert leads[0] == pytest.approx(leads[1], abs=1e-3)
+        assert new.pop("kept", False) == (new["method"] == "actadd")
+        assert new == old
     monkeypatch.setattr(methods, "calibrate", lambda *_: pytest.fail("calibrated"))
     with pytest.raises(pytest.fail.Exception, match="calibrated"):  # ours is not taken from there
         run(*again[: again.index("--method")], "--method", "alqr", "--choices", str(tmp_path / "results"))
