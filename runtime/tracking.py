@@ -30,8 +30,8 @@ class TrackedAnswer:
 
     @property
     def error(self) -> Float32:
-        """alpha_k = setpoint - feature: (T, m)"""
-        return self.steered.setpoint - self.steered.feature
+        """alpha_k, how far the feature is below where the push ends: (T, m)"""
+        return self.controller.ends_at(self.strength) - self.steered.feature
 
     @property
     def push(self) -> Float32:

@@ -91,7 +91,7 @@ SMALLER = {
     "mlx-lqr generate": "-n 6",
     'mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors -n 30': "",
     'mlx-lqr generate demo -p "Once upon a time," -n 9000': "",
-    'mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors:2 -n 30 --backend torch': "-n 6",
+    'mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors:0.8 -n 30 --backend torch': "-n 6",
     "mlx-lqr linearity": "--strengths 3",
     "mlx-lqr linearize": "--nominal 'Once upon a time,'",
     "mlx-lqr tune": "--limit 2 --samples 1 --evaluations 1 -n 12 --strengths 0,4 --at-most 10 --jacobian-prompts 1",
@@ -506,7 +506,7 @@ def test_what_the_guide_says_of_its_commands(readings: dict[Path, Reading]) -> N
     assert set(mlx_lqr.bundled_concepts()) <= set(page.printed("mlx-lqr concepts").stdout.split())
     rows = [json.loads(row) for row in page.printed("mlx-lqr generate demo --prompts").stdout.splitlines()]
     assert [row["prompt"] for row in rows] == ["Once upon a time,", "My neighbor told me"]
-    assert all(row["concepts"] == {"ocean": 2} and {"tracking", "control"} <= row.keys() for row in rows)
+    assert all(row["concepts"] == {"ocean": 0.8} and {"tracking", "control"} <= row.keys() for row in rows)
     chat = page.printed("mlx-lqr chat demo -c ocean.safetensors").stderr
     assert "Steered: ocean 3." in chat
     assert "/strength" in chat
@@ -521,7 +521,7 @@ def test_what_the_guide_says_of_its_commands(readings: dict[Path, Reading]) -> N
 
 def test_what_is_said_of_backends(readings: dict[Path, Reading]) -> None:
     page = readings[DOCS / "backends" / "small.md"]
-    of_torch = page.printed('mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors:2 -n 30 --backend torch')
+    of_torch = page.printed('mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors:0.8 -n 30 --backend torch')
     assert of_torch.stdout == page.printed(RUNTIME).stdout != ""
 
 

@@ -136,6 +136,11 @@ class Controller:
         """
         return self.offset + self.magnitude * np.asarray(strength, np.float32)
 
+    def ends_at(self, strength: Sequence[float]) -> Float32:
+        """offset_k + strength mu_k / `feedback` (T, m), from which the law counts its errors alpha_k: there nothing is
+        pushed any more. With the whole feedback it is the setpoint."""
+        return self.offset + self.setpoint * np.asarray(strength, np.float32)
+
     @property
     def shares(self) -> tuple[float, ...]:
         """The share of the feedback of each concept."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-import numpy as np
 
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, RECORDER, require
 from mlx_lqr.backends.protocol import Differentiable, Law, Runner, Scored, Trace
@@ -227,6 +226,5 @@ class Answer:
         controller, (recording, strength) = self._controller, taken
         layers = list(controller.active_layers)
         alpha, push = recording.feature_error()[-1, layers], recording.push()[-1, layers]
-        ends = controller.offset + controller.setpoint * np.asarray(strength, np.float32)
-        feature, setpoint = ends[layers] - alpha, controller.setpoint_at(strength)[layers]
+        feature, setpoint = controller.ends_at(strength)[layers] - alpha, controller.setpoint_at(strength)[layers]
         return Tracking(tuple(layers), controller.concepts, setpoint - feature, push, feature, setpoint)

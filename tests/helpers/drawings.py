@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mlx_lqr.commands import chat_view
@@ -17,6 +19,10 @@ class Drawn:
     """As much of a controller as a drawing asks for."""
 
     concepts, num_layers = (NAME,), 2
+
+    def ends_at(self, strength: Sequence[float]) -> np.ndarray:
+        return np.ones((2, 1), np.float32)
+
     magnitude, offset = np.ones((2, 1), np.float32), np.zeros((2, 1), np.float32)
 
 

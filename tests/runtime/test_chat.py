@@ -139,6 +139,8 @@ def test_tracking_shows_the_answer_as_it_was_steered(positions: Any, adaptive: b
     plain = last_features(model, controller, run, [None] * len(run))
     assert np.allclose(tracked.unsteered.feature, plain, atol=1e-4)
     assert np.abs(expected - plain).max() > 0.01
+    pushed = controller.gain @ (controller.offset + 4 * controller.setpoint - expected)[..., None]  # (T, d, 1)
+    assert np.allclose(tracked.push, np.linalg.norm(pushed[..., 0], axis=1), rtol=1e-3)
     assert chat.strengths == {"a": 0.0}
 
 
