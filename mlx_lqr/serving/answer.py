@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-
 from mlx_lqr.backends.capabilities import DIFFERENTIABLE, RECORDER, require
 from mlx_lqr.backends.protocol import Differentiable, Law, Runner, Scored, Trace
 from mlx_lqr.errors import InputError
