@@ -27,9 +27,9 @@ from mlx_lqr.lqr.tracking import as_strength
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CONCEPT = "ocean"
 QUESTIONS = ("Tell me about your day.", "Recommend me a book.")
-STRENGTH = 2.0
+STRENGTH = 0.7
 TOKENS = 48
-STRENGTHS = (1.0, 2.0, 3.0)
+STRENGTHS = (0.5, 0.75, 1.0)
 PROMPTS = 24
 """Half sentences about something else, at whose last tokens the feature is measured."""
 
@@ -66,11 +66,10 @@ def main(docs: Path) -> None:
     """Measure, and draw the pictures of README.md."""
     model = mlx_lqr.load("demo")
     controller = mlx_lqr.fit(model, *mlx_lqr.bundled_prompts(CONCEPT), concept=CONCEPT)
-    whole = mlx_lqr.fit(model, *mlx_lqr.bundled_prompts(CONCEPT), concept=CONCEPT, feedback=1.0)
     exchanges = [exchange(model, controller, question) for question in QUESTIONS]
     pictures = {
         "chat": chat(exchanges),
-        "tracking": tracking(controller.active_layers, *features(model, whole)),
+        "tracking": tracking(controller.active_layers, *features(model, controller)),
     }
     for name, picture in pictures.items():
         with writing(docs / f"{name}.svg") as temporary:
@@ -161,8 +160,7 @@ def tracking(layers: Sequence[int], unsteered: NDArray[np.float32], steered: NDA
             *(f'<circle class="dot" cx="{x(k):.1f}" cy="{y(feature[k]):.1f}" r="3.5"/>' for k in layers),
         ]
     parts += [curve(unsteered, "unsteered"), text(right + 18, y(unsteered[last]) + 5, "not steered", "quiet")]
-    highest = max(layers, key=lambda k: steered[-1][k])
-    parts.append(text(x(highest), y(steered[-1][highest]) + 30, "steered", "quiet", anchor="middle"))
+    parts.append(text(right + 18, y(float(np.median(steered[:, last]))) + 5, "steered", "quiet"))
     said = "In strengths: 0 is the level of texts without the concept, 1 of those with it."
     said = f"{said} SmolLM2, medians over {PROMPTS} prompts"
     parts.append(text(24, bottom + 74, said, "quiet"))

@@ -75,7 +75,7 @@ INSTEAD = {"make demo": "mlx-lqr demo -n 22"}
 """What runs for a command that does not."""
 SMALLER = {
     "mlx-lqr chat": "-n 4",
-    "mlx-lqr chat demo -c dog.safetensors -n 40": "",
+    "mlx-lqr chat demo -c dog.safetensors:3x -n 40": "",
     "mlx-lqr certify": "--strengths 1",
     "mlx-lqr compare": "--limit 1 --samples 1 -n 6 --strengths 2",
     "mlx-lqr eval": "--limit 1 -n 4 --strengths 2",
