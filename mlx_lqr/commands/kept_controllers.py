@@ -18,6 +18,7 @@ from mlx_lqr.loading import able_to_fit
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.lqr.fit import fit
+from mlx_lqr.lqr.layers import EFFECTIVE
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.calibration import calibrate
 from mlx_lqr.tasks.records import digest
@@ -47,7 +48,7 @@ def kept_controller(model: Recorder, concept: str, progress: Progress) -> tuple[
 def _recipe(texts: Sequence[Sequence[str]]) -> str:
     """What a file's name says of how it was made: by which defaults of `fit`, for which budgets, from which prompts."""
     defaults = {name: repr(option.default) for name, option in inspect.signature(fit).parameters.items()}
-    return digest([metadata.version("mlx-lqr"), defaults, BUDGETS, [list(prompts) for prompts in texts]])[:8]
+    return digest([metadata.version("mlx-lqr"), defaults, EFFECTIVE, BUDGETS, [list(prompts) for prompts in texts]])[:8]
 
 
 def controllers_folder() -> Path:
