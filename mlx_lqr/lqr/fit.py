@@ -68,8 +68,8 @@ def fit(
         feedback: the share f of the push that the feature takes back as it rises (0 < f <= 1): u_k = (strength x mu_k -
             f (w_k . z_k - offset_k)) K_k v_k. 1 is the paper's regulator, which holds the feature at its setpoint. With
             less the push varies less from token to token, which gets more of the concept for the same divergence.
-        push: "free" pushes in whatever direction costs least, as the paper does; "concept" along the concept's own
-            direction v_{k+1} at the block's output alone, which suits behaviour, with little feedback.
+        push: "concept" pushes along the concept's own direction v_{k+1} at the block's output alone; "free" in whatever
+            direction costs least, as the paper does.
         positions: "last" steers the last prompt token and every generated token, "all" every prompt token too.
         jacobian_prompts: how many of the positive prompts to linearise at.
         jacobians: Jacobians of this model from `linearize`; then `jacobian_prompts` is not used.

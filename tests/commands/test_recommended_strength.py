@@ -212,7 +212,7 @@ def test_fit_recommends_the_strength_for_a_budget(model: Model, monkeypatch: pyt
     assert run(*fit, "--budget", "strong").exit_code == 0
     assert mlx_lqr.load_steering("out").strength == (3.0,)
     assert asked == ["normal", "strong"]
-    assert run(*fit, "--no-calibration").stdout.endswith("-c out:1.5\n")
+    assert run(*fit, "--no-calibration").stdout.endswith("-c out:0.7\n")
     assert mlx_lqr.load_steering("out").strength is None
     assert asked == ["normal", "strong"]
     assert "leave one of the two out" in refused(*fit, "--no-calibration", "--budget", "strong")
