@@ -510,7 +510,7 @@ def test_what_the_guide_says_of_its_commands(readings: dict[Path, Reading]) -> N
     chat = page.printed("mlx-lqr chat demo -c ocean.safetensors").stderr
     assert "Steered: ocean 3." in chat
     assert "/strength" in chat
-    assert mlx_lqr.Controller.load(page.session.folder / "dog.safetensors").active_layers == (28, 29)
+    assert mlx_lqr.Controller.load(page.session.folder / "dog.safetensors").active_layers == (24, 25, 26, 27, 28, 29)
     shown = page.printed("mlx-lqr show ocean.safetensors").stdout
     assert "q = 10, r = 1, qf = 10, feature cost" in shown
     assert "centred" in shown
