@@ -49,6 +49,7 @@ DTYPE = click.option(
 )
 MODELS = ("smollm2", "gemma")
 FOLDER = click.Path(path_type=Path, file_okay=False)
+KNOWN = click.Path(path_type=Path, file_okay=False, exists=True)
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -76,8 +77,8 @@ def main() -> None: ...
 @click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), help="These methods.")
 @click.option("--limit-rows", type=click.IntRange(min=1), metavar="N", help="Report N rows, and less of all else.")
 @click.option("--normal-only", is_flag=True, help="At the normal budget of damage alone.")
-@click.option("--choices", type=FOLDER, metavar="DIR", help="Earlier results that tell the others' settings.")
-@click.option("--kept", type=FOLDER, metavar="DIR", help="Earlier results; A-LQR alone is measured anew.")
+@click.option("--choices", type=KNOWN, metavar="DIR", help="Earlier results that tell the others' settings.")
+@click.option("--kept", type=KNOWN, metavar="DIR", help="Earlier results; A-LQR alone is measured anew.")
 @click.option("--quick", is_flag=True, help="Hardly any rows.")
 @BACKEND
 @DTYPE

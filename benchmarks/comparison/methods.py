@@ -64,7 +64,7 @@ def choose(source: Source, setting: Setting, row: str) -> Chosen:
     """The setting of a row that is reported. What was fitted, calibrated or tried before is read from its files.
 
     Raises:
-        InputError: no setting of the method can be fitted on these prompts.
+        InputError: no setting of the method can be fitted on these prompts, or the one chosen earlier is none any more.
     """
     method, folder = ROWS[row], setting.folder / "fits" / source.name
     sets = framed(setting.model, source.sets(setting))
@@ -72,7 +72,9 @@ def choose(source: Source, setting: Setting, row: str) -> Chosen:
     refused: list[InputError] = []
     settings = method.compared(setting.model.num_layers)[row]
     before = _chosen_before(source, setting, row)
-    if before is not None and before["setting"] in settings:
+    if before is not None:
+        if before["setting"] not in settings:
+            raise InputError(f"{row} has no setting {before['setting']!r} any more: measure it without --choices")
         settings = {before["setting"]: settings[before["setting"]]}
     for name, options in settings.items():
         setting.say(f"{source.name}: {row}, {name}")
