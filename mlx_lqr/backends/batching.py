@@ -38,6 +38,8 @@ def padded_left(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 LEAST_SHARED = 8
 """Tokens that sequences begin with in common, for which it pays to read them once."""
+PASS = 64
+"""How many more tokens may be read for a pass less."""
 KEPT = 4
 """How many tokens that are only kept for each sequence may stand for one that is read."""
 
@@ -47,6 +49,11 @@ def common_beginning(sequences: Sequence[Sequence[int]], most: int) -> int:
     ordered = sorted(tuple(sequence) for sequence in sequences)
     count = min(_alike(ordered[0], ordered[-1]), most)  # what lies between them begins as both do
     return count if count >= LEAST_SHARED and len(sequences) > 1 else 0
+
+
+def distinct_beginnings(sequences: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
+    """The first `count` tokens of sequences, each beginning once, in their order."""
+    return list(dict.fromkeys(tuple(own[:count]) for own in sequences))
 
 
 def _alike(one: Sequence[int], other: Sequence[int]) -> int:
@@ -66,6 +73,8 @@ class Reading:
     shared: int
     """How many tokens of each sequence are read before the others, once for all that begin with them; no prompt ends in
     them"""
+    beginnings: list[tuple[int, ...]]
+    """These tokens, of the sequences of this pass at least: passes that have the same ones go on from one reading"""
 
     @property
     def prompts(self) -> list[Sequence[int]]:
@@ -89,15 +98,19 @@ def in_batches(
     hosts = _hosts(prompts) if nested else {i: [i] for i in range(len(prompts))}
     result = np.empty(0, np.float32)
     done = 0
-    for shared, sequences in _by_beginning(prompts, hosts) if shares else [(0, list(hosts))]:
-        for batch in batches([max(len(prompts[i]) - shared, len(prompts[i]) // KEPT) for i in sequences]):
-            asked = [(row, i) for row, host in enumerate(batch) for i in hosts[sequences[host]]]
+    for shared, numbers in _by_beginning(prompts, hosts) if shares else [(0, list(hosts))]:
+        of_all = distinct_beginnings([prompts[i] for i in numbers], shared)
+        at_once = len(of_all) * shared <= KEPT * BATCH_TOKENS
+        for batch in batches([max(len(prompts[i]) - shared, len(prompts[i]) // KEPT) for i in numbers]):
+            asked = [(row, i) for row, host in enumerate(batch) for i in hosts[numbers[host]]]
+            sequences = [prompts[numbers[host]] for host in batch]
             activations = of_batch(
                 Reading(
-                    [prompts[sequences[host]] for host in batch],
+                    sequences,
                     [row for row, _ in asked],
                     [len(prompts[i]) - 1 for _, i in asked],
                     shared,
+                    of_all if at_once else distinct_beginnings(sequences, shared),
                 )
             )
             if not done:
@@ -127,7 +140,13 @@ def _by_beginning(prompts: Sequence[Sequence[int]], hosts: Mapping[int, list[int
     for cluster in clusters:
         own = common_beginning([prompts[i] for i in cluster], min(least[i] for i in cluster))
         groups.setdefault(max(own, shared), []).extend(cluster)
-    return list(groups.items())
+    merged: list[tuple[int, list[int]]] = []
+    for count, members in sorted(groups.items()):
+        if merged and merged[-1][0] and (count - merged[-1][0]) * len(members) <= PASS:
+            merged[-1][1].extend(members)
+        else:
+            merged.append((count, members))
+    return merged
 
 
 def _hosts(prompts: Sequence[Sequence[int]]) -> dict[int, list[int]]:
@@ -170,6 +189,11 @@ class Stretches:
     def shared(self) -> int:
         """How many tokens all sequences begin with, before any position that is asked for."""
         return common_beginning(self.sequences, min(self.first))
+
+    @property
+    def beginnings(self) -> list[tuple[int, ...]]:
+        """See `Reading`."""
+        return distinct_beginnings(self.sequences, self.shared)
 
     @property
     def counts(self) -> list[int]:

@@ -98,7 +98,8 @@ class HookedModel(ScoringModel):
 
     def _past(self, beginnings: Sequence[Sequence[int]], rows: Sequence[int], known: list[Any]) -> Any:
         """What blocks keep of beginnings of one length, for a pass with the beginning of this number in each row; one
-        pass can use it. `known` (see `Kept.beginning`) serves the passes of one call: they begin with one template."""
+        pass can use it. `known` (see `Kept.beginning`) serves the passes of one call: they begin with one template, and
+        some with the same several beginnings."""
         raise NotImplementedError
 
     @abstractmethod
@@ -323,9 +324,9 @@ class HookedModel(ScoringModel):
         count = asked.shared if self._shares and not steered else 0
         past = None
         if count:
-            beginnings: dict[tuple[int, ...], int] = {}
-            rows = [beginnings.setdefault(tuple(own[:count]), len(beginnings)) for own in asked.sequences]
-            past = self._past(list(beginnings), rows, known)
+            beginnings = asked.beginnings
+            places = {own: i for i, own in enumerate(beginnings)}
+            past = self._past(beginnings, [places[tuple(own[:count])] for own in asked.sequences], known)
         return self._padded([sequence[count:] for sequence in asked.sequences]), count, past
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> Array:

@@ -364,8 +364,9 @@ class Kept:
     layer: int
     inputs: dict[Any, Array] = field(default_factory=dict)
     """The residual streams at the input of that block, by what was read"""
-    beginning: list[tuple[tuple[int, ...], Any]] = field(default_factory=list)
-    """Tokens that sequences begin with, and what all blocks keep of them, unsteered; one entry at most"""
+    beginning: list[tuple[Any, Any]] = field(default_factory=list)
+    """Tokens that all sequences begin with, and what all blocks keep of them, unsteered; then, where the last pass had
+    several beginnings, these, and what blocks keep of them"""
 
 
 class Recorder(Runner, Protocol):

@@ -235,12 +235,12 @@ def _answers(model: Recorder, prompts: Sequence[Sequence[int]]) -> Iterator[Cont
     """Each prompt with the likeliest tokens after it, up to the end of the answer or `LENGTH`."""
     decoder, end = model.decoder(), model.tokenizer.end_tokens
     decoder.fill([prompt[:-1] for prompt in prompts], steered=False)
-    tokens, columns = decoder.sample(decoder.step([prompt[-1] for prompt in prompts])), []
+    tokens, columns = [prompt[-1] for prompt in prompts], []
     for _ in range(LENGTH):
+        tokens = decoder.sample(decoder.step(tokens))
         columns.append(tokens.tolist())
         if OVERFLOWED in columns[-1]:
             raise decoder.overflow(prompts[columns[-1].index(OVERFLOWED)], 0)
-        tokens = decoder.sample(decoder.step(tokens))
     for prompt, answer in zip(prompts, zip(*columns, strict=True), strict=True):
         length = next((i for i, token in enumerate(answer) if token in end), LENGTH)
         yield prompt, answer[:length]

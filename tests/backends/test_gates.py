@@ -132,6 +132,17 @@ def test_each_mlp_is_looked_at_by_itself() -> None:
             assert np.allclose(np.asarray(block.mlp(x)), own, atol=1e-6)
 
 
+def test_rows_are_taken_in_pieces_of_any_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = Gated(nn.silu)
+    x = mx.random.normal((2, 7, 8))
+    expected = np.asarray(mlp(x))
+    for rows in (1, 3, 14, 100):
+        monkeypatch.setattr(gates, "_PIECE", 16 * rows + 5)
+        assert np.allclose(np.asarray(gates._output(mlp, gates._silu, x)), expected, atol=1e-6)
+    monkeypatch.setattr(gates, "_PIECE", 1)  # less than a row
+    assert np.allclose(np.asarray(gates._output(mlp, gates._silu, x)), expected, atol=1e-6)
+
+
 def test_packed_weights_have_quick_gates_too() -> None:
     mx.random.seed(0)
     mlp = Gated(nn.silu)

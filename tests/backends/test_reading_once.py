@@ -88,9 +88,8 @@ def test_nothing_is_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read == [6 * 5]
 
 
-def test_what_prompts_to_one_question_have_in_common_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_on("mlx", "llama")
-    read = positions_read(monkeypatch)
+def beginnings_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """How many beginnings of sequences are asked for, and of which length, from now on."""
     beginnings: list[tuple[int, int]] = []
     call = type(model)._past
 
@@ -99,10 +98,47 @@ def test_what_prompts_to_one_question_have_in_common_is_read_once(monkeypatch: p
         return call(self, own, *args)
 
     monkeypatch.setattr(type(model), "_past", past)
+    return beginnings
+
+
+def test_what_prompts_to_one_question_have_in_common_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_on("mlx", "llama")
+    monkeypatch.setattr(batching, "PASS", 0)
+    read, beginnings = positions_read(monkeypatch), beginnings_read(model, monkeypatch)
     model.residuals(ASKED)
     assert read == [6 * 5, 3 * 5]
     # Two questions, after what both begin with; then the longer one.
     assert beginnings == [(2, 21), (1, 10), (1, 23)]
+
+
+def test_a_few_tokens_are_read_again_where_that_saves_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_on("mlx", "llama")
+    monkeypatch.setattr(batching, "PASS", 3 * 2)  # three prompts, whose beginning is two tokens longer
+    read, beginnings = positions_read(monkeypatch), beginnings_read(model, monkeypatch)
+    model.residuals(ASKED)
+    assert read == [9 * 7]
+    assert beginnings == [(3, 21), (1, 10)]
+
+
+def test_the_beginnings_of_several_passes_are_read_in_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_on("mlx", "llama")
+    read: list[int] = []
+    call = type(model)._read
+
+    def reading(self: Any, tokens: Any, caches: Any) -> Any:
+        read.append(sum(map(len, tokens)))
+        return call(self, tokens, caches)
+
+    monkeypatch.setattr(type(model), "_read", reading)
+    monkeypatch.setattr(batching.batches, "__defaults__", (12,))
+    passes = positions_read(monkeypatch)
+    found = model.residuals(ASKED)
+    assert len(passes) > 3
+    assert read == [10, 3 * 11]
+    read.clear()
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 12)  # for which these are too many
+    assert np.abs(model.residuals(ASKED) - found).max() < 1e-5 * np.abs(found).max()
+    assert sum(read) > 10 + 3 * 11
 
 
 def test_a_long_common_beginning_is_kept_for_few_sequences() -> None:

@@ -23,6 +23,8 @@ LEAST = 8
 """Tokens in a pass below which nothing is gained: NumPy waits until everything before a gate is computed."""
 TOLERANCE = 1e-5
 """Relative, of an MLP's output: both are in float32."""
+_PIECE = 2**15
+"""Numbers that are taken at a time: what is computed of them stays in the processor's cache."""
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 Activation = Callable[[np.ndarray], np.ndarray]
 """A new array; the one that is given stays."""
@@ -86,10 +88,12 @@ def _activation_of(mlp: nn.Module, width: int) -> Activation | None:
 
 
 def _output(mlp: nn.Module, activation: Activation, x: mx.array) -> mx.array:
-    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    mx.eval(gate, up)
+    gate, gated = mx.contiguous(mlp.gate_proj(x)), mx.contiguous(mlp.up_proj(x))
+    mx.eval(gate, gated)
+    rows = [np.asarray(one).reshape(-1, one.shape[-1]) for one in (gate, gated)]  # MLX's own memory
+    step = max(1, _PIECE // gate.shape[-1])
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found in the residual stream
-        gated = activation(np.asarray(gate))
-        gated *= np.asarray(up)
-    output: mx.array = mlp.down_proj(mx.array(gated))
+        for i in range(0, len(rows[0]), step):
+            rows[1][i : i + step] *= activation(rows[0][i : i + step])
+    output: mx.array = mlp.down_proj(gated)
     return output
