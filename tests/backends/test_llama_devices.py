@@ -1,7 +1,8 @@
-"""Where llama.cpp computes: in this process's memory, or on the device that `helpers.device_memory` brings."""
+"""Where llama.cpp computes: in this process's memory, on a GPU, or on the device that `helpers.device_memory` brings."""
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,19 @@ def test_weights_lie_on_the_device_and_it_is_named(tmp_path: Path) -> None:
         llama().llama_log_set(library._log, None)
     buffers = [line for line in said if "model buffer size" in line]
     assert buffers
-    device = device_memory.endpoint
-    assert any(str(device) in line for line in buffers) == (device is not None)
-    assert model.description.device.partition(" (")[0] == (device or "CPU")
+    devices = gpus()
+    assert all(any(name in line for line in buffers) for name in devices)
+    assert model.description.device.partition(" (")[0] == (", ".join(devices.values()) or "CPU")
+    assert device_memory.endpoint is None or device_memory.endpoint in devices.values()
+
+
+def gpus() -> dict[str, str]:
+    """By what llama.cpp calls them, the GPUs' names."""
+    ggml = library.ggml()
+    ggml.ggml_backend_dev_name.restype, ggml.ggml_backend_dev_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
+    devices = [ggml.ggml_backend_dev_get(i) for i in range(ggml.ggml_backend_dev_count())]
+    return {
+        ggml.ggml_backend_dev_name(one).decode(): ggml.ggml_backend_dev_description(one).decode()
+        for one in devices
+        if ggml.ggml_backend_dev_type(one) in library._GPUS
+    }

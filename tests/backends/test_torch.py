@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import mlx.core as mx
 import numpy as np
@@ -447,6 +450,28 @@ def recording(model: TorchModel, monkeypatch: pytest.MonkeyPatch, **options: Any
     decoder: Any = model.decoder(**options)
     decoder._records_graphs = True
     return decoder
+
+
+def test_nothing_is_collected_while_a_step_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It might be the graph of a decoder that nobody uses any more, which CUDA does not let go then."""
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    for name in ("CUDAGraph", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Mock)
+    collects: list[bool] = []
+
+    def run(tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        collects.append(gc.isenabled())
+        if len(collects) == 6:
+            raise RuntimeError
+        return tokens
+
+    torch_decoder._Graph(run, torch.tensor([1]), 2)
+    assert gc.isenabled()
+    with pytest.raises(RuntimeError):
+        torch_decoder._Graph(run, torch.tensor([1]), 2)
+    assert gc.isenabled()
+    assert collects == [True, True, False] * 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "phi3"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -132,6 +133,21 @@ def test_threads_record_and_replay_steps_of_their_own() -> None:
             assert list(pool.map(answer, BATCH)) == alone
 
 
+def test_a_graph_that_nobody_uses_any_more_does_not_end_a_recording() -> None:
+    cpu, gpu = pair()
+    law = law_for(cpu)
+    thresholds = gc.get_threshold()
+    gc.disable()
+    try:
+        for _ in range(3):
+            assert decoded(gpu, PROMPT, law=law, max_tokens=4) == decoded(cpu, PROMPT, law=law, max_tokens=4)
+            gc.set_threshold(1)  # from now on the decoder before is collected at once
+            gc.enable()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+
+
 def test_overflowing_activations_are_reported() -> None:
     _, gpu = pair()
     with pytest.raises(mlx_lqr.InputError, match="overflow at layer"):
@@ -176,7 +192,7 @@ def test_a_bfloat16_model_is_steered_and_linearised() -> None:
 def test_every_method_writes_the_tokens_of_the_cpu(method: Any) -> None:
     """Replayed as a graph, or, where something goes from token to token, without one; with strengths that change."""
     cpu, gpu = pair()
-    steering = mlx_lqr.fit_baseline(cpu, method, BATCH[:2], BATCH[2:])
+    steering = mlx_lqr.fit_baseline(cpu, method, BATCH[:2], BATCH[2:4])
     steer_all, strength = steering.positions == "all", 60.0 if "angular" in method else 1.5
     answers = []
     for model in (cpu, gpu):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,7 +220,7 @@ class _Graph:
                     run(self._tokens, self._at)
             torch.cuda.current_stream().wait_stream(aside)
             # Other threads may go on with what they compute, which has no part in it.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with _nothing_collected(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._logits = run(self._tokens, self._at)
 
     def replay(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
@@ -228,6 +230,26 @@ class _Graph:
         with torch.cuda.device(self._at.device):
             self._graph.replay()
         return self._logits.clone()  # the next replay writes over it
+
+
+_recording = threading.Lock()
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Inside this context Python collects no garbage; one thread at a time.
+
+    A decoder that nobody uses any more is collected together with its graph, and CUDA gives up a recording during which
+    the thread lets a graph go.
+    """
+    with _recording:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 class _PreciseRotation:
