@@ -78,20 +78,10 @@ def contenders(model: MLXModel, tokens: int) -> dict[str, Stream]:
 
 
 def llama_cpp_stream(prompt: list[int], tokens: int) -> Stream:
-    import itertools
+    from llama_rows import OwnLoop
 
-    from llama_cpp import Llama
-
-    from mlx_lqr.convert.sources import demo_gguf
-
-    with demo_gguf() as file:
-        llama = Llama(str(file), n_threads=2, verbose=False)
-
-    def stream() -> Iterable[int]:
-        llama.reset()
-        return itertools.islice(llama.generate(prompt, temp=0.0, repeat_penalty=1.0), tokens)
-
-    return stream
+    loop = OwnLoop()
+    return lambda: loop.stream(prompt, tokens)
 
 
 def batch_gain(model: MLXModel, size: int, tokens: int, rounds: int) -> list[float]:

@@ -41,7 +41,11 @@ HEADER = {MLX_LM: b"==========\n"}
 """What stands on stdout before the text."""
 LLAMA_PROGRAM = """
 import os, sys
+import llama_cpp.llama_cpp as low
 from llama_cpp import Llama
+parameters = low.llama_model_default_params()
+parameters.use_extra_bufts = b"AMX_INT8 = 1" not in low.llama_print_system_info()  # it crashes there
+low.llama_model_default_params = lambda: parameters
 
 llama = Llama(sys.argv[1], n_threads=os.cpu_count(), verbose=False)
 for part in llama.create_completion(sys.argv[2], max_tokens=int(sys.argv[3]), temperature=0.0, stream=True):

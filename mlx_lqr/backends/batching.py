@@ -47,7 +47,7 @@ KEPT = 4
 def common_beginning(sequences: Sequence[Sequence[int]], most: int) -> int:
     """How many tokens, `most` at most, all sequences begin with; 0 where it would not pay to read them once."""
     ordered = sorted(tuple(sequence) for sequence in sequences)
-    count = min(_alike(ordered[0], ordered[-1]), most)  # what lies between them begins as both do
+    count = min(alike(ordered[0], ordered[-1]), most)  # what lies between them begins as both do
     return count if count >= LEAST_SHARED and len(sequences) > 1 else 0
 
 
@@ -56,7 +56,7 @@ def distinct_beginnings(sequences: Sequence[Sequence[int]], count: int) -> list[
     return list(dict.fromkeys(tuple(own[:count]) for own in sequences))
 
 
-def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+def alike(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens both begin with."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
@@ -132,7 +132,7 @@ def _by_beginning(prompts: Sequence[Sequence[int]], hosts: Mapping[int, list[int
     ordered = sorted(hosts, key=lambda i: tuple(prompts[i]))
     clusters: list[list[int]] = []
     for i in ordered:
-        if clusters and _alike(prompts[clusters[-1][-1]], prompts[i]) >= shared + LEAST_SHARED:
+        if clusters and alike(prompts[clusters[-1][-1]], prompts[i]) >= shared + LEAST_SHARED:
             clusters[-1].append(i)
         else:
             clusters.append([i])
@@ -239,12 +239,14 @@ class Stretches:
 
 def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS, *, most: int | None = None) -> Iterator[list[int]]:
     """Indices in batches of similar length, longest first, each of `limit` tokens at most, padding included, and of
-    `most` sequences."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and ((len(batch) + 1) * lengths[batch[0]] > limit or len(batch) == most):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    `most` sequences. Where it takes more than `PASS` tokens of padding to bring some longer ones together with as many
+    as would go with them, they are a batch of their own."""
+    ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while ordered:
+        longest = lengths[ordered[0]]
+        count = min(max(1, limit // max(1, longest)), len(lengths) if most is None else most, len(ordered))
+        padding = [(count - i) * (longest - lengths[ordered[i]]) for i in range(count)]
+        if max(padding) > PASS:
+            count = padding.index(max(padding))
+        yield ordered[:count]
+        ordered = ordered[count:]

@@ -318,14 +318,15 @@ class HookedDecoder(ABC):
         with self._computing("the trace"):
             return self._trace(token)
 
-    def trace_prompt(self, prompt: Sequence[int]) -> Any:
-        """`fill` of all but the last token, not steered, and `trace` of that one, for a new decoder."""
+    def trace_prompt(self, prompt: Sequence[int], held: int = 0) -> Any:
+        """`fill` of all but the last token, not steered, and `trace` of that one, for a decoder that holds the first
+        `held` tokens of it and no more, or a new one."""
         with self._computing("the trace"):
-            return self._trace_prompt(prompt)
+            return self._trace_prompt(prompt, held)
 
-    def _trace_prompt(self, prompt: Sequence[int]) -> Any:
-        if len(prompt) > 1:
-            self._fill([prompt[:-1]], steered=False)
+    def _trace_prompt(self, prompt: Sequence[int], held: int) -> Any:
+        if len(prompt) - 1 > held:
+            self._fill([prompt[held:-1]], steered=False)
         return self._trace(prompt[-1])
 
     def overflow(self, tokens: Sequence[int], first: int) -> OverflowingError:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_lqr.backends.batching import Reading, Stretches, in_batches, padded
+from mlx_lqr.backends.batching import LEAST_SHARED, Reading, Stretches, alike, in_batches, padded
 from mlx_lqr.backends.checkpoint.adapter import Adapter
 from mlx_lqr.backends.checkpoint.config import ENDLESS, check_rolling, context_of
 from mlx_lqr.backends.description import Description
@@ -265,10 +265,20 @@ class HookedModel(ScoringModel):
 
     def trace(self, tokens: Sequence[int]) -> Any:
         """See `Differentiable`."""
-        trace = self.decoder().trace_prompt(tokens)
-        if first_overflow(trace.residual) is not None:
-            raise self.decoder().overflow(tokens, len(tokens))
-        return trace
+        return next(self.traces([tokens]))
+
+    def traces(self, prompts: Iterable[Sequence[int]]) -> Iterator[Any]:
+        """See `Differentiable`."""
+        decoder, read = self.decoder(), list[int]()
+        for tokens in prompts:
+            held = alike(read, tokens[:-1])
+            if read and not (held >= LEAST_SHARED and decoder.rewind(held)):
+                decoder, held = self.decoder(), 0
+            trace = decoder.trace_prompt(tokens, held)
+            if first_overflow(trace.residual) is not None:
+                raise self.decoder().overflow(tokens, len(tokens))
+            yield trace
+            read = list(tokens[:-1])
 
     def decoder(self, law: Law | None = None, sampling: Sampling = GREEDY, *, rolling: bool = False) -> HookedDecoder:
         """See `Runner`."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -446,6 +446,9 @@ class Differentiable(Recorder, Protocol):
 
     def trace(self, tokens: Sequence[int]) -> Trace:
         """Run a prompt and keep what the Jacobians at its last token need."""
+
+    def traces(self, prompts: Iterable[Sequence[int]]) -> Iterator[Trace]:
+        """`trace` of each prompt. What one begins with as the one before it did is not read again."""
 
     def measure(self) -> Measurement:
         """How right its derivatives are, by the model's own response. Takes as long as a few dozen tokens."""

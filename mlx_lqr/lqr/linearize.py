@@ -136,7 +136,7 @@ def traces(model: Differentiable, prompts: Sequence[Prompt]) -> list[Trace]:
     """
     if isinstance(prompts, str) or not prompts:
         raise InputError("linearize needs a list of at least one prompt")
-    return [model.trace(tokenise(model, prompt)[:MAX_TOKENS]) for prompt in prompts]
+    return list(model.traces(tokenise(model, prompt)[:MAX_TOKENS] for prompt in prompts))
 
 
 def stream_jacobians(

@@ -15,7 +15,8 @@ from mlx_lqr import Controller, InputError
 
 pytest.importorskip("llama_cpp")
 
-from helpers.gguf_float32 import in_float32
+from helpers import gguf_float32
+from helpers.llama_products import in_float32, on_a_gpu
 
 from mlx_lqr.backends.llama.hook import PythonHook
 from mlx_lqr.backends.llama.library import llama
@@ -27,7 +28,7 @@ PROMPTS = ("Once upon a time,", "The best thing about my home is that", "What wo
 @pytest.fixture(scope="module")
 def exact(smollm2_gguf: Path, smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """SmolLM2 in float32: llama.cpp's and MLX's."""
-    file = in_float32(smollm2_gguf, tmp_path_factory.mktemp("llama") / "smollm2-f32.gguf")
+    file = gguf_float32.in_float32(smollm2_gguf, tmp_path_factory.mktemp("llama") / "smollm2-f32.gguf")
     return mlx_lqr.load(file, backend="llama"), mlx_lqr.load(smollm2_folder, backend="mlx", dtype="float32")
 
 
@@ -92,6 +93,7 @@ def test_tokens_and_texts_are_the_same(exact: tuple[Any, Any]) -> None:
         ours.encode("\ud800")
 
 
+@in_float32()
 @pytest.mark.parametrize("steer_all", [False, True])
 def test_streams_and_probabilities_agree(
     exact: tuple[Any, Any], controllers: list[Controller], steer_all: bool
@@ -128,6 +130,7 @@ def check_tokens(ours: Any, mlx: Any, steered: Controller, strength: Any) -> Non
     assert expected != [piece.token for piece in mlx_lqr.stream(ours, PROMPTS[0], **options)]
 
 
+@in_float32()
 @pytest.mark.parametrize("positions", ["last", "all"])
 @pytest.mark.parametrize("concepts", [1, 3])
 def test_steered_tokens_are_mlx_own(
@@ -137,21 +140,23 @@ def test_steered_tokens_are_mlx_own(
 
 
 def test_a_quantised_file_is_near_mlx_own_of_it(smollm2_gguf: Path, exact: tuple[Any, Any]) -> None:
-    """llama.cpp's products of quantised weights round the activations too."""
+    """llama.cpp's products of quantised weights round the activations too, CUDA's most."""
     _, mlx = exact
     quantised = mlx_lqr.load(smollm2_gguf, backend="llama")
     prompts = [mlx.tokenizer.encode(text) for text in PROMPTS]
     ours, expected = quantised.residuals(prompts), mlx.residuals(prompts)
-    assert 0 < np.linalg.norm(ours - expected) / np.linalg.norm(expected) < 0.03
-    assert relative(ours, expected) < 0.05  # the worst layer of the worst prompt
+    most, worst = (0.07, 0.2) if on_a_gpu() else (0.03, 0.05)
+    assert 0 < np.linalg.norm(ours - expected) / np.linalg.norm(expected) < most
+    assert relative(ours, expected) < worst  # at a layer of a prompt
     assert quantised.fingerprint == mlx.fingerprint
     assert quantised.description.packing == "Q4_1"
     assert quantised.description.nbytes < 100e6
 
 
+@in_float32()
 @pytest.mark.slow
 def test_gemma_is_steered_alike(gemma3_gguf: Path, gemma3_folder: Path, tmp_path: Path) -> None:
-    ours = mlx_lqr.load(in_float32(gemma3_gguf, tmp_path / "gemma-f32.gguf"), backend="llama")
+    ours = mlx_lqr.load(gguf_float32.in_float32(gemma3_gguf, tmp_path / "gemma-f32.gguf"), backend="llama")
     mlx = mlx_lqr.load(gemma3_folder, backend="mlx", dtype="float32")
     assert ours.fingerprint == mlx.fingerprint
     controllers = fitted(mlx, [10, 13, 16, 17], 6)

@@ -25,9 +25,12 @@ from mlx_lqr.methods.steering import law_of
 
 pytest.importorskip("llama_cpp")
 
+from helpers.llama_products import in_float32
+
 from mlx_lqr.backends.llama.hook import PythonHook
 from mlx_lqr.backends.llama.library import llama
 
+pytestmark = in_float32()
 PROMPT = [5, 17, 3, 42, 8]
 PROMPTS = [PROMPT, [7, 9], [1, 2, 3, 4, 5, 6, 7, 8]]
 FILE_TYPE = {"general.file_type": 0}  # all of it in float32, so that keys and values are too

@@ -1,4 +1,4 @@
-"""Where llama.cpp computes: in this process's memory, on a GPU, or on the device that `helpers.device_memory` brings."""
+"""Where llama.cpp computes: in this process's memory, on a GPU, or on the device of `helpers.device_memory`."""
 
 from __future__ import annotations
 

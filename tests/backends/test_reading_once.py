@@ -11,6 +11,7 @@ from helpers.controllers import NEGATIVE, POSITIVE, law_for
 
 import mlx_lqr
 from mlx_lqr.backends import batching
+from mlx_lqr.backends.mlx.decoder import MLXDecoder
 from mlx_lqr.backends.protocol import Kept
 from mlx_lqr.methods.alqr import LinearFeedback
 
@@ -103,7 +104,7 @@ def beginnings_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[i
 
 def test_what_prompts_to_one_question_have_in_common_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_on("mlx", "llama")
-    monkeypatch.setattr(batching, "PASS", 0)
+    monkeypatch.setattr(batching, "PASS", 5)
     read, beginnings = positions_read(monkeypatch), beginnings_read(model, monkeypatch)
     model.residuals(ASKED)
     assert read == [6 * 5, 3 * 5]
@@ -113,11 +114,19 @@ def test_what_prompts_to_one_question_have_in_common_is_read_once(monkeypatch: p
 
 def test_a_few_tokens_are_read_again_where_that_saves_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_on("mlx", "llama")
-    monkeypatch.setattr(batching, "PASS", 3 * 2)  # three prompts, whose beginning is two tokens longer
+    monkeypatch.setattr(batching, "PASS", 14)  # three prompts, whose beginning is two tokens longer
     read, beginnings = positions_read(monkeypatch), beginnings_read(model, monkeypatch)
     model.residuals(ASKED)
     assert read == [9 * 7]
     assert beginnings == [(3, 21), (1, 10)]
+
+
+def test_sequences_that_are_much_longer_are_a_pass_of_their_own() -> None:
+    lengths = [10, 40, 11, 38, 12, 10]
+    assert list(batching.batches(lengths)) == [[1, 3], [4, 2, 0, 5]]
+    assert list(batching.batches([40, *[39] * 9])) == [[*range(10)]]  # nine tokens of padding
+    assert list(batching.batches(lengths, 80, most=3)) == [[1, 3], [4, 2, 0], [5]]
+    assert list(batching.batches(lengths, 30)) == [[1], [3], [4, 2], [0, 5]]
 
 
 def test_the_beginnings_of_several_passes_are_read_in_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +162,34 @@ def test_a_long_common_beginning_is_kept_for_few_sequences() -> None:
     found = batching.in_batches(prompts, of_batch, None, shares=True)
     assert found.tolist() == list(range(30))
     assert max(rows) * 1001 <= batching.BATCH_TOKENS * batching.KEPT
+
+
+@every_backend
+@pytest.mark.parametrize("family", ["gemma3_text", "llama", "qwen3"])
+def test_traces_are_those_of_prompts_traced_alone(backend: str, family: str) -> None:
+    model = tiny_on(backend, family)
+    prompts = [BEGINNING, *PROMPTS, [7], [8, 9], PROMPTS[0]]
+    traces = list(model.traces(prompts))
+    for trace, prompt in zip(traces, prompts, strict=True):
+        alone = model.trace(prompt)
+        assert np.abs(trace.residual - alone.residual).max() < 1e-5 * np.abs(alone.residual).max()
+        for k in range(model.num_layers):
+            A = model.jacobian(alone, k)
+            assert np.abs(model.jacobian(trace, k) - A).max() < 1e-4 * np.abs(A).max()
+
+
+def test_what_a_prompt_begins_with_as_the_one_before_is_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_on("mlx", "llama")
+    read: list[int] = []
+    fill = MLXDecoder._fill
+
+    def filling(self: Any, prompts: Any, **options: Any) -> None:
+        read.append(len(prompts[0]))
+        fill(self, prompts, **options)
+
+    monkeypatch.setattr(MLXDecoder, "_fill", filling)
+    list(model.traces([PROMPTS[0], PROMPTS[1], [1, 2, 3], PROMPTS[2]]))
+    assert read == [14, 1, 3, 11]  # the second but for its last token is what the first begins with
 
 
 @every_backend

@@ -83,6 +83,17 @@ def last_inputs(family: str) -> list[np.ndarray]:
 
 
 @exact
+def test_traces_of_prompts_that_begin_alike_are_those_of_each_alone(family: str) -> None:
+    model = model_of(family)
+    prompts = [[*PROMPT, *PROMPT], [*PROMPT, *PROMPT[:3]], [*PROMPT, *PROMPT, 5]]
+    for trace, prompt in zip(list(model.traces(prompts)), prompts, strict=True):
+        alone = model.trace(prompt)
+        np.testing.assert_allclose(trace.residual, alone.residual, rtol=1e-3, atol=1e-4)
+        A = model.jacobian(alone, 1)
+        assert np.abs(model.jacobian(trace, 1) - A).max() < 1e-3 * np.abs(A).max()
+
+
+@exact
 def test_derivatives_are_those_of_mlx_lms_own_model(family: str) -> None:
     model = model_of(family)
     trace = model.trace(PROMPT)

@@ -192,11 +192,11 @@ class MLXDecoder(HookedDecoder):
         calls = self._calls(token, frozen, residual)
         return _traced(residual, calls, frozen)
 
-    def _trace_prompt(self, prompt: Sequence[int]) -> MLXTrace:
+    def _trace_prompt(self, prompt: Sequence[int], held: int) -> MLXTrace:
         """In a single pass, where its last token can be taken back."""
         residual: list[mx.array] = []
         with hooked(self._blocks, _recording(residual, len(self._blocks)), range(len(self._blocks))):
-            self._fill([prompt], steered=False)
+            self._fill([prompt[held:]], steered=False)
         if not self.rewind(len(prompt) - 1):  # a window has lost what the last token would have seen
             self._cache, self._length = [], 0
             self._fill([prompt[:-1]], steered=False)

@@ -281,8 +281,8 @@ class MeasuredDecoder(MLXDecoder):
             )
         return FrozenTrace(state, blocks, self._layout.width)
 
-    def _trace_prompt(self, prompt: Sequence[int]) -> FrozenTrace:  # type: ignore[override]
-        return HookedDecoder._trace_prompt(self, prompt)
+    def _trace_prompt(self, prompt: Sequence[int], held: int) -> FrozenTrace:  # type: ignore[override]
+        return HookedDecoder._trace_prompt(self, prompt, held)
 
     def _new_cache(self, padding: list[int]) -> list[Any]:
         self._apart, self._merged = len(padding) > 1, False
