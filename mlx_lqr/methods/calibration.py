@@ -21,7 +21,7 @@ import numpy as np
 
 from mlx_lqr.backends.protocol import OVERFLOWED, Continued, Float32, Kept, Law, Progress, Recorder
 from mlx_lqr.errors import InputError, OverflowingError
-from mlx_lqr.lqr.divergence import kl_divergence
+from mlx_lqr.lqr.divergence import kl_divergence, log_normaliser
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.lqr.strength import BUDGETS, Budget, Calibration
 from mlx_lqr.methods.registry import METHODS
@@ -196,6 +196,8 @@ class Texts:
     kinds: Sequence[Sequence[Continued]]
     """Sentences, and answers"""
     reference: Sequence[Sequence[Float32]]
+    _normalisers: Sequence[Sequence[np.ndarray]]
+    """Of the reference"""
     _kept: Sequence[Kept]
 
     @classmethod
@@ -215,7 +217,7 @@ class Texts:
         kinds = [kind for kind in (sentences, list(_answers(model, asked))) if kind]
         kept = [Kept(first) for _ in kinds]
         reference = [model.logits_along(kind, kept=own) for kind, own in zip(kinds, kept, strict=True)]
-        return cls(model, kinds, reference, kept)
+        return cls(model, kinds, reference, [list(map(log_normaliser, own)) for own in reference], kept)
 
     def divergence(self, law: Law, *, steer_all: bool = False) -> float:
         """Nats a token.
@@ -224,10 +226,9 @@ class Texts:
             OverflowingError: activations overflow under this law.
         """
         of_kinds = []
-        for kind, reference, kept in zip(self.kinds, self.reference, self._kept, strict=True):
+        for kind, kept, *unsteered in zip(self.kinds, self._kept, self.reference, self._normalisers, strict=True):
             steered = self.model.logits_along(kind, law=law, steer_all=steer_all, kept=kept)
-            of_texts = [kl_divergence(one, other) for one, other in zip(steered, reference, strict=True)]
-            of_kinds.append(np.concatenate(of_texts).mean())
+            of_kinds.append(np.concatenate(list(map(kl_divergence, steered, *unsteered))).mean())
         return float(np.mean(of_kinds))
 
 
