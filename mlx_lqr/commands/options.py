@@ -161,7 +161,7 @@ strengths_option = option(
     metavar="NUMBERS",
     heading=STEERING,
     help="The strengths to run at, for each FILE without a STRENGTH of its own, such as 1,2,3, 0.5x,1x,2x or "
-    "gentle,strong. By default 0.5x,1x,2x for files that recommend a strength, and 1,2,3 for others.",
+    "gentle,strong. By default 0.5x,1x,2x; where a FILE recommends none, so much of what its method suggests.",
 )
 adaptive_option = option(
     "--adaptive/--stored",

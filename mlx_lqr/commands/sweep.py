@@ -14,14 +14,13 @@ from mlx_lqr.commands.output import say
 from mlx_lqr.commands.values import NumbersType
 from mlx_lqr.errors import InputError
 from mlx_lqr.loading import load_steering
+from mlx_lqr.methods.registry import METHODS
 from mlx_lqr.methods.steering import Steering
 from mlx_lqr.runtime.arguments import Asked, ControllerChoice, Times, asked_strength
 from mlx_lqr.tasks import NamedSteering, named_steering
 
-STRENGTHS = (1.0, 2.0, 3.0)
-"""Where nobody names any, of files that recommend none."""
 MULTIPLES = (Times(0.5), Times(1.0), Times(2.0))
-"""Where nobody names any, of files that recommend a strength."""
+"""Where nobody names any: of the recommended strength, or of what the method suggests where a file recommends none."""
 
 shares_option = option(
     "--shares",
@@ -49,7 +48,10 @@ def asked_or_default(steerings: Sequence[Steering], asked: Sequence[Asked] | Non
     """The strengths that were asked for, or where none were those that fit the files."""
     if asked is not None:
         return asked
-    return STRENGTHS if any(one.strength is None for one in steerings) else MULTIPLES
+    unsaid = next((one for one in steerings if one.strength is None), None)
+    if unsaid is None:
+        return MULTIPLES
+    return [times.factor * METHODS[unsaid.method].strengths.suggested for times in MULTIPLES]
 
 
 def at_strengths(

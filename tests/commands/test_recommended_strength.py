@@ -150,13 +150,13 @@ def effective(*texts: str, strengths: str | None = None, shares: list[float] | N
 def test_sweeps_take_multiples_and_budgets() -> None:
     assert parse_strengths("-1x,2,strong") == [Times(-1), 2.0, "strong"]
     assert effective("a") == effective("a", strengths="0.5x,1x,2x") == [[1], [2], [4]]
-    assert effective("plain") == [[1], [2], [3]]
+    assert effective("plain") == [[0.35], [0.7], [1.4]]  # a half, once and twice what its method suggests
     assert effective("a", strengths="gentle,2,2x") == [[1.5], [2], [4]]
     assert effective("a", "b") == [[1, 3], [2, 6], [4, 12]]
     assert effective("a", "b", shares=[1, -0.5], strengths="1x,2x") == [[2, -3], [4, -6]]
     assert effective("a", "b", strengths="gentle") == effective("a:gentle", "b:gentle") == [[1.5, 4]]
     assert effective("a:1x", "b:-1") == [[2, -1]]
-    assert effective("plain", "b") == [[1, 1], [2, 2], [3, 3]]
+    assert effective("plain", "b") == [[0.35, 0.35], [0.7, 0.7], [1.4, 1.4]]
     for strengths, says in (
         ("1x,2", "numbers alone, or multiples alone"),
         ("gentle,strong", "numbers alone, or multiples alone"),
