@@ -103,6 +103,17 @@ def test_the_script_measures_writes_and_goes_on(
         (known,) = (one for one in first if one["method"] == "actadd")
         assert second[0]["sources"] == known["sources"]
         assert second[0]["budgets"]["normal"]["metrics"] == known["budgets"]["normal"]["metrics"]
+    shutil.copytree(tmp_path / "results", tmp_path / "gone")
+    for file in (tmp_path / "gone" / "smollm2").glob("*.json"):
+        earlier = json.loads(file.read_text())
+        for method in earlier["methods"]:
+            for source in method["sources"].values():
+                source["setting"] = "of once"
+        file.write_text(json.dumps(earlier))
+    third = [one.replace(str(output), str(tmp_path / "third")) for one in measured]
+    run(*third[: third.index("--method")], "--method", "actadd", "--choices", str(tmp_path / "gone"))
+    told = json.loads((tmp_path / "third" / "smollm2" / "concept-dog" / "result.json").read_text())["methods"]
+    assert told[0]["failed"].startswith("actadd has no setting 'of once' any more")  # and no other is chosen
     kept = [one.replace(str(output), str(tmp_path / "kept")) for one in measured]
     known_fits = output / "smollm2" / "fits"
     shutil.copytree(known_fits, tmp_path / "kept" / "smollm2" / "fits")
