@@ -192,8 +192,8 @@ class Stretches:
 
     @property
     def beginnings(self) -> list[tuple[int, ...]]:
-        """See `Reading`."""
-        return distinct_beginnings(self.sequences, self.shared)
+        """See `Reading`; all sequences have one."""
+        return [tuple(self.sequences[0][: self.shared])]
 
     @property
     def counts(self) -> list[int]:
@@ -237,16 +237,22 @@ class Stretches:
         return [start + i for start, count in zip(self.first, self.counts, strict=True) for i in range(count)]
 
 
-def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS, *, most: int | None = None) -> Iterator[list[int]]:
+def batches(
+    lengths: Sequence[int], limit: int = BATCH_TOKENS, *, most: int | None = None, pads: bool = True
+) -> Iterator[list[int]]:
     """Indices in batches of similar length, longest first, each of `limit` tokens at most, padding included, and of
-    `most` sequences. Where it takes more than `PASS` tokens of padding to bring some longer ones together with as many
-    as would go with them, they are a batch of their own."""
+    `most` sequences.
+
+    Args:
+        pads: sequences of a batch are read at one length. Where it takes more than `PASS` tokens of padding to bring
+            some longer ones together with as many as would go with them, they are a batch of their own.
+    """
     ordered = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while ordered:
         longest = lengths[ordered[0]]
         count = min(max(1, limit // max(1, longest)), len(lengths) if most is None else most, len(ordered))
         padding = [(count - i) * (longest - lengths[ordered[i]]) for i in range(count)]
-        if max(padding) > PASS:
+        if pads and max(padding) > PASS:
             count = padding.index(max(padding))
         yield ordered[:count]
         ordered = ordered[count:]

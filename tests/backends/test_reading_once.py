@@ -127,6 +127,7 @@ def test_sequences_that_are_much_longer_are_a_pass_of_their_own() -> None:
     assert list(batching.batches([40, *[39] * 9])) == [[*range(10)]]  # nine tokens of padding
     assert list(batching.batches(lengths, 80, most=3)) == [[1, 3], [4, 2, 0], [5]]
     assert list(batching.batches(lengths, 30)) == [[1], [3], [4, 2], [0, 5]]
+    assert list(batching.batches(lengths, 500, pads=False)) == [[1, 3, 4, 2, 0, 5]]  # as llama.cpp reads them
 
 
 def test_the_beginnings_of_several_passes_are_read_in_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ class LlamaModel(ScoringModel):
         placed = self.place(law)
         result = np.empty((len(prompts), self.num_layers + 1, self.hidden_size), np.float32)
         done = 0
-        for batch in batches([len(prompt) for prompt in prompts], BATCH, most=_SIDE_BY_SIDE):
+        for batch in batches([len(prompt) for prompt in prompts], BATCH, most=_SIDE_BY_SIDE, pads=False):
             own = [prompts[i] for i in batch]
             last = [len(prompt) - 1 for prompt in own]
             restart(placed)
