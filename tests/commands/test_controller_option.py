@@ -110,9 +110,9 @@ def effective(
 
 
 def test_a_number_after_a_file_is_the_strength_it_steers_at(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert effective("a.safetensors") == [[1], [2], [3]]
+    assert effective("a.safetensors") == [[0.35], [0.7], [1.4]]
     assert effective("a.safetensors", strengths=[4, 5]) == [[4], [5]]
-    assert effective("a.safetensors", "b.safetensors", shares=[1, -0.5]) == [[1, -0.5], [2, -1], [3, -1.5]]
+    assert effective("a.safetensors", "b.safetensors", shares=[1, -0.5]) == [[0.35, -0.175], [0.7, -0.35], [1.4, -0.7]]
     assert capsys.readouterr().err == ""
     assert effective("a.safetensors:2") == [[2]]
     assert "measured at one strength only, a.safetensors:2;" in capsys.readouterr().err
