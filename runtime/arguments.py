@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlx_lqr.backends.protocol import FREQUENCY_PENALTY, RECENT
 from mlx_lqr.errors import InputError
 from mlx_lqr.files.text import is_unicode
 from mlx_lqr.launched import count
@@ -23,8 +24,9 @@ DECODING_HELP: Mapping[str, str] = {
     "top_k": "Sample from this many likeliest tokens; 0: from all.",
     "min_p": "Sample from tokens that have at least this share of the likeliest one's probability.",
     "repetition_penalty": "Above 1, tokens that have occurred become less likely.",
-    "frequency_penalty": "Above 0, tokens become less likely each time that they are drawn (-2 to 2).",
-    "presence_penalty": "Above 0, tokens that have been drawn become less likely (-2 to 2).",
+    "frequency_penalty": f"Above 0, tokens become less likely for each time among the last {RECENT} drawn (-2 to 2; "
+    f"0: off). By default {FREQUENCY_PENALTY:g}, and off at temperature 0.",
+    "presence_penalty": f"Above 0, tokens among the last {RECENT} drawn become less likely (-2 to 2).",
     "seed": "The same number gives the same text; without one, each call gives another.",
     "stop": "End the answer before this text; may be repeated.",
     "overflow": "When the context is full: stop with an error, or roll on without the oldest tokens.",

@@ -52,10 +52,11 @@ class Options(TypedDict, total=False):
     """Sample from the tokens at least this likely, relative to the likeliest (0)."""
     repetition_penalty: float
     """Above 1, tokens seen before become less likely (1)."""
-    frequency_penalty: float
-    """Subtracted from a token's logit for each time that it has been drawn; -2 to 2 (0)."""
+    frequency_penalty: float | None
+    """Subtracted from a token's logit for each time that it is among the last 64 drawn; -2 to 2. None, the default:
+    0.3, and 0 at temperature 0."""
     presence_penalty: float
-    """Subtracted once where it has been drawn at all; -2 to 2 (0)."""
+    """Subtracted once where it is among them at all; -2 to 2 (0)."""
     seed: int | None
     """The same seed gives the same text. None, the default, draws another text each time."""
     stop: str | Sequence[str]

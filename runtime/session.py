@@ -18,9 +18,9 @@ from mlx_lqr.runtime.chat import Chat
 from mlx_lqr.runtime.generate import Options
 from mlx_lqr.runtime.transcript import read_entries
 
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 _COUNTS = ("max_tokens", "top_k", "seed")
-_MAY_BE_NULL = ("seed", "adaptive")
+_MAY_BE_NULL = ("seed", "adaptive", "frequency_penalty")
 OPTIONS = (*_NUMBERS, *_COUNTS, "stop", "overflow", "adaptive")
 """Those that a session keeps, by the names of `Options`"""
 

@@ -65,12 +65,8 @@ class Framework(ABC):
         """False everywhere: (rows, vocabulary)."""
 
     @abstractmethod
-    def none_counted(self, rows: int, vocabulary: int) -> Array:
-        """Zeros in float32: (rows, vocabulary)."""
-
-    @abstractmethod
-    def counted(self, counts: Array, tokens: Array) -> Array:
-        """counts (B, V) with one more for the token (B,) of each row; one may be `OVERFLOWED`, and stands for any."""
+    def added(self, array: Array, columns: Array, values: Array) -> Array:
+        """The array (B, V), in float32, with values (B, n) added in these columns (B, n); a column may come twice."""
 
     @abstractmethod
     def float32(self, array: Array) -> Array: ...

@@ -260,7 +260,7 @@ class HookedDecoder(ABC):
             rows, joining, vocabulary = len(self._lengths), len(other._lengths), self._vocabulary
             self._lengths += other._lengths
             self._take(RowLaws(self._framework, [*self._law_of_rows(rows), *other._law_of_rows(joining)]))
-            self._samplers.join(other._samplers, rows, joining, vocabulary)
+            self._samplers.join(other._samplers, rows, joining)
             if self._seen is not None or other._seen is not None:
                 both = [
                     self._framework.none_seen(count, vocabulary) if seen is None else seen

@@ -149,6 +149,12 @@ def restart(law: Law | None) -> None:
         law.restart()
 
 
+RECENT = 64
+"""Tokens that the frequency and presence penalties look back on, as llama.cpp does."""
+FREQUENCY_PENALTY = 0.3
+"""Keeps long steered answers out of loops and costs no facts (docs/guide/generate.md)."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn from the logits.
@@ -163,10 +169,11 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     """Divides the positive logits of every token that has been seen, in the prompt too, and multiplies the negative."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time that it has been drawn (-2 to 2); the prompt does not count."""
+    frequency_penalty: float | None = None
+    """Subtracted from a token's logit for each time that it is among the last `RECENT` drawn (-2 to 2); the prompt does
+    not count. None: `FREQUENCY_PENALTY`, and nothing at temperature 0."""
     presence_penalty: float = 0.0
-    """Subtracted once where it has been drawn at all (-2 to 2)."""
+    """Subtracted once where it is among them at all (-2 to 2)."""
     seed: int | None = None
     """Sequence i of a batch is drawn with `seed` + i, as it would be alone. None: with a new one each time."""
 
@@ -179,13 +186,20 @@ class Sampling:
             raise InputError(f"min_p must be at least 0 and below 1, not {self.min_p!r}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise InputError(f"repetition_penalty must be above zero (1 is none), not {self.repetition_penalty!r}")
-        for name in ("frequency_penalty", "presence_penalty"):
-            if not -2 <= getattr(self, name) <= 2:
-                raise InputError(f"{name} must be between -2 and 2 (0 is none), not {getattr(self, name)!r}")
+        for name, penalty in (("frequency_penalty", self.frequency), ("presence_penalty", self.presence_penalty)):
+            if not -2 <= penalty <= 2:
+                raise InputError(f"{name} must be between -2 and 2 (0 is none), not {penalty!r}")
         if self.top_k < 0:
             raise InputError(f"top_k must be zero (off) or above, not {self.top_k!r}")
         if self.seed is not None and self.seed < 0:
             raise InputError(f"seed must be zero or above, not {self.seed!r}")
+
+    @property
+    def frequency(self) -> float:
+        """The frequency penalty that holds: the one that is given, or the default for this temperature."""
+        if self.frequency_penalty is not None:
+            return self.frequency_penalty
+        return FREQUENCY_PENALTY if self.temperature > 0 else 0.0
 
 
 GREEDY = Sampling(temperature=0.0)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_lqr.backends.framework import Framework
 from mlx_lqr.backends.hooks import Where
-from mlx_lqr.backends.protocol import LEAST_TEMPERATURE, Array, Sampling, fresh_seed
+from mlx_lqr.backends.protocol import LEAST_TEMPERATURE, OVERFLOWED, RECENT, Array, Sampling, fresh_seed
 
 LIKELIEST = 2048
 """Tokens that nearly always have the mass that top-p asks for."""
@@ -25,13 +25,14 @@ class Sampler(ABC):
         self.sampling = sampling
         self._framework = framework
         self._seed = sampling.seed if sampling.seed is not None else fresh_seed()
-        self._counts: Array | None = None
-        """(B, V): how often each token has been drawn, for the frequency and presence penalties."""
+        self._recent: Array | None = None
+        """(B, RECENT): the last tokens that were drawn, and `OVERFLOWED` where there are none, for the frequency and
+        presence penalties; None where they are off, and until a token is drawn."""
 
     @property
     def state(self) -> Sequence[Array]:
         """The arrays that go from one draw to the next."""
-        return [*self._streams(), *([] if self._counts is None else [self._counts])]
+        return [*self._streams(), *([] if self._recent is None else [self._recent])]
 
     def draw(self, logits: Array, seen: Array | None) -> Array:
         """A token (B,) from each row of logits (B, V).
@@ -42,35 +43,43 @@ class Sampler(ABC):
         sampling = self.sampling
         if seen is not None and sampling.repetition_penalty != 1:
             logits = penalised(logits, seen, sampling.repetition_penalty, self._framework.where)
-        if not self._counts_draws:
+        if not self._looks_back:
             return self._pick(logits)
-        if self._counts is None:
-            self._counts = self._framework.none_counted(*logits.shape)
-        penalty = self._counts * sampling.frequency_penalty + (self._counts > 0) * sampling.presence_penalty
-        tokens = self._pick(logits - penalty)
-        self._counts = self._framework.counted(self._counts, tokens)
+        recent = self._of_recent(len(logits))
+        tokens = self._pick(self._less_likely(logits, recent))
+        self._recent = self._framework.concatenate([recent[:, 1:], tokens[:, None]], 1)
         return tokens
 
-    def join(self, other: Sampler, rows: int, others: int, vocabulary: int) -> None:
+    def join(self, other: Sampler, rows: int, others: int) -> None:
         """Go on with the `others` sequences of a sampler with the same settings behind these `rows`."""
         if self.sampling.temperature != 0:
             self._join_streams(other, rows, others)
-        if self._counts_draws:
-            both = [
-                self._framework.none_counted(count, vocabulary) if sampler._counts is None else sampler._counts
-                for sampler, count in ((self, rows), (other, others))
-            ]
-            self._counts = self._framework.concatenate(both, 0)
+        if self._looks_back:
+            self._recent = self._framework.concatenate([self._of_recent(rows), other._of_recent(others)], 0)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these sequences alone."""
         self._keep_streams(rows)
-        if self._counts is not None:
-            self._counts = self._counts[self._framework.integers(list(rows))]
+        if self._recent is not None:
+            self._recent = self._recent[self._framework.integers(list(rows))]
 
     @property
-    def _counts_draws(self) -> bool:
-        return self.sampling.frequency_penalty != 0 or self.sampling.presence_penalty != 0
+    def _looks_back(self) -> bool:
+        return self.sampling.frequency != 0 or self.sampling.presence_penalty != 0
+
+    def _of_recent(self, rows: int) -> Array:
+        """The last tokens of so many sequences: (rows, RECENT)."""
+        return self._framework.integers([[OVERFLOWED] * RECENT] * rows) if self._recent is None else self._recent
+
+    def _less_likely(self, logits: Array, recent: Array) -> Array:
+        """The logits (B, V) with the frequency and presence penalties of the tokens that are `recent` (B, RECENT)."""
+        drawn = recent != OVERFLOWED
+        penalty = drawn * self.sampling.frequency
+        if self.sampling.presence_penalty != 0:
+            times = (recent[:, :, None] == recent[:, None, :]).sum(-1)  # how often each of them is there
+            penalty = penalty + drawn * self.sampling.presence_penalty / times
+        columns = self._framework.where(drawn, recent, 0)  # whose penalty is 0 where there is none
+        return self._framework.added(self._framework.float32(logits), columns, -penalty)
 
     def _pick(self, logits: Array) -> Array:
         if self.sampling.temperature == 0:
@@ -169,14 +178,14 @@ class RowSamplers:
         places = sorted(range(len(order)), key=order.__getitem__)
         return self._framework.concatenate(drawn, 0)[self._framework.integers(places)]
 
-    def join(self, other: RowSamplers, rows: int, others: int, vocabulary: int) -> None:
+    def join(self, other: RowSamplers, rows: int, others: int) -> None:
         """Go on with the `others` sequences of another one behind these `rows`."""
         groups = self._numbered(rows)
         for sampler, theirs in other._numbered(others):
             numbers = [rows + row for row in theirs]
             for mine, own in groups:
                 if replace(mine.sampling, seed=None) == replace(sampler.sampling, seed=None):
-                    mine.join(sampler, len(own), len(numbers), vocabulary)
+                    mine.join(sampler, len(own), len(numbers))
                     own += numbers
                     break
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lqr.backends.protocol import Sampling
@@ -13,6 +13,7 @@ from mlx_lqr.commands.chat_state import Conversation
 from mlx_lqr.errors import InputError
 from mlx_lqr.runtime.arguments import DECODING_HELP
 from mlx_lqr.runtime.decode import MAX_TOKENS
+from mlx_lqr.runtime.generate import Options
 
 NONE = "none"
 LONGEST = 40
@@ -109,6 +110,12 @@ def _shows(name: str, help: str) -> Setting:
     )
 
 
+def _frequency(options: Options) -> float:
+    """The frequency penalty that holds."""
+    temperature = options.get("temperature", Sampling.temperature)
+    return Sampling(temperature, frequency_penalty=options.get("frequency_penalty")).frequency
+
+
 def _put_system(conversation: Conversation, text: str | None) -> None:
     conversation.chat.system_prompt = text
 
@@ -119,6 +126,10 @@ SETTINGS: Mapping[str, Setting] = {
     "top_k": _decoding("top_k", int, "a whole number", Sampling.top_k),
     "min_p": _decoding("min_p", _number, "a number", Sampling.min_p),
     "repetition_penalty": _decoding("repetition_penalty", _number, "a number", Sampling.repetition_penalty),
+    "frequency_penalty": replace(
+        _decoding("frequency_penalty", _number, "a number", None), get=lambda one: _frequency(one.chat.options)
+    ),
+    "presence_penalty": _decoding("presence_penalty", _number, "a number", Sampling.presence_penalty),
     "seed": _decoding("seed", _or_none(int), f"a whole number, or {NONE}", Sampling.seed),
     "max_tokens": _decoding("max_tokens", int, "a whole number", MAX_TOKENS),
     "system": Setting(

@@ -191,6 +191,11 @@ def top_p_option(default: float) -> Decorator:
     return option("--top-p", default=default, heading=DECODING, help=DECODING_HELP["top_p"])
 
 
+def frequency_penalty_option(default: float | None) -> Decorator:
+    help = DECODING_HELP["frequency_penalty"]
+    return option("--frequency-penalty", type=float, default=default, heading=DECODING, help=help)
+
+
 def seed_option(help: str, default: int | None = None, heading: str = MEASURING) -> Decorator:
     return option("--seed", type=int, default=default, heading=heading, help=help)
 
@@ -205,10 +210,8 @@ def decoding_options(max_tokens: int) -> Decorator:
         option("--top-k", default=Sampling.top_k, heading=DECODING, help=DECODING_HELP["top_k"]),
         option("--min-p", default=Sampling.min_p, heading=DECODING, help=DECODING_HELP["min_p"]),
         option("--repetition-penalty", default=Sampling.repetition_penalty, heading=DECODING, help=penalty),
-        *(
-            option(f"--{name}-penalty", default=0.0, heading=DECODING, help=DECODING_HELP[f"{name}_penalty"])
-            for name in ("frequency", "presence")
-        ),
+        frequency_penalty_option(Sampling.frequency_penalty),
+        option("--presence-penalty", default=0.0, heading=DECODING, help=DECODING_HELP["presence_penalty"]),
         seed_option(DECODING_HELP["seed"], heading=DECODING),
         option("--stop", multiple=True, metavar="TEXT", heading=DECODING, help=DECODING_HELP["stop"]),
         option("--overflow", type=click.Choice(get_args(Overflow)), default="error", heading=DECODING, help=when_full),

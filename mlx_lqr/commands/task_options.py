@@ -15,6 +15,7 @@ from mlx_lqr.commands.help import DECODING, MEASURING, TASK, Command, Decorator,
 from mlx_lqr.commands.options import (
     Loading,
     force_option,
+    frequency_penalty_option,
     json_option,
     limit_option,
     loading_options,
@@ -177,6 +178,7 @@ def _shared(decoding: Decoding) -> tuple[Decorator, ...]:
         max_tokens_option(decoding.max_tokens),
         temperature_option(decoding.temperature),
         top_p_option(decoding.top_p),
+        frequency_penalty_option(decoding.frequency_penalty),
         seed_option("The same random numbers for all strengths.", decoding.seed, heading=DECODING),
     )
 

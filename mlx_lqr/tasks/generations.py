@@ -33,13 +33,15 @@ class Decoding:
     samples: int = 1
     """Texts per prompt"""
     seed: int = 0
+    frequency_penalty: float | None = None
+    """None: as everywhere, by the temperature"""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise InputError(f"samples must be at least 1, not {self.samples}")
         if self.max_tokens < 1:
             raise InputError(f"max_tokens (-n) must be at least 1, not {self.max_tokens}")
-        Sampling(self.temperature, self.top_p, seed=self.seed)  # refuses options that cannot be used for sampling
+        _ = self._sampling  # refuses options that cannot be used for sampling
 
     def options(self, start: int) -> Options:
         """The options for rows from `start` on."""
@@ -48,7 +50,17 @@ class Decoding:
             "temperature": self.temperature,
             "top_p": self.top_p,
             "seed": self.seed + start,
+            "frequency_penalty": self.frequency_penalty,
         }
+
+    @property
+    def settings(self) -> Row:
+        """What decides on the texts, with the penalty that holds."""
+        return {**asdict(self), "frequency_penalty": self._sampling.frequency}
+
+    @property
+    def _sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, frequency_penalty=self.frequency_penalty, seed=self.seed)
 
 
 class TextScorer(Protocol):
@@ -111,7 +123,7 @@ class Generations:
             "prompts": digest(list(self.prompts)),
             "chat": self.chat,
             "judge": self.judge.settings,
-            **asdict(self.decoding),
+            **self.decoding.settings,
             **self.scorer.settings,
         }
 

@@ -309,18 +309,18 @@ def test_the_repetition_penalty_is_that_of_its_definition(backend: str) -> None:
 
 @every_backend
 def test_frequency_and_presence_penalties_are_those_of_their_definition(backend: str) -> None:
-    """Of what has been drawn: the prompt does not count."""
+    """Of the last 64 that have been drawn: the prompt does not count, nor what is longer ago."""
     model = tiny_on(backend, "llama")
-    tokens, counts = list(PROMPT), np.zeros(model.vocab_size)
+    tokens = list(PROMPT)
     sampling = Sampling(temperature=0, frequency_penalty=0.4, presence_penalty=-0.15, repetition_penalty=1.1)
-    drawn = decoded(model, PROMPT, sampling=sampling, max_tokens=16)
-    assert len(set(drawn)) < len(drawn)
-    for token in drawn:
-        logits = model.logits(tokens)
+    drawn = decoded(model, PROMPT, sampling=sampling, max_tokens=90)
+    assert len(drawn) == 90
+    assert len(set(drawn[:16])) < 16
+    for i, token in enumerate(drawn):
+        logits, counts = model.logits(tokens), np.bincount(drawn[max(i - 64, 0) : i], minlength=model.vocab_size)
         seen = np.unique(tokens)
         logits[seen] = np.where(logits[seen] > 0, logits[seen] / 1.1, logits[seen] * 1.1)
         assert token == int((logits - 0.4 * counts + 0.15 * (counts > 0)).argmax())
-        counts[token] += 1
         tokens.append(token)
 
 

@@ -121,19 +121,21 @@ def test_off_and_on_bring_back_what_was() -> None:
 
 def test_every_setting_is_set_and_listed(model: Model, tmp_path: Path) -> None:
     values = {"temperature": "0.5", "top_p": "0.7", "top_k": "5", "min_p": "0.1", "repetition_penalty": "1.2"}
+    values |= {"frequency_penalty": "0.4", "presence_penalty": "-0.1"}
     values |= {"seed": "3", "max_tokens": "4", "system": "be brief, please", "markdown": "on", "stats": "on"}
     assert values.keys() == SETTINGS.keys()
     saved = tmp_path / "chat.json"
     lines = [f"/set {name} {value}" for name, value in values.items()]
     result = talk(*lines, "hello", f"/save {saved}", "/set", "/set seed none", "/set system none", "/new", "/set")
     rows = [line.split(maxsplit=1) for line in result.stderr.splitlines() if line.split(" ")[0] in SETTINGS]
-    for set_first, listed, (name, value) in zip(rows[:10], rows[10:20], values.items(), strict=True):
+    for set_first, listed, (name, value) in zip(rows[:12], rows[12:24], values.items(), strict=True):
         assert set_first[0] == listed[0] == name
         assert set_first[1].startswith(f"{value} ")
         assert listed[1].startswith(f"{value} ")
-    assert [row[1].split()[0] for row in rows[-10:] if row[0] in ("seed", "system")] == ["none", "none"]
+    assert [row[1].split()[0] for row in rows[-12:] if row[0] in ("seed", "system")] == ["none", "none"]
     options: Options = {"temperature": 0.5, "top_p": 0.7, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}
-    chat = Chat(model, options={**options, "seed": 3, "max_tokens": 4})
+    options |= {"frequency_penalty": 0.4, "presence_penalty": -0.1, "seed": 3, "max_tokens": 4}
+    chat = Chat(model, options=options)
     chat.system_prompt = "be brief, please"
     list(chat.answer("hello"))
     assert messages_of(saved) == [message["content"] for message in chat.messages]
@@ -205,3 +207,9 @@ def test_help_lists_every_command_in_a_group(model: Model) -> None:
     assert max(map(len, shown.splitlines()[:-1])) <= 80
     for leave in ("/quit", "/exit", "/bye"):
         assert talk(leave, "/not-read").exit_code == 0
+
+
+def test_the_frequency_penalty_that_is_listed_is_the_one_that_holds(model: Model) -> None:
+    result = talk("/set", "/set temperature 0", "/set", "/set frequency_penalty 0.7", given=())
+    shown = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("frequency_penalty")]
+    assert shown == ["0.3", "0", "0.7"]

@@ -41,10 +41,32 @@ def test_the_default_is_the_one_that_users_of_other_programs_know() -> None:
         "top_k": 0,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
-        "frequency_penalty": 0.0,
+        "frequency_penalty": None,
         "presence_penalty": 0.0,
     }
     assert GREEDY.temperature == 0
+
+
+def test_what_is_drawn_has_a_frequency_penalty_and_the_likeliest_token_has_none() -> None:
+    assert Sampling().frequency == Sampling(0.1, seed=3).frequency == 0.3
+    assert GREEDY.frequency == 0
+    for temperature in (0.0, 0.8):
+        for given in (0.0, -0.5, 1.5):
+            assert Sampling(temperature, frequency_penalty=given).frequency == given
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_nothing_is_said_the_default_penalty_is_taken_off_the_logits(backend: str) -> None:
+    model = tiny_on(backend, "llama")
+
+    def drawn(**options: Any) -> list[int | None]:
+        return [piece.token for piece in mlx_lqr.stream(model, PROMPT, max_tokens=60, seed=3, **options)]
+
+    assert drawn() == drawn(frequency_penalty=0.3) == drawn(frequency_penalty=None)
+    assert drawn() != drawn(frequency_penalty=0.0)
+    likeliest = drawn(temperature=0)
+    assert likeliest == drawn(temperature=0, frequency_penalty=0.0)
+    assert likeliest != drawn(temperature=0, frequency_penalty=0.3)
 
 
 def test_every_command_and_task_has_the_same_default() -> None:
@@ -54,12 +76,16 @@ def test_every_command_and_task_has_the_same_default() -> None:
         assert {one.name: one.default for one in commands[name].params if one.name in DEFAULTS} == DEFAULTS
     own = Decoding()
     assert (own.temperature, own.top_p) == (DEFAULTS["temperature"], DEFAULTS["top_p"])
+    assert own.frequency_penalty is None
+    assert own.settings["frequency_penalty"] == Sampling().frequency
     for kind in TASKS.values():
         assert kind.decoding.temperature in (0.0, DEFAULTS["temperature"])
         assert kind.decoding.top_p == DEFAULTS["top_p"]
+        assert kind.decoding.frequency_penalty is None
         for group in ("eval", "compare", "tune"):
             shown = {one.name: one.default for one in commands[f"{group} {kind.name}"].params}
             assert (shown["temperature"], shown["top_p"]) == (kind.decoding.temperature, kind.decoding.top_p)
+            assert shown["frequency_penalty"] is None
 
 
 def test_the_light_runtime_passes_on_what_is_given_and_says_the_default() -> None:

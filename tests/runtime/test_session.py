@@ -25,6 +25,7 @@ from mlx_lqr.runtime.generate import Options
 from mlx_lqr.runtime.session import read_session
 
 OPTIONS: Options = {"max_tokens": 6, "temperature": 0.5, "seed": 3, "stop": ["zz"], "overflow": "roll"}
+OPTIONS |= {"frequency_penalty": 0.4, "presence_penalty": -0.1}
 
 
 @pytest.fixture

@@ -212,7 +212,7 @@ class LlamaDecoder:
             self._own = [*self._law_of_rows(), *other._law_of_rows()]
             self._slots, other._slots = [*self._slots, *other._slots], []
             self._failures |= {rows + row: error for row, error in other._failures.items()}
-            self._samplers.join(other._samplers, rows, joining, self._vocabulary)
+            self._samplers.join(other._samplers, rows, joining)
             if self._seen is not None or other._seen is not None:
                 both = [
                     self._framework.none_seen(count, self._vocabulary) if seen is None else seen

@@ -48,13 +48,10 @@ class NumPyFramework(Framework):
     def none_seen(self, rows: int, vocabulary: int) -> np.ndarray:
         return np.zeros((rows, vocabulary), np.bool_)
 
-    def none_counted(self, rows: int, vocabulary: int) -> np.ndarray:
-        return np.zeros((rows, vocabulary), np.float32)
-
-    def counted(self, counts: Array, tokens: Array) -> np.ndarray:
-        more: np.ndarray = counts.copy()
-        more[np.arange(len(tokens)), self.tokens(tokens)] += 1
-        return more
+    def added(self, array: Array, columns: Array, values: Array) -> np.ndarray:
+        sums: np.ndarray = array.copy()
+        np.add.at(sums, (np.arange(len(sums))[:, None], columns), np.asarray(values, np.float32))
+        return sums
 
     def float32(self, array: Array) -> Float32:
         return np.asarray(array, np.float32)

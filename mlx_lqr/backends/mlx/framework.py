@@ -65,11 +65,8 @@ class MLXFramework(Framework):
     def none_seen(self, rows: int, vocabulary: int) -> mx.array:
         return mx.zeros((rows, vocabulary), mx.bool_)
 
-    def none_counted(self, rows: int, vocabulary: int) -> mx.array:
-        return mx.zeros((rows, vocabulary))
-
-    def counted(self, counts: mx.array, tokens: mx.array) -> mx.array:
-        return counts.at[mx.arange(len(tokens)), tokens].add(1)
+    def added(self, array: mx.array, columns: mx.array, values: mx.array) -> mx.array:
+        return array.at[mx.arange(len(array))[:, None], columns].add(values)
 
     def float32(self, array: mx.array) -> mx.array:
         return array.astype(mx.float32)

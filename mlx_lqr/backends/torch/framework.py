@@ -85,11 +85,8 @@ class TorchFramework(Framework):
     def none_seen(self, rows: int, vocabulary: int) -> torch.Tensor:
         return torch.zeros(rows, vocabulary, dtype=torch.bool, device=self.device)
 
-    def none_counted(self, rows: int, vocabulary: int) -> torch.Tensor:
-        return torch.zeros(rows, vocabulary, device=self.device)
-
-    def counted(self, counts: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return counts.scatter_add(1, tokens.clamp_min(0)[:, None], torch.ones_like(counts[:, :1]))
+    def added(self, array: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return array.scatter_add(1, columns, values.float())
 
     def float32(self, array: torch.Tensor) -> torch.Tensor:
         return array.float()
