@@ -25,9 +25,10 @@ from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.steering import Steering, load_steering
 from mlx_lqr.tasks.bootstrap import Estimate
+from mlx_lqr.tasks.generations import chat_prompt
 
 SHOWN = ("ocean", "dog", "music", "winter", "football")
-ANSWERS = 6
+ANSWERS, SHOWN_TOKENS = 6, 120
 QUESTIONS = 20
 """Open ones and factual ones, for each concept"""
 DECODING = tasks.Decoding(max_tokens=40, seed=1)
@@ -68,9 +69,8 @@ def main(
         lines.append(_line(concept, steering, strength, before, after))
         click.echo(lines[-1])
         if concept in SHOWN:
-            asked = run.rows[strength]["answers"][:ANSWERS]
-            texts = "\n".join(f"| {row['prompt']} | {_cell(row['text'])} |" for row in asked)
-            answers.append(f"### {concept}, strength {strength:g}\n\n| question | answer |\n|---|---|\n{texts}")
+            questions = [row["prompt"] for row in run.rows[strength]["answers"][:ANSWERS]]
+            answers.append(_answers(loaded, steering, strength, questions))
     if concepts:
         return
     with writing(docs / "gallery.md") as temporary:
@@ -86,6 +86,21 @@ def _fitted(model: Model, concept: str, file: Path) -> Steering:
     file.parent.mkdir(parents=True, exist_ok=True)
     calibrated.save(file)
     return calibrated
+
+
+def _answers(model: Model, steering: Steering, strength: float, questions: Sequence[str]) -> str:
+    """What a chat answers, as a part of the page."""
+    texts = mlx_lqr.batch_generate(
+        model,
+        [chat_prompt(model, question) for question in questions],
+        controller=steering,
+        strength=strength,
+        max_tokens=SHOWN_TOKENS,
+        seed=DECODING.seed,
+    )
+    rows = "\n".join(f"| {question} | {_cell(text)} |" for question, text in zip(questions, texts, strict=True))
+    (concept,) = steering.concepts
+    return f"### {concept}, strength {strength:g}\n\n| question | answer |\n|---|---|\n{rows}"
 
 
 def _line(
@@ -109,7 +124,7 @@ def _shown(answers: Sequence[str]) -> str:
     count = len(answers) * ANSWERS
     said = (
         f"## {count} answers, as they came\n\nThe first {ANSWERS} open questions, seed {DECODING.seed}, "
-        f"{DECODING.max_tokens} tokens at most, so that long answers end in the middle."
+        f"{SHOWN_TOKENS} tokens at most, so that long answers end in the middle."
     )
     return "\n\n".join([said, *answers])
 

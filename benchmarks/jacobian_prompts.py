@@ -2,8 +2,8 @@
 
     python benchmarks/jacobian_prompts.py          # about a quarter of an hour on two cores
 
-Text is sampled from four openings (temperature 0.8, top-p 0.9, fixed seeds). `share` is the share of samples with a
-word of the concept's family, `perplexity` that of the samples under the unsteered model, `distinct-2` the share of
+Text is sampled from four openings (temperature 0.8, top-p 0.9, no penalty, fixed seeds). `share` is that of samples with
+a word of the concept's family, `perplexity` that of the samples under the unsteered model, `distinct-2` the share of
 different bigrams within a sample.
 """
 
@@ -30,8 +30,9 @@ COUNTS = (1, 2, 4, 8, 16, 32)
 
 def samples(model: Model, controller: mlx_lqr.Controller | None, strength: float, count: int, tokens: int) -> list[str]:
     openings = [OPENINGS[i % len(OPENINGS)] for i in range(count)]
+    drawing: mlx_lqr.Options = {"temperature": 0.8, "top_p": 0.9, "frequency_penalty": 0.0, "seed": 0}
     return mlx_lqr.batch_generate(
-        model, openings, controller=controller, strength=strength, max_tokens=tokens, temperature=0.8, top_p=0.9, seed=0
+        model, openings, controller=controller, strength=strength, max_tokens=tokens, **drawing
     )
 
 

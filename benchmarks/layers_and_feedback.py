@@ -94,7 +94,13 @@ def written(model: Model, concept: str, steering: Steering, strength: float) -> 
     if model.tokenizer.has_chat_template:
         prompts["chat"] = [chat_prompt(model, question) for question in bundled_questions("tuning")[0]]
     pattern, found = word_pattern(tasks.word_family(concept)), {}
-    drawing: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0.8, "top_p": 0.9, "seed": 0}
+    drawing: dict[str, Any] = {
+        "max_tokens": TOKENS,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "frequency_penalty": 0.0,
+        "seed": 0,
+    }
     for kind, own in prompts.items():
         made = mlx_lqr.batch_generate(model, own, controller=steering, strength=strength, **drawing)
         found[kind] = float(np.mean([bool(pattern.search(text)) for text in made]))

@@ -1,10 +1,13 @@
 """What free answers are like at the recommended strengths: do they have the concept, do they run into a loop?
 
-    python benchmarks/long_answers.py demo --backend torch --dtype bfloat16
+    python benchmarks/long_answers.py laws demo --backend torch --dtype bfloat16
+    python benchmarks/long_answers.py penalties demo --judge GEMMA --backend torch --dtype bfloat16
 
 The tables of docs/comparison.md count short answers, and its ablation texts of the unsteered model. A model that writes
 on reads its own words: a push that does not let go of a concept once it is there can end in "marine marine marine".
 Questions are those for tuning; each law is at the strength where the divergence of `calibrate` reaches the budget.
+`laws` compares laws, on answers drawn without a penalty, which would hide what they end in. `penalties` compares what
+keeps longer answers of today's law out of loops, and what that costs.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 from report import print_means
 
 import mlx_lqr  # first, so that MLX gets its BLAS
-from mlx_lqr.backends.protocol import GREEDY, Array, Law, Model, Sampling
+from mlx_lqr.backends.protocol import GREEDY, Array, Law, Model, Recorder, Sampling
 from mlx_lqr.lqr.concept_prompts import framed
 from mlx_lqr.lqr.fit import solve_controller
 from mlx_lqr.lqr.layers import choose_layers
@@ -29,10 +32,11 @@ from mlx_lqr.methods.calibration import Search, Texts
 from mlx_lqr.runtime.decode import decode
 from mlx_lqr.tasks.chat import bundled_questions
 from mlx_lqr.tasks.concept import word_family, word_pattern
-from mlx_lqr.tasks.generations import chat_prompt
+from mlx_lqr.tasks.generations import Judge, chat_prompt
+from mlx_lqr.tasks.steering import Steered
 
 CONCEPTS = ("ocean", "dog", "church")
-TOKENS, FACT_TOKENS = 80, 24
+TOKENS, LONG, FACT_TOKENS = 80, 300, 24
 SIDE_BY_SIDE = 16
 END, LOOPS = 40, 0.5
 """An answer loops where more than a half of the pairs of neighbours among its last 40 tokens were there before."""
@@ -55,6 +59,13 @@ class Saturated(LinearFeedback):
         return error - (error - limit) * (error > limit)
 
 
+PENALTIES: dict[str, dict[str, float]] = {
+    "none": {"frequency_penalty": 0.0},
+    "frequency 0.2": {"frequency_penalty": 0.2},
+    "frequency 0.3, the default": {},
+    "presence 1": {"frequency_penalty": 0.0, "presence_penalty": 1.0},
+    "repetition 1.1, prompt included": {"frequency_penalty": 0.0, "repetition_penalty": 1.1},
+}
 VARIANTS: dict[str, tuple[dict[str, Any], type[LinearFeedback]]] = {
     "fit's own": ({}, LinearFeedback),
     "any direction: a quarter of the feedback": ({"push": "free", "feedback": 0.25}, LinearFeedback),
@@ -82,7 +93,7 @@ def repeated(tokens: Sequence[int]) -> float:
 def measured(model: Model, concept: str, law: Law | None) -> dict[str, float]:
     asked, facts = bundled_questions("tuning")
     pattern, text = word_pattern(word_family(concept)), model.tokenizer.decode
-    sampling = Sampling(temperature=0.8, top_p=0.9, seed=0)
+    sampling = Sampling(temperature=0.8, top_p=0.9, frequency_penalty=0.0, seed=0)
     written = answers(model, [chat_prompt(model, question) for question in asked], law, sampling, TOKENS)
     loops = np.array([repeated(tokens) > LOOPS for tokens in written])
     has = np.array([bool(pattern.search(text(tokens))) for tokens in written])
@@ -113,12 +124,65 @@ def variants(model: Model, texts: Texts, concept: str) -> Iterator[tuple[str, st
             yield name, budget, {"KL": search.known[strength], **measured(model, concept, law(strength))}
 
 
-@click.command()
-@click.argument("source")
-@click.option("--concept", "concepts", multiple=True, default=CONCEPTS)
-@click.option("--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-def main(source: str, concepts: tuple[str, ...], backend: Literal["mlx", "torch"], dtype: str) -> None:
+def penalised(
+    model: Model, judge: Recorder, concept: str, law: Law | None, penalty: dict[str, float]
+) -> dict[str, float]:
+    """What long answers and facts are like, both drawn with a penalty."""
+    asked, facts = bundled_questions("tuning")
+    pattern, text = word_pattern(word_family(concept)), model.tokenizer.decode
+    sampling: Any = partial(Sampling, temperature=0.8, top_p=0.9, seed=0, **penalty)
+    written = answers(model, [chat_prompt(model, question) for question in asked], law, sampling(), LONG)
+    told = answers(model, [chat_prompt(model, fact.question) for fact in facts], law, sampling(), FACT_TOKENS)
+    read = [(question, text(tokens)) for question, tokens in zip(asked, written, strict=True) if tokens]
+    surprise = [nll / max(count, 1) for nll, count in Judge(judge).nll(Steered(model), read, chat=False)]
+    return {
+        "with the concept": float(np.mean([bool(pattern.search(text(tokens))) for tokens in written])),
+        "in a loop": float(np.mean([repeated(tokens) > LOOPS for tokens in written])),
+        "facts right": float(np.mean([fact.is_in(text(tokens)) for fact, tokens in zip(facts, told, strict=True)])),
+        "perplexity": float(np.exp(np.median(surprise))),
+        "tokens": float(np.mean([len(tokens) for tokens in written])),
+    }
+
+
+@click.group()
+def main() -> None: ...
+
+
+SOURCE = click.argument("source")
+CONCEPT = click.option("--concept", "concepts", multiple=True, default=CONCEPTS)
+BACKEND = click.option("--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True)
+DTYPE = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+
+
+@main.command()
+@SOURCE
+@click.option("--judge", required=True, help="The model whose perplexity is told, the median over answers.")
+@CONCEPT
+@BACKEND
+@DTYPE
+def penalties(source: str, judge: str, concepts: tuple[str, ...], backend: Literal["mlx", "torch"], dtype: str) -> None:
+    """Today's law at the normal budget, long answers, several penalties."""
+    model: Any = mlx_lqr.load(source, backend=backend, dtype=dtype)
+    reader: Any = mlx_lqr.load(judge, backend=backend, dtype=dtype)
+    rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    for concept in concepts:
+        controller = mlx_lqr.fit(model, *framed(model, mlx_lqr.bundled_prompts(concept)), concept=concept)
+        law = LinearFeedback(controller, mlx_lqr.calibrate(model, controller).strength["normal"])
+        for name, penalty in PENALTIES.items():
+            for steered, own in (("unsteered", None), ("steered", law)):
+                if own is not None or concept == concepts[0]:
+                    rows.setdefault((steered, name), []).append(penalised(model, reader, concept, own, penalty))
+                    print(concept, steered, name, rows[steered, name][-1], flush=True)
+    print_means(("answers", "penalty"), rows)
+
+
+@main.command()
+@SOURCE
+@CONCEPT
+@BACKEND
+@DTYPE
+def laws(source: str, concepts: tuple[str, ...], backend: Literal["mlx", "torch"], dtype: str) -> None:
+    """Several laws at two budgets."""
     model: Any = mlx_lqr.load(source, backend=backend, dtype=dtype)
     texts = Texts.of(model)
     rows: dict[tuple[str, ...], list[dict[str, float]]] = {}

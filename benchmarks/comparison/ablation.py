@@ -29,7 +29,7 @@ from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.alqr import STRENGTHS, LinearFeedback
 from mlx_lqr.methods.calibration import Search, Texts
-from mlx_lqr.runtime import batch_stream
+from mlx_lqr.runtime import Options, batch_stream
 from mlx_lqr.tasks.chat import bundled_questions
 from mlx_lqr.tasks.concept import bundled_openings, word_pattern
 from mlx_lqr.tasks.generations import chat_prompt
@@ -223,7 +223,8 @@ class Reading:
 
     def _written(self, prompts: Sequence[Prompt], temperature: float) -> Iterator[Continued]:
         answers: list[list[int]] = [[] for _ in prompts]
-        for i, piece in batch_stream(self.model, prompts, max_tokens=TOKENS, temperature=temperature, seed=0):
+        drawing: Options = {"max_tokens": TOKENS, "temperature": temperature, "frequency_penalty": 0.0, "seed": 0}
+        for i, piece in batch_stream(self.model, prompts, **drawing):
             if piece.token is not None:
                 answers[i].append(piece.token)
         for prompt, answer in zip(prompts, answers, strict=True):

@@ -20,6 +20,8 @@ from mlx_lqr.tasks.steering import Steered
 SAMPLED = 0.8
 """The temperature where texts are sampled. Sampling is fixed here, whatever the tasks' own defaults become."""
 TOP_P = 0.9
+PENALTY = 0.3
+"""The frequency penalty where texts are sampled"""
 SEEDS = {"tune": 0, "report": 1000}
 
 
@@ -141,7 +143,12 @@ class Setting:
     def decoding(self, part: Part, *, samples: int = 1, temperature: float = SAMPLED) -> tasks.Decoding:
         tokens = self.sizes.tune_tokens if part == "tune" else self.sizes.report_tokens
         return tasks.Decoding(
-            max_tokens=tokens, temperature=temperature, top_p=TOP_P, samples=samples, seed=SEEDS[part]
+            max_tokens=tokens,
+            temperature=temperature,
+            top_p=TOP_P,
+            samples=samples,
+            seed=SEEDS[part],
+            frequency_penalty=PENALTY if temperature else 0.0,
         )
 
     def damage(self, part: Part) -> list[TaskPart]:

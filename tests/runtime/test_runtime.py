@@ -223,7 +223,7 @@ def test_draws_by_rank_have_the_frequencies_of_the_filtered_distribution(filters
     """Against float64, where the likeliest tokens looked at first have all that the filters leave, and where not."""
     logits = np.random.default_rng(1).normal(size=8 * LIKELIEST) * (0.4 if flat else 4.0)
     probability = np.sort(np.exp(logits - logits.max()))[::-1] / np.exp(logits - logits.max()).sum()
-    sampling = Sampling(temperature=0.7, seed=0, **filters)
+    sampling = Sampling(temperature=0.7, frequency_penalty=0.0, seed=0, **filters)
     left = probability.cumsum() - probability < sampling.top_p
     left &= probability >= sampling.min_p * probability[0]
     left &= np.arange(len(left)) < (sampling.top_k or len(left))
