@@ -2,9 +2,9 @@
 
     python benchmarks/jacobian_prompts.py          # about a quarter of an hour on two cores
 
-Text is sampled from four openings (temperature 0.8, top-p 0.9, no penalty, fixed seeds). `share` is that of samples with
-a word of the concept's family, `perplexity` that of the samples under the unsteered model, `distinct-2` the share of
-different bigrams within a sample.
+Text is sampled from four openings (temperature 0.8, top-p 0.9, no penalty, fixed seeds). `share` is that of samples
+with a word of the concept's family, `perplexity` that of the samples under the unsteered model, `distinct-2` the share
+of different bigrams within a sample.
 """
 
 from __future__ import annotations
