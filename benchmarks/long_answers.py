@@ -90,21 +90,38 @@ def repeated(tokens: Sequence[int]) -> float:
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
+def to_questions(model: Model, law: Law | None, sampling: Sampling, most: int) -> list[list[int]]:
+    prompts = [chat_prompt(model, question) for question in bundled_questions("tuning")[0]]
+    return answers(model, prompts, law, sampling, most)
+
+
+def facts_right(model: Model, law: Law | None, sampling: Sampling) -> float:
+    facts = bundled_questions("tuning")[1]
+    told = answers(model, [chat_prompt(model, fact.question) for fact in facts], law, sampling, FACT_TOKENS)
+    return float(
+        np.mean([fact.is_in(model.tokenizer.decode(tokens)) for fact, tokens in zip(facts, told, strict=True)])
+    )
+
+
+def with_concept(model: Model, concept: str, written: Sequence[Sequence[int]]) -> Array:
+    pattern = word_pattern(word_family(concept))
+    return np.array([bool(pattern.search(model.tokenizer.decode(list(tokens)))) for tokens in written])
+
+
+def in_loop(written: Sequence[Sequence[int]]) -> Array:
+    return np.array([repeated(tokens) > LOOPS for tokens in written])
+
+
 def measured(model: Model, concept: str, law: Law | None) -> dict[str, float]:
-    asked, facts = bundled_questions("tuning")
-    pattern, text = word_pattern(word_family(concept)), model.tokenizer.decode
     sampling = Sampling(temperature=0.8, top_p=0.9, frequency_penalty=0.0, seed=0)
-    written = answers(model, [chat_prompt(model, question) for question in asked], law, sampling, TOKENS)
-    loops = np.array([repeated(tokens) > LOOPS for tokens in written])
-    has = np.array([bool(pattern.search(text(tokens))) for tokens in written])
-    told = answers(model, [chat_prompt(model, fact.question) for fact in facts], law, GREEDY, FACT_TOKENS)
-    right = [fact.is_in(text(tokens)) for fact, tokens in zip(facts, told, strict=True)]
+    written = to_questions(model, law, sampling, TOKENS)
+    loops, has = in_loop(written), with_concept(model, concept, written)
     return {
         "with the concept": float(has.mean()),
         "in a loop": float(loops.mean()),
         "with it, and no loop": float((has & ~loops).mean()),
         "repeated at the end": float(np.mean([repeated(tokens) for tokens in written])),
-        "facts right": float(np.mean(right)),
+        "facts right": facts_right(model, law, GREEDY),
     }
 
 
@@ -128,17 +145,17 @@ def penalised(
     model: Model, judge: Recorder, concept: str, law: Law | None, penalty: dict[str, float]
 ) -> dict[str, float]:
     """What long answers and facts are like, both drawn with a penalty."""
-    asked, facts = bundled_questions("tuning")
-    pattern, text = word_pattern(word_family(concept)), model.tokenizer.decode
     sampling: Any = partial(Sampling, temperature=0.8, top_p=0.9, seed=0, **penalty)
-    written = answers(model, [chat_prompt(model, question) for question in asked], law, sampling(), LONG)
-    told = answers(model, [chat_prompt(model, fact.question) for fact in facts], law, sampling(), FACT_TOKENS)
-    read = [(question, text(tokens)) for question, tokens in zip(asked, written, strict=True) if tokens]
-    surprise = [nll / max(count, 1) for nll, count in Judge(judge).nll(Steered(model), read, chat=False)]
+    written = to_questions(model, law, sampling(), LONG)
+    asked = bundled_questions("tuning")[0]
+    texts = [
+        (question, model.tokenizer.decode(tokens)) for question, tokens in zip(asked, written, strict=True) if tokens
+    ]
+    surprise = [nll / max(count, 1) for nll, count in Judge(judge).nll(Steered(model), texts, chat=False)]
     return {
-        "with the concept": float(np.mean([bool(pattern.search(text(tokens))) for tokens in written])),
-        "in a loop": float(np.mean([repeated(tokens) > LOOPS for tokens in written])),
-        "facts right": float(np.mean([fact.is_in(text(tokens)) for fact, tokens in zip(facts, told, strict=True)])),
+        "with the concept": float(with_concept(model, concept, written).mean()),
+        "in a loop": float(in_loop(written).mean()),
+        "facts right": facts_right(model, law, sampling()),
         "perplexity": float(np.exp(np.median(surprise))),
         "tokens": float(np.mean([len(tokens) for tokens in written])),
     }
