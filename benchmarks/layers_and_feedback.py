@@ -5,9 +5,9 @@
 
 The ablation of docs/comparison.md reads probabilities off texts of the unsteered model. What a model writes reads its
 own words again, and can rank settings otherwise. Openings and questions are those for tuning, and every setting is at
-the strength where the divergence of `calibrate` reaches the normal budget. Adding the mean difference (actadd) to the
-last third of the layers stands beside them. With --xstest it is refusal, and the share of the unsafe requests for
-tuning that are refused.
+the strength where the divergence of `calibrate` reaches the normal budget. Adding the mean difference (actadd), to the
+last third of the layers and to those that `fit` takes, stands beside them. With --xstest it is refusal, and the share
+of the unsafe requests for tuning that are refused.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from mlx_lqr.tasks.generations import chat_prompt
 from mlx_lqr.tasks.read import read_rows
 from mlx_lqr.tasks.refusal import refuses
 
-CONCEPTS = ("dog", "ocean", "church")
-TOKENS, TEXTS = 24, 64
+CONCEPTS = ("dog", "ocean", "church", "love")
+TOKENS, TEXTS = 24, 128
 JACOBIAN_PROMPTS = 4
 CLOSE = 0.8
 """Of the best layer, where `fit` takes a third"""
@@ -57,6 +57,7 @@ def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
     close = choose_layers("auto", contrast, jacobians, least=CLOSE)
     settings: dict[str, dict[str, Any]] = {
         "fit's own": {},
+        "fit's own with a hundredth of the feedback": {"feedback": 0.01},
         "any direction: close layers, half of the feedback": {"push": "free", "feedback": 0.5, "layers": close},
         "any direction: close layers, a tenth": {"push": "free", "feedback": 0.1, "layers": close},
         "any direction: the last third, half": {"push": "free", "feedback": 0.5, "layers": third},
@@ -68,7 +69,8 @@ def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
         name: solve_controller(contrast, jacobians, concept=concept, algebra=model.algebra, **options)
         for name, options in settings.items()
     }
-    made["actadd, the last third"] = mlx_lqr.fit_baseline(model, "actadd", *sets, concept=concept, layers=third)
+    for name, layers in {"the last third": third, "fit's layers": made["fit's own"].active_layers}.items():
+        made[f"actadd, {name}"] = mlx_lqr.fit_baseline(model, "actadd", *sets, concept=concept, layers=layers)
     return made
 
 

@@ -35,7 +35,7 @@ from mlx_lqr.tasks.concept import word_family, word_pattern
 from mlx_lqr.tasks.generations import Judge, chat_prompt
 from mlx_lqr.tasks.steering import Steered
 
-CONCEPTS = ("ocean", "dog", "church")
+CONCEPTS = ("ocean", "dog", "church", "love")
 TOKENS, LONG, FACT_TOKENS = 80, 300, 24
 SIDE_BY_SIDE = 16
 END, LOOPS = 40, 0.5
@@ -68,6 +68,7 @@ PENALTIES: dict[str, dict[str, float]] = {
 }
 VARIANTS: dict[str, tuple[dict[str, Any], type[LinearFeedback]]] = {
     "fit's own": ({}, LinearFeedback),
+    "fit's own with a hundredth of the feedback": ({"feedback": 0.01}, LinearFeedback),
     "any direction: a quarter of the feedback": ({"push": "free", "feedback": 0.25}, LinearFeedback),
     "any direction: a half": ({"push": "free", "feedback": 0.5}, LinearFeedback),
     "any direction: the whole": ({"push": "free", "feedback": 1.0}, LinearFeedback),
