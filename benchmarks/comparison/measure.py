@@ -17,7 +17,7 @@ from benchmarks.comparison.experiments import Experiment
 from benchmarks.comparison.methods import METHODS, OURS, REMOVES, Chosen, choose, safe
 from benchmarks.comparison.setting import Setting
 from benchmarks.comparison.sources import Source
-from benchmarks.comparison.statistics import Key, lead_of_kept, leads, pooled
+from benchmarks.comparison.statistics import Key, by_prompt, lead_of_kept, leads, of_prompts, pooled
 from mlx_lqr import tasks
 from mlx_lqr.analysis import write_json
 from mlx_lqr.errors import InputError, OverflowingError
@@ -27,6 +27,8 @@ from mlx_lqr.tasks.bootstrap import Estimate, Metric, estimate
 DAMAGE = ("perplexity", "distinct_2", "repetition", "kl", "capability")
 """What is kept of every experiment that measures it, besides control and the experiment's own columns"""
 RESULT = "result.json"
+SUMS = "control by prompt"
+"""Of a method at a budget, so that another can be paired with it later (`statistics.by_prompt`)"""
 Metrics = dict[str, Metric]
 
 
@@ -43,7 +45,7 @@ def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = M
     wanted = [row for row in methods if experiment.removes or row not in REMOVES]
     if experiment.ceiling is not None and unsteered[run.control].value >= experiment.ceiling:
         wanted = []
-    told = {row: one for row, one in _kept(experiment, setting).items() if row in wanted}
+    told = {row: one for row, one in _kept(experiment, setting, run.rows).items() if row in wanted}
     measured = {}
     for row in wanted:
         if row not in told:
@@ -74,21 +76,30 @@ def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = M
     return path
 
 
-def _kept(experiment: Experiment, setting: Setting) -> dict[str, dict[str, Any]]:
-    """What an earlier result tells of the methods other than ours."""
+def _kept(experiment: Experiment, setting: Setting, rows: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """What an earlier result tells of the methods other than ours.
+
+    Raises:
+        InputError: there is none, or it is of other rows.
+    """
     if setting.kept is None:
         return {}
     file = setting.kept / f"{experiment.name}.json"
     if not file.is_file():
         raise InputError(f"{file} does not exist: measure this experiment's other methods first, without --kept")
-    methods = json.loads(file.read_text("utf-8"))["methods"]
-    return {one["method"]: {**one, "kept": True} for one in methods if one["method"] != OURS}
+    before = json.loads(file.read_text("utf-8"))
+    if before["rows"] != rows or before["sizes"] != asdict(setting.sizes):
+        raise InputError(f"{file} is of other rows: measure this experiment without --kept")
+    return {one["method"]: {**one, "kept": True} for one in before["methods"] if one["method"] != OURS}
 
 
 def _leads(
     control: str, measured: Mapping[str, Mapping[Budget, Metrics]], told: Mapping[str, Mapping[str, Any]]
 ) -> dict[Key, Estimate]:
-    """What A-LQR leads each other method by, at each budget that both were measured at; of kept ones unpaired."""
+    """What A-LQR leads each other method by, at each budget that both were measured at.
+
+    A kept method is paired too, unless its result is of the time before the sums of its prompts stood there.
+    """
     ours = {at: metrics[control] for at, metrics in measured.get(OURS, {}).items()}
     paired = {
         (row, at): metrics[control]
@@ -98,17 +109,22 @@ def _leads(
         if at in ours
     }
     kept = {
-        (row, at): Estimate(*found["metrics"][control], rows=len(ours[at].terms))
+        (row, at): found
         for row, one in told.items()
         if one.get("kept")
         for at, found in one["budgets"].items()
         if at in ours and "metrics" in found
     }
     count = len(paired) + len(kept)
-    own = {at: estimate(metric) for at, metric in ours.items()}
-    return leads(ours, paired, comparisons=count) | {
-        (row, at): lead_of_kept(own[at], one, count) for (row, at), one in kept.items()
+    paired |= {key: of_prompts(found[SUMS], ours[key[1]]) for key, found in kept.items() if SUMS in found}
+    unpaired = {
+        (row, at): lead_of_kept(
+            estimate(ours[at]), Estimate(*found["metrics"][control], rows=len(ours[at].terms)), count
+        )
+        for (row, at), found in kept.items()
+        if SUMS not in found
     }
+    return leads(ours, paired, comparisons=count) | unpaired
 
 
 class _Run:
@@ -146,7 +162,10 @@ class _Run:
                 told["budgets"][budget] = {"failed": str(error)}
             else:
                 estimates = _estimates(measured[budget])
-                told["budgets"][budget] = {"metrics": {name: _interval(one) for name, one in estimates.items()}}
+                told["budgets"][budget] = {
+                    "metrics": {name: _interval(one) for name, one in estimates.items()},
+                    SUMS: by_prompt(measured[budget][self.control]),
+                }
         return told, measured
 
     def metrics(self, row: str, fits: Mapping[Source, Chosen] | None = None, budget: Budget = "normal") -> Metrics:

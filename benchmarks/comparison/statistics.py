@@ -32,6 +32,20 @@ def pooled(metrics: Sequence[Metric]) -> Metric:
     return Metric(terms, groups, first.of, first.share)
 
 
+def by_prompt(metric: Metric) -> list[list[float]]:
+    """Its k sums over each prompt's rows, k lists of one number a prompt: all that a paired difference needs."""
+    return [[float(f"{number:.4g}") for number in sums] for sums in metric.totals.T]
+
+
+def of_prompts(sums: Sequence[Sequence[float]], like: Metric) -> Metric:
+    """The metric of another method, from what `by_prompt` told of it.
+
+    Args:
+        like: the same metric of the same prompts.
+    """
+    return Metric(np.asarray(sums, np.float64).T, np.unique(like.groups), like.of, like.share)
+
+
 def leads(
     ours: Mapping[Budget, Metric],
     theirs: Mapping[Key, Metric],
@@ -53,7 +67,7 @@ def leads(
 
 
 def lead_of_kept(ours: Estimate, theirs: Estimate, comparisons: int) -> Estimate:
-    """Our control minus one that was measured before, whose rows are not there to pair ours with.
+    """Our control minus one that was measured before, of whose prompts nothing is there to pair ours with.
 
     Both are taken as normal and independent. Their intervals are of level 0.95 and say how uncertain they are; rows of
     the same prompts agree rather than not, so that the interval is, if anything, too wide.

@@ -6,7 +6,9 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from helpers.backends import tiny_folder
@@ -66,11 +68,21 @@ def test_the_script_measures_writes_and_goes_on(
     model_options = ["--smollm2", str(folders[0]), "--gemma", str(folders[1]), "--data", str(data), "-o", str(output)]
     only = ["--only", "concept-dog", "--only", "truthfulness", "--method", "alqr", "--method", "actadd"]
 
-    def run(*arguments: str) -> None:
+    def run(*arguments: str, status: int = 0) -> str:
         result = CliRunner().invoke(main, arguments, catch_exceptions=False)
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == status, result.output
+        return result.output
 
     measured = ["run", "--model", "smollm2", "--quick", *model_options, *only]
+
+    def measured_with_kept(results: Path, name: str) -> Any:
+        """The result of one experiment, of which A-LQR's rows alone were measured."""
+        folder = tmp_path / name / "smollm2"
+        shutil.copytree(output / "smollm2" / "fits", folder / "fits")
+        run(*(one.replace(str(output), str(tmp_path / name)) for one in measured), "--kept", str(results))
+        assert not (folder / "concept-dog" / "rows" / "dog" / "actadd.jsonl").exists()
+        return json.loads((folder / "concept-dog" / "result.json").read_text())
+
     run(*measured)
     files = {path: path.read_bytes() for path in output.rglob("*.json*")}
     monkeypatch.setattr(methods, "calibrate", None)  # and nothing is fitted, calibrated or written again
@@ -114,21 +126,30 @@ def test_the_script_measures_writes_and_goes_on(
     run(*third[: third.index("--method")], "--method", "actadd", "--choices", str(tmp_path / "gone"))
     told = json.loads((tmp_path / "third" / "smollm2" / "concept-dog" / "result.json").read_text())["methods"]
     assert told[0]["failed"].startswith("actadd has no setting 'of once' any more")  # and no other is chosen
-    kept = [one.replace(str(output), str(tmp_path / "kept")) for one in measured]
-    known_fits = output / "smollm2" / "fits"
-    shutil.copytree(known_fits, tmp_path / "kept" / "smollm2" / "fits")
-    run(*kept, "--kept", str(tmp_path / "results"))
-    before, after = (
-        json.loads((folder / "smollm2" / "concept-dog" / "result.json").read_text())
-        for folder in (output, tmp_path / "kept")
-    )
-    assert not (tmp_path / "kept" / "smollm2" / "concept-dog" / "rows" / "dog" / "actadd.jsonl").exists()
-    assert after["comparisons"] == before["comparisons"]
-    for old, new in zip(before["methods"], after["methods"], strict=True):
-        leads = [[at.pop("lead", [0.0])[0] for at in one["budgets"].values()] for one in (old, new)]
-        assert leads[0] == pytest.approx(leads[1], abs=1e-3)
+    measured_before = (output / "smollm2" / "concept-dog" / "result.json").read_text()
+    before, kept = json.loads(measured_before), measured_with_kept(tmp_path / "results", "kept")
+    assert kept["comparisons"] == before["comparisons"]
+    for old, new in zip(before["methods"], kept["methods"], strict=True):
+        leads = [[at.pop("lead", [0.0]) for at in one["budgets"].values()] for one in (old, new)]
+        assert np.asarray(leads[0]) == pytest.approx(np.asarray(leads[1]), abs=1e-3)  # intervals too: paired
         assert new.pop("kept", False) == (new["method"] == "actadd")
         assert new == old
+
+    shutil.copytree(tmp_path / "results", tmp_path / "older")
+    file = tmp_path / "older" / "smollm2" / "concept-dog.json"
+    earlier = json.loads(file.read_text())
+    for method in earlier["methods"]:
+        for at in method["budgets"].values():
+            del at["control by prompt"]
+    file.write_text(json.dumps(earlier))
+    unpaired = measured_with_kept(tmp_path / "older", "unpaired")
+    for old, new in zip(json.loads(measured_before)["methods"], unpaired["methods"], strict=True):
+        for budget, at in new["budgets"].items():
+            value, low, high = at.get("lead", [0.0] * 3)
+            assert value == pytest.approx(old["budgets"][budget].get("lead", [0.0])[0], abs=1e-3)
+            assert low + high == pytest.approx(2 * value, abs=1e-3)
+    file.write_text(json.dumps({**earlier, "rows": {"generations": 1}}))
+    assert "is of other rows" in run(*measured, "--kept", str(tmp_path / "older"), status=2)
     monkeypatch.setattr(methods, "calibrate", lambda *_: pytest.fail("calibrated"))
     with pytest.raises(pytest.fail.Exception, match="calibrated"):  # ours is not taken from there
         run(*again[: again.index("--method")], "--method", "alqr", "--choices", str(tmp_path / "results"))
