@@ -80,7 +80,7 @@ def _kept(experiment: Experiment, setting: Setting, rows: Mapping[str, int]) -> 
     """What an earlier result tells of the methods other than ours.
 
     Raises:
-        InputError: there is none, or it is of other rows.
+        InputError: there is none, or it is of other rows or budgets.
     """
     if setting.kept is None:
         return {}
@@ -90,6 +90,8 @@ def _kept(experiment: Experiment, setting: Setting, rows: Mapping[str, int]) -> 
     before = json.loads(file.read_text("utf-8"))
     if before["rows"] != rows or before["sizes"] != asdict(setting.sizes):
         raise InputError(f"{file} is of other rows: measure this experiment without --kept")
+    if before["budgets"] != dict(setting.budgets):
+        raise InputError(f"{file} is of other budgets: measure this experiment without --kept, or see --normal-only")
     return {one["method"]: {**one, "kept": True} for one in before["methods"] if one["method"] != OURS}
 
 
@@ -117,10 +119,9 @@ def _leads(
     }
     count = len(paired) + len(kept)
     paired |= {key: of_prompts(found[SUMS], ours[key[1]]) for key, found in kept.items() if SUMS in found}
+    own = {at: estimate(metric) for at, metric in ours.items()}
     unpaired = {
-        (row, at): lead_of_kept(
-            estimate(ours[at]), Estimate(*found["metrics"][control], rows=len(ours[at].terms)), count
-        )
+        (row, at): lead_of_kept(own[at], Estimate(*found["metrics"][control], rows=own[at].rows), count)
         for (row, at), found in kept.items()
         if SUMS not in found
     }

@@ -150,6 +150,8 @@ def test_the_script_measures_writes_and_goes_on(
             assert low + high == pytest.approx(2 * value, abs=1e-3)
     file.write_text(json.dumps({**earlier, "rows": {"generations": 1}}))
     assert "is of other rows" in run(*measured, "--kept", str(tmp_path / "older"), status=2)
+    file.write_text(json.dumps({**earlier, "budgets": {"normal": 0.3}}))
+    assert "is of other budgets" in run(*measured, "--kept", str(tmp_path / "older"), status=2)
     monkeypatch.setattr(methods, "calibrate", lambda *_: pytest.fail("calibrated"))
     with pytest.raises(pytest.fail.Exception, match="calibrated"):  # ours is not taken from there
         run(*again[: again.index("--method")], "--method", "alqr", "--choices", str(tmp_path / "results"))
