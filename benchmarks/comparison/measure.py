@@ -23,12 +23,15 @@ from mlx_lqr.analysis import write_json
 from mlx_lqr.errors import InputError, OverflowingError
 from mlx_lqr.lqr.strength import Budget
 from mlx_lqr.tasks.bootstrap import Estimate, Metric, estimate
+from mlx_lqr.tasks.records import digest
 
 DAMAGE = ("perplexity", "distinct_2", "repetition", "kl", "capability")
 """What is kept of every experiment that measures it, besides control and the experiment's own columns"""
 RESULT = "result.json"
 SUMS = "control by prompt"
 """Of a method at a budget, so that another can be paired with it later (`statistics.by_prompt`)"""
+ASKED = "asked"
+"""A digest of the prompts and of how they are answered, so that prompt i is only paired with itself"""
 Metrics = dict[str, Metric]
 
 
@@ -45,7 +48,7 @@ def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = M
     wanted = [row for row in methods if experiment.removes or row not in REMOVES]
     if experiment.ceiling is not None and unsteered[run.control].value >= experiment.ceiling:
         wanted = []
-    told = {row: one for row, one in _kept(experiment, setting, run.rows).items() if row in wanted}
+    told = {row: one for row, one in _kept(run).items() if row in wanted}
     measured = {}
     for row in wanted:
         if row not in told:
@@ -65,6 +68,7 @@ def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = M
         "budgets": dict(setting.budgets),
         "prompts": [max(len(of_source[side]) for of_source in sets) for side in (0, 1)],
         "rows": run.rows,
+        ASKED: run.asked,
         "control": run.control,
         "control_label": run.control_label,
         "comparisons": len(compared),
@@ -76,20 +80,23 @@ def measure(experiment: Experiment, setting: Setting, methods: Sequence[str] = M
     return path
 
 
-def _kept(experiment: Experiment, setting: Setting, rows: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def _kept(run: _Run) -> dict[str, dict[str, Any]]:
     """What an earlier result tells of the methods other than ours.
 
     Raises:
-        InputError: there is none, or it is of other rows or budgets.
+        InputError: there is none, or it is of other rows, prompts, sampling or budgets.
     """
+    setting = run.setting
     if setting.kept is None:
         return {}
-    file = setting.kept / f"{experiment.name}.json"
+    file = setting.kept / f"{run.experiment.name}.json"
     if not file.is_file():
         raise InputError(f"{file} does not exist: measure this experiment's other methods first, without --kept")
     before = json.loads(file.read_text("utf-8"))
-    if before["rows"] != rows or before["sizes"] != asdict(setting.sizes):
+    if before["rows"] != run.rows or before["sizes"] != asdict(setting.sizes):
         raise InputError(f"{file} is of other rows: measure this experiment without --kept")
+    if before.get(ASKED) != run.asked:
+        raise InputError(f"{file} is of other prompts or sampling: measure this experiment without --kept")
     if before["budgets"] != dict(setting.budgets):
         raise InputError(f"{file} is of other budgets: measure this experiment without --kept, or see --normal-only")
     return {one["method"]: {**one, "kept": True} for one in before["methods"] if one["method"] != OURS}
@@ -145,6 +152,13 @@ class _Run:
             for part in task.parts:
                 rows[part.name] = rows.get(part.name, 0) + len(part)
         return rows
+
+    @property
+    def asked(self) -> str:
+        """The digest of all that decides on the rows but the steering: prompts, sampling, judge."""
+        model = self.setting.model
+        each = self.tasks.items()
+        return digest({source.name: {part.name: part.settings(model) for part in task.parts} for source, task in each})
 
     def method(self, row: str) -> tuple[dict[str, Any], dict[Budget, Metrics]]:
         """What is told of a method, and its metrics at each budget."""

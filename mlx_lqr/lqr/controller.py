@@ -54,7 +54,7 @@ Positions = Literal["last", "all"]
 Setpoint = Literal["paper", "centred"]
 """What a strength asks of the feature: strength x mu_k, or the level of the negative prompts' mean + strength x mu_k,
 which is that of the positive prompts at 1. Strength 0 itself does not steer."""
-FEEDBACK = 0.1
+FEEDBACK = 0.03
 """The default share of the feedback. With the paper's 1 there is less of the concept at the same damage
 (docs/comparison.md)."""
 Readout = Literal["discriminant", "direction"]
