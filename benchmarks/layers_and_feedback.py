@@ -47,6 +47,7 @@ TOKENS, TEXTS = 24, 128
 JACOBIAN_PROMPTS = 4
 CLOSE = 0.8
 """Of the best layer, where `fit` takes a third"""
+OWN = "fit's own"
 
 
 def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
@@ -56,8 +57,9 @@ def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
     third = range(2 * model.num_layers // 3, model.num_layers)
     close = choose_layers("auto", contrast, jacobians, least=CLOSE)
     settings: dict[str, dict[str, Any]] = {
-        "fit's own": {},
-        "fit's own with a hundredth of the feedback": {"feedback": 0.01},
+        OWN: {},
+        "fit's own with a tenth of the feedback": {"feedback": 0.1},
+        "fit's own with a hundredth": {"feedback": 0.01},
         "any direction: close layers, half of the feedback": {"push": "free", "feedback": 0.5, "layers": close},
         "any direction: close layers, a tenth": {"push": "free", "feedback": 0.1, "layers": close},
         "any direction: the last third, half": {"push": "free", "feedback": 0.5, "layers": third},
@@ -69,7 +71,7 @@ def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
         name: solve_controller(contrast, jacobians, concept=concept, algebra=model.algebra, **options)
         for name, options in settings.items()
     }
-    for name, layers in {"the last third": third, "fit's layers": made["fit's own"].active_layers}.items():
+    for name, layers in {"the last third": third, "fit's layers": made[OWN].active_layers}.items():
         made[f"actadd, {name}"] = mlx_lqr.fit_baseline(model, "actadd", *sets, concept=concept, layers=layers)
     return made
 
@@ -124,17 +126,25 @@ def refused(model: Model, steering: Steering, strength: float, xstest: Path) -> 
 @click.command()
 @click.argument("source")
 @click.option("--concept", "concepts", multiple=True, default=CONCEPTS)
+@click.option("--setting", "named", multiple=True, help="These settings alone.")
 @click.option("--xstest", type=click.Path(path_type=Path, exists=True), help="Measure refusal, on this file.")
 @click.option("--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 def main(
-    source: str, concepts: tuple[str, ...], xstest: Path | None, backend: Literal["mlx", "torch"], dtype: str
+    source: str,
+    concepts: tuple[str, ...],
+    named: tuple[str, ...],
+    xstest: Path | None,
+    backend: Literal["mlx", "torch"],
+    dtype: str,
 ) -> None:
     model: Any = mlx_lqr.load(source, backend=backend, dtype=dtype)
     texts = Texts.of(model)
     rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for concept in concepts if xstest is None else ["refusal"]:
-        for name, steering in steerings(model, concept).items():
+        made = steerings(model, concept)
+        for name in named or made:
+            steering = made[name]
             strength, divergence = at_normal(model, texts, steering)
             if xstest is None:
                 had = written(model, concept, steering, strength)

@@ -68,7 +68,8 @@ PENALTIES: dict[str, dict[str, float]] = {
 }
 VARIANTS: dict[str, tuple[dict[str, Any], type[LinearFeedback]]] = {
     "fit's own": ({}, LinearFeedback),
-    "fit's own with a hundredth of the feedback": ({"feedback": 0.01}, LinearFeedback),
+    "fit's own with a tenth of the feedback": ({"feedback": 0.1}, LinearFeedback),
+    "fit's own with a hundredth": ({"feedback": 0.01}, LinearFeedback),
     "any direction: a quarter of the feedback": ({"push": "free", "feedback": 0.25}, LinearFeedback),
     "any direction: a half": ({"push": "free", "feedback": 0.5}, LinearFeedback),
     "any direction: the whole": ({"push": "free", "feedback": 1.0}, LinearFeedback),
@@ -126,12 +127,15 @@ def measured(model: Model, concept: str, law: Law | None) -> dict[str, float]:
     }
 
 
-def variants(model: Model, texts: Texts, concept: str) -> Iterator[tuple[str, str, dict[str, float]]]:
+def variants(
+    model: Model, texts: Texts, concept: str, named: Sequence[str]
+) -> Iterator[tuple[str, str, dict[str, float]]]:
     """Each law at each budget, and what was measured."""
     sets = framed(model, mlx_lqr.bundled_prompts(concept))
     contrast, jacobians = mlx_lqr.contrast(model, *sets), mlx_lqr.linearize(model, sets[0][:JACOBIAN_PROMPTS])
     close = choose_layers("auto", contrast, jacobians, least=CLOSE)
-    for name, (options, kind) in VARIANTS.items():
+    for name in named:
+        options, kind = VARIANTS[name]
         if "push" in options:
             options = {**options, "layers": close}
         controller = solve_controller(contrast, jacobians, concept=concept, algebra=model.algebra, **options)
@@ -197,16 +201,19 @@ def penalties(source: str, judge: str, concepts: tuple[str, ...], backend: Liter
 @main.command()
 @SOURCE
 @CONCEPT
+@click.option("--law", "named", multiple=True, type=click.Choice(list(VARIANTS)), default=list(VARIANTS))
 @BACKEND
 @DTYPE
-def laws(source: str, concepts: tuple[str, ...], backend: Literal["mlx", "torch"], dtype: str) -> None:
+def laws(
+    source: str, concepts: tuple[str, ...], named: tuple[str, ...], backend: Literal["mlx", "torch"], dtype: str
+) -> None:
     """Several laws at two budgets."""
     model: Any = mlx_lqr.load(source, backend=backend, dtype=dtype)
     texts = Texts.of(model)
     rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for concept in concepts:
         rows.setdefault(("unsteered", ""), []).append({"KL": 0.0, **measured(model, concept, None)})
-        for name, budget, found in variants(model, texts, concept):
+        for name, budget, found in variants(model, texts, concept, named):
             rows.setdefault((name, budget), []).append(found)
             print(concept, name, budget, found, flush=True)
     print_means(("law", "budget"), rows)

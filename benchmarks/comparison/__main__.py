@@ -14,7 +14,7 @@ torch --dtype bfloat16`, for the same numbers within their intervals. A result h
 `--method` leaves out the others even where their rows are there. Where A-LQR alone has changed, `--choices
 benchmarks/comparison/results` takes from the results that are there which setting of each other method was chosen, and
 its strengths, and measures the rest anew; `--kept` of the same folder measures A-LQR alone, and compares it with what
-the others reached there, prompt by prompt (as independent samples, where a result is too old to tell of its prompts).
+the others reached there, prompt by prompt.
 
 `page` first copies the results of OUT, which are small, to benchmarks/comparison/results; without -o it writes the page
 from those that are there.

@@ -168,6 +168,8 @@ LEVERS: Sequence[tuple[str, str, Callable[[Bench], Fitted]]] = (
     ("feedback", "the whole, as the paper has it", lambda bench: bench.fit(feedback=1.0)),
     ("feedback", "a half", lambda bench: bench.fit(feedback=0.5)),
     ("feedback", "a quarter", lambda bench: bench.fit(feedback=0.25)),
+    ("feedback", "a tenth", lambda bench: bench.fit(feedback=0.1)),
+    ("feedback", "a hundredth", lambda bench: bench.fit(feedback=0.01)),
     ("push", "in any direction, as the paper has it", lambda bench: bench.fit(push="free")),
     (
         "push, feedback, layers",

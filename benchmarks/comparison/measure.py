@@ -17,7 +17,7 @@ from benchmarks.comparison.experiments import Experiment
 from benchmarks.comparison.methods import METHODS, OURS, REMOVES, Chosen, choose, safe
 from benchmarks.comparison.setting import Setting
 from benchmarks.comparison.sources import Source
-from benchmarks.comparison.statistics import Key, by_prompt, lead_of_kept, leads, of_prompts, pooled
+from benchmarks.comparison.statistics import Key, by_prompt, leads, of_prompts, pooled
 from mlx_lqr import tasks
 from mlx_lqr.analysis import write_json
 from mlx_lqr.errors import InputError, OverflowingError
@@ -105,12 +105,9 @@ def _kept(run: _Run) -> dict[str, dict[str, Any]]:
 def _leads(
     control: str, measured: Mapping[str, Mapping[Budget, Metrics]], told: Mapping[str, Mapping[str, Any]]
 ) -> dict[Key, Estimate]:
-    """What A-LQR leads each other method by, at each budget that both were measured at.
-
-    A kept method is paired too, unless its result is of the time before the sums of its prompts stood there.
-    """
+    """What A-LQR leads each other method by, measured now or kept, at each budget that both were measured at."""
     ours = {at: metrics[control] for at, metrics in measured.get(OURS, {}).items()}
-    paired = {
+    theirs = {
         (row, at): metrics[control]
         for row, each in measured.items()
         if row != OURS
@@ -118,21 +115,13 @@ def _leads(
         if at in ours
     }
     kept = {
-        (row, at): found
+        (row, at): of_prompts(found[SUMS], ours[at])
         for row, one in told.items()
         if one.get("kept")
         for at, found in one["budgets"].items()
-        if at in ours and "metrics" in found
+        if at in ours and SUMS in found
     }
-    count = len(paired) + len(kept)
-    paired |= {key: of_prompts(found[SUMS], ours[key[1]]) for key, found in kept.items() if SUMS in found}
-    own = {at: estimate(metric) for at, metric in ours.items()}
-    unpaired = {
-        (row, at): lead_of_kept(own[at], Estimate(*found["metrics"][control], rows=own[at].rows), count)
-        for (row, at), found in kept.items()
-        if SUMS not in found
-    }
-    return leads(ours, paired, comparisons=count) | unpaired
+    return leads(ours, theirs | kept)
 
 
 class _Run:

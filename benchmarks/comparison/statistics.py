@@ -7,10 +7,8 @@ They are percentile intervals over prompts, of so many resamples that a dozen li
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
@@ -47,41 +45,18 @@ def of_prompts(sums: Sequence[Sequence[float]], like: Metric) -> Metric:
 
 
 def leads(
-    ours: Mapping[Budget, Metric],
-    theirs: Mapping[Key, Metric],
-    *,
-    comparisons: int | None = None,
-    resamples: int = RESAMPLES,
+    ours: Mapping[Budget, Metric], theirs: Mapping[Key, Metric], *, resamples: int = RESAMPLES
 ) -> dict[Key, Estimate]:
     """Our control minus that of each method at the same budget, with intervals that hold all at once.
 
     Args:
         ours: the metric of control at each budget.
         theirs: the same for each method and budget; budgets that we do not have are left out.
-        comparisons: how many there are, where these are not all.
     """
     keys = [key for key in theirs if key[1] in ours]
-    level = corrected(comparisons or len(keys))
+    level = 1 - (1 - LEVEL) / max(1, len(keys))  # Bonferroni
     pairs = [(ours[budget], theirs[method, budget]) for method, budget in keys]
     return dict(zip(keys, differences(pairs, level=level, resamples=resamples), strict=True))
-
-
-def lead_of_kept(ours: Estimate, theirs: Estimate, comparisons: int) -> Estimate:
-    """Our control minus one that was measured before, of whose prompts nothing is there to pair ours with.
-
-    Both are taken as normal and independent. Their intervals are of level 0.95 and say how uncertain they are; rows of
-    the same prompts agree rather than not, so that the interval is, if anything, too wide.
-    """
-    normal = NormalDist()
-    times = normal.inv_cdf((1 + corrected(comparisons)) / 2) / normal.inv_cdf((1 + LEVEL) / 2)
-    half = times * math.hypot(ours.high - ours.low, theirs.high - theirs.low) / 2
-    lead = ours.value - theirs.value
-    return Estimate(lead, lead - half, lead + half, min(ours.rows, theirs.rows))
-
-
-def corrected(comparisons: int) -> float:
-    """The level of one of so many intervals that hold all at once (Bonferroni)."""
-    return 1 - (1 - LEVEL) / max(1, comparisons)
 
 
 def verdict(low: float, high: float) -> Verdict:

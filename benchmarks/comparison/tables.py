@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.comparison.experiments import EXPERIMENTS, Experiment
-from benchmarks.comparison.measure import DAMAGE, SUMS
+from benchmarks.comparison.measure import DAMAGE
 from benchmarks.comparison.methods import CHOSEN_AT, METHODS, OURS, OWN
 from benchmarks.comparison.statistics import Verdict, at_control, verdict
 
@@ -91,11 +91,8 @@ def _remarks(result: Result) -> Iterator[str]:
     if not result["methods"]:
         without = result["unsteered"][result["control"]][0]
         yield f"Control is {without:.2f} without steering: there is nothing to gain, and no method was measured."
-    if kept := [at for one in result["methods"] if one.get("kept") for at in one["budgets"].values()]:
-        unpaired = any("metrics" in at and SUMS not in at for at in kept)
-        yield "A-LQR alone was measured anew; the other rows are those of the run before, on the same prompts" + (
-            ", and the intervals of the leads those of independent samples." if unpaired else "."
-        )
+    if any(one.get("kept") for one in result["methods"]):
+        yield "A-LQR alone was measured anew; the other rows are those of the run before, on the same prompts."
     for mark, words in (
         (BELOW, "Even at the strongest sensible strength less than the budget is reached"),
         (BEYOND, "Even at the mildest strength tried more than the budget is spent"),

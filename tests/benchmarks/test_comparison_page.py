@@ -48,16 +48,6 @@ def test_corrected_intervals_are_those_of_the_normal_distribution() -> None:
     assert np.mean(widths) == pytest.approx(1, abs=0.03)
 
 
-def test_what_was_measured_before_is_compared_as_an_independent_sample() -> None:
-    """Rows that have nothing to do with one another, for which pairing says no more."""
-    random, n = np.random.default_rng(3), 400
-    ours, theirs = (mean(random.normal(centre, 1, n), range(n)) for centre in (1.0, 0.7))
-    paired = statistics.leads({"normal": ours}, {("spid", "normal"): theirs}, comparisons=11)["spid", "normal"]
-    apart = statistics.lead_of_kept(estimate(ours), estimate(theirs), 11)
-    assert apart.value == pytest.approx(paired.value)
-    assert [apart.low, apart.high] == pytest.approx([paired.low, paired.high], abs=0.05)
-
-
 def test_rows_of_one_prompt_stay_together_in_what_is_pooled() -> None:
     values = np.random.default_rng(1).normal(size=30)
     alone = mean(values, range(30))

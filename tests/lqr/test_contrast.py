@@ -174,7 +174,7 @@ def test_the_defaults_of_fit_are_those_measured_to_do_best() -> None:
     default = mlx_lqr.fit(model, *sets)
     weights = {"q": 10.0, "r": 1.0, "qf": 10.0}
     explicit = mlx_lqr.fit(
-        model, *sets, layers="auto", **weights, setpoint="centred", cost="feature", feedback=0.1, push="concept"
+        model, *sets, layers="auto", **weights, setpoint="centred", cost="feature", feedback=0.03, push="concept"
     )
     assert default.active_layers == explicit.active_layers
     for name in ("gain", "setpoint", "offset"):

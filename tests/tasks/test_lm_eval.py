@@ -148,7 +148,7 @@ def test_log_likelihoods_are_steered_as_ours_in_any_steps(
     controller = mlx_lqr.fit(
         model, [[1, 2, 3], [4, 5]], [[6, 7], [8]], q=1.0, positions=positions, layers="all", cost="state"
     )
-    steered = tasks.Steered(model, tasks.NamedSteering("one", controller), 2.0)
+    steered = tasks.Steered(model, tasks.NamedSteering("one", controller), 3.0)
     pairs = [
         ("w5 w17 w3 w42 w8 w29 w11 w60 w2", " w33 w21 w40 w7 w9"),
         ("w5 w17 w3 w42 w8 w29 w11 w60 w2", " w33"),
@@ -156,15 +156,15 @@ def test_log_likelihoods_are_steered_as_ours_in_any_steps(
     ]
     in_steps_of(step, monkeypatch)
     plain = evaluator.loglikelihood(requests("loglikelihood", *pairs))
-    with mlx_lqr.steer(evaluator.model, controller, 2.0):
+    with mlx_lqr.steer(evaluator.model, controller, 3.0):
         scores = evaluator.loglikelihood(requests("loglikelihood", *pairs))
         whole = evaluator.loglikelihood_rolling(requests("loglikelihood_rolling", ("w9 w8 w7 w6",), ("w4 w3 w2 w1",)))
     expected = scores_of(steered, pairs)
     assert [score for score, _ in scores] == pytest.approx(expected, abs=1e-4)
     assert np.abs(np.subtract(expected, [score for score, _ in plain])).min() > 5e-3
     assert whole == pytest.approx(scores_of(steered, [("w9", " w8 w7 w6"), ("w4", " w3 w2 w1")]), abs=1e-4)
-    greedy = mlx_lqr.generate(model, "w1", controller=controller, strength=2.0, max_tokens=3, temperature=0)
-    with mlx_lqr.steer(evaluator.model, controller, 2.0):
+    greedy = mlx_lqr.generate(model, "w1", controller=controller, strength=3.0, max_tokens=3, temperature=0)
+    with mlx_lqr.steer(evaluator.model, controller, 3.0):
         (_, likely), (_, unlikely) = evaluator.loglikelihood(
             requests("loglikelihood", ("w1", greedy), ("w1", " w2 w3 w4"))
         )
