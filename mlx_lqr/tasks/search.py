@@ -73,6 +73,7 @@ class Search:
         measure: (options, dose) -> what was measured there.
         evaluations: how often it may be called.
         allowed: the excess at the limit.
+        first: the dose to begin with.
     """
 
     def __init__(
@@ -81,23 +82,24 @@ class Search:
         measure: Callable[[Values, float], Measurement],
         evaluations: int,
         allowed: float,
+        first: float = FIRST_DOSE,
     ) -> None:
         self._factors, self._measure, self._allowed = factors, measure, allowed
-        self._left = evaluations
+        self._left, self._first = evaluations, first
         self._tried: list[tuple[Values, list[tuple[float, Measurement]]]] = []
 
     def run(self) -> None:
         """Measure until the budget is used up, or until nothing is left to try."""
         best: Values = {name: values[0] for name, values in self._factors.items()}
-        self._follow(best, START_TRIES, FIRST_DOSE)
+        self._follow(best, START_TRIES, self._first)
         before = None
         while self._left and self._left != before:
             before = self._left
             best = self._vary(best)
             if self._left <= REFINING or self._left == before:
-                self._follow(best, self._left, FIRST_DOSE)
+                self._follow(best, self._left, self._first)
         for options, _ in sorted(self._tried, key=lambda tried: self._rank(tried[0]), reverse=True):
-            self._follow(options, self._left, FIRST_DOSE)
+            self._follow(options, self._left, self._first)
 
     def _vary(self, best: Values) -> Values:
         """The other values of every factor, one after the other, values not tried yet first; returns the best there is

@@ -6,6 +6,7 @@ rest. The first value of each is a good start. What is given is held fixed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from mlx_lqr.methods.method import Method, Prepared
 from mlx_lqr.methods.registry import METHODS
 from mlx_lqr.methods.steering import Steering
 from mlx_lqr.tasks.records import digest
-from mlx_lqr.tasks.search import Values
+from mlx_lqr.tasks.search import FIRST_DOSE, Values
 from mlx_lqr.tasks.tuning import Candidate, Space
 
 
@@ -108,7 +109,15 @@ def _space(
         **{name: digest(origin) for name, origin in fits.origins.items()},
         **({"fixed": fixed} if fixed else {}),
     }
-    return Space(factors, candidate, settings)
+    return Space(factors, candidate, _first_dose(method, strengths), settings)
+
+
+def _first_dose(method: Method[Any], strengths: tuple[float, float]) -> float:
+    """Where between these strengths, on whichever side of 0, the one is that `fit` suggests for a first look."""
+    mild, strong = strengths
+    way = strong - mild
+    dose = (math.copysign(method.strengths.suggested, way) - mild) / way if way else 0.0
+    return dose if 0 < dose <= 1 else FIRST_DOSE
 
 
 def _places(method: Method[Any], fits: Prepared, T: int) -> dict[str, Layers]:

@@ -32,7 +32,7 @@ from mlx_lqr.methods.steering import Steering, load_steering
 from mlx_lqr.tasks.bootstrap import Estimate
 from mlx_lqr.tasks.records import digest
 from mlx_lqr.tasks.run import Evaluation, Result, Task, evaluate
-from mlx_lqr.tasks.search import Measurement, Search, Values
+from mlx_lqr.tasks.search import FIRST_DOSE, Measurement, Search, Values
 from mlx_lqr.tasks.steering import NamedSteering
 
 
@@ -57,6 +57,8 @@ class Space:
     """Values of each option, as JSON; the first is where the search starts. Earlier factors are varied first."""
     candidate: Callable[[Values], Candidate]
     """The candidate with these values of the factors."""
+    first_dose: float = FIRST_DOSE
+    """Where between their strengths the search starts"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What all candidates depend on, as JSON: prompts, for one. Results in a folder are of the same settings."""
 
@@ -163,7 +165,7 @@ def tune(
     place = Path(folder) if folder is not None else None
     with locked(place) if place is not None else nullcontext():
         run = _Run(model, task, space, control, damage, limit, evaluations, place, loading, progress)
-        Search(space.factors, run.measure, evaluations, DAMAGE[damage].excess(limit)).run()
+        Search(space.factors, run.measure, evaluations, DAMAGE[damage].excess(limit), space.first_dose).run()
         return run.tuned()
 
 

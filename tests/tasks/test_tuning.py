@@ -17,6 +17,7 @@ import mlx_lqr
 from mlx_lqr import tasks
 from mlx_lqr.backends.protocol import Model
 from mlx_lqr.errors import InputError, OverflowingError
+from mlx_lqr.methods.alqr import ALQR
 from mlx_lqr.methods.steering import law_of
 from mlx_lqr.tasks.bootstrap import Metric, exponential_ratio, mean
 from mlx_lqr.tasks.concept import bundled_openings
@@ -153,6 +154,16 @@ class Known:
         }
 
 
+class Flat(Known):
+    """Which no strength changes."""
+
+    def control(self, steered: Steered) -> float:
+        return 0.5
+
+    def log_ratio(self, steered: Steered) -> float:
+        return 0.0
+
+
 class Unwanted(Known):
     name = "unwanted"
 
@@ -222,6 +233,23 @@ def test_a_candidate_is_what_fit_makes_of_its_options(model: Model, space: tasks
         for name in ("direction", "gain", "setpoint", "offset"):
             assert np.allclose(getattr(controller, name), getattr(expected, name), rtol=1e-3, atol=1e-5), (change, name)
         assert (controller.weights, controller.cost) == (expected.weights, options["cost"])
+
+
+@pytest.mark.parametrize(
+    ("strengths", "first"),
+    [((0.0, 4.0), 0.7), ((0.0, -4.0), -0.7), ((0.5, 1.5), 0.7), ((2.0, 6.0), 3.6), ((1.0, 1.0), 1.0)],
+)
+def test_the_search_begins_where_fit_suggests_to_look(
+    model: Model, strengths: tuple[float, float], first: float
+) -> None:
+    """Or, where the strengths to search do not have that, a little below the middle."""
+    assert ALQR.strengths.suggested == 0.7
+    contrast, jacobians = mlx_lqr.contrast(model, *SETS), mlx_lqr.linearize(model, SETS[0])
+    space = tasks.alqr_space(model, contrast, jacobians, concept="one", strengths=strengths)
+    mild, strong = strengths
+    assert mild + space.first_dose * (strong - mild) == pytest.approx(first)
+    tuned = tasks.tune(model, task_of(Flat()), space, evaluations=1)
+    assert tuned.trials[0].strength == pytest.approx(first)
 
 
 def test_an_interrupted_search_goes_on_and_measures_nothing_again(
