@@ -27,7 +27,7 @@ from mlx_lqr.lqr.tracking import as_strength
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 CONCEPT = "ocean"
 QUESTIONS = ("Tell me about your day.", "Recommend me a book.")
-STRENGTH = 0.7
+STRENGTH = 0.6
 TOKENS = 48
 STRENGTHS = (0.5, 0.75, 1.0)
 PROMPTS = 24

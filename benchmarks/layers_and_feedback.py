@@ -91,12 +91,12 @@ def at_normal(model: Model, texts: Texts, steering: Steering) -> tuple[float, fl
     return strength, search.known[strength]
 
 
-def written(model: Model, concept: str, steering: Steering, strength: float) -> dict[str, float]:
-    """The share of texts, and of answers in the chat, with a word of the concept's family."""
+def written(model: Model, concept: str, steering: Steering, strength: float, answers: int) -> dict[str, float]:
+    """The share of texts, and of so many answers to each question in the chat, with a word of the concept's family."""
     openings = bundled_openings("tuning")
     prompts: dict[str, Sequence[Prompt]] = {"text": (openings * (TEXTS // len(openings) + 1))[:TEXTS]}
     if model.tokenizer.has_chat_template:
-        prompts["chat"] = [chat_prompt(model, question) for question in bundled_questions("tuning")[0]]
+        prompts["chat"] = [chat_prompt(model, question) for question in bundled_questions("tuning")[0]] * answers
     pattern, found = word_pattern(tasks.word_family(concept)), {}
     drawing: dict[str, Any] = {
         "max_tokens": TOKENS,
@@ -127,6 +127,7 @@ def refused(model: Model, steering: Steering, strength: float, xstest: Path) -> 
 @click.argument("source")
 @click.option("--concept", "concepts", multiple=True, default=CONCEPTS)
 @click.option("--setting", "named", multiple=True, help="These settings alone.")
+@click.option("--answers", default=1, show_default=True, help="To each question in the chat.")
 @click.option("--xstest", type=click.Path(path_type=Path, exists=True), help="Measure refusal, on this file.")
 @click.option("--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
@@ -134,6 +135,7 @@ def main(
     source: str,
     concepts: tuple[str, ...],
     named: tuple[str, ...],
+    answers: int,
     xstest: Path | None,
     backend: Literal["mlx", "torch"],
     dtype: str,
@@ -147,7 +149,7 @@ def main(
             steering = made[name]
             strength, divergence = at_normal(model, texts, steering)
             if xstest is None:
-                had = written(model, concept, steering, strength)
+                had = written(model, concept, steering, strength, answers)
             else:
                 had = refused(model, steering, strength, xstest)
             found = {"KL": divergence, **had}
