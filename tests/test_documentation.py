@@ -87,7 +87,7 @@ SMALLER = {
     "mlx-lqr fit demo --concept polite": "--cost feature --jacobian-prompts 1",
     "mlx-lqr fit demo --concept refusal": "--cost feature --jacobian-prompts 1",
     "mlx-lqr fit demo --concept truth": "--cost feature --jacobian-prompts 1",
-    "mlx-lqr fit demo --positive pirate.txt": "--jacobian-prompts 1",
+    "mlx-lqr fit demo --positive": "--jacobian-prompts 1",
     "mlx-lqr generate": "-n 6",
     'mlx-lqr generate demo -p "Once upon a time," -c dog.safetensors -n 30': "",
     'mlx-lqr generate demo -p "Once upon a time," -n 9000': "",
@@ -497,7 +497,7 @@ def test_what_is_said_of_the_first_results(readings: dict[Path, Reading]) -> Non
     page = readings[ROOT / "README.md"]
     page.finish()
     assert 200_000 < (page.session.folder / "ocean.safetensors").stat().st_size < 220_000
-    assert "Steered: pirate" in page.printed("mlx-lqr chat demo -c pirate.safetensors").stderr
+    assert "Steered: coffee" in page.printed("mlx-lqr chat demo -c coffee.safetensors").stderr
     assert set(mlx_lqr.bundled_concepts()) <= set(page.printed("mlx-lqr concepts").stdout.split())
 
 
