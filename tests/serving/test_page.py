@@ -88,9 +88,16 @@ def opened(browser: Browser, fake: Fake) -> Iterator[Open]:
     assert not complaints
 
 
-def ask(page: Page, question: str = "What did you do?") -> None:
+def enter(page: Page, question: str) -> None:
     page.get_by_label("Your question").fill(question)
     page.get_by_label("Your question").press("Enter")
+
+
+def ask(page: Page, question: str = "What did you do?") -> None:
+    turns = page.locator(".turn")
+    before = turns.count()
+    enter(page, question)
+    expect(turns).to_have_count(before + 1)  # before which the button still says that nothing is being answered
 
 
 def ended(page: Page) -> None:
@@ -191,7 +198,7 @@ def test_a_slider_that_moves_before_the_first_word_acts_on_the_answer(opened: Op
 def test_a_question_asked_while_the_page_loads_is_steered_all_the_same(opened: Open, fake: Fake) -> None:
     fake.loading = True
     page = opened()
-    ask(page)
+    enter(page, "What did you do?")
     page.get_by_label("Your question").press("Enter")  # impatience asks once
     page.wait_for_timeout(100)
     assert not fake.requests
