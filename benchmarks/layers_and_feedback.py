@@ -145,6 +145,8 @@ def main(
     rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
     for concept in concepts if xstest is None else ["refusal"]:
         made = steerings(model, concept)
+        if unknown := [name for name in named if name not in made]:
+            raise click.BadParameter(f"there is no setting {unknown[0]!r}; there are: {', '.join(made)}")
         for name in named or made:
             steering = made[name]
             strength, divergence = at_normal(model, texts, steering)

@@ -109,7 +109,7 @@ def _space(
         **{name: digest(origin) for name, origin in fits.origins.items()},
         **({"fixed": fixed} if fixed else {}),
     }
-    return Space(factors, candidate, _first_dose(method, strengths), settings)
+    return Space(factors, candidate, settings, _first_dose(method, strengths))
 
 
 def _first_dose(method: Method[Any], strengths: tuple[float, float]) -> float:

@@ -57,10 +57,10 @@ class Space:
     """Values of each option, as JSON; the first is where the search starts. Earlier factors are varied first."""
     candidate: Callable[[Values], Candidate]
     """The candidate with these values of the factors."""
-    first_dose: float = FIRST_DOSE
-    """Where between their strengths the search starts"""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What all candidates depend on, as JSON: prompts, for one. Results in a folder are of the same settings."""
+    first_dose: float = FIRST_DOSE
+    """Where the search starts, between the candidate's strengths: 0 is the first of them, 1 the second."""
 
 
 @dataclass(frozen=True)
