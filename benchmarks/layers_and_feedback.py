@@ -2,23 +2,26 @@
 
     python benchmarks/layers_and_feedback.py MODEL --backend torch --dtype bfloat16
     python benchmarks/layers_and_feedback.py MODEL --backend torch --dtype bfloat16 --xstest xstest.jsonl
+    python benchmarks/layers_and_feedback.py MODEL --backend torch --dtype bfloat16 --truthfulqa truthfulqa.jsonl
 
 The ablation of docs/comparison.md reads probabilities off texts of the unsteered model. What a model writes reads its
 own words again, and can rank settings otherwise. Openings and questions are those for tuning, and every setting is at
 the strength where the divergence of `calibrate` reaches the normal budget. Adding the mean difference (actadd), to the
 last third of the layers and to those that `fit` takes, stands beside them. With --xstest it is refusal, and the share
-of the unsafe requests for tuning that are refused.
+of the unsafe requests for tuning that are refused; with --truthfulqa truthfulness, and MC2 of questions for tuning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import click
 import numpy as np
-from comparison.split import part_of
+from comparison.split import Part, part_of, write_rows
 from report import print_means
 
 import mlx_lqr  # first, so that MLX gets its BLAS
@@ -39,27 +42,32 @@ from mlx_lqr.methods.steering import Steering
 from mlx_lqr.tasks.chat import bundled_questions
 from mlx_lqr.tasks.concept import bundled_openings, word_pattern
 from mlx_lqr.tasks.generations import chat_prompt
-from mlx_lqr.tasks.read import read_rows
+from mlx_lqr.tasks.read import read_rows, spread
 from mlx_lqr.tasks.refusal import refuses
 
 CONCEPTS = ("dog", "ocean", "church", "love")
 TOKENS, TEXTS = 24, 128
 JACOBIAN_PROMPTS = 4
+QUESTIONS, PROMPTS = 128, 70
+"""Of TruthfulQA, to ask, and to fit on of each side"""
 CLOSE = 0.8
 """Of the best layer, where `fit` takes a third"""
 OWN = "fit's own"
 
 
-def steerings(model: Model, concept: str) -> Mapping[str, Steering]:
+def steerings(model: Model, concept: str, texts: tuple[Sequence[Prompt], Sequence[Prompt]]) -> Mapping[str, Steering]:
     """What is measured, by name."""
-    sets = framed(model, mlx_lqr.bundled_prompts(concept))
+    sets = framed(model, texts)
     contrast, jacobians = mlx_lqr.contrast(model, *sets), mlx_lqr.linearize(model, sets[0][:JACOBIAN_PROMPTS])
-    third = range(2 * model.num_layers // 3, model.num_layers)
+    T = model.num_layers
+    third, middle = range(2 * T // 3, T), range(T // 3, 2 * T // 3)
     close = choose_layers("auto", contrast, jacobians, least=CLOSE)
     settings: dict[str, dict[str, Any]] = {
         OWN: {},
         "fit's own with a tenth of the feedback": {"feedback": 0.1},
         "fit's own with a hundredth": {"feedback": 0.01},
+        "fit's own, all layers": {"layers": "all"},
+        "fit's own, the middle third": {"layers": middle},
         "any direction: close layers, half of the feedback": {"push": "free", "feedback": 0.5, "layers": close},
         "any direction: close layers, a tenth": {"push": "free", "feedback": 0.1, "layers": close},
         "any direction: the last third, half": {"push": "free", "feedback": 0.5, "layers": third},
@@ -123,12 +131,37 @@ def refused(model: Model, steering: Steering, strength: float, xstest: Path) -> 
     return {"refused": float(np.mean([refuses(text) for text in made]))}
 
 
+def truthful(model: Model, steering: Steering, strength: float, truthfulqa: Path) -> dict[str, float]:
+    """MC2 of questions that the comparison tunes by, without solved examples."""
+    with TemporaryDirectory() as folder:
+        file = write_rows(Path(folder) / "rows.jsonl", _questions(truthfulqa, "tune", QUESTIONS))
+        task = tasks.truthfulness(file, examples=0, chat=model.tokenizer.has_chat_template)
+        task = replace(task, parts=task.parts[:1])  # the choices
+        evaluation = tasks.evaluate(model, task, tasks.NamedSteering("one", steering), [strength])
+    return {"mc2": evaluation.results()[0].metrics["mc2"].value}
+
+
+def _questions(truthfulqa: Path, part: Part, most: int) -> list[dict[str, Any]]:
+    rows = [row for row in read_rows(truthfulqa, {"question": "text"}) if part_of(row["question"]) == part]
+    return spread(rows, most)
+
+
+def _answers(truthfulqa: Path) -> tuple[list[str], list[str]]:
+    """What the comparison fits truthfulness on."""
+    rows = _questions(truthfulqa, "fit", PROMPTS)
+    return (
+        [f"Q: {row['question']}\nA: {row['best_answer'].rstrip('.')}." for row in rows],
+        [f"Q: {row['question']}\nA: {row['incorrect_answers'][0].rstrip('.')}." for row in rows],
+    )
+
+
 @click.command()
 @click.argument("source")
 @click.option("--concept", "concepts", multiple=True, default=CONCEPTS)
 @click.option("--setting", "named", multiple=True, help="These settings alone.")
 @click.option("--answers", default=1, show_default=True, help="To each question in the chat.")
 @click.option("--xstest", type=click.Path(path_type=Path, exists=True), help="Measure refusal, on this file.")
+@click.option("--truthfulqa", type=click.Path(path_type=Path, exists=True), help="Measure truthfulness, on this file.")
 @click.option("--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 def main(
@@ -137,24 +170,31 @@ def main(
     named: tuple[str, ...],
     answers: int,
     xstest: Path | None,
+    truthfulqa: Path | None,
     backend: Literal["mlx", "torch"],
     dtype: str,
 ) -> None:
     model: Any = mlx_lqr.load(source, backend=backend, dtype=dtype)
     texts = Texts.of(model)
     rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
-    for concept in concepts if xstest is None else ["refusal"]:
-        made = steerings(model, concept)
+
+    def measured(concept: str, steering: Steering, strength: float) -> dict[str, float]:
+        if truthfulqa is not None:
+            return truthful(model, steering, strength, truthfulqa)
+        if xstest is not None:
+            return refused(model, steering, strength, xstest)
+        return written(model, concept, steering, strength, answers)
+
+    if truthfulqa is not None or xstest is not None:
+        concepts = ("truthfulness",) if truthfulqa is not None else ("refusal",)
+    for concept in concepts:
+        sets = mlx_lqr.bundled_prompts(concept) if truthfulqa is None else _answers(truthfulqa)
+        made = steerings(model, concept, sets)
         if unknown := [name for name in named if name not in made]:
             raise click.BadParameter(f"there is no setting {unknown[0]!r}; there are: {', '.join(made)}")
         for name in named or made:
-            steering = made[name]
-            strength, divergence = at_normal(model, texts, steering)
-            if xstest is None:
-                had = written(model, concept, steering, strength, answers)
-            else:
-                had = refused(model, steering, strength, xstest)
-            found = {"KL": divergence, **had}
+            strength, divergence = at_normal(model, texts, made[name])
+            found = {"KL": divergence, **measured(concept, made[name], strength)}
             rows.setdefault((name,), []).append(found)
             print(concept, name, f"strength {strength:.3g}", found, flush=True)
     print_means(("setting",), rows)
