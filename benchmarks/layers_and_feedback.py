@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import click
 import numpy as np
-from comparison.split import Part, part_of, write_rows
+from comparison.split import part_of, right_and_wrong, rows_in, write_rows
 from report import print_means
 
 import mlx_lqr  # first, so that MLX gets its BLAS
@@ -42,7 +42,7 @@ from mlx_lqr.methods.steering import Steering
 from mlx_lqr.tasks.chat import bundled_questions
 from mlx_lqr.tasks.concept import bundled_openings, word_pattern
 from mlx_lqr.tasks.generations import chat_prompt
-from mlx_lqr.tasks.read import read_rows, spread
+from mlx_lqr.tasks.read import read_rows
 from mlx_lqr.tasks.refusal import refuses
 
 CONCEPTS = ("dog", "ocean", "church", "love")
@@ -134,32 +134,20 @@ def refused(model: Model, steering: Steering, strength: float, xstest: Path) -> 
 def truthful(model: Model, steering: Steering, strength: float, truthfulqa: Path) -> dict[str, float]:
     """MC2 of questions that the comparison tunes by, without solved examples."""
     with TemporaryDirectory() as folder:
-        file = write_rows(Path(folder) / "rows.jsonl", _questions(truthfulqa, "tune", QUESTIONS))
+        file = write_rows(Path(folder) / "rows.jsonl", rows_in(truthfulqa, "question", "tune", limit=QUESTIONS))
         task = tasks.truthfulness(file, examples=0, chat=model.tokenizer.has_chat_template)
         task = replace(task, parts=task.parts[:1])  # the choices
         evaluation = tasks.evaluate(model, task, tasks.NamedSteering("one", steering), [strength])
     return {"mc2": evaluation.results()[0].metrics["mc2"].value}
 
 
-def _questions(truthfulqa: Path, part: Part, most: int) -> list[dict[str, Any]]:
-    rows = [row for row in read_rows(truthfulqa, {"question": "text"}) if part_of(row["question"]) == part]
-    return spread(rows, most)
-
-
-def _answers(truthfulqa: Path) -> tuple[list[str], list[str]]:
-    """What the comparison fits truthfulness on."""
-    rows = _questions(truthfulqa, "fit", PROMPTS)
-    return (
-        [f"Q: {row['question']}\nA: {row['best_answer'].rstrip('.')}." for row in rows],
-        [f"Q: {row['question']}\nA: {row['incorrect_answers'][0].rstrip('.')}." for row in rows],
-    )
-
-
 @click.command()
 @click.argument("source")
 @click.option("--concept", "concepts", multiple=True, default=CONCEPTS)
 @click.option("--setting", "named", multiple=True, help="These settings alone.")
-@click.option("--answers", default=1, show_default=True, help="To each question in the chat.")
+@click.option(
+    "--answers", type=click.IntRange(min=1), default=1, show_default=True, help="To each question in the chat."
+)
 @click.option("--xstest", type=click.Path(path_type=Path, exists=True), help="Measure refusal, on this file.")
 @click.option("--truthfulqa", type=click.Path(path_type=Path, exists=True), help="Measure truthfulness, on this file.")
 @click.option("--backend", type=click.Choice(["mlx", "torch"]), default="mlx", show_default=True)
@@ -174,6 +162,8 @@ def main(
     backend: Literal["mlx", "torch"],
     dtype: str,
 ) -> None:
+    if xstest is not None and truthfulqa is not None:
+        raise click.UsageError("--xstest and --truthfulqa are two measurements: give one of them")
     model: Any = mlx_lqr.load(source, backend=backend, dtype=dtype)
     texts = Texts.of(model)
     rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
@@ -188,7 +178,10 @@ def main(
     if truthfulqa is not None or xstest is not None:
         concepts = ("truthfulness",) if truthfulqa is not None else ("refusal",)
     for concept in concepts:
-        sets = mlx_lqr.bundled_prompts(concept) if truthfulqa is None else _answers(truthfulqa)
+        if truthfulqa is not None:
+            sets = right_and_wrong(rows_in(truthfulqa, "question", "fit", limit=PROMPTS))
+        else:
+            sets = mlx_lqr.bundled_prompts(concept)
         made = steerings(model, concept, sets)
         if unknown := [name for name in named if name not in made]:
             raise click.BadParameter(f"there is no setting {unknown[0]!r}; there are: {', '.join(made)}")

@@ -108,11 +108,7 @@ def _leads(
     """What A-LQR leads each other method by, measured now or kept, at each budget that both were measured at."""
     ours = {at: metrics[control] for at, metrics in measured.get(OURS, {}).items()}
     theirs = {
-        (row, at): metrics[control]
-        for row, each in measured.items()
-        if row != OURS
-        for at, metrics in each.items()
-        if at in ours
+        (row, at): metrics[control] for row, each in measured.items() if row != OURS for at, metrics in each.items()
     }
     kept = {
         (row, at): of_prompts(found[SUMS], ours[at])

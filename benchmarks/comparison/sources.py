@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx_lqr
 from benchmarks.comparison.setting import SAMPLED, Setting
-from benchmarks.comparison.split import Part, rows_of
+from benchmarks.comparison.split import Part, right_and_wrong, rows_of
 from mlx_lqr import tasks
 from mlx_lqr.files.text import text_lines
 from mlx_lqr.lqr.prompts import Prompt
@@ -110,11 +110,7 @@ def _truthfulness() -> Source:
         return replace(task, parts=(choices, answers, *damage))
 
     def sets(setting: Setting) -> Sets:
-        rows = rows_of(setting.data, data, "fit", limit=setting.sizes.prompts)
-        return (
-            [f"Q: {row['question']}\nA: {row['best_answer'].rstrip('.')}." for row in rows],
-            [f"Q: {row['question']}\nA: {row['incorrect_answers'][0].rstrip('.')}." for row in rows],
-        )
+        return right_and_wrong(rows_of(setting.data, data, "fit", limit=setting.sizes.prompts))
 
     return Source(
         "truthfulness",

@@ -34,9 +34,21 @@ def rows_of(folder: Path, name: str, *parts: Part, limit: int | None = None) -> 
     Raises:
         InputError: no such file, or a row without its text.
     """
-    key = FILES[name]
-    rows = [row for row in read_rows(folder / f"{name}.jsonl", {key: "text"}) if part_of(row[key]) in parts]
+    return rows_in(folder / f"{name}.jsonl", FILES[name], *parts, limit=limit)
+
+
+def rows_in(file: Path, key: str, *parts: Part, limit: int | None = None) -> list[dict[str, Any]]:
+    """`rows_of`, of a file whose rows have their text at `key`."""
+    rows = [row for row in read_rows(file, {key: "text"}) if part_of(row[key]) in parts]
     return rows if limit is None else spread(rows, limit)
+
+
+def right_and_wrong(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """TruthfulQA's questions with their best answers, and with their first incorrect ones."""
+    return (
+        [f"Q: {row['question']}\nA: {row['best_answer'].rstrip('.')}." for row in rows],
+        [f"Q: {row['question']}\nA: {row['incorrect_answers'][0].rstrip('.')}." for row in rows],
+    )
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

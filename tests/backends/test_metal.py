@@ -217,13 +217,13 @@ def test_a_recording_adaptive_gains_and_linearity() -> None:
     model, reference = rounded("llama", "bfloat16")
     for one in (model, reference):
         one._tokenizer = mlx_lqr.load(tiny_folder("llama"), backend="mlx").tokenizer
-    controller = mlx_lqr.fit(reference, POSITIVE, NEGATIVE, q=1.0, layers=[0, 2], cost="feature")
+    controller = mlx_lqr.fit(reference, POSITIVE, NEGATIVE, q=1.0, layers=[0, 2], cost="feature", feedback=0.1)
     recordings = []
     for one in (model, reference):
         recordings.append(mlx_lqr.Recording())
         list(mlx_lqr.stream(one, PROMPT, controller=controller, max_tokens=1, record=recordings[-1], temperature=0))
     errors, pushes = zip(*((one.feature_error(), one.push()) for one in recordings), strict=True)
-    assert np.allclose(*errors, rtol=0.01, atol=0.1, equal_nan=True)  # counted from where the push would end, far away
+    assert np.allclose(*errors, atol=0.1, equal_nan=True)
     assert np.allclose(*pushes, atol=0.1, equal_nan=True)
     adapted = [mlx_lqr.adapt(one, controller, PROMPT) for one in (model, reference)]
     assert relative(adapted[0].gain, adapted[1].gain) < 0.1
