@@ -12,12 +12,13 @@ keeps longer answers of today's law out of loops, and what that costs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import click
 import numpy as np
+from comparison.ablation import unsure
 from report import print_means
 
 import mlx_lqr  # first, so that MLX gets its BLAS
@@ -66,14 +67,25 @@ PENALTIES: dict[str, dict[str, float]] = {
     "presence 1": {"frequency_penalty": 0.0, "presence_penalty": 1.0},
     "repetition 1.1, prompt included": {"frequency_penalty": 0.0, "repetition_penalty": 1.1},
 }
-VARIANTS: dict[str, tuple[dict[str, Any], type[LinearFeedback]]] = {
-    "fit's own": ({}, LinearFeedback),
-    "fit's own with a tenth of the feedback": ({"feedback": 0.1}, LinearFeedback),
-    "fit's own with a hundredth": ({"feedback": 0.01}, LinearFeedback),
-    "any direction: a quarter of the feedback": ({"push": "free", "feedback": 0.25}, LinearFeedback),
-    "any direction: a half": ({"push": "free", "feedback": 0.5}, LinearFeedback),
-    "any direction: the whole": ({"push": "free", "feedback": 1.0}, LinearFeedback),
-    "any direction: the whole, saturated": ({"push": "free", "feedback": 1.0}, Saturated),
+
+
+def linear(model: Model) -> type[LinearFeedback]:
+    return LinearFeedback
+
+
+def saturated(model: Model) -> type[LinearFeedback]:
+    return Saturated
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], Callable[[Model], type[LinearFeedback]]]] = {
+    "fit's own": ({}, linear),
+    "fit's own, tokens that the model is sure of left alone": ({}, unsure),
+    "fit's own with a tenth of the feedback": ({"feedback": 0.1}, linear),
+    "fit's own with a hundredth": ({"feedback": 0.01}, linear),
+    "any direction: a quarter of the feedback": ({"push": "free", "feedback": 0.25}, linear),
+    "any direction: a half": ({"push": "free", "feedback": 0.5}, linear),
+    "any direction: the whole": ({"push": "free", "feedback": 1.0}, linear),
+    "any direction: the whole, saturated": ({"push": "free", "feedback": 1.0}, saturated),
 }
 
 
@@ -135,11 +147,11 @@ def variants(
     contrast, jacobians = mlx_lqr.contrast(model, *sets), mlx_lqr.linearize(model, sets[0][:JACOBIAN_PROMPTS])
     close = choose_layers("auto", contrast, jacobians, least=CLOSE)
     for name in named:
-        options, kind = VARIANTS[name]
+        options, kind_on = VARIANTS[name]
         if "push" in options:
             options = {**options, "layers": close}
         controller = solve_controller(contrast, jacobians, concept=concept, algebra=model.algebra, **options)
-        law = partial(kind, controller)
+        law = partial(kind_on(model), controller)
         search = Search(lambda strength, law=law: texts.divergence(law(strength)), *STRENGTHS.span, first=1.5)
         for budget in ("gentle", "normal"):
             strength = search.reach(BUDGETS[budget])

@@ -47,7 +47,7 @@ def test_weights_lie_on_the_device_and_it_is_named(tmp_path: Path) -> None:
     assert buffers
     devices = gpus()
     assert all(any(name in line for line in buffers) for name in devices)
-    assert model.description.device.partition(" (")[0] == (", ".join(devices.values()) or "CPU")
+    assert model.description.device.partition(" (laws")[0] == (", ".join(devices.values()) or "CPU")
     assert device_memory.endpoint is None or device_memory.endpoint in devices.values()
 
 
