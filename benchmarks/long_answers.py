@@ -2,12 +2,14 @@
 
     python benchmarks/long_answers.py laws demo --backend torch --dtype bfloat16
     python benchmarks/long_answers.py penalties demo --judge GEMMA --backend torch --dtype bfloat16
+    python benchmarks/long_answers.py conversations demo --backend torch --dtype bfloat16
 
 The tables of docs/comparison.md count short answers, and its ablation texts of the unsteered model. A model that writes
 on reads its own words: a push that does not let go of a concept once it is there can end in "marine marine marine".
 Questions are those for tuning; each law is at the strength where the divergence of `calibrate` reaches the budget.
 `laws` compares laws, on answers drawn without a penalty, which would hide what they end in. `penalties` compares what
-keeps longer answers of today's law out of loops, and what that costs.
+keeps longer answers of today's law out of loops, and what that costs. `conversations` asks one question after another,
+each with all answers before it, as a chat does.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ from report import print_means
 
 import mlx_lqr  # first, so that MLX gets its BLAS
 from mlx_lqr.backends.protocol import GREEDY, Array, Law, Model, Recorder, Sampling
-from mlx_lqr.lqr.concept_prompts import framed
+from mlx_lqr.backends.text.text_tokenizer import Message
+from mlx_lqr.lqr.concept_prompts import concept_prompts, framed
 from mlx_lqr.lqr.fit import solve_controller
 from mlx_lqr.lqr.layers import choose_layers
 from mlx_lqr.lqr.prompts import Prompt
 from mlx_lqr.lqr.strength import BUDGETS
 from mlx_lqr.methods.alqr import STRENGTHS, LinearFeedback
 from mlx_lqr.methods.calibration import Search, Texts
+from mlx_lqr.methods.running import law_on
+from mlx_lqr.methods.steering import Steering, in_conversation
 from mlx_lqr.runtime.decode import decode
 from mlx_lqr.tasks.chat import bundled_questions
 from mlx_lqr.tasks.concept import word_family, word_pattern
@@ -37,7 +42,11 @@ from mlx_lqr.tasks.generations import Judge, chat_prompt
 from mlx_lqr.tasks.steering import Steered
 
 CONCEPTS = ("ocean", "dog", "church", "love")
+WORDS = {"garden": "garden*", "volcanoes": "volcano*"}
+"""Concepts that are fitted by `fit --concept-word`, and what they are known by"""
 TOKENS, LONG, FACT_TOKENS = 80, 300, 24
+TURNS, SEEDS = 4, (0, 1)
+"""Of a conversation; each is held once for each seed"""
 SIDE_BY_SIDE = 16
 END, LOOPS = 40, 0.5
 """An answer loops where more than a half of the pairs of neighbours among its last 40 tokens were there before."""
@@ -118,7 +127,7 @@ def facts_right(model: Model, law: Law | None, sampling: Sampling) -> float:
 
 
 def with_concept(model: Model, concept: str, written: Sequence[Sequence[int]]) -> Array:
-    pattern = word_pattern(word_family(concept))
+    pattern = word_pattern([WORDS[concept]] if concept in WORDS else word_family(concept))
     return np.array([bool(pattern.search(model.tokenizer.decode(list(tokens)))) for tokens in written])
 
 
@@ -178,6 +187,35 @@ def penalised(
     }
 
 
+def conversations(model: Model, first: Law | None, later: Law | None, seed: int) -> Iterator[list[list[int]]]:
+    """The answers of each turn, of as many conversations as there are questions for, under a law for the first answer
+    and one for those after it."""
+    asked = bundled_questions("tuning")[0]
+    held: list[list[Message]] = [[] for _ in range(len(asked) // TURNS)]
+    for turn in range(TURNS):
+        for i, messages in enumerate(held):
+            messages.append({"role": "user", "content": asked[i * TURNS + turn]})
+        sampling = Sampling(temperature=0.8, top_p=0.9, frequency_penalty=0.3, seed=seed)
+        prompts = [model.tokenizer.chat(messages) for messages in held]
+        written = answers(model, prompts, later if turn else first, sampling, TOKENS)
+        for messages, tokens in zip(held, written, strict=True):
+            messages.append({"role": "assistant", "content": model.tokenizer.decode(tokens)})
+        yield written
+
+
+def by_turn(model: Model, concept: str, first: Law | None, later: Law | None) -> Iterator[dict[str, float]]:
+    """What the answers of each turn are like."""
+    for written in zip(*(conversations(model, first, later, seed) for seed in SEEDS), strict=True):
+        all_of_them = [tokens for own in written for tokens in own]
+        loops, has = in_loop(all_of_them), with_concept(model, concept, all_of_them)
+        yield {
+            "with the concept": float(has.mean()),
+            "in a loop": float(loops.mean()),
+            "with it, and no loop": float((has & ~loops).mean()),
+            "repeated at the end": float(np.mean([repeated(tokens) for tokens in all_of_them])),
+        }
+
+
 @click.group()
 def main() -> None: ...
 
@@ -229,6 +267,35 @@ def laws(
             rows.setdefault((name, budget), []).append(found)
             print(concept, name, budget, found, flush=True)
     print_means(("law", "budget"), rows)
+
+
+@main.command("conversations")
+@SOURCE
+@click.option("--concept", "concepts", multiple=True, default=(*CONCEPTS, *WORDS))
+@BACKEND
+@DTYPE
+def in_turns(source: str, concepts: tuple[str, ...], backend: Literal["mlx", "torch"], dtype: str) -> None:
+    """One question after another, at the normal budget: by the answer's place in the conversation."""
+    model: Any = mlx_lqr.load(source, backend=backend, dtype=dtype)
+    third = range(2 * model.num_layers // 3, model.num_layers)
+    rows: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    for concept in concepts:
+        sets = framed(model, concept_prompts(concept) if concept in WORDS else mlx_lqr.bundled_prompts(concept))
+        own = mlx_lqr.fit(model, *sets, concept=concept)
+        pairs: dict[str, tuple[Steering, Steering]] = {
+            "fit's own, in a conversation": (own, in_conversation(own)),
+            "fit's own, as in a first answer": (own, own),
+        }
+        added = mlx_lqr.fit_baseline(model, "actadd", *sets, concept=concept, layers=third)
+        pairs["actadd, the last third"] = (added, added)
+        for name, (first, later) in pairs.items():
+            strength = mlx_lqr.calibrate(model, first).strength["normal"]
+            laws = law_on(model, first, strength), law_on(model, later, strength)
+            for turn, found in enumerate(by_turn(model, concept, *laws), 1):
+                sort = "of a word" if concept in WORDS else "bundled"
+                rows.setdefault((sort, name, str(turn)), []).append(found)
+                print(concept, name, turn, found, flush=True)
+    print_means(("set", "law", "answer"), rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from mlx_lqr.errors import InputError
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.methods.law import AdjustableLaw
 from mlx_lqr.methods.recording import RecordedFeedback, Recording
-from mlx_lqr.methods.steering import Steering, only_controller
+from mlx_lqr.methods.steering import Steering, in_conversation, only_controller
 from mlx_lqr.runtime.chat_steering import ChatSteering
 from mlx_lqr.runtime.decode import MAX_TOKENS, room_after
 from mlx_lqr.runtime.forgetting import remembered
@@ -148,8 +148,8 @@ class Chat(ChatSteering):
         Raises:
             InputError: there is no answer yet, or nothing steers.
         """
-        controller = self.controller
         prompt = self._answered()
+        controller = self._in_force()
         if controller is None:
             raise InputError("nothing steers: /add FILE first")
         turn = self._turn
@@ -264,6 +264,12 @@ class Chat(ChatSteering):
         prompt, self._forgotten = remembered(before, self._forgotten, read, self.model.context_length, answer)
         return prompt
 
+    def _in_force(self) -> Steering | None:
+        """What steers the last answer, which the model reads earlier ones before or does not."""
+        controller = self.controller
+        is_first = all(message["role"] != "assistant" for message in self.messages[:-1])
+        return controller if controller is None or is_first else in_conversation(controller)
+
     def _decoding(self, controller: Steering | None, prompt_length: int) -> Options:
         options: Options = {**self.options, "controller": controller}
         if controller is not None:
@@ -281,7 +287,7 @@ class Chat(ChatSteering):
         return options
 
     def _begin(self, prompt: list[int], reply: Message) -> tuple[Turn, Iterator[Piece]]:
-        controller, self._seed = self.controller, fresh_seed()
+        controller, self._seed = self._in_force(), fresh_seed()
         options = self._decoding(controller, len(prompt))
         decoder = self._decoder_for(prompt, controller)
         if controller is not None and controller.checked:

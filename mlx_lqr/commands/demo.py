@@ -30,7 +30,7 @@ SEED = 1
 @command()
 @concept_option("One of `mlx-lqr concepts`.", default="dog")
 @prompt_option("The text to continue.", default="Once upon a time,")
-@max_tokens_option(40)
+@max_tokens_option(60)
 @loading_options
 def demo(concept: str, prompt: str, max_tokens: int, loading: Loading) -> None:
     """Steer a small model towards a concept.

@@ -57,6 +57,11 @@ which is that of the positive prompts at 1. Strength 0 itself does not steer."""
 FEEDBACK = 0.03
 """The default share of the feedback. With the paper's 1 there is less of the concept at the same damage
 (docs/comparison.md)."""
+CONVERSATION_FEEDBACK = 0.25
+"""The least share of it from the second answer of a conversation on: see `Controller.in_conversation`."""
+STEERED_LEVEL = 1.8
+"""How far above its offset the feature of steered texts is on average, in units of strength x mu_k: the strength of a
+budget grows with the share f of the feedback like 1 + 1.5 f to 1 + 2.5 f (SmolLM2; dog, ocean, love, music, words)."""
 Readout = Literal["discriminant", "direction"]
 """What the feature is read by: Fisher's linear discriminant w_k of the two sets (`Contrast.discriminant`), or the
 direction v_k itself, as in the paper."""
@@ -304,6 +309,34 @@ class Controller:
             InputError: there is no recommended strength, or a concept was not calibrated.
         """
         return strength_at(self, budget, times)
+
+    def in_conversation(self) -> Controller:
+        """The controller for the answers of a conversation after the first, at the same strengths.
+
+        Earlier answers have the concept already and each has more of it, until one says nothing else: so little
+        feedback as is best for one text hardly notices. The share is `CONVERSATION_FEEDBACK` here, taken about the
+        level c of steered texts (`STEERED_LEVEL`), where the push is what it was: u_k = (s mu_k - f y_k - g (y_k - c s
+        mu_k)) K_k v_k for y_k = w_k . z_k - offset_k and the share f + g. That is the law of a controller with this
+        share and 1 + g c times the mu_k. A concept with as much feedback stays as it is. docs/comparison.md has what
+        this does.
+        """
+        if min(self.shares) >= CONVERSATION_FEEDBACK:
+            return self
+        return Controller.combine(*(one._with_feedback(CONVERSATION_FEEDBACK) for one in self.split()))
+
+    def _with_feedback(self, least: float) -> Controller:
+        """The same, of one concept, with at least this share of the feedback."""
+        (share,) = self.shares
+        if share >= least:
+            return self
+        more = np.float32(least / share)
+        return replace(
+            self,
+            gain=self.gain * more,
+            setpoint=self.setpoint * np.float32(1 + STEERED_LEVEL * (least - share)) / more,
+            feedback=(least,),
+            checked_error=self.checked_error / more if self.checked_error is not None else None,
+        )
 
     def split(self) -> list[Controller]:
         """A controller for each concept alone; `combine` undoes it."""

@@ -97,6 +97,14 @@ def combine(steerings: Sequence[Steering]) -> Steering:
     return combined
 
 
+def in_conversation(steering: Steering) -> Steering:
+    """What steers the answers of a conversation after the first: see `Controller.in_conversation`.
+
+    Other methods have no feedback to take more of, and stay as they are.
+    """
+    return steering.in_conversation() if isinstance(steering, Controller) else steering
+
+
 def load_steering(path: str | PathLike[str], model: str = "MODEL") -> Steering:
     """Read a controller, the steering of any other method, or a control vector, whichever the file holds.
 

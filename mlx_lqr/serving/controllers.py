@@ -13,7 +13,7 @@ from typing import Any
 from mlx_lqr.backends.protocol import Runner
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.strength import BUDGETS, default_strength
-from mlx_lqr.methods.steering import Steering, combine, load_steering
+from mlx_lqr.methods.steering import Steering, combine, in_conversation, load_steering
 from mlx_lqr.runtime.arguments import Asked, asked_strength, parse_strength
 from mlx_lqr.serving.failures import RequestError, unusable
 
@@ -69,7 +69,7 @@ class Controllers:
         self._model, self._folder = model, folder
         self._lock = threading.RLock()
         self._loaded: dict[str, Loaded] = {}
-        self._combined: dict[tuple[str, ...], Steering] = {}
+        self._combined: dict[tuple[bool, tuple[str, ...]], Steering] = {}
         self._kept: set[str] = set()
         """Whose files in the folder are these controllers'; others may be another server's"""
 
@@ -213,8 +213,11 @@ class Controllers:
                 raise unusable(error, "steering") from None
         return strengths
 
-    def steering(self, wanted: Wanted) -> tuple[Steering | None, dict[str, float]]:
+    def steering(self, wanted: Wanted, *, answered: bool = False) -> tuple[Steering | None, dict[str, float]]:
         """All that is wanted as one steering, and the strength of each of its concepts, in its order.
+
+        Args:
+            answered: whether the model has given an answer before, in the same conversation.
 
         Raises:
             RequestError: as `strengths` does, or controllers that cannot be combined.
@@ -224,12 +227,13 @@ class Controllers:
             return None, {}
         with self._lock:
             parts = [one for one in self._loaded.values() if one.concept in strengths]
-            key = tuple(one.id for one in parts)
+            key = answered, tuple(one.id for one in parts)
             try:
                 if key not in self._combined:
                     if len(self._combined) >= KEPT:
                         self._combined.clear()
-                    self._combined[key] = combine([one.steering for one in parts])
+                    together = combine([one.steering for one in parts])
+                    self._combined[key] = in_conversation(together) if answered else together
                 combined = self._combined[key]
             except InputError as error:
                 raise unusable(error, "steering") from None

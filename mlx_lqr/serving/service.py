@@ -83,7 +83,8 @@ class Service:
             raise RequestError(
                 400, f"{len(prompts)} prompts and n = {n} are more than {MAX_CHOICES} answers", param="n"
             )
-        steering, strengths = self.controllers.steering(self._wanted(body))
+        answered = isinstance(body, ChatBody) and any(one.role == "assistant" for one in body.messages[:-1])
+        steering, strengths = self.controllers.steering(self._wanted(body), answered=answered)
         shared = Request(
             prompt=(),
             steering=steering,

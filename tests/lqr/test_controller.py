@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import mlx_lqr
 from mlx_lqr import Contrast, Controller, Gains, InputError
 from mlx_lqr.backends.protocol import Model
+from mlx_lqr.lqr.controller import CONVERSATION_FEEDBACK, STEERED_LEVEL
 from mlx_lqr.lqr.riccati import Weights
 from mlx_lqr.methods.alqr import LinearFeedback
 
@@ -280,6 +281,34 @@ def test_a_share_of_the_feedback_takes_back_so_much_of_the_push(random: np.rando
     assert joint.shares == (0.3, 0.8)
     alone = joint.split()[0]
     assert (alone.shares, alone.gain) == ((0.3,), pytest.approx(part.gain, abs=1e-4))
+
+
+def test_in_a_conversation_more_is_taken_back_about_the_level_of_steered_texts(random: np.random.Generator) -> None:
+    """u_k = (s mu_k - f y - g (y - c s mu_k)) K_k v_k for y = w_k . z - offset_k, alone and beside another concept."""
+    gains, contrast, z = made_gains(random), made_contrast(random), random.standard_normal(D).astype(np.float32)
+    first = mlx_lqr.compile(gains, contrast, "a", readout="direction", feedback=0.03).recommending((0.6,))
+    first = replace(first, checked_error=np.ones((T, 1), np.float32), checked_push=np.ones((T, 1), np.float32))
+    later, s = first.in_conversation(), 1.7
+    assert (later.shares, later.strength) == ((CONVERSATION_FEEDBACK,), (0.6,))
+    laws = LinearFeedback(first, s), LinearFeedback(later, s)
+    for k in range(T):
+        v, mu = contrast.unit_direction[k], contrast.magnitude[k]
+        level = STEERED_LEVEL * s * mu
+        y = v @ (z - contrast.mean_negative[k])
+        alpha = s * mu - 0.03 * y - (CONVERSATION_FEEDBACK - 0.03) * (y - level)
+        assert np.allclose(laws[1](k, z, 0.0), alpha * gains[k] @ v, atol=1e-3)
+        there = (z + (level - y) * v).astype(np.float32)
+        assert np.allclose(laws[0](k, there, 0.0), laws[1](k, there, 0.0), atol=1e-3)
+    # The region is of f |alpha_k| and of |u_k|.
+    assert later.checked_error == pytest.approx(np.full((T, 1), 0.03 / CONVERSATION_FEEDBACK))
+    assert later.checked_push == pytest.approx(first.checked_push)
+    enough = mlx_lqr.compile(gains, made_contrast(random), "b", feedback=0.8)
+    assert enough.in_conversation() is enough
+    joint = Controller.combine(first, enough).in_conversation()
+    assert joint.shares == (CONVERSATION_FEEDBACK, 0.8)
+    for alone, expected in zip(joint.split(), (later, enough), strict=True):
+        assert alone.gain == pytest.approx(expected.gain, abs=1e-4)
+        assert alone.setpoint == pytest.approx(expected.setpoint)
 
 
 @pytest.mark.parametrize("feedback", [0.0, -0.5, 1.5, float("nan")])

@@ -34,7 +34,10 @@ QUESTIONS = ["hello", "tell me more", "and then"]
 
 def fresh(chat: Chat) -> list[int | None]:
     """The last answer, decoded anew from the whole conversation, or what is not forgotten of it."""
-    options: Options = {**chat.options, "controller": chat.controller}
+    controller = chat.controller
+    if isinstance(controller, Controller) and any(message["role"] == "assistant" for message in chat.messages[:-1]):
+        controller = controller.in_conversation()
+    options: Options = {**chat.options, "controller": controller}
     if chat.strengths:
         options["strength"] = list(chat.strengths.values())
     return tokens(stream(chat.model, chat.model.tokenizer.chat(chat.messages[chat._forgotten : -1]), **options))
@@ -85,6 +88,39 @@ def test_answers_of_the_real_model_are_those_of_fresh_decodes(smollm2: Model, do
     for question, change in zip(QUESTIONS, (lambda: chat.set_strength(3.5), chat.off, chat.off), strict=True):
         assert tokens(chat.answer(question)) == fresh(chat)
         change()
+
+
+def test_from_the_second_answer_on_there_is_more_feedback(tmp_path: Path) -> None:
+    model = chatting()
+    chat = Chat(model, options={"max_tokens": 8, "temperature": 0})
+    first = controller_for(model, positions="all")
+    chat.add(first, 0.5)
+    chat.system_prompt = "be brief"
+
+    def shares() -> tuple[float, ...]:
+        assert chat._turn is not None
+        assert isinstance(chat._turn.controller, Controller)
+        return chat._turn.controller.shares
+
+    list(chat.answer("hello"))
+    assert shares() == first.shares < first.in_conversation().shares
+    answer = tokens(chat.answer("more"))
+    assert shares() == first.in_conversation().shares
+    prompt = model.tokenizer.chat(chat.messages[:-1])
+    steered = {"strength": 0.5, **chat.options}
+    assert answer == tokens(stream(model, prompt, controller=first.in_conversation(), **steered))
+    assert answer != tokens(stream(model, prompt, controller=first, **steered))
+    assert np.allclose(chat.track().steered.setpoint, first.in_conversation().setpoint_at([0.5]))
+    chat.set_strength(0.3)
+    assert tokens(chat.steered()) == fresh(chat) != answer
+    chat.save(tmp_path / "chat.json")
+    chat.undo()
+    chat.undo()
+    list(chat.answer("hello"))
+    assert shares() == first.shares
+    chat.load(tmp_path / "chat.json")
+    list(chat.answer("and then"))
+    assert shares() == first.in_conversation().shares
 
 
 def by_hand(model: Model, law: LinearFeedback, prompt: list[int], strengths: list[float]) -> list[int]:

@@ -132,6 +132,23 @@ def test_answers_are_steered_as_the_body_the_models_name_or_the_server_says(
     assert concepts == {} or expected != served.text({}), "the steering shows in the text"
 
 
+def test_from_the_second_answer_of_a_conversation_on_there_is_more_feedback(served: Served) -> None:
+    conversation = [*MESSAGES, {"role": "assistant", "content": "w4 w5"}, {"role": "user", "content": "w6"}]
+    wanted = {"dog": 2.0, "ocean": 1.0}
+    answer = served.chat(messages=conversation, steering=wanted).json["choices"][0]["message"]["content"]
+    prompt = served.model.tokenizer.chat(conversation)
+    first = Controller.combine(*controllers_of(served.model).values())
+    later = first.in_conversation()
+    texts = [
+        mlx_lqr.generate(
+            served.model, prompt, controller=one, strength=[wanted[name] for name in one.concepts], **GREEDY
+        )
+        for one in (later, first)
+    ]
+    assert answer == texts[0] != texts[1]
+    assert served.chat(steering=wanted).json["choices"][0]["message"]["content"] == served.text(wanted)
+
+
 def test_a_streamed_answer_is_the_same_in_pieces(served: Served) -> None:
     chunks = list(
         served.client.chat.completions.create(
