@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any, Literal
 
 import click
@@ -48,6 +49,7 @@ TOKENS, LONG, FACT_TOKENS = 80, 300, 24
 TURNS, SEEDS = 4, (0, 1)
 """Of a conversation; each is held once for each seed"""
 SIDE_BY_SIDE = 16
+Conversation = list[Message]
 END, LOOPS = 40, 0.5
 """An answer loops where more than a half of the pairs of neighbours among its last 40 tokens were there before."""
 HELD_AT = 2.0
@@ -118,9 +120,16 @@ def to_questions(model: Model, law: Law | None, sampling: Sampling, most: int) -
     return answers(model, prompts, law, sampling, most)
 
 
-def facts_right(model: Model, law: Law | None, sampling: Sampling) -> float:
+def facts_right(model: Model, law: Law | None, sampling: Sampling, before: Sequence[Conversation] = ([],)) -> float:
+    """Of the factual questions, each asked after one of these conversations."""
     facts = bundled_questions("tuning")[1]
-    told = answers(model, [chat_prompt(model, fact.question) for fact in facts], law, sampling, FACT_TOKENS)
+    prompts = [
+        model.tokenizer.chat([*messages, {"role": "user", "content": fact.question}])
+        if messages
+        else chat_prompt(model, fact.question)
+        for fact, messages in zip(facts, cycle(before))
+    ]
+    told = answers(model, prompts, law, sampling, FACT_TOKENS)
     return float(
         np.mean([fact.is_in(model.tokenizer.decode(tokens)) for fact, tokens in zip(facts, told, strict=True)])
     )
@@ -187,32 +196,36 @@ def penalised(
     }
 
 
-def conversations(model: Model, first: Law | None, later: Law | None, seed: int) -> Iterator[list[list[int]]]:
-    """The answers of each turn, of as many conversations as there are questions for, under a law for the first answer
-    and one for those after it."""
+def held(
+    model: Model, first: Law | None, later: Law | None, seed: int
+) -> Iterator[tuple[list[Conversation], list[list[int]]]]:
+    """As many conversations as there are questions for, after each turn, and its answers; under a law for the first
+    answer and one for those after it."""
     asked = bundled_questions("tuning")[0]
-    held: list[list[Message]] = [[] for _ in range(len(asked) // TURNS)]
+    conversations: list[Conversation] = [[] for _ in range(len(asked) // TURNS)]
+    sampling = Sampling(temperature=0.8, top_p=0.9, frequency_penalty=0.3, seed=seed)
     for turn in range(TURNS):
-        for i, messages in enumerate(held):
+        for i, messages in enumerate(conversations):
             messages.append({"role": "user", "content": asked[i * TURNS + turn]})
-        sampling = Sampling(temperature=0.8, top_p=0.9, frequency_penalty=0.3, seed=seed)
-        prompts = [model.tokenizer.chat(messages) for messages in held]
+        prompts = [model.tokenizer.chat(messages) for messages in conversations]
         written = answers(model, prompts, later if turn else first, sampling, TOKENS)
-        for messages, tokens in zip(held, written, strict=True):
+        for messages, tokens in zip(conversations, written, strict=True):
             messages.append({"role": "assistant", "content": model.tokenizer.decode(tokens)})
-        yield written
+        yield conversations, written
 
 
 def by_turn(model: Model, concept: str, first: Law | None, later: Law | None) -> Iterator[dict[str, float]]:
-    """What the answers of each turn are like."""
-    for written in zip(*(conversations(model, first, later, seed) for seed in SEEDS), strict=True):
-        all_of_them = [tokens for own in written for tokens in own]
+    """What the answers of each turn are like, and how many facts are right that are asked after it."""
+    for each in zip(*(held(model, first, later, seed) for seed in SEEDS), strict=True):
+        before = [messages for conversations, _ in each for messages in conversations]
+        all_of_them = [tokens for _, written in each for tokens in written]
         loops, has = in_loop(all_of_them), with_concept(model, concept, all_of_them)
         yield {
             "with the concept": float(has.mean()),
             "in a loop": float(loops.mean()),
             "with it, and no loop": float((has & ~loops).mean()),
             "repeated at the end": float(np.mean([repeated(tokens) for tokens in all_of_them])),
+            "facts right": facts_right(model, later, GREEDY, before),
         }
 
 
@@ -282,6 +295,9 @@ def in_turns(source: str, concepts: tuple[str, ...], backend: Literal["mlx", "to
     for concept in concepts:
         sets = framed(model, concept_prompts(concept) if concept in WORDS else mlx_lqr.bundled_prompts(concept))
         own = mlx_lqr.fit(model, *sets, concept=concept)
+        if concept == concepts[0]:
+            for turn, found in enumerate(by_turn(model, concept, None, None), 1):
+                rows["any", "unsteered", str(turn)] = [found]
         pairs: dict[str, tuple[Steering, Steering]] = {
             "fit's own, in a conversation": (own, in_conversation(own)),
             "fit's own, as in a first answer": (own, own),

@@ -60,8 +60,9 @@ FEEDBACK = 0.03
 CONVERSATION_FEEDBACK = 0.25
 """The least share of it from the second answer of a conversation on: see `Controller.in_conversation`."""
 STEERED_LEVEL = 1.8
-"""How far above its offset the feature of steered texts is on average, in units of strength x mu_k: the strength of a
-budget grows with the share f of the feedback like 1 + 1.5 f to 1 + 2.5 f (SmolLM2; dog, ocean, love, music, words)."""
+"""c, how far above its offset the feature of steered texts is on average, in units of strength x mu_k: with a share of
+0.25 the strength of the normal budget is 1 + 0.22 c times that with 0.03, for a c of 1.1 to 2.5 (SmolLM2; dog, ocean,
+love, church, music, two words)."""
 Readout = Literal["discriminant", "direction"]
 """What the feature is read by: Fisher's linear discriminant w_k of the two sets (`Contrast.discriminant`), or the
 direction v_k itself, as in the paper."""
