@@ -144,17 +144,21 @@ def in_loop(written: Sequence[Sequence[int]]) -> Array:
     return np.array([repeated(tokens) > LOOPS for tokens in written])
 
 
-def measured(model: Model, concept: str, law: Law | None) -> dict[str, float]:
-    sampling = Sampling(temperature=0.8, top_p=0.9, frequency_penalty=0.0, seed=0)
-    written = to_questions(model, law, sampling, TOKENS)
+def counted(model: Model, concept: str, written: Sequence[Sequence[int]]) -> dict[str, float]:
+    """What these answers are like."""
     loops, has = in_loop(written), with_concept(model, concept, written)
     return {
         "with the concept": float(has.mean()),
         "in a loop": float(loops.mean()),
         "with it, and no loop": float((has & ~loops).mean()),
         "repeated at the end": float(np.mean([repeated(tokens) for tokens in written])),
-        "facts right": facts_right(model, law, GREEDY),
     }
+
+
+def measured(model: Model, concept: str, law: Law | None) -> dict[str, float]:
+    sampling = Sampling(temperature=0.8, top_p=0.9, frequency_penalty=0.0, seed=0)
+    written = to_questions(model, law, sampling, TOKENS)
+    return {**counted(model, concept, written), "facts right": facts_right(model, law, GREEDY)}
 
 
 def variants(
@@ -203,12 +207,11 @@ def held(
     answer and one for those after it."""
     asked = bundled_questions("tuning")[0]
     conversations: list[Conversation] = [[] for _ in range(len(asked) // TURNS)]
-    sampling = Sampling(temperature=0.8, top_p=0.9, frequency_penalty=0.3, seed=seed)
     for turn in range(TURNS):
         for i, messages in enumerate(conversations):
             messages.append({"role": "user", "content": asked[i * TURNS + turn]})
         prompts = [model.tokenizer.chat(messages) for messages in conversations]
-        written = answers(model, prompts, later if turn else first, sampling, TOKENS)
+        written = answers(model, prompts, later if turn else first, Sampling(seed=seed), TOKENS)
         for messages, tokens in zip(conversations, written, strict=True):
             messages.append({"role": "assistant", "content": model.tokenizer.decode(tokens)})
         yield conversations, written
@@ -219,14 +222,8 @@ def by_turn(model: Model, concept: str, first: Law | None, later: Law | None) ->
     for each in zip(*(held(model, first, later, seed) for seed in SEEDS), strict=True):
         before = [messages for conversations, _ in each for messages in conversations]
         all_of_them = [tokens for _, written in each for tokens in written]
-        loops, has = in_loop(all_of_them), with_concept(model, concept, all_of_them)
-        yield {
-            "with the concept": float(has.mean()),
-            "in a loop": float(loops.mean()),
-            "with it, and no loop": float((has & ~loops).mean()),
-            "repeated at the end": float(np.mean([repeated(tokens) for tokens in all_of_them])),
-            "facts right": facts_right(model, later, GREEDY, before),
-        }
+        facts = facts_right(model, later, GREEDY, before)
+        yield {**counted(model, concept, all_of_them), "facts right": facts}
 
 
 @click.group()

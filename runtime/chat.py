@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any
 
 from mlx_lqr.backends.protocol import Decoder, fresh_seed
-from mlx_lqr.backends.text.text_tokenizer import Message, common_length
+from mlx_lqr.backends.text.text_tokenizer import Message, common_length, has_answer
 from mlx_lqr.errors import InputError
 from mlx_lqr.methods.alqr import LinearFeedback
 from mlx_lqr.methods.law import AdjustableLaw
@@ -265,10 +265,9 @@ class Chat(ChatSteering):
         return prompt
 
     def _in_force(self) -> Steering | None:
-        """What steers the last answer, which the model reads earlier ones before or does not."""
+        """What steers the last answer: with more feedback where there are answers before it."""
         controller = self.controller
-        is_first = all(message["role"] != "assistant" for message in self.messages[:-1])
-        return controller if controller is None or is_first else in_conversation(controller)
+        return in_conversation(controller) if controller is not None and has_answer(self.messages) else controller
 
     def _decoding(self, controller: Steering | None, prompt_length: int) -> Options:
         options: Options = {**self.options, "controller": controller}

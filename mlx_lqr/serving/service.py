@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lqr.backends.protocol import Model, Sampling
-from mlx_lqr.backends.text.text_tokenizer import Message
+from mlx_lqr.backends.text.text_tokenizer import Message, has_answer
 from mlx_lqr.errors import InputError
 from mlx_lqr.lqr.prompts import Prompt, tokenise
 from mlx_lqr.runtime.decode import room_after
@@ -83,7 +83,7 @@ class Service:
             raise RequestError(
                 400, f"{len(prompts)} prompts and n = {n} are more than {MAX_CHOICES} answers", param="n"
             )
-        answered = isinstance(body, ChatBody) and any(one.role == "assistant" for one in body.messages[:-1])
+        answered = isinstance(body, ChatBody) and has_answer([one.message() for one in body.messages])
         steering, strengths = self.controllers.steering(self._wanted(body), answered=answered)
         shared = Request(
             prompt=(),

@@ -15,6 +15,11 @@ Continuations = tuple[list[int], list[list[int]]]
 """Token ids: what several texts have before them, and each text's own."""
 
 
+def has_answer(messages: Sequence[Message]) -> bool:
+    """Whether there is an answer before the last message, which is a question, or the answer that is being written."""
+    return any(message["role"] == "assistant" for message in messages[:-1])
+
+
 class TextStream(Protocol):
     """The text of a growing sequence, in pieces that never split a character."""
 
