@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.backends import smollm2_on, tiny_folder
+from helpers.decoding import steering_of
 from helpers.metal import NotOnMetalError, rehearse
 from helpers.tiny import FAMILY
 from helpers.tiny_tokenizers import with_tokenizer
@@ -344,7 +345,9 @@ def test_smollm2_chats(pair: Pair) -> None:
     for question in ("Hi", "Why?"):
         tokens = [piece.token for piece in chat.answer(question) if piece.token is not None]
         prompt = pair.model.tokenizer.chat(chat.messages[:-1])
-        assert shortfall(pair.reference, prompt, tokens, LinearFeedback(controller, 1.5)) < pair.tolerance
+        steering = steering_of(chat)
+        assert steering is not None
+        assert shortfall(pair.reference, prompt, tokens, law_of(steering, 1.5)) < pair.tolerance
 
 
 def test_tasks_measure_what_they_do_in_float32(pair: Pair) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.architectures import CONFIGS, EXACT, LOOPS, by_hand, folder_of, model_of, module_of
 from helpers.controllers import CONTRASTS, controller_for
-from helpers.decoding import decoded, decoded_together, tokens
+from helpers.decoding import answered_anew, decoded, decoded_together, tokens
 from helpers.tiny_tokenizers import Letters
 from mlx.utils import tree_flatten
 
@@ -179,11 +179,7 @@ def test_chat_and_adaptive_gains(family: str) -> None:
     chat = Chat(model, options={"max_tokens": 6, "temperature": 0})
     chat.add(controller_for(model), STRENGTH)
     for question in ("hello", "and then"):
-        answer = tokens(chat.answer(question))
-        prompt = model.tokenizer.chat(chat.messages[:-1])
-        assert answer == tokens(
-            stream(model, prompt, max_tokens=6, controller=chat.controller, strength=STRENGTH, temperature=0)
-        )
+        assert tokens(chat.answer(question)) == answered_anew(chat)
     adapted = mlx_lqr.adapt(model, controller_for(model, cost="feature"), PROMPT)
     expected = decoded(model, PROMPT, law=LinearFeedback(adapted, STRENGTH), max_tokens=5)
     adaptive = controller_for(model, cost="adaptive")

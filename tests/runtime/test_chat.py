@@ -17,7 +17,7 @@ from helpers.backends import tiny_on
 from helpers.by_hand import last_features
 from helpers.command_line import refused, run
 from helpers.controllers import controller_for
-from helpers.decoding import tokens
+from helpers.decoding import answered_anew, tokens
 from helpers.tiny_tokenizers import Letters, chatting
 
 import mlx_lqr
@@ -32,17 +32,6 @@ from mlx_lqr.runtime import Chat, stream
 QUESTIONS = ["hello", "tell me more", "and then"]
 
 
-def fresh(chat: Chat) -> list[int | None]:
-    """The last answer, decoded anew from the whole conversation, or what is not forgotten of it."""
-    controller = chat.controller
-    if isinstance(controller, Controller) and any(message["role"] == "assistant" for message in chat.messages[:-1]):
-        controller = controller.in_conversation()
-    options: Options = {**chat.options, "controller": controller}
-    if chat.strengths:
-        options["strength"] = list(chat.strengths.values())
-    return tokens(stream(chat.model, chat.model.tokenizer.chat(chat.messages[chat._forgotten : -1]), **options))
-
-
 @pytest.mark.parametrize("positions", [None, "last", "all"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_every_answer_is_that_of_a_fresh_decode(family: str, positions: str | None) -> None:
@@ -53,7 +42,7 @@ def test_every_answer_is_that_of_a_fresh_decode(family: str, positions: str | No
         chat.add(controller_for(model, positions=positions), 2.0)
     decoders = []
     for question in QUESTIONS:
-        assert tokens(chat.answer(question)) == fresh(chat)
+        assert tokens(chat.answer(question)) == answered_anew(chat)
         assert chat._turn is not None
         decoders.append(chat._turn.decoder)
         if positions is not None:
@@ -78,7 +67,7 @@ def test_every_answer_is_that_of_a_fresh_decode_while_steering_changes() -> None
     ):
         change()
         answers.append(tokens(chat.answer("more")))
-        assert answers[-1] == fresh(chat)
+        assert answers[-1] == answered_anew(chat)
     assert chat.strengths == {"b": 2.0}
 
 
@@ -86,7 +75,7 @@ def test_answers_of_the_real_model_are_those_of_fresh_decodes(smollm2: Model, do
     chat = Chat(smollm2, options={"max_tokens": 6, "temperature": 0})
     chat.add(Controller.load(dog), 2.0)
     for question, change in zip(QUESTIONS, (lambda: chat.set_strength(3.5), chat.off, chat.off), strict=True):
-        assert tokens(chat.answer(question)) == fresh(chat)
+        assert tokens(chat.answer(question)) == answered_anew(chat)
         change()
 
 
@@ -112,7 +101,7 @@ def test_from_the_second_answer_on_there_is_more_feedback(tmp_path: Path) -> Non
     assert answer != tokens(stream(model, prompt, controller=first, **steered))
     assert np.allclose(chat.track().steered.setpoint, first.in_conversation().setpoint_at([0.5]))
     chat.set_strength(0.3)
-    assert tokens(chat.steered()) == fresh(chat) != answer
+    assert tokens(chat.steered()) == answered_anew(chat) != answer
     chat.save(tmp_path / "chat.json")
     chat.undo()
     chat.undo()
@@ -224,9 +213,9 @@ def test_comparing_leaves_the_conversation_alone() -> None:
     plain = Chat(model, options={"max_tokens": 6, "temperature": 0})
     assert tokens(plain.answer("hello")) == tokens(chat.unsteered())
     chat.set_strength(8.0)
-    assert tokens(chat.steered()) == fresh(chat)  # steered otherwise than the answer given
+    assert tokens(chat.steered()) == answered_anew(chat)  # steered otherwise than the answer given
     assert json.dumps(chat.messages) == before
-    assert tokens(chat.answer("more")) == fresh(chat)
+    assert tokens(chat.answer("more")) == answered_anew(chat)
 
 
 def test_an_answer_cut_short_stays_and_the_chat_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +233,7 @@ def test_an_answer_cut_short_stays_and_the_chat_goes_on(monkeypatch: pytest.Monk
         list(chat.answer("nothing comes of this"))
     assert len(chat.messages) == 2
     chat.set_strength(1.0)
-    assert tokens(chat.answer("more")) == fresh(chat)
+    assert tokens(chat.answer("more")) == answered_anew(chat)
 
     steps = iter(range(100))
 
@@ -260,7 +249,7 @@ def test_an_answer_cut_short_stays_and_the_chat_goes_on(monkeypatch: pytest.Monk
         list(chat.answer("again"))
     monkeypatch.undo()
     assert chat.messages[-1]["role"] == "assistant"
-    assert tokens(chat.answer("and again")) == fresh(chat)
+    assert tokens(chat.answer("and again")) == answered_anew(chat)
 
 
 def test_an_answer_ends_where_the_next_one_begins() -> None:
@@ -272,7 +261,7 @@ def test_an_answer_ends_where_the_next_one_begins() -> None:
         next(first)
     answer += tokens(second)
     assert [message["content"] for message in chat.messages[:3]] == ["hello", said, "more"]
-    assert answer == fresh(chat)
+    assert answer == answered_anew(chat)
 
     def ask(question: str) -> str:
         try:
@@ -283,7 +272,7 @@ def test_an_answer_ends_where_the_next_one_begins() -> None:
     with ThreadPoolExecutor(4) as pool:
         asked = list(pool.map(ask, ["one", "two", "three", "four"]))
     assert all("has begun" in one or len(one) <= 9 for one in asked)
-    assert tokens(chat.answer("and now")) == fresh(chat)
+    assert tokens(chat.answer("and now")) == answered_anew(chat)
 
 
 def test_an_answer_gets_the_room_that_the_context_leaves() -> None:
@@ -294,11 +283,11 @@ def test_an_answer_gets_the_room_that_the_context_leaves() -> None:
         list(chat.answer("no room"))
     assert len(chat.messages) == 2
     chat.options["overflow"] = "roll"  # which the decoder of the first answer cannot
-    assert tokens(chat.answer("room now")) == fresh(chat)
+    assert tokens(chat.answer("room now")) == answered_anew(chat)
     rolling = Chat(model, options={"max_tokens": 16, "overflow": "roll", "temperature": 0})
     rolling.add(controller_for(model), 2.0)
     for question in QUESTIONS:
-        assert tokens(rolling.answer(question)) == fresh(rolling)
+        assert tokens(rolling.answer(question)) == answered_anew(rolling)
     assert np.all(np.isfinite(rolling.track().steered.feature))
 
 
@@ -329,7 +318,7 @@ def test_a_rolling_chat_runs_each_token_a_few_times_at_most(
         most = max(most, run - before)
         said += len(f"question {turn}") + len(answer) + 2
         if turn % 20 == 19:
-            assert answer == fresh(chat)
+            assert answer == answered_anew(chat)
             run = before  # of the fresh one
     assert said > 4 * model.context_length
     assert run < 3 * said
