@@ -99,7 +99,7 @@ class ALQR(Method[Controller]):
         Option("jacobian_prompts", int, 8, "How many positive prompts to linearise at, without --jacobians.", least=1),
     )
     layers: DefaultLayers = "auto"
-    layers_to_try = ("auto", "last third", "all")
+    layers_to_try = ("auto", "last third", "all", "middle third")
     strengths = STRENGTHS
 
     def fit(self, problem: Problem, options: Mapping[str, Any]) -> Controller:

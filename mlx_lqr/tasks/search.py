@@ -25,7 +25,9 @@ AIM = 0.9
 """Share of the allowed excess that doses aim at: beyond it a candidate's dose is not worth another measurement."""
 SLACK = 0.8
 """A candidate below this share is measured again: at a higher dose it may control more."""
-GROWTH = 1.75
+BLIND, GROWTH = 1.75, 3.0
+"""How many times a dose may be the one before: where no excess was seen, and where it says how far there is to go. Of
+two candidates one may need three times the other's dose: a push early in the model does less."""
 NARROW = 0.04
 """Doses closer than this share of themselves are not told apart."""
 START_TRIES, TRIES, REFINING = 3, 2, 2
@@ -57,7 +59,7 @@ def next_dose(points: Sequence[tuple[float, float]], allowed: float) -> float | 
     if math.isinf(out):
         if inside == 0:
             return FIRST_DOSE
-        growth = GROWTH if excess_in <= 0 else min(GROWTH, max(1.15, math.sqrt(aim / excess_in)))
+        growth = BLIND if excess_in <= 0 else min(GROWTH, max(1.15, math.sqrt(aim / excess_in)))
         return min(1.0, inside * growth)
     if out - inside < NARROW * out:
         return None

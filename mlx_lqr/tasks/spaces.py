@@ -126,6 +126,7 @@ def _places(method: Method[Any], fits: Prepared, T: int) -> dict[str, Layers]:
         "auto": fits.auto,
         "all": tuple(range(T)),
         "last third": check_layers(range(2 * T // 3, T), T),
+        "middle third": check_layers(range(T // 3, 2 * T // 3) or (T // 3,), T),
         "middle": (T // 2,),
         "two thirds": (2 * T // 3,),
         "a third": (T // 3,),

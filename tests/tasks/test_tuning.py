@@ -95,6 +95,22 @@ def test_doses_close_in_on_the_limit_and_stop_there() -> None:
     assert next_dose([(0.4, -0.1)], 1.0) == pytest.approx(0.7)
 
 
+def test_a_candidate_that_needs_a_far_larger_dose_is_measured_there() -> None:
+    """As early layers do: at the best dose of the others it controls less, at the limit more."""
+    limits = {"late": 0.2, "early": 0.6}
+    measured: list[tuple[float, str]] = []
+
+    def measure(options: dict[str, Any], dose: float) -> Measurement:
+        used = dose / limits[options["place"]]
+        control = {"late": 0.5, "early": 0.8}[options["place"]] * used
+        if used <= 1:
+            measured.append((control, options["place"]))
+        return Measurement(control, 0.4 * used**2)
+
+    Search({"place": ["late", "early"]}, measure, 3, 0.4, first=0.2).run()
+    assert max(measured)[1] == "early"
+
+
 def test_a_budget_of_one_and_nothing_within_the_limit() -> None:
     calls: list[float] = []
 
@@ -221,13 +237,15 @@ def test_tune_recommends_the_optimum_of_a_synthetic_task(model: Model, space: ta
 
 def test_a_candidate_is_what_fit_makes_of_its_options(model: Model, space: tasks.Space) -> None:
     start = {name: values[0] for name, values in space.factors.items()}
-    for change in ({}, {"layers": "last third", "q": 0.3}, {"setpoint": "paper", "qf/q": 10.0}, {"cost": "adaptive"}):
+    places = {"last third": [2], "middle third": [1]}
+    assert (model.num_layers, {*places} <= {*space.factors["layers"]}) == (3, True)
+    thirds: list[dict[str, Any]] = [{"layers": "last third", "q": 0.3}, {"layers": "middle third"}]
+    for change in ({}, *thirds, {"setpoint": "paper", "qf/q": 10.0}, {"cost": "adaptive"}):
         options = {**start, **change}
         controller = space.candidate(options).fit()
         given = {name: options[name] for name in ("layers", "q", "cost", "setpoint")}
         given["qf"] = options["q"] * options["qf/q"]
-        if given["layers"] == "last third":
-            given["layers"] = [model.num_layers - 1]
+        given["layers"] = places.get(given["layers"], given["layers"])
         expected = mlx_lqr.fit(model, *SETS, concept="one", jacobian_prompts=3, **given)
         assert isinstance(controller, mlx_lqr.Controller)
         for name in ("direction", "gain", "setpoint", "offset"):
