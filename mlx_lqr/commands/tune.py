@@ -140,10 +140,12 @@ def _report(tuned: Tuned, wanted: Request, folder: Path) -> None:
         say(json.dumps(as_json(fields)))
         return
     _table(tuned)
-    kind = "times" if DAMAGE[tuned.damage].ratio else "worse by"
+    is_ratio = DAMAGE[tuned.damage].ratio
+    relative = f"{tuned.damage} times" if is_ratio else f"how much worse {tuned.damage} is than"
+    judged = f"; perplexity under {wanted.judge_name}" if "perplexity" in (tuned.damage, tuned.control) else ""
     say(
-        f"relative: {tuned.damage} {kind} the unsteered model's, at most {tuned.limit:g} allowed (* within). 95 % "
-        f"bootstrap intervals; perplexity under {wanted.judge_name}"
+        f"relative: {relative} the unsteered model's, at most {tuned.limit:g} allowed (* within). 95 % bootstrap "
+        f"intervals{judged}"
     )
     say(f"All evaluations are in {folder}")
     if tuned.best is not None and tuned.steering is not None:

@@ -90,6 +90,9 @@ def test_another_method_damage_and_range(command: list[Any], backend: str) -> No
     assert steering.method == "proportional"
     assert steering.strength == (result["best"]["strength"],)
     assert "capability" not in result["unsteered"]
+    table = run(*command, *options, "--backend", backend).stdout
+    assert "relative: how much worse kl is than the unsteered model's, at most 2 allowed" in table
+    assert "perplexity" not in table
 
 
 def test_what_is_given_is_held_fixed_and_not_searched(command: list[Any], tmp_path: Path) -> None:
