@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,13 @@ DIRECTIONS, MOVES = 5, (1e-2, 2e-3, 5e-4)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that nothing measured by another version counts."""
     monkeypatch.setenv("MLX_LQR_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_page_of_architectures_is_made_with_nothing_installed_for_tests() -> None:
+    """As `make families` does."""
+    page = Path(__file__).parents[2] / "benchmarks/families.py"
+    program = f"import sys, runpy; sys.modules['pytest'] = None; runpy.run_path({str(page)!r})"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("name", architectures())

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
-
-import pytest
+from typing import TYPE_CHECKING, Any
 
 import mlx_lqr
 from mlx_lqr.backends.protocol import Model
@@ -13,6 +11,9 @@ from mlx_lqr.lqr.controller import Controller
 from mlx_lqr.methods.steering import Steering
 from mlx_lqr.runtime import Chat
 from mlx_lqr.runtime.decode import decode
+
+if TYPE_CHECKING:  # benchmarks come here too, where nothing is installed for tests
+    import pytest
 
 
 def decoded(model: Model, prompt: list[int], **options: Any) -> list[int]:
